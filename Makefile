@@ -1,0 +1,79 @@
+# `make` or `make help` lists the targets. None needs root, Docker or a GPU.
+
+# The interpreter to build the virtual environment with; empty: the first of python3.11, python3.12, python3 that suits.
+PYTHON ?=
+# Where train-tiny generates: embedded (in the trainer's own environment) or sglang.
+ENGINE := embedded
+# The name of train-tiny's run directory, runs/NAME.
+NAME := tiny
+# Further arguments for the command a target ends with, as in: make train-tiny ARGS="--num-rollout 20"
+ARGS :=
+
+BIN := .venv/bin
+RUN := $(BIN)/python -m
+TINY := build/tiny
+SEED := 1234
+export PYTHON
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install train-tiny test lint lock bench-tiny clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: ## create .venv with the pinned packages (the other targets do this themselves)
+	@scripts/install.sh .venv cpu project
+
+# A new run never overwrites an old one: the old directory gets the time of its last change as a suffix.
+define KEEP_EARLIER_RUN
+if [ -e runs/$(NAME) ]; then \
+	kept=runs/$(NAME)-$$(date -r runs/$(NAME) +%Y%m%d-%H%M%S); mv runs/$(NAME) $$kept; echo "the earlier runs/$(NAME) is now $$kept"; \
+fi
+endef
+
+train-tiny: install $(TINY)/torch_dist.done ## the whole pipeline on a tiny model: warm-up, conversion, GRPO, evaluation, plots
+	@$(if $(findstring --load,$(ARGS)),,$(KEEP_EARLIER_RUN))
+	$(RUN) recipe.train --recipe tiny --name $(NAME) --ref-load $(TINY)/torch_dist --rollout-engine $(ENGINE) $(ARGS)
+
+test: install ## run the tests
+	$(RUN) pytest $(ARGS)
+
+lint: install ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+UV_LOCK := $(BIN)/uv pip compile --quiet --no-config --universal --fork-strategy fewest --python-version 3.11 \
+	--generate-hashes --no-emit-index-url --no-header --no-emit-package torch --excludes requirements/excludes.txt $(ARGS)
+
+lock: install ## resolve requirements/*.in into requirements/*.lock (pinned versions stay; ARGS=--upgrade renews them)
+	$(UV_LOCK) --output-file requirements/cpu.lock requirements/cpu.in requirements/dev.in >/dev/null
+	$(UV_LOCK) --output-file requirements/bench-trl.lock requirements/bench-trl.in >/dev/null
+
+bench-tiny: install $(TINY)/torch_dist.done ## compare with TRL's GRPOTrainer on the tiny model (samples/s, time to held-out reward 0.9)
+	$(BIN)/python scripts/bench_tiny.py $(ARGS)
+
+clean: ## remove everything that was built (environments, build/, caches); runs/ stays
+	rm -rf .venv .venv-* build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find recipe tests scripts -name __pycache__ -prune -exec rm -rf {} +
+
+# The tiny model's warm-up, each step once: a NAME.done file is the last thing a step leaves behind.
+
+$(TINY)/data.done: recipe/data/arithmetic.py | install
+	$(RUN) recipe.data.arithmetic --output $(TINY) --seed $(SEED)
+	@touch $@
+
+$(TINY)/init.done: recipe/weights/tiny.py recipe/data/tiny_tokenizer.py | install
+	$(RUN) recipe.weights.tiny --output $(TINY)/init --seed $(SEED)
+	@touch $@
+
+$(TINY)/hf.done: $(TINY)/data.done $(TINY)/init.done recipe/config/recipes/tiny-sft.toml
+	rm -rf runs/tiny-sft $(TINY)/hf
+	$(RUN) recipe.train --recipe tiny-sft --hf-checkpoint $(TINY)/init --save-hf $(TINY)/hf
+	@touch $@
+
+$(TINY)/torch_dist.done: $(TINY)/hf.done
+	rm -rf $(TINY)/torch_dist
+	$(RUN) recipe.weights.convert --hf-checkpoint $(TINY)/hf --save $(TINY)/torch_dist
+	@touch $@

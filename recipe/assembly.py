@@ -1,0 +1,249 @@
+"""The parts of a run, started in order and ended in the opposite one, and its books between the steps."""
+
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from evaluation.in_loop import evaluate
+from recipe.cluster import EngineGroup, TrainerGroup, place, ray_session
+from recipe.config import Config, Resolved
+from recipe.data.prompts import Prompt, PromptFormat, read_prompts
+from recipe.data.source import PromptSource
+from recipe.data.tokenizer import load_tokenizer
+from recipe.errors import UserError
+from recipe.experience import from_prompts, rollout_metrics, sample_records, train_metrics
+from recipe.messages import Progress, StepReport, TrainSample
+from recipe.rewards.functions import REWARD_RULES, Reward, RewardRule, RewardType, load_custom_reward
+from recipe.rewards.grader import Grader
+from recipe.rollout.client import ClientOptions, RolloutClient
+from recipe.rollout.generate import Rollout, SeedStream, generate_rollout
+from recipe.rollout.grading import grade_group
+from recipe.rollout.sample import SampleGroup
+from recipe.rollout.sampling_params import SamplingParams
+from recipe.run import EvalMetrics, Phase, PhaseClock, RunDirectory, StepMetrics, open_progress
+from recipe.run.progress import Progress as Display
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The prompts of a run, and what grades the responses to them."""
+
+    tokenizer: "PreTrainedTokenizerFast"
+    source: PromptSource
+    eval_sets: Mapping[str, Sequence[Prompt]]
+    reward: Reward | None
+
+    @classmethod
+    def read(cls, resolved: Resolved) -> "Data":
+        """Reads and checks every file before anything is started. Raises UserError for what is wrong in them."""
+        config = resolved.config
+        reward = _reward(config)
+        tokenizer = load_tokenizer(config.model.hf_checkpoint)
+        form = PromptFormat(
+            input_key=config.data.input_key,
+            label_key=config.data.label_key,
+            response_key=config.data.response_key if config.is_sft else None,
+            apply_chat_template=config.data.apply_chat_template,
+            label_problem=reward.label_problem if isinstance(reward, RewardRule) else None,
+        )
+        prompts = read_prompts(config.data.prompt_data, tokenizer, form, max_tokens=resolved.max_prompt_len)
+        eval_form = PromptFormat(form.input_key, form.label_key, None, form.apply_chat_template, form.label_problem)
+        sets = {
+            data.name: read_prompts(data.path, tokenizer, eval_form, max_tokens=resolved.max_prompt_len)
+            for data in config.eval.eval_prompt_data
+        }
+        source = PromptSource(
+            prompts,
+            config.rollout.rollout_batch_size,
+            shuffle=config.data.rollout_shuffle,
+            seed=config.misc.seed,
+        )
+        return cls(tokenizer, source, sets, reward)
+
+
+def _reward(config: Config) -> Reward | None:
+    if config.rollout.custom_rm_path is not None:
+        return load_custom_reward(config.rollout.custom_rm_path)
+    return None if config.rollout.rm_type is None else REWARD_RULES[RewardType(config.rollout.rm_type)]
+
+
+class Run:
+    """A run under way: its parts, and what happened since the last recorded step."""
+
+    def __init__(
+        self,
+        resolved: Resolved,
+        data: Data,
+        trainer: TrainerGroup,
+        engines: "Engines | None",
+        directory: RunDirectory,
+        display: Display,
+        progress: Progress,
+    ) -> None:
+        self.config = resolved.config
+        self.prompts = data.source
+        self.trainer = trainer
+        self.progress = progress
+        self.clock = PhaseClock(display.enter)
+        self._data, self._engines, self._directory, self._display = data, engines, directory, display
+        self._rollout: Rollout | None = None
+        self._reports: list[StepReport] = []
+        self._evals: dict[str, EvalMetrics] = {}
+        if progress.rollouts:
+            self.prompts.load_state_dict(progress.data)
+
+    def given_responses(self, prompts: Sequence[Prompt]) -> list[TrainSample]:
+        """The prompts with the responses of their file, for supervised training."""
+        first = self.progress.rollouts * self.config.rollout.rollout_batch_size
+        return from_prompts(prompts, self._data.tokenizer, first)
+
+    async def generate(self, prompts: Sequence[Prompt]) -> Rollout:
+        """Samples and grades responses to the prompts, under the current weights."""
+        engines, config, rollout_id = self._engines, self.config, self.progress.rollouts
+        assert engines is not None
+        with self.clock.measure(Phase.ROLLOUT):
+            self._rollout = await generate_rollout(
+                engines.client,
+                prompts,
+                n_samples=config.rollout.n_samples_per_prompt,
+                sampling=SamplingParams.for_rollout(config.rollout),
+                seeds=SeedStream(config.misc.seed, ("rollout", rollout_id)),
+                expected_version=str(rollout_id),
+                first_group=rollout_id * config.rollout.rollout_batch_size,
+                on_group=engines.grade,
+            )
+        engines.grader.collect_counts()
+        return self._rollout
+
+    def update_weights(self) -> None:
+        """Sends the policy to the engines. Raises UserError if one does not take it."""
+        if self._engines is not None:
+            with self.clock.measure(Phase.UPDATE_WEIGHTS):
+                self._engines.group.update_weights(self.trainer, self.progress.rollouts)
+
+    async def evaluate(self) -> None:
+        """Scores the engines' weights on the held-out sets."""
+        if self._engines is None or not self._data.eval_sets:
+            return
+        with self.clock.measure(Phase.EVAL):
+            self._evals = await evaluate(
+                self._engines.client,
+                self._engines.grade,
+                self._data.eval_sets,
+                self.config,
+                expected_version=str(self.progress.rollouts),
+            )
+
+    def count_step(self, report: StepReport) -> None:
+        """Takes down an optimizer step. Raises UserError if too many were skipped in a row."""
+        self._reports.append(report)
+        before = self.progress
+        skips = before.consecutive_skips + 1 if report.skipped else 0
+        self.progress = replace(
+            before,
+            optimizer_steps=before.optimizer_steps + (not report.skipped),
+            skipped_steps=before.skipped_steps + report.skipped,
+            consecutive_skips=skips,
+        )
+        if skips >= self.config.optimizer.max_consecutive_skips:
+            raise UserError(
+                f"the gradients were not finite in {skips} optimizer steps in a row: the run has diverged; go back to the "
+                "last checkpoint with --load, with a lower --lr or a smaller --clip-grad"
+            )
+
+    def finish_rollout(self) -> None:
+        """The samples of a rollout are learned: the policy is the next version."""
+        self.progress = replace(
+            self.progress, rollouts=self.progress.rollouts + 1, data=dict(self.prompts.state_dict())
+        )
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all rollouts are done."""
+        return self.progress.rollouts >= self.config.rollout.num_rollout
+
+    @property
+    def is_evaluation_due(self) -> bool:
+        """Whether the weights are to be scored now: every `--eval-interval` rollouts and after the last."""
+        return self._is_due(self.config.eval.eval_interval)
+
+    @property
+    def is_save_due(self) -> bool:
+        """Whether a checkpoint is to be written now: every `--save-interval` rollouts and after the last."""
+        return self._is_due(self.config.checkpoint.save_interval)
+
+    def _is_due(self, interval: int | None) -> bool:
+        return self.is_over or (interval is not None and self.progress.rollouts % interval == 0)
+
+    def record(self, samples: Sequence[TrainSample] = ()) -> None:
+        """Writes the step's line and samples to the run directory, and shows it. Without samples: the evaluation before
+        the first step."""
+        done = self.progress.rollouts
+        train = train_metrics(samples, self._reports, self.progress.skipped_steps) if samples else None
+        rollout = None
+        if self._rollout is not None:
+            rollout = rollout_metrics(done - 1, self._rollout)
+            self._directory.record_rollout(done - 1, sample_records(self._rollout, self.config))
+        metrics = StepMetrics(step=done, rollout=rollout, train=train, evals=self._evals, seconds=self.clock.lap())
+        self._directory.record(metrics)
+        self._display.step(metrics)
+        if train is not None and (train.logprob_diff_mean or 0.0) > self.config.misc.mismatch_warn:
+            logger.warning(
+                "step %d: trainer and engine disagree by %.3f nats a token on average: likely causes are weights that "
+                "did not reach the engine, a sampling temperature that differs, or a stale router",
+                done,
+                train.logprob_diff_mean,
+            )
+        self._rollout, self._reports, self._evals = None, [], {}
+
+    def save(self) -> None:
+        """Writes a checkpoint that a resumed run goes on from, losing nothing."""
+        with self.clock.measure(Phase.SAVE):
+            self.trainer.save(self.config.save_dir, self.progress)
+
+
+class Engines:
+    """The rollout side: servers, the client that speaks to them, the grader of what they say."""
+
+    def __init__(self, group: EngineGroup, client: RolloutClient, grader: Grader) -> None:
+        self.group, self.client, self.grader = group, client, grader
+
+    async def grade(self, group: SampleGroup) -> None:
+        """Grades a complete group."""
+        await grade_group(self.grader, group)
+
+
+@asynccontextmanager
+async def open_run(resolved: Resolved) -> AsyncIterator[Run]:
+    """Starts Ray, the trainer's ranks and the engines; when the block is left, for whatever reason, ends what was
+    started and nothing else."""
+    config = resolved.config
+    data = Data.read(resolved)
+    async with AsyncExitStack() as stack:
+        directory = stack.enter_context(RunDirectory(resolved))
+        stack.enter_context(ray_session(config))
+        placement = place(config)
+        trainer = TrainerGroup(config, resolved.architecture, placement)
+        group = stack.enter_context(EngineGroup(resolved, placement)) if config.needs_engine else None
+        if group is not None:
+            group.begin_start()
+        trainer.begin_start()
+        progress = trainer.finish_start()
+        directory.start(progress.rollouts)
+        engines = None
+        if group is not None:
+            urls = group.finish_start()
+            grader = stack.enter_context(
+                Grader(data.reward, timeout_s=config.rollout.rm_timeout_s, num_workers=config.rollout.rm_num_workers)
+            )
+            client = RolloutClient(urls, ClientOptions.of(config.rollout), recover=group.recover)
+            engines = Engines(group, await stack.enter_async_context(client), grader)
+        display = stack.enter_context(open_progress(config.rollout.num_rollout, progress.rollouts))
+        yield Run(resolved, data, trainer, engines, directory, display, progress)

@@ -1,0 +1,16 @@
+"""Everything that imports ray: starting it, placing the trainer's ranks and the engines, and speaking to them.
+
+Ray opens ports on every address whatever it is told, so it always runs with token authentication; it takes note of that
+when it is imported.
+"""
+
+import os
+
+os.environ["RAY_AUTH_MODE"] = "token"
+
+from recipe.cluster.engines import EngineGroup  # noqa: E402
+from recipe.cluster.placement import place  # noqa: E402
+from recipe.cluster.session import ray_session  # noqa: E402
+from recipe.cluster.trainer import TrainerGroup  # noqa: E402
+
+__all__ = ["EngineGroup", "TrainerGroup", "place", "ray_session"]

@@ -1,0 +1,95 @@
+"""The rollout servers: an actor owns each one's process and replaces it when it dies."""
+
+import asyncio
+import logging
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import ray
+from ray.actor import ActorHandle
+
+from recipe.cluster.calls import get
+from recipe.cluster.placement import Placement
+from recipe.cluster.trainer import TrainerGroup
+from recipe.config import Resolved
+
+if TYPE_CHECKING:
+    from recipe.rollout.servers.process import EngineProcess
+
+logger = logging.getLogger(__name__)
+
+
+class EngineActor:
+    """Owns one server process, which dies with this one."""
+
+    def __init__(self, resolved: Resolved, number: int) -> None:
+        self.resolved, self.number = resolved, number
+        self.process: EngineProcess | None = None
+        self.starts = 0
+
+    def start(self) -> str:
+        """Starts the server, ending the one before it, and returns its address once it is healthy."""
+        from recipe.rollout.servers.process import start_engine
+
+        self.stop()
+        self.starts += 1
+        log = self.resolved.config.run_dir.resolve() / "logs" / f"engine-{self.number}.{self.starts}.log"
+        self.process = start_engine(self.resolved, log)
+        return self.process.url
+
+    def stop(self) -> None:
+        """Ends the server."""
+        if self.process is not None:
+            self.process.stop()
+            self.process = None
+
+
+class EngineGroup:
+    """All engines of a run. Use as a context manager: leaving it ends them."""
+
+    def __init__(self, resolved: Resolved, placement: Placement) -> None:
+        actor = ray.remote(EngineActor)
+        self._actors: list[ActorHandle] = [
+            actor.options(name=f"engine {number}", **placement.for_engine(number)).remote(resolved, number)
+            for number in range(resolved.config.num_engines)
+        ]
+        self._starting: list[ray.ObjectRef] = []
+        self._urls: list[str] = []
+        self._weights: tuple[TrainerGroup, str] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        ray.wait([actor.stop.remote() for actor in self._actors], num_returns=len(self._actors), timeout=30)
+
+    def begin_start(self) -> None:
+        """Lets the engines start, without waiting for them."""
+        self._starting = [actor.start.remote() for actor in self._actors]
+
+    def finish_start(self) -> list[str]:
+        """Waits for `begin_start`. Returns the engines' addresses. Raises UserError if one does not become healthy."""
+        self._urls = get(self._starting, self._names)
+        return list(self._urls)
+
+    def update_weights(self, trainer: TrainerGroup, version: int) -> None:
+        """Sends the policy to every engine."""
+        self._weights = trainer, str(version)
+        trainer.update_weights(self._urls, str(version))
+
+    async def recover(self, url: str) -> str:
+        """Replaces the engine at `url` by a new one that holds the current weights. Returns the new address."""
+        number = self._urls.index(url)
+        logger.warning("engine %d at %s is dead: it is started again, and its samples are generated again", number, url)
+        [address] = await asyncio.to_thread(get, [self._actors[number].start.remote()], [self._names[number]])
+        self._urls[number] = address
+        if self._weights is not None:
+            trainer, version = self._weights
+            await asyncio.to_thread(trainer.update_weights, [address], version)
+        return address
+
+    @property
+    def _names(self) -> list[str]:
+        return [f"engine {number}" for number in range(len(self._actors))]

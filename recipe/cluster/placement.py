@@ -1,0 +1,67 @@
+"""Where the processes of a run go: one bundle of resources a GPU (or, on a CPU, a process), ordered by machine."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import torch
+from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from recipe.config import Config
+from recipe.errors import UserError
+
+PLACEMENT_TIMEOUT_S = 300
+TRAINER_SHARE, ENGINE_SHARE = 0.6, 0.3
+"""Shares of a GPU where trainer and engines take turns on it: Ray's bookkeeping, not a limit."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Reserved resources. Training ranks come first; engines share their bundles when colocated."""
+
+    group: PlacementGroup
+    bundles: list[int]
+    """Bundle numbers, machine by machine, so that neighbouring ranks share one."""
+    on_gpus: bool
+    config: Config
+
+    def for_rank(self, rank: int) -> dict[str, Any]:
+        """Options of the actor of a training rank."""
+        return self._options(rank, TRAINER_SHARE if self.config.cluster.colocate else 1.0)
+
+    def for_engine(self, engine: int) -> dict[str, Any]:
+        """Options of the actor that owns an engine: it sits at the first of the engine's bundles."""
+        first = engine * self.config.sglang.rollout_num_gpus_per_engine
+        if not self.config.cluster.colocate:
+            first += self.config.world_size
+        return self._options(first, ENGINE_SHARE)
+
+    def _options(self, position: int, gpu_share: float) -> dict[str, Any]:
+        strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=self.bundles[position])
+        return {"scheduling_strategy": strategy, "num_cpus": 0, "num_gpus": gpu_share if self.on_gpus else 0}
+
+
+def uses_gpus(config: Config) -> bool:
+    """Whether the run computes on GPUs. Raises UserError if it is told to and there is none."""
+    present = torch.cuda.is_available() or ray.cluster_resources().get("GPU", 0) > 0
+    if config.cluster.device == "cuda" and not present:
+        raise UserError("--device cuda: there is no GPU here; use --device cpu, or a machine with GPUs")
+    return present and config.cluster.device != "cpu"
+
+
+def place(config: Config) -> Placement:
+    """Reserves what the run needs. Raises UserError if the cluster does not have it."""
+    on_gpus = uses_gpus(config)
+    engines = 0 if config.cluster.colocate or not config.needs_engine else config.rollout_gpus
+    bundle = {"CPU": 1, "GPU": 1} if on_gpus else {"CPU": 1}
+    count = config.world_size + engines
+    group = placement_group([bundle] * count, strategy="PACK")
+    if not group.wait(PLACEMENT_TIMEOUT_S):
+        have = {name: ray.cluster_resources().get(name, 0) for name in bundle}
+        raise UserError(
+            f"the run needs {count} x {bundle} ({config.world_size} training ranks, {engines} engine slots) but the Ray "
+            f"cluster has {have}: add machines or lower --actor-num-nodes, --actor-num-gpus-per-node, --rollout-num-gpus"
+        )
+    node_of = placement_group_table(group)["bundles_to_node_id"]
+    return Placement(group, sorted(node_of, key=lambda number: (node_of[number], number)), on_gpus, config)

@@ -1,0 +1,70 @@
+"""Ray, started for one run and ended with it.
+
+The run's token is fresh and lies in a file that only this user can read. The file's name reaches Ray's processes by
+environment; the token is on no command line.
+"""
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+from recipe.config import Config
+from recipe.errors import UserError
+
+LOOPBACK = "127.0.0.1"
+OBJECT_STORE_BYTES = 256 << 20
+"""Enough for the samples of a rollout; weights never pass through Ray."""
+
+
+@contextmanager
+def ray_session(config: Config) -> Iterator[None]:
+    """Ray for this run: the cluster that submitted this job if there is one (RAY_ADDRESS), or a local one of our own,
+    whose processes end with this block and die with this process."""
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(log_to_driver=True, logging_level=config.misc.log_level)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+        return
+    secret = Path(tempfile.mkdtemp(prefix="recipe-ray-"))
+    try:
+        _set_token(secret / "token")
+        _start_local(config)
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(secret)
+
+
+def _set_token(path: Path) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32))
+    os.environ |= {"RAY_AUTH_TOKEN_PATH": str(path), "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def _start_local(config: Config) -> None:
+    processes = config.world_size + config.num_engines
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, processes),
+            dashboard_host=LOOPBACK,
+            include_dashboard=True,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=True,
+            logging_level=config.misc.log_level,
+            _node_ip_address=LOOPBACK,
+        )
+    except (OSError, RuntimeError, TimeoutError) as error:
+        raise UserError(
+            f"Ray does not start on this machine ({error}): see its logs in /tmp/ray/session_latest/logs; the commonest "
+            "causes are a full /tmp and a small /dev/shm"
+        ) from error

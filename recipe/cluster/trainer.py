@@ -1,0 +1,157 @@
+"""The trainer as the loop sees it: one actor a rank, and verbs that all of them carry out together."""
+
+import os
+import pickle
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+import torch
+from ray.actor import ActorHandle
+
+from recipe.batching.schedule import schedule
+from recipe.cluster.calls import get
+from recipe.cluster.placement import Placement
+from recipe.config import Architecture, Config
+from recipe.messages import FloatArray, Progress, StepReport, TrainSample
+from recipe.weights.cost import sequence_cost
+
+if TYPE_CHECKING:
+    from recipe.megatron.rank import TrainerRank
+
+
+class RankActor:
+    """One training rank in a process of its own."""
+
+    def __init__(self, config: Config, architecture: Architecture, rank: int) -> None:
+        self.config, self.architecture, self.rank = config, architecture, rank
+        self.trainer: TrainerRank
+
+    def address(self) -> tuple[str, int]:
+        """Where the ranks can meet: this machine's address and a port that is free now."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+
+    def start(self, address: str, port: int, threads: int) -> Progress:
+        """Builds the rank and loads its weights."""
+        torch.set_num_threads(threads)
+        from recipe.megatron.layout import Rendezvous
+        from recipe.megatron.rank import TrainerRank
+
+        local_rank = 0 if torch.cuda.device_count() <= 1 else self.rank % torch.cuda.device_count()
+        rendezvous = Rendezvous(self.rank, local_rank, self.config.world_size, address, port)
+        self.trainer = TrainerRank(self.config, self.architecture, rendezvous)
+        return self.trainer.load()
+
+    def train_step(self, shards: bytes) -> StepReport:
+        """One optimizer step; `shards` holds the microbatches of every data-parallel rank."""
+        return self.trainer.train_step(self.trainer.own_shard(pickle.loads(shards)))
+
+    def log_probs(self, shards: bytes, of_reference: bool) -> dict[int, FloatArray]:
+        """Response log-probabilities of the policy or of the reference model."""
+        own = self.trainer.own_shard(pickle.loads(shards))
+        return self.trainer.reference_log_probs(own) if of_reference else self.trainer.log_probs(own)
+
+    def update_weights(self, urls: Sequence[str], version: str) -> None:
+        """Sends the policy to the engines; a collective, in which rank 0 speaks."""
+        from recipe.cluster.weight_sync import send_weights
+
+        weights = self.trainer.weights()
+        if self.rank == 0:
+            send_weights(weights, urls, version)
+        else:
+            for _ in weights:
+                pass
+
+    def save(self, directory: Path, progress: Progress) -> None:
+        """Writes a checkpoint."""
+        self.trainer.save(directory, progress)
+
+    def export_hugging_face(self, directory: Path) -> None:
+        """Writes the policy as a Hugging Face checkpoint."""
+        self.trainer.export_hugging_face(directory)
+
+
+class TrainerGroup:
+    """All ranks of the trainer."""
+
+    def __init__(self, config: Config, architecture: Architecture, placement: Placement) -> None:
+        self.config = config
+        self.cost = sequence_cost(architecture)
+        actor = ray.remote(RankActor)
+        self._ranks: list[ActorHandle] = [
+            actor.options(name=f"training rank {rank}", **placement.for_rank(rank)).remote(config, architecture, rank)
+            for rank in range(config.world_size)
+        ]
+        self._starting: list[ray.ObjectRef] = []
+
+    def begin_start(self) -> None:
+        """Lets the ranks build themselves and load, without waiting for them."""
+        [(address, port)] = get([self._ranks[0].address.remote()], ["training rank 0"])
+        threads = threads_per_rank(self.config)
+        self._starting = [
+            rank.start.remote(self.config.cluster.master_addr or address, port, threads) for rank in self._ranks
+        ]
+
+    def finish_start(self) -> Progress:
+        """Waits for `begin_start`. Returns how far the run has come."""
+        return get(self._starting, self._names)[0]
+
+    def train_step(self, samples: Sequence[TrainSample]) -> StepReport:
+        """One optimizer step on `samples`."""
+        return self._all("train_step", self._shards(samples))[0]
+
+    def log_probs(self, samples: Sequence[TrainSample], *, of_reference: bool = False) -> dict[int, FloatArray]:
+        """Response log-probabilities [R] by sample index, of the policy as it is or of the reference model."""
+        found: dict[int, FloatArray] = {}
+        for part in self._all("log_probs", self._shards(samples), of_reference):
+            found |= part
+        return found
+
+    def update_weights(self, urls: Sequence[str], version: str) -> None:
+        """Sends the policy to the engines at `urls`, as `version`."""
+        self._all("update_weights", list(urls), version)
+
+    def save(self, directory: Path, progress: Progress) -> None:
+        """Writes a checkpoint. Raises UserError if it cannot be written."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self._all("save", directory.resolve(), progress)
+
+    def export_hugging_face(self, directory: Path) -> None:
+        """Writes the policy as a Hugging Face checkpoint."""
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        self._all("export_hugging_face", directory.resolve())
+
+    def _shards(self, samples: Sequence[TrainSample]) -> bytes:
+        """The microbatches of every data-parallel rank, as one string of bytes: Ray would send each of the thousands of
+        small arrays as a buffer of its own."""
+        perf = self.config.perf
+        plan = schedule(
+            [sample.length for sample in samples],
+            data_parallel_size=self.config.data_parallel_size,
+            max_tokens=perf.max_tokens_per_gpu * perf.context_parallel_size
+            if perf.use_dynamic_batch_size and perf.max_tokens_per_gpu
+            else None,
+            micro_batch_size=perf.micro_batch_size,
+            cost=self.cost if perf.balance_data else None,
+        )
+        return pickle.dumps([[[samples[i] for i in pack] for pack in rank] for rank in plan])
+
+    def _all(self, verb: str, *arguments: Any) -> list[Any]:
+        shared = [ray.put(argument) if isinstance(argument, bytes) else argument for argument in arguments]
+        return get([getattr(rank, verb).remote(*shared) for rank in self._ranks], self._names)
+
+    @property
+    def _names(self) -> list[str]:
+        return [f"training rank {rank}" for rank in range(len(self._ranks))]
+
+
+def threads_per_rank(config: Config) -> int:
+    """CPU threads of a rank: as configured, or the machine's cores shared by its ranks."""
+    if config.cluster.num_cpus_per_rank is not None:
+        return max(1, int(config.cluster.num_cpus_per_rank))
+    cores = len(os.sched_getaffinity(0))
+    return max(1, cores // config.cluster.actor_num_gpus_per_node)

@@ -1,0 +1,185 @@
+"""Rules no single field can state: each is a small function that yields a sentence for what it refuses."""
+
+from collections.abc import Callable, Iterator
+from itertools import chain
+
+from recipe.config import layout_rules, sglang_rules
+from recipe.config.architecture import Architecture, contradictions
+from recipe.config.schema import Config
+
+Rule = Callable[[Config, Architecture], Iterator[str]]
+
+
+def problems_of(config: Config, architecture: Architecture) -> list[str]:
+    """Everything that is wrong with `config` for a model of `architecture`, a sentence each."""
+    return list(chain.from_iterable(rule(config, architecture) for rule in RULES))
+
+
+def architecture_flags_agree(config: Config, architecture: Architecture) -> Iterator[str]:
+    """Architecture flags are the checkpoint's own values."""
+    yield from contradictions(config.model, architecture)
+
+
+def groups_are_large_enough(config: Config, _: Architecture) -> Iterator[str]:
+    """An advantage is relative to a group of at least two; supervised steps have no groups."""
+    samples = config.rollout.n_samples_per_prompt
+    if config.is_sft and samples != 1:
+        yield f"--loss-type sft learns one response a prompt, but --n-samples-per-prompt is {samples}; give 1"
+    if not config.is_sft and samples == 1:
+        yield ("--n-samples-per-prompt 1 leaves GRPO without a group: a lone sample's advantage is 0; give 2 or more")
+
+
+def batches_divide(config: Config, _: Architecture) -> Iterator[str]:
+    """A rollout is whole optimizer steps, a step the same number of samples on every data-parallel rank."""
+    batch, rollout = config.global_batch_size, config.rollout
+    if config.samples_per_rollout % batch:
+        prompts, group = rollout.rollout_batch_size, rollout.n_samples_per_prompt
+        yield (
+            f"--global-batch-size {batch} does not divide the rollout's {config.samples_per_rollout} samples "
+            f"(--rollout-batch-size {prompts} x --n-samples-per-prompt {group})"
+        )
+    ranks = config.data_parallel_size
+    if ranks == 0 or config.world_size % config.model_parallel_size:
+        return
+    if batch % ranks:
+        yield f"--global-batch-size {batch} does not divide by the {ranks} data-parallel ranks (ranks / TP / PP / CP)"
+    elif not config.perf.use_dynamic_batch_size and (batch // ranks) % config.perf.micro_batch_size:
+        yield (
+            f"--micro-batch-size {config.perf.micro_batch_size} does not divide the {batch // ranks} samples a "
+            "data-parallel rank has in a step"
+        )
+
+
+def dynamic_batches_are_bounded(config: Config, _: Architecture) -> Iterator[str]:
+    """Packing needs a number of tokens to pack to."""
+    if config.perf.use_dynamic_batch_size and config.perf.max_tokens_per_gpu is None:
+        yield "--use-dynamic-batch-size needs --max-tokens-per-gpu"
+
+
+def responses_fit(config: Config, architecture: Architecture) -> Iterator[str]:
+    """A prompt and a response together fit the context, and the context the model."""
+    rollout, longest = config.rollout, architecture.max_position_embeddings
+    context = rollout.rollout_max_context_len or longest
+    if context > longest:
+        yield f"--rollout-max-context-len {context} is longer than the model's {longest} (max_position_embeddings)"
+    prompt = config.data.rollout_max_prompt_len or 1
+    if prompt + rollout.rollout_max_response_len > context:
+        asked = f"--rollout-max-response-len {rollout.rollout_max_response_len}"
+        if config.data.rollout_max_prompt_len is not None:
+            asked += f" and --rollout-max-prompt-len {prompt}"
+        yield f"{asked} do not fit a context of {context} tokens"
+    evaluation = config.eval.eval_max_response_len
+    if evaluation is not None and evaluation >= longest:
+        yield f"--eval-max-response-len {evaluation} leaves no room for a prompt in the model's {longest} tokens"
+
+
+def rewards_are_named_once(config: Config, _: Architecture) -> Iterator[str]:
+    """Samples are graded by exactly one reward function."""
+    named, custom = config.rollout.rm_type, config.rollout.custom_rm_path
+    if named is not None and custom is not None:
+        yield f"--rm-type {named} and --custom-rm-path {custom} both name the reward; leave one out"
+    if named is None and custom is None:
+        if not config.is_sft:
+            yield "no reward: give --rm-type (deepscaler, math or dapo) or --custom-rm-path module:function"
+        elif config.eval.eval_prompt_data:
+            yield "evaluation needs a reward: give --rm-type or --custom-rm-path, or drop --eval-prompt-data"
+
+
+def clipping_is_ordered(config: Config, _: Architecture) -> Iterator[str]:
+    """The upper clip is no narrower than the lower one, and bounds stand in order."""
+    grpo = config.grpo
+    if grpo.clip_high < grpo.eps_clip:
+        yield f"--eps-clip-high {grpo.eps_clip_high} is below --eps-clip {grpo.eps_clip}; it widens the upper side only"
+    if grpo.tis_clip_low >= grpo.tis_clip:
+        yield f"--tis-clip-low {grpo.tis_clip_low} is not below --tis-clip {grpo.tis_clip}"
+
+
+def kl_is_asked_for_once(config: Config, _: Architecture) -> Iterator[str]:
+    """A KL coefficient without --use-kl-loss would be ignored, and KL both in loss and reward counts twice."""
+    grpo = config.grpo
+    if grpo.kl_loss_coef > 0 and not grpo.use_kl_loss:
+        yield f"--kl-loss-coef {grpo.kl_loss_coef} has no effect without --use-kl-loss"
+    if grpo.kl_loss_coef > 0 and grpo.use_kl_loss and grpo.kl_coef > 0:
+        yield "--kl-loss-coef and --kl-coef would count the KL twice; set one of them to 0"
+
+
+def schedule_is_ordered(config: Config, _: Architecture) -> Iterator[str]:
+    """Warm-up ends before the decay does, and the decay goes down."""
+    optimizer = config.optimizer
+    if optimizer.min_lr > optimizer.lr:
+        yield f"--min-lr {optimizer.min_lr} is above --lr {optimizer.lr}"
+    end = optimizer.lr_decay_iters or config.total_steps
+    if optimizer.lr_warmup_iters >= end and optimizer.lr_decay_style != "constant":
+        yield f"--lr-warmup-iters {optimizer.lr_warmup_iters} leaves nothing of the {end} steps to decay in"
+
+
+def offload_flags_belong_together(config: Config, _: Architecture) -> Iterator[str]:
+    """The details of CPU Adam need CPU Adam."""
+    optimizer = config.optimizer
+    if optimizer.optimizer_cpu_offload:
+        return
+    if optimizer.overlap_cpu_optimizer_d2h_h2d:
+        yield "--overlap-cpu-optimizer-d2h-h2d needs --optimizer-cpu-offload: without it nothing is copied"
+    if optimizer.optimizer_offload_fraction != 1.0:
+        yield "--optimizer-offload-fraction needs --optimizer-cpu-offload"
+
+
+def evaluation_has_prompts(config: Config, _: Architecture) -> Iterator[str]:
+    """An interval needs something to evaluate, under names that tell the results apart."""
+    names = [prompts.name for prompts in config.eval.eval_prompt_data]
+    if config.eval.eval_interval is not None and not names:
+        yield "--eval-interval needs --eval-prompt-data NAME PATH"
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield f"--eval-prompt-data names two files {name}"
+
+
+def mtp_layer_exists(config: Config, architecture: Architecture) -> Iterator[str]:
+    """MTP layers are loaded from the checkpoint, and trained only where they are loaded."""
+    asked, held = config.mtp.mtp_num_layers or 0, architecture.num_nextn_predict_layers
+    if config.mtp.enable_mtp_training and asked == 0:
+        yield "--enable-mtp-training needs --mtp-num-layers 1 (or more): no MTP layer is loaded"
+    if asked > held:
+        config_json = config.model.hf_checkpoint / "config.json"
+        yield f"--mtp-num-layers {asked} contradicts {config_json}, where num_nextn_predict_layers is {held}"
+
+
+def numerics_are_fixed(config: Config, _: Architecture) -> Iterator[str]:
+    """Log-probs must be reproducible, and sums exact enough to compare them with the engine's."""
+    misc = config.misc
+    for flag, dropout in (
+        ("--attention-dropout", misc.attention_dropout),
+        ("--hidden-dropout", misc.hidden_dropout),
+    ):
+        if dropout:
+            yield f"{flag} {dropout} must be 0: with dropout a policy's log-probs are random, and ratios mean nothing"
+    if not misc.accumulate_allreduce_grads_in_fp32:
+        yield "--no-accumulate-allreduce-grads-in-fp32 is refused: sums of bf16 gradients lose small samples"
+    if not misc.attention_softmax_in_fp32:
+        yield "--no-attention-softmax-in-fp32 is refused: the engine's attention is in fp32, and log-probs must agree"
+
+
+def device_has_the_kernels(config: Config, _: Architecture) -> Iterator[str]:
+    """Flash and fused attention are CUDA kernels."""
+    backend = config.perf.attention_backend
+    if config.cluster.device == "cpu" and backend in ("flash", "fused"):
+        yield f"--attention-backend {backend} needs a GPU, but --device is cpu; use auto or unfused"
+
+
+RULES: tuple[Rule, ...] = (
+    architecture_flags_agree,
+    *layout_rules.RULES,
+    groups_are_large_enough,
+    batches_divide,
+    dynamic_batches_are_bounded,
+    responses_fit,
+    rewards_are_named_once,
+    clipping_is_ordered,
+    kl_is_asked_for_once,
+    schedule_is_ordered,
+    offload_flags_belong_together,
+    evaluation_has_prompts,
+    mtp_layer_exists,
+    numerics_are_fixed,
+    device_has_the_kernels,
+    *sglang_rules.RULES,
+)

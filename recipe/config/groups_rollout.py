@@ -1,0 +1,166 @@
+"""The groups around the trainer: cluster, data, rollout, eval, sglang, misc. Names are slime's."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from recipe.config.fields import EvalPromptDataPairs, Group, PositiveShare, SglangValue, Spelling, TopK
+
+
+class ClusterConfig(Group):
+    """The machines."""
+
+    actor_num_nodes: PositiveInt = 1
+    """Machines that train."""
+    actor_num_gpus_per_node: PositiveInt = 8
+    """Training ranks of a machine: its GPUs, or processes on a CPU."""
+    rollout_num_gpus: PositiveInt | None = None
+    """GPUs of the engines; default: the training GPUs with `colocate`, one embedded engine without a GPU."""
+    colocate: bool = False
+    """Engines and trainer share the GPUs and take turns."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where the trainer computes; auto: cuda where there is one."""
+    master_addr: str | None = None
+    """Address every machine reaches the first one by; default: found by Ray."""
+    distributed_timeout_minutes: PositiveInt = 10
+    """Longest wait in a collective operation."""
+    num_cpus_per_rank: PositiveFloat | None = None
+    """CPU cores reserved for a training rank; default: shared evenly."""
+    num_cpus_per_engine: PositiveFloat | None = None
+    """CPU cores reserved for an engine; default: shared evenly."""
+
+
+class DataConfig(Group):
+    """The prompt file."""
+
+    prompt_data: Path
+    """Training prompts, a JSON object a line."""
+    input_key: str = Field(default="prompt", min_length=1)
+    """Key of the prompt: chat messages or a string."""
+    label_key: str = Field(default="label", min_length=1)
+    """Key of the right answer."""
+    response_key: str = Field(default="response", min_length=1)
+    """Key of the response to learn (sft only)."""
+    apply_chat_template: bool = False
+    """Wrap prompts in the tokenizer's chat template."""
+    rollout_shuffle: bool = False
+    """Shuffle the prompts in every epoch."""
+    rollout_max_prompt_len: PositiveInt | None = None
+    """Longest prompt in tokens; default: what the context leaves beside a response."""
+
+
+class RolloutConfig(Group):
+    """Generation and grading."""
+
+    engine: Annotated[Literal["sglang", "embedded"], Spelling(name="--rollout-engine")] = "sglang"
+    """sglang: SGLang servers; embedded: a small server of the same API over transformers, for CPUs."""
+    num_rollout: PositiveInt
+    """Rollouts of the run."""
+    rollout_batch_size: PositiveInt
+    """Prompts of a rollout."""
+    n_samples_per_prompt: PositiveInt = 1
+    """Samples of a prompt: the group of GRPO."""
+    global_batch_size: PositiveInt | None = None
+    """Samples of an optimizer step; default: all samples of a rollout."""
+    rollout_max_response_len: PositiveInt
+    """Longest response in tokens."""
+    rollout_max_context_len: PositiveInt | None = None
+    """Longest prompt and response together; default: the model's."""
+    rollout_temperature: PositiveFloat = 1.0
+    """Sampling temperature; the trainer's log-probs are taken at the same."""
+    rollout_top_p: PositiveShare = 1.0
+    """Nucleus sampling."""
+    rollout_top_k: TopK = -1
+    """Sample from the k most likely tokens; -1: from all."""
+    rollout_stop: tuple[str, ...] = ()
+    """Strings that end a response."""
+    rollout_stop_token_ids: tuple[NonNegativeInt, ...] = ()
+    """Tokens that end a response besides the model's own."""
+    rm_type: Literal["deepscaler", "math", "dapo"] | None = None
+    """Built-in reward."""
+    custom_rm_path: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
+    """Reward function of your own, as module:function."""
+    rm_timeout_s: PositiveFloat = 5.0
+    """Longest time to grade one response, in seconds."""
+    rm_num_workers: PositiveInt = 2
+    """Grading processes."""
+    rollout_max_concurrency: PositiveInt = 256
+    """Requests in flight at most."""
+    rollout_request_timeout_s: PositiveFloat = 600.0
+    """Longest wait for one request, in seconds."""
+    rollout_max_retries: NonNegativeInt = 3
+    """Times a failed request is sent again."""
+    rollout_engine_start_timeout_s: PositiveFloat = 600.0
+    """Longest wait for an engine to become healthy, in seconds."""
+
+
+class EvalConfig(Group):
+    """Evaluation on held-out prompts."""
+
+    eval_interval: PositiveInt | None = None
+    """Evaluate after every this many rollouts; default: before the first and after the last."""
+    eval_prompt_data: EvalPromptDataPairs = ()
+    """Held-out prompt files, as NAME PATH pairs."""
+    n_samples_per_eval_prompt: PositiveInt = 1
+    """Samples of an evaluation prompt."""
+    eval_max_response_len: PositiveInt | None = None
+    """Longest response in tokens; default: the rollout's."""
+    eval_temperature: NonNegativeFloat | None = None
+    """Sampling temperature, 0 for the most likely token; default: the rollout's."""
+    eval_top_p: PositiveShare | None = None
+    """Nucleus sampling; default: the rollout's."""
+    eval_top_k: TopK | None = None
+    """Sample from the k most likely tokens; default: the rollout's."""
+    skip_eval_before_train: bool = False
+    """Do not evaluate before the first rollout."""
+
+
+class SglangConfig(Group):
+    """The SGLang servers. Any argument of theirs is a flag with the prefix --sglang-, or a key of [sglang.args]."""
+
+    rollout_num_gpus_per_engine: PositiveInt = 1
+    """GPUs of one server."""
+    args: Mapping[str, SglangValue] = {}
+    """SGLang's own arguments, by name without the prefix: mem_fraction_static = 0.7."""
+
+    def command_line(self) -> list[str]:
+        """`args` as SGLang's command line spells them; true is a bare flag, false is left out."""
+        words: list[str] = []
+        for name, value in self.args.items():
+            if value is False:
+                continue
+            words.append("--" + name.replace("_", "-"))
+            if value is not True:
+                words += [str(item) for item in (value if isinstance(value, tuple) else (value,))]
+        return words
+
+
+class MiscConfig(Group):
+    """The run, and numerics that are fixed."""
+
+    seed: NonNegativeInt = 1234
+    """Seed of every random draw."""
+    name: str = Field(default="run", pattern=r"^\w[\w.-]*$")
+    """Name of the run directory."""
+    runs_dir: Path = Path("runs")
+    """Folder of the run directories."""
+    attention_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Dropout of attention weights; must be 0."""
+    hidden_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Dropout of the residual stream; must be 0."""
+    accumulate_allreduce_grads_in_fp32: bool = True
+    """Accumulate and reduce gradients in float32."""
+    attention_softmax_in_fp32: bool = True
+    """Softmax of the attention in float32."""
+    use_wandb: bool = False
+    """Send metrics to Weights & Biases too."""
+    wandb_project: str | None = None
+    """Weights & Biases project."""
+    wandb_group: str | None = None
+    """Weights & Biases group."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """What is logged."""
+    mismatch_warn: PositiveFloat = 0.05
+    """Mean difference of the trainer's and the engine's log-probs above which a step warns."""

@@ -1,0 +1,63 @@
+"""What a valid configuration means that its author may not expect: passes that are skipped, flags without effect."""
+
+from collections.abc import Iterator
+
+from recipe.config import sglang_rules
+from recipe.config.architecture import Architecture
+from recipe.config.schema import Config
+
+
+def notes_of(config: Config, architecture: Architecture) -> tuple[str, ...]:
+    """The notes on `config`, a sentence each."""
+    return (*_skipped_passes(config), *_mtp(config, architecture), *_trainer(config), *_engine(config))
+
+
+def _skipped_passes(config: Config) -> Iterator[str]:
+    grpo = config.grpo
+    if config.is_sft:
+        yield "sft: no rollouts and no rewards; the responses come from the prompt file"
+        return
+    if grpo.use_kl_loss and grpo.kl_loss_coef == 0:
+        yield "the reference model is not run: the KL coefficient is 0, so its log-probs would change nothing"
+    if not config.needs_old_log_probs:
+        yield (
+            "no old-log-prob pass: with one optimizer step a rollout the policy has not moved, the ratio is 1 and "
+            "clipping never bites"
+        )
+
+
+def _mtp(config: Config, architecture: Architecture) -> Iterator[str]:
+    held = architecture.num_nextn_predict_layers
+    if held and not config.mtp.mtp_num_layers:
+        yield f"the checkpoint's MTP layer is not loaded into the trainer; --mtp-num-layers {held} loads it"
+
+
+def _trainer(config: Config) -> Iterator[str]:
+    perf = config.perf
+    if perf.sequence_parallel and perf.tensor_model_parallel_size == 1:
+        yield "--sequence-parallel has no effect with --tensor-model-parallel-size 1"
+    if perf.max_tokens_per_gpu is not None:
+        if not perf.use_dynamic_batch_size:
+            yield "--max-tokens-per-gpu has no effect without --use-dynamic-batch-size"
+        elif config.rollout.rollout_max_response_len >= perf.max_tokens_per_gpu * perf.context_parallel_size:
+            yield (
+                f"a sample may be longer than --max-tokens-per-gpu {perf.max_tokens_per_gpu} "
+                "(times --context-parallel-size): it then has a microbatch of its own, which needs the memory for it"
+            )
+    if config.optimizer.lr_decay_iters is not None and config.optimizer.lr_decay_style == "constant":
+        yield "--lr-decay-iters has no effect with --lr-decay-style constant"
+    if config.cluster.device == "cpu" and config.model.bf16:
+        yield "bf16 on a CPU is slow and rounds the log-probs; --fp32 is exact"
+
+
+def _engine(config: Config) -> Iterator[str]:
+    if config.rollout.engine == "embedded" or not config.needs_engine:
+        return
+    layout = sglang_rules.EngineLayout.of(config)
+    if layout.tp > 1 and layout.ep == 1:
+        yield (
+            f"SGLang shards every expert over the engine's {layout.tp} GPUs (its ep-size is 1); "
+            f"--sglang-ep-size {layout.tp} spreads whole experts instead"
+        )
+    if config.sglang.args and not sglang_rules.sglang_is_installed():
+        yield "SGLang is not installed here, so names and values of --sglang-* are not checked"

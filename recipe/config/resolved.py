@@ -1,0 +1,110 @@
+"""From a command line to a checked configuration, and the table that shows it."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from recipe.config.architecture import Architecture
+from recipe.config.checks import problems_of
+from recipe.config.fields import Group
+from recipe.config.flags import SGLANG_KEY, parse_command_line
+from recipe.config.loading import build_config, read_settings, trace_sources
+from recipe.config.notes import notes_of
+from recipe.config.problems import refuse
+from recipe.config.schema import Config
+
+_WIDEST_VALUE = 40
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A valid configuration and what is known about it before anything starts.
+
+    `sources` says for every dotted field where its value came from: "default", "recipe FILE" or "flag"; `notes` are
+    sentences on what the configuration implies.
+    """
+
+    config: Config
+    architecture: Architecture
+    sources: Mapping[str, str]
+    notes: tuple[str, ...]
+
+    @property
+    def max_context_len(self) -> int:
+        """Longest prompt and response together, in tokens."""
+        return self.config.rollout.rollout_max_context_len or self.architecture.max_position_embeddings
+
+    @property
+    def max_prompt_len(self) -> int:
+        """Longest prompt in tokens: as given, or what the context leaves beside the longest response."""
+        given = self.config.data.rollout_max_prompt_len
+        return given or self.max_context_len - self.config.rollout.rollout_max_response_len
+
+    def describe(self) -> str:
+        """The configuration as a table a group: field = value (source), then what follows from it."""
+        config = self.config
+        derived = {
+            "world_size": config.world_size,
+            "data_parallel_size": config.data_parallel_size,
+            "num_engines": config.num_engines,
+            "samples_per_rollout": config.samples_per_rollout,
+            "global_batch_size": config.global_batch_size,
+            "steps_per_rollout": config.steps_per_rollout,
+            "needs_reference": config.needs_reference,
+            "needs_old_log_probs": config.needs_old_log_probs,
+            "max_prompt_len": self.max_prompt_len,
+        }
+        sections = [
+            *(_table(f"[{name}]", self._rows(name, group)) for name, group in config),
+            _table(f"architecture ({config.model.hf_checkpoint / 'config.json'})", self.architecture),
+            _table("what follows", derived.items()),
+            "\n".join(f"note: {note}" for note in self.notes),
+        ]
+        return "\n\n".join(section for section in sections if section)
+
+    def _rows(self, name: str, group: Group) -> Iterator[tuple[str, object, str]]:
+        """A group's fields with their sources: SGLang's arguments one by one, no architecture flag nobody gave."""
+        for field, value in group:
+            key = f"{name}.{field}"
+            if name == "model" and value is None:
+                continue
+            if key == SGLANG_KEY:
+                yield from ((f"args.{arg}", item, self.sources[f"{key}.{arg}"]) for arg, item in value.items())
+            else:
+                yield field, value, self.sources[key]
+
+
+def _table(title: str, rows: Iterable[tuple[Any, ...]]) -> str:
+    """Aligned lines `name = value  (source)` under a title."""
+    lines = [(name, _shown(value), *source) for name, value, *source in rows]
+    width = max(len(line[0]) for line in lines)
+    value_width = max(min(len(line[1]), _WIDEST_VALUE) for line in lines)
+    return "\n".join([title, *(_line(width, value_width, *line) for line in lines)])
+
+
+def _line(width: int, value_width: int, name: str, value: str, source: str | None = None) -> str:
+    line = f"  {name:<{width}} = {value:<{value_width}}"
+    return f"{line}  ({source})" if source else line.rstrip()
+
+
+def _shown(value: object) -> str:
+    match value:
+        case None:
+            return "-"
+        case bool():
+            return str(value).lower()
+        case tuple():
+            return " ".join(map(_shown, value)) or "-"
+    return str(value)
+
+
+def resolve(argv: Sequence[str]) -> Resolved:
+    """The checked configuration of a command line (without the program's name).
+
+    Raises UserError for anything unknown, missing, out of bounds or contradictory: every problem of a stage at once.
+    """
+    settings = read_settings(parse_command_line(argv))
+    config = build_config(settings)
+    architecture = Architecture.from_checkpoint(config.model.hf_checkpoint)
+    refuse(problems_of(config, architecture))
+    return Resolved(config, architecture, trace_sources(settings), notes_of(config, architecture))

@@ -1,0 +1,213 @@
+"""Rules of the engines: how many there are, and what SGLang's own arguments may say."""
+
+import argparse
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NoReturn, Self
+
+from recipe.config.architecture import Architecture
+from recipe.config.flags import SGLANG_KEY, SGLANG_PREFIX, spell
+from recipe.config.problems import did_you_mean, listed
+from recipe.config.schema import Config
+from recipe.errors import UserError
+
+_OWNED = {
+    "model_path": "the engines serve --hf-checkpoint",
+    "model": "the engines serve --hf-checkpoint",
+    "host": "the engines listen on 127.0.0.1 only",
+    "port": "each engine is given a free port",
+    "nnodes": "the engines are placed by Ray",
+    "node_rank": "the engines are placed by Ray",
+    "dist_init_addr": "the engines are placed by Ray",
+    "base_gpu_id": "the engines are placed by Ray",
+    "random_seed": "it follows from --seed",
+    "weight_version": "the trainer numbers the weights",
+    "config": "a file would escape the checks; write its keys into [sglang.args] of a recipe",
+    "api_key": "a secret on a command line is none, and the engines listen on 127.0.0.1 only",
+    "admin_api_key": "a secret on a command line is none, and the engines listen on 127.0.0.1 only",
+    "ssl_keyfile_password": "a secret on a command line is none, and the engines listen on 127.0.0.1 only",
+}
+"""SGLang's arguments that are not the user's to set, and why."""
+
+
+@dataclass(frozen=True)
+class EngineLayout:
+    """How one SGLang server is spread over its GPUs."""
+
+    tp: int
+    pp: int
+    dp: int
+    ep: int
+    redundant_experts: int
+    dp_attention: bool
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """Reads the sizes from `--sglang-*`. Raises UserError where one is no whole number, or makes none."""
+        pp, gpus = _size(config, "pp_size", default=1), config.sglang.rollout_num_gpus_per_engine
+        if gpus % pp:
+            raise UserError(f"--sglang-pp-size {pp} does not divide --rollout-num-gpus-per-engine {gpus}")
+        tp = gpus // pp
+        spreads_by_backend = config.sglang.args.get("moe_a2a_backend", "none") != "none"
+        return cls(
+            tp=tp,
+            pp=pp,
+            dp=_size(config, "dp_size", default=1),
+            ep=tp if spreads_by_backend else _size(config, "ep_size", default=1),
+            redundant_experts=_size(config, "ep_num_redundant_experts", default=0, least=0),
+            dp_attention=config.sglang.args.get("enable_dp_attention", False) is True,
+        )
+
+
+def _size(config: Config, name: str, default: int, least: int = 1) -> int:
+    value = config.sglang.args.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UserError(f"{spell(f'{SGLANG_KEY}.{name}')} must be a whole number of at least {least}, not {value!r}")
+    return value
+
+
+def engines_have_gpus(config: Config, _: Architecture) -> Iterator[str]:
+    """SGLang's GPUs are the trainer's (--colocate) or their own (--rollout-num-gpus), in whole engines."""
+    cluster, each = config.cluster, config.sglang.rollout_num_gpus_per_engine
+    if not config.needs_engine:
+        return
+    if config.rollout.engine == "sglang":
+        if cluster.rollout_num_gpus is None and not cluster.colocate:
+            yield "SGLang needs GPUs: give --colocate to share the trainer's, or --rollout-num-gpus N for its own"
+        if cluster.colocate and config.rollout_gpus != config.world_size:
+            yield (
+                f"--colocate shares the trainer's {config.world_size} GPUs, but --rollout-num-gpus says "
+                f"{cluster.rollout_num_gpus}; leave one of the two out"
+            )
+    if config.rollout_gpus % each:
+        yield f"--rollout-num-gpus-per-engine {each} does not divide the {config.rollout_gpus} GPUs of the engines"
+
+
+def embedded_takes_no_sglang_arguments(config: Config, _: Architecture) -> Iterator[str]:
+    """The embedded engine is no SGLang server."""
+    if config.rollout.engine == "embedded" and config.sglang.args:
+        given = ", ".join(spell(f"{SGLANG_KEY}.{name}") for name in config.sglang.args)
+        yield f"{given}: only SGLang servers take it, and --rollout-engine embedded starts none; use sglang, or drop it"
+
+
+def arguments_are_the_users(config: Config, _: Architecture) -> Iterator[str]:
+    """Arguments the recipe sets itself are refused with the reason; tp_size may be said, if it is right."""
+    for name, value in config.sglang.args.items():
+        if name in _OWNED:
+            yield f"{spell(f'{SGLANG_KEY}.{name}')} is not yours to set: {_OWNED[name]}"
+        if name == "tp_size" and value != EngineLayout.of(config).tp:
+            yield (
+                f"{spell(f'{SGLANG_KEY}.{name}', value)} contradicts --rollout-num-gpus-per-engine "
+                f"{config.sglang.rollout_num_gpus_per_engine}, which is the engine's tensor parallel size (times PP)"
+            )
+
+
+def attention_heads_divide(config: Config, architecture: Architecture) -> Iterator[str]:
+    """SGLang: heads % (tp / dp) == 0, with attention data-parallel over dp groups of the engine's GPUs."""
+    if config.rollout.engine == "embedded":
+        return
+    layout, heads = EngineLayout.of(config), architecture.num_attention_heads
+    valid = [dp for dp in range(1, layout.tp + 1) if layout.tp % dp == 0 and heads % (layout.tp // dp) == 0]
+    if layout.dp_attention:
+        if layout.dp not in valid:
+            parts = f"attention TP {layout.tp // layout.dp}, and {heads} heads do not divide by it"
+            if layout.tp % layout.dp:
+                parts = "no whole attention TP"
+            yield (
+                f"--sglang-dp-size {layout.dp} on an engine of TP {layout.tp} gives {parts}; "
+                f"valid with --sglang-enable-dp-attention: {listed(valid)}"
+            )
+    elif layout.dp > 1:
+        yield (
+            f"--sglang-dp-size {layout.dp} needs --sglang-enable-dp-attention; for copies of the whole model "
+            "lower --rollout-num-gpus-per-engine instead"
+        )
+    elif 1 not in valid:
+        yield (
+            f"--rollout-num-gpus-per-engine {layout.tp} does not divide the model's {heads} attention heads; "
+            f"give --sglang-enable-dp-attention and --sglang-dp-size {listed(valid)}"
+        )
+
+
+def experts_divide(config: Config, architecture: Architecture) -> Iterator[str]:
+    """SGLang: (experts + redundant experts) % ep_size == 0, and ep_size divides tp_size."""
+    if config.rollout.engine == "embedded":
+        return
+    layout, experts = EngineLayout.of(config), architecture.n_routed_experts
+    if layout.tp % layout.ep:
+        yield f"--sglang-ep-size {layout.ep} does not divide the engine's tensor parallel size {layout.tp}"
+        return
+    total = experts + layout.redundant_experts
+    if total % layout.ep == 0:
+        return
+    below = total // layout.ep * layout.ep
+    nearest = [size for size in (below, below + layout.ep) if size >= experts]
+    choices = listed(f"{size - experts} ({size} experts, {size // layout.ep} a GPU)" for size in nearest)
+    yield (
+        f"--sglang-ep-num-redundant-experts {layout.redundant_experts} makes {total} experts of the model's {experts}, "
+        f"which --sglang-ep-size {layout.ep} does not divide; valid and nearest: {choices}"
+    )
+
+
+def speculation_has_a_draft(config: Config, architecture: Architecture) -> Iterator[str]:
+    """EAGLE drafts with the checkpoint's MTP layer, a chain of `steps` tokens with top-k 1."""
+    args = config.sglang.args
+    if args.get("speculative_algorithm") not in ("EAGLE", "NEXTN"):
+        return
+    if not architecture.num_nextn_predict_layers:
+        yield f"--sglang-speculative-algorithm drafts with an MTP layer, and {config.model.hf_checkpoint} has none"
+    steps, tokens = args.get("speculative_num_steps"), args.get("speculative_num_draft_tokens")
+    if args.get("speculative_eagle_topk") == 1 and isinstance(steps, int) and tokens not in (None, steps + 1):
+        yield (
+            f"--sglang-speculative-num-draft-tokens {tokens} with {steps} steps and top-k 1: a chain has "
+            f"{steps + 1} tokens (steps + 1)"
+        )
+
+
+def sglang_accepts_them(config: Config, _: Architecture) -> Iterator[str]:
+    """Names and values pass SGLang's own parser, where SGLang is installed."""
+    words = config.sglang.command_line()
+    if config.rollout.engine == "embedded" or not words or not sglang_is_installed():
+        return
+    from sglang.srt.server_args import ServerArgs  # heavy (torch), and only on machines that serve
+
+    parser = _Parser(allow_abbrev=False, add_help=False)
+    ServerArgs.add_cli_args(parser)
+    required = ["--model-path", str(config.model.hf_checkpoint)]
+    try:
+        accepted, unknown = parser.parse_known_args([*required, *words])
+    except _ParserError as error:
+        yield f"SGLang refuses the --sglang-* arguments (named here without the prefix): {error}"
+        return
+    known = [spell(f"{SGLANG_KEY}.{name}") for name in vars(accepted)]
+    unknown_flags = [SGLANG_PREFIX + word.removeprefix("--") for word in unknown if word.startswith("--")]
+    for flag in unknown_flags:
+        yield f"{flag}: SGLang has no such argument{did_you_mean(flag, known)}"
+    if unknown and not unknown_flags:
+        yield f"SGLang takes fewer values than the --sglang-* arguments give; {' '.join(unknown)!r} is too much"
+
+
+def sglang_is_installed() -> bool:
+    """Whether SGLang's parser can be asked."""
+    return importlib.util.find_spec("sglang") is not None
+
+
+class _ParserError(Exception):
+    """What argparse would have printed before it ended the process."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise _ParserError(message)
+
+
+RULES = (
+    engines_have_gpus,
+    embedded_takes_no_sglang_arguments,
+    arguments_are_the_users,
+    attention_heads_divide,
+    experts_divide,
+    speculation_has_a_draft,
+    sglang_accepts_them,
+)

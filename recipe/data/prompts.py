@@ -1,0 +1,163 @@
+"""Prompt files: jsonl, a question a line, in the format of dapo-math-17k."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import TemplateError
+
+from recipe.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True)
+class Message:
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    index: int
+    """The place of its line in the file, from 0."""
+    messages: tuple[Message, ...]
+    """A plain text in the file is one message of the user."""
+    text: str
+    """What the model reads: after the chat template, if it is applied."""
+    ids: tuple[int, ...]
+    label: str
+    response: str | None = None
+    """The turn that follows `text`, for supervised training."""
+    response_ids: tuple[int, ...] = ()
+    """The tokens of `response` and then the tokenizer's end-of-sequence token."""
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """Where the parts of a line are, and what is made of them."""
+
+    input_key: str = "prompt"
+    """A text, or a list of messages with role and content."""
+    label_key: str = "label"
+    response_key: str | None = None
+    """If given it is required of every line, and the label is not: the format of supervised training."""
+    apply_chat_template: bool = False
+    label_problem: Callable[[str], str | None] | None = None
+    """The reward's check of a label: what keeps it from being an answer, or None."""
+
+
+def read_prompts(
+    path: Path, tokenizer: "PreTrainedTokenizerFast", layout: PromptFormat, *, max_tokens: int
+) -> list[Prompt]:
+    """The prompts of a file in the order of its lines; blank lines are skipped.
+
+    Raises UserError, which names the file and the line, for a file that is missing or empty, a line that is not JSON
+    (one cut off, say), a field that is missing or of a wrong type, a label that is no answer, a prompt of more than
+    `max_tokens` tokens, and a tokenizer without chat template where one is to be applied.
+    """
+    if layout.apply_chat_template and not tokenizer.chat_template:
+        raise UserError(f"--apply-chat-template: the tokenizer in {tokenizer.name_or_path} has no chat template")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the prompts in {path} cannot be read: {error}") from error
+    entries = [_Line(path, index, layout, line) for index, line in enumerate(lines) if line.strip()]
+    if not entries:
+        raise UserError(f"{path} holds no prompts")
+    prompts = [entry.prompt(tokenizer) for entry in entries]
+    prompts = _tokenized(prompts, tokenizer)
+    for entry, prompt in zip(entries, prompts, strict=True):
+        if len(prompt.ids) > max_tokens:
+            raise entry.error(f"the prompt has {len(prompt.ids)} tokens, but the context leaves room for {max_tokens}")
+    return prompts
+
+
+def _tokenized(prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerFast") -> list[Prompt]:
+    ids = tokenizer([prompt.text for prompt in prompts], add_special_tokens=False)["input_ids"]
+    prompts = [replace(prompt, ids=tuple(own)) for prompt, own in zip(prompts, ids, strict=True)]
+    responses = [prompt.response for prompt in prompts if prompt.response is not None]
+    if not responses:
+        return prompts
+    ids = tokenizer(responses, add_special_tokens=False)["input_ids"]
+    end = tokenizer.eos_token_id
+    return [replace(prompt, response_ids=(*own, end)) for prompt, own in zip(prompts, ids, strict=True)]
+
+
+class _Line:
+    """A line of a prompt file, and where it is for the errors."""
+
+    def __init__(self, path: Path, index: int, layout: PromptFormat, text: str) -> None:
+        self._where = f"{path}, line {index + 1}"
+        self._index = index
+        self._layout = layout
+        try:
+            self._fields = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise self.error(f"not valid JSON, perhaps cut off ({error})") from error
+        if not isinstance(self._fields, dict):
+            raise self.error("not a JSON object")
+
+    def error(self, problem: str) -> UserError:
+        return UserError(f"{self._where}: {problem}")
+
+    def prompt(self, tokenizer: "PreTrainedTokenizerFast") -> Prompt:
+        """The prompt without its tokens."""
+        messages = self._messages()
+        return Prompt(self._index, messages, self._render(messages, tokenizer), (), self._label(), self._response())
+
+    def _field(self, key: str, flag: str) -> Any:
+        if key not in self._fields:
+            raise self.error(f"there is no field {key!r} ({flag}) among {', '.join(map(repr, self._fields))}")
+        return self._fields[key]
+
+    def _messages(self) -> tuple[Message, ...]:
+        key = self._layout.input_key
+        match self._field(key, "--input-key"):
+            case str(text) if text:
+                return (Message("user", text),)
+            case [_, *_] as messages if not self._layout.apply_chat_template:
+                raise self.error(f"{key!r} is a list of {len(messages)} message(s), which needs --apply-chat-template")
+            case [_, *_] as messages:
+                return tuple(map(self._message, messages))
+        raise self.error(f"{key!r} is neither a text nor a list of messages, or an empty one")
+
+    def _message(self, value: object) -> Message:
+        match value:
+            case {"role": str(role), "content": str(content)}:
+                return Message(role, content)
+        raise self.error("a message has no role or no content, or one that is not a text")
+
+    def _render(self, messages: tuple[Message, ...], tokenizer: "PreTrainedTokenizerFast") -> str:
+        if not self._layout.apply_chat_template:
+            return messages[0].content
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        try:
+            return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        except TemplateError as error:
+            raise self.error(f"the chat template refuses the messages: {error}") from error
+
+    def _label(self) -> str:
+        layout = self._layout
+        if layout.response_key is not None and layout.label_key not in self._fields:
+            return ""
+        value = self._field(layout.label_key, "--label-key")
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise self.error(f"the label {json.dumps(value)} is no answer: it is neither a text nor a number")
+        label = str(value).strip()
+        problem = None if layout.label_problem is None else layout.label_problem(label)
+        if problem is not None:
+            raise self.error(f"the label {label!r} is no answer: it {problem}")
+        return label
+
+    def _response(self) -> str | None:
+        key = self._layout.response_key
+        if key is None:
+            return None
+        value = self._field(key, "--response-key")
+        if not isinstance(value, str) or not value:
+            raise self.error(f"{key!r} is not a text, or an empty one")
+        return value

@@ -1,0 +1,24 @@
+"""Loading a checkpoint's tokenizer."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from recipe.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def load_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
+    """The tokenizer of the Hugging Face checkpoint in `directory`, read from disk alone.
+
+    Raises UserError if there is none, or none that can be read.
+    """
+    if not (directory / "tokenizer.json").is_file():
+        raise UserError(f"{directory} has no tokenizer.json: --hf-checkpoint must name a Hugging Face checkpoint")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"the tokenizer in {directory} cannot be read: {error}") from error

@@ -1,0 +1,188 @@
+"""From graded rollouts to what the trainer learns from, and to what the run directory keeps."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from recipe.config import Config
+from recipe.data.prompts import Prompt
+from recipe.grpo.advantages import group_advantages
+from recipe.grpo.loss import Metric
+from recipe.grpo.reduction import sequence_weights
+from recipe.messages import FloatArray, StepReport, TrainSample
+from recipe.rewards.grader import GradeStatus
+from recipe.rollout.generate import Rollout
+from recipe.rollout.sample import Sample, SampleGroup
+from recipe.run import RolloutMetrics, SampleRecord, TrainMetrics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def with_advantages(rollout: Rollout, config: Config) -> list[TrainSample]:
+    """Every sample of a graded rollout with its advantage over its group, ready to be learned from."""
+    return [
+        TrainSample(
+            index=sample.index,
+            tokens=np.array(sample.tokens, dtype=np.int64),
+            loss_mask=np.array(sample.loss_mask, dtype=np.bool_),
+            advantages=np.full(sample.response_length, advantage, dtype=np.float32),
+            rollout_log_probs=np.array(sample.rollout_log_probs, dtype=np.float32),
+        )
+        for sample, advantage in zip(samples_of(rollout), advantages(rollout, config), strict=True)
+    ]
+
+
+def samples_of(rollout: Rollout) -> list[Sample]:
+    """All samples, group after group."""
+    return [sample for group in rollout.groups for sample in group.samples]
+
+
+def advantages(rollout: Rollout, config: Config) -> list[float]:
+    """The advantage of each sample, group after group."""
+    normalise = not config.grpo.disable_grpo_std_normalization
+    return [
+        advantage
+        for group in rollout.groups
+        for advantage in group_advantages(rewards_of(group), std_normalization=normalise)
+    ]
+
+
+def rewards_of(group: SampleGroup) -> list[float]:
+    """The rewards of a graded group."""
+    return [reward_of(sample) for sample in group.samples]
+
+
+def reward_of(sample: Sample) -> float:
+    """The reward of a graded sample."""
+    assert sample.reward is not None, f"sample {sample.index} was not graded"
+    return sample.reward
+
+
+def from_prompts(
+    prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerFast", first_index: int
+) -> list[TrainSample]:
+    """Prompts with their given responses and the token that ends them, to be learned by heart (sft)."""
+    responses = tokenizer([prompt.response or "" for prompt in prompts], add_special_tokens=False)["input_ids"]
+    return [
+        TrainSample(
+            index=first_index + number,
+            tokens=np.array([*prompt.ids, *response, tokenizer.eos_token_id], dtype=np.int64),
+            loss_mask=np.ones(len(response) + 1, dtype=np.bool_),
+        )
+        for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+    ]
+
+
+def with_log_probs(
+    samples: Sequence[TrainSample],
+    old: Mapping[int, FloatArray] | None,
+    reference: Mapping[int, FloatArray] | None,
+    kl_coef: float,
+) -> list[TrainSample]:
+    """The samples with the log-probabilities of passes over them; a KL in the reward (`kl_coef` > 0) lowers each
+    token's advantage by its own log(policy / reference)."""
+    result = []
+    for sample in samples:
+        advantages = sample.advantages
+        if kl_coef > 0:
+            assert old is not None
+            assert reference is not None
+            assert advantages is not None
+            advantages = advantages - np.float32(kl_coef) * (old[sample.index] - reference[sample.index])
+        result.append(
+            replace(
+                sample,
+                advantages=advantages,
+                old_log_probs=None if old is None else old[sample.index],
+                ref_log_probs=None if reference is None else reference[sample.index],
+            )
+        )
+    return result
+
+
+def optimizer_batches(samples: Sequence[TrainSample], config: Config) -> list[list[TrainSample]]:
+    """The samples of each optimizer step, weighted in that step's loss."""
+    size = config.global_batch_size
+    batches = [list(samples[start : start + size]) for start in range(0, len(samples), size)]
+    return [_weighted(batch, per_token=config.grpo.calculate_per_token_loss) for batch in batches]
+
+
+def _weighted(batch: list[TrainSample], *, per_token: bool) -> list[TrainSample]:
+    weights = sequence_weights([int(sample.loss_mask.sum()) for sample in batch], per_token=per_token)
+    return [replace(sample, weight=weight) for sample, weight in zip(batch, weights, strict=True)]
+
+
+def rollout_metrics(rollout_id: int, rollout: Rollout) -> RolloutMetrics:
+    """What is reported of a graded rollout, which was made under the weights of version `rollout_id`."""
+    samples = samples_of(rollout)
+    rewards = [reward_of(sample) for sample in samples]
+    return RolloutMetrics(
+        rollout_id=rollout_id,
+        samples=len(samples),
+        weight_version=rollout_id,
+        reward=statistics.fmean(rewards),
+        reward_std=statistics.pstdev(rewards),
+        response_length=rollout.metrics.mean_response_length,
+        truncated_share=rollout.metrics.truncated_share,
+        grader_failed=sum(
+            sample.grade is not None and sample.grade.status is GradeStatus.GRADER_FAILED for sample in samples
+        ),
+        engine_restarts=rollout.metrics.restarts,
+    )
+
+
+def train_metrics(samples: Sequence[TrainSample], reports: Sequence[StepReport], skipped_steps: int) -> TrainMetrics:
+    """What is reported of the optimizer steps of one rollout: means over the steps."""
+
+    def mean(name: Metric) -> float | None:
+        values = [report.loss[name] for report in reports if name in report.loss]
+        return statistics.fmean(values) if values else None
+
+    differences = [report.loss.get(Metric.ROLLOUT_LOG_PROB_DIFF_MAX) for report in reports]
+    present = [difference for difference in differences if difference is not None]
+    return TrainMetrics(
+        tokens=sum(sample.length for sample in samples),
+        loss=statistics.fmean(report.loss[Metric.LOSS] for report in reports),
+        grad_norm=reports[-1].grad_norm,
+        lr=reports[-1].learning_rate,
+        skipped_steps=skipped_steps,
+        entropy=mean(Metric.ENTROPY),
+        clip_share=mean(Metric.CLIP_FRACTION),
+        kl=mean(Metric.REFERENCE_KL),
+        logprob_diff_mean=mean(Metric.ROLLOUT_LOG_PROB_DIFF),
+        logprob_diff_max=max(present) if present else None,
+    )
+
+
+def sample_records(rollout: Rollout, config: Config) -> list[SampleRecord]:
+    """Every sample as the run directory keeps it."""
+    return [
+        _record(sample, advantage)
+        for sample, advantage in zip(samples_of(rollout), advantages(rollout, config), strict=True)
+    ]
+
+
+def _record(sample: Sample, advantage: float) -> SampleRecord:
+    assert sample.grade is not None
+    assert sample.finish_reason is not None
+    return SampleRecord(
+        index=sample.index,
+        group_index=sample.group_index,
+        prompt_index=sample.prompt.index,
+        prompt=sample.prompt.text,
+        response=sample.response,
+        label=sample.prompt.label,
+        prompt_length=len(sample.prompt_ids),
+        response_length=sample.response_length,
+        finish_reason=sample.finish_reason,
+        weight_versions=[int(version) for version in dict.fromkeys(sample.weight_versions)],
+        mean_log_prob=statistics.fmean(sample.rollout_log_probs),
+        reward=reward_of(sample),
+        advantage=advantage,
+        grade=sample.grade.status,
+        answer=sample.grade.answer,
+    )

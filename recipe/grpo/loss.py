@@ -1,0 +1,195 @@
+"""The losses of a pack, as sums of weighted tokens. T is the number of tokens.
+
+Every weight comes from `recipe.grpo.reduction` and holds the denominators of the whole batch, so losses and metrics
+of microbatches and ranks are simply added. A token of weight 0 takes no part, and its inputs may be anything, NaN and
+infinity included. At tokens of weight above 0 every input must be finite: a value that is not makes the loss not
+finite, which the trainer answers by skipping the step.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+
+from recipe.grpo.kl import KLEstimator, approximate_kl, bounded_exp
+
+
+class Metric(StrEnum):
+    """What a loss reports. All but the maximum are weighted sums, which over a whole batch are weighted means."""
+
+    LOSS = "loss"
+    POLICY_LOSS = "policy_loss"
+    RATIO = "ratio"
+    CLIP_FRACTION = "clip_fraction"
+    """Share of tokens whose gradient the PPO clip removed."""
+    DUAL_CLIP_FRACTION = "dual_clip_fraction"
+    POLICY_KL = "policy_kl"
+    """k1 estimate of KL(old policy || policy): how far the steps on this rollout have moved."""
+    ENTROPY = "entropy"
+    REFERENCE_KL = "reference_kl"
+    TIS_WEIGHT = "tis_weight"
+    TIS_CLIP_FRACTION = "tis_clip_fraction"
+    ROLLOUT_LOG_PROB_DIFF = "rollout_log_prob_diff"
+    """|trainer's log-prob - engine's log-prob| before the step: the train/rollout mismatch."""
+    ROLLOUT_LOG_PROB_DIFF_MAX = "rollout_log_prob_diff_max"
+    ROLLOUT_KL = "rollout_kl"
+    """k3 estimate of KL(engine || trainer)."""
+
+
+@dataclass(frozen=True)
+class LossMetrics:
+    """Detached scalars that combine over microbatches and ranks. What was not measured is absent."""
+
+    sums: Mapping[Metric, Tensor]
+    maxima: Mapping[Metric, Tensor]
+
+    def __add__(self, other: "LossMetrics") -> "LossMetrics":
+        """The metrics of two parts of a batch together. Both must have measured the same."""
+        return LossMetrics(
+            {name: value + other.sums[name] for name, value in self.sums.items()},
+            {name: torch.maximum(value, other.maxima[name]) for name, value in self.maxima.items()},
+        )
+
+    def reduced(
+        self, reduce_sum: Callable[[Tensor], Tensor], reduce_max: Callable[[Tensor], Tensor]
+    ) -> dict[Metric, float]:
+        """The values after one reduction of all sums and one of all maxima, each a vector, over the ranks."""
+        values: dict[Metric, float] = {}
+        for part, reduce in ((self.sums, reduce_sum), (self.maxima, reduce_max)):
+            if part:
+                values.update(zip(part, reduce(torch.stack(list(part.values()))).tolist(), strict=True))
+        return values
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    loss: Tensor
+    """Scalar with a gradient; to be added over microbatches and ranks."""
+    metrics: LossMetrics
+
+
+@dataclass(frozen=True)
+class PolicyLossConfig:
+    eps_clip: float = 0.2
+    eps_clip_high: float | None = None
+    """Upper clip range, eps_clip if None ("clip-higher", DAPO: arXiv:2503.14476, section 3.1)."""
+    eps_clip_c: float | None = None
+    """Bound c > 1 of the ratio where the advantage is negative (dual clip: Ye et al., arXiv:1912.09729, eq. 5)."""
+    entropy_coef: float = 0.0
+    kl_loss_coef: float = 0.0
+    kl_estimator: KLEstimator = KLEstimator.LOW_VAR_KL
+    use_tis: bool = False
+    tis_clip: float = 2.0
+    tis_clip_low: float = 0.0
+
+
+@dataclass(frozen=True)
+class PolicyLossInputs:
+    """Tensors of one pack, all [T] and fp32: entry t is about token t, whichever position predicts it."""
+
+    log_probs: Tensor
+    """Of the policy being trained; the gradient flows through them."""
+    advantages: Tensor
+    weights: Tensor
+    """From `sequence_weights`, 0 on tokens that are not trained on."""
+    old_log_probs: Tensor | None = None
+    """Of the policy before the rollout's first step. None if there is only one step: the ratio is then exactly 1."""
+    rollout_log_probs: Tensor | None = None
+    """As the engine reported them when it sampled."""
+    ref_log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+    """Of the policy being trained, in nats."""
+
+
+def policy_loss(inputs: PolicyLossInputs, config: PolicyLossConfig) -> LossOutput:
+    """The clipped surrogate loss of PPO (Schulman et al., arXiv:1707.06347, eq. 7) on GRPO's advantages.
+
+    Per token, with ratio r = policy / old policy and advantage A: max(-A r, -A clamp(r, 1 - eps_clip,
+    1 + eps_clip_high)), and where A < 0 at most -A eps_clip_c. With TIS, times the constant w = clamp(old policy /
+    engine, tis_clip_low, tis_clip), which corrects for an engine that does not sample from exactly the trainer's
+    policy (truncated importance sampling: Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL
+    Training", 2025; Ionides, 2008). Then plus kl_loss_coef times the KL to the reference (arXiv:2402.03300, eq. 3)
+    and minus entropy_coef times the entropy.
+
+    The KL term and its metric are there if `ref_log_probs` are given, those of entropy, TIS and mismatch likewise;
+    a coefficient other than zero, or use_tis, without its input raises ValueError.
+    """
+    _require_inputs(inputs, config)
+    trained = inputs.weights > 0
+
+    def sum_of(value: Tensor) -> Tensor:
+        return (inputs.weights * value).sum()
+
+    def at_trained(value: Tensor) -> Tensor:
+        return torch.where(trained, value, 0.0)
+
+    log_probs = at_trained(inputs.log_probs)
+    old = log_probs.detach() if inputs.old_log_probs is None else at_trained(inputs.old_log_probs)
+    token_loss, sums = _clipped_surrogate(log_probs, old, at_trained(inputs.advantages), config)
+    maxima: dict[Metric, Tensor] = {}
+    if inputs.rollout_log_probs is not None:
+        rollout = at_trained(inputs.rollout_log_probs)
+        difference = (old - rollout).abs()
+        sums[Metric.ROLLOUT_LOG_PROB_DIFF] = difference
+        sums[Metric.ROLLOUT_KL] = approximate_kl(rollout, old, KLEstimator.K3)
+        maxima[Metric.ROLLOUT_LOG_PROB_DIFF_MAX] = difference.max() if len(difference) else difference.new_zeros(())
+        if config.use_tis:
+            importance = bounded_exp(old - rollout)
+            weight = importance.clamp(config.tis_clip_low, config.tis_clip)
+            token_loss = token_loss * weight
+            sums[Metric.TIS_WEIGHT] = weight
+            sums[Metric.TIS_CLIP_FRACTION] = (weight != importance).float()
+    sums[Metric.POLICY_LOSS] = token_loss
+    if inputs.ref_log_probs is not None:
+        kl = approximate_kl(log_probs, at_trained(inputs.ref_log_probs), config.kl_estimator)
+        sums[Metric.REFERENCE_KL] = kl
+        if config.kl_loss_coef != 0:
+            token_loss = token_loss + config.kl_loss_coef * kl
+    if inputs.entropy is not None:
+        entropy = at_trained(inputs.entropy)
+        sums[Metric.ENTROPY] = entropy
+        if config.entropy_coef != 0:
+            token_loss = token_loss - config.entropy_coef * entropy
+    loss = sum_of(token_loss)
+    reported = {Metric.LOSS: loss.detach()} | {name: sum_of(value.detach()) for name, value in sums.items()}
+    return LossOutput(loss, LossMetrics(reported, maxima))
+
+
+def sft_loss(log_probs: Tensor, weights: Tensor) -> LossOutput:
+    """Supervised loss: minus the weighted sum of the log-probs [T] of the given tokens."""
+    loss = -(weights * torch.where(weights > 0, log_probs, 0.0)).sum()
+    return LossOutput(loss, LossMetrics({Metric.LOSS: loss.detach()}, {}))
+
+
+def _clipped_surrogate(
+    log_probs: Tensor, old: Tensor, advantages: Tensor, config: PolicyLossConfig
+) -> tuple[Tensor, dict[Metric, Tensor]]:
+    """The per-token surrogate loss [T] and its per-token metrics [T]."""
+    log_ratio = log_probs - old
+    ratio = bounded_exp(log_ratio)
+    high = config.eps_clip if config.eps_clip_high is None else config.eps_clip_high
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - config.eps_clip, 1 + high)
+    token_loss = torch.maximum(unclipped, clipped)
+    metrics = {
+        Metric.RATIO: ratio,
+        Metric.CLIP_FRACTION: (clipped > unclipped).float(),
+        Metric.POLICY_KL: -log_ratio,
+    }
+    if config.eps_clip_c is not None:
+        bound = -advantages * config.eps_clip_c
+        bounded = (advantages < 0) & (token_loss > bound)
+        token_loss = torch.where(bounded, bound, token_loss)
+        metrics[Metric.DUAL_CLIP_FRACTION] = bounded.float()
+    return token_loss, metrics
+
+
+def _require_inputs(inputs: PolicyLossInputs, config: PolicyLossConfig) -> None:
+    if config.use_tis and inputs.rollout_log_probs is None:
+        raise ValueError("use_tis needs rollout_log_probs")
+    if config.kl_loss_coef != 0 and inputs.ref_log_probs is None:
+        raise ValueError("kl_loss_coef needs ref_log_probs")
+    if config.entropy_coef != 0 and inputs.entropy is None:
+        raise ValueError("entropy_coef needs entropy")

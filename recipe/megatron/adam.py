@@ -1,0 +1,218 @@
+"""AdamW for megatron's distributed optimizer, without apex or Transformer Engine (Adam: arXiv:1412.6980, decoupled
+weight decay: arXiv:1711.05101).
+
+megatron expects apex's contract: one integer step for a parameter group, and for each parameter the states exp_avg and
+exp_avg_sq. `HostAdam` keeps these and the fp32 master weights in host memory ("CPU Adam"): 12 bytes a parameter there,
+none on the GPU.
+"""
+
+from typing import Any
+
+import megatron.core.optimizer as megatron_optimizer
+import torch
+from megatron.core.optimizer import distrib_optimizer
+from torch import Tensor
+
+SLOT_ELEMENTS = 32 << 20
+"""Elements of a pinned staging buffer: gradients leave and weights return in pieces of this size."""
+
+
+class Adam(torch.optim.Optimizer):
+    """AdamW by torch's fused kernel, its state beside the fp32 shards that megatron hands over."""
+
+    state_names = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        adam_w_mode: bool = True,
+        **_: Any,
+    ) -> None:
+        assert adam_w_mode, "only decoupled weight decay is implemented"
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def initialize_state(self, parameter: Tensor, *_: Any) -> None:
+        """Allocates a parameter's state."""
+        self.state[parameter] = {name: torch.zeros_like(parameter) for name in self.state_names}
+
+    def allocate(self) -> None:
+        """Allocates all state now: what does not fit fails before the first step."""
+        for group in self.param_groups:
+            group.setdefault("step", 0)
+            for parameter in group["params"]:
+                if parameter not in self.state:
+                    self.initialize_state(parameter)
+
+    def get_unscaled_state(self, parameter: Tensor, name: str) -> Tensor:
+        """megatron's accessor of a state tensor."""
+        return self.state[parameter][name]
+
+    def set_scaled_state(self, parameter: Tensor, name: str, value: Tensor) -> None:
+        """megatron's mutator of a state tensor."""
+        self.state[parameter][name].copy_(value)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over groups and states as they are: torch's own would cast the state to the parameter's type."""
+        saved_ids = [saved for group in state_dict["param_groups"] for saved in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        self.param_groups = [
+            {**saved, "params": group["params"]}
+            for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)
+        ]
+        for saved_id, parameter in zip(saved_ids, parameters, strict=True):
+            for name, value in state_dict["state"].get(saved_id, {}).items():
+                if parameter not in self.state:
+                    self.initialize_state(parameter)
+                if self.state[parameter][name] is not value:
+                    self.state[parameter][name].copy_(value)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One AdamW step of every parameter that has a gradient."""
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            parameters = [p for p in group["params"] if p.numel() and self._gradient(p) is not None]
+            for parameter in parameters:
+                if parameter not in self.state:
+                    self.initialize_state(parameter)
+            if parameters:
+                self._step_group(group, parameters)
+
+    def _gradient(self, parameter: Tensor) -> Tensor | None:
+        return parameter.grad
+
+    def _step_group(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        states = [self.state[parameter] for parameter in parameters]
+        fused_adamw(
+            group,
+            parameters,
+            [parameter.grad for parameter in parameters if parameter.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+        )
+
+
+def fused_adamw(
+    group: dict[str, Any],
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    averages: list[Tensor],
+    square_averages: list[Tensor],
+) -> None:
+    """torch's fused AdamW kernel on lists of equally shaped tensors, in place, with the group's hyperparameters."""
+    step = torch.tensor(float(group["step"]), device=parameters[0].device)
+    torch._fused_adamw_(
+        parameters,
+        gradients,
+        averages,
+        square_averages,
+        [],
+        [step] * len(parameters),
+        amsgrad=False,
+        lr=float(group["lr"]),
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
+class HostAdam(Adam):
+    """AdamW whose state and fp32 master weights live in host memory.
+
+    It follows megatron's contract of a precision-aware optimizer: the gradient is `parameter.decoupled_grad`, and the
+    optimizer owns the master weights. On CUDA the step is a pipeline over pieces of SLOT_ELEMENTS: while the CPU steps
+    one piece, the next one's gradient comes out and the previous one's weights go back.
+    """
+
+    state_names = ("exp_avg", "exp_avg_sq", "master_param")
+
+    def __init__(self, params: Any, **kwargs: Any) -> None:
+        super().__init__(params, **kwargs)
+        self._stage: _Stage | None = None
+
+    def initialize_state(self, parameter: Tensor, *_: Any) -> None:
+        """Allocates a parameter's state in host memory; the master weights start from the parameter."""
+        self.state[parameter] = {
+            name: torch.zeros(parameter.shape, dtype=torch.float32, device="cpu") for name in self.state_names
+        }
+        self.state[parameter]["master_param"].copy_(parameter.detach())
+
+    def _gradient(self, parameter: Tensor) -> Tensor | None:
+        return parameter.decoupled_grad  # type: ignore[attr-defined]
+
+    def _step_group(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        if parameters[0].is_cuda:
+            if self._stage is None:
+                self._stage = _Stage(parameters[0].dtype)
+            self._stage.run(group, [(p, p.decoupled_grad, self.state[p]) for p in parameters])  # type: ignore[attr-defined]
+            return
+        for parameter in parameters:
+            state = self.state[parameter]
+            gradient = parameter.decoupled_grad.float().contiguous()  # type: ignore[attr-defined]
+            fused_adamw(group, [state["master_param"]], [gradient], [state["exp_avg"]], [state["exp_avg_sq"]])
+            parameter.copy_(state["master_param"])
+
+
+class _Stage:
+    """Two pinned slots each way, and a CUDA stream each way."""
+
+    def __init__(self, weight_dtype: torch.dtype) -> None:
+        self.gradients = [torch.empty(SLOT_ELEMENTS, dtype=torch.float32, pin_memory=True) for _ in range(2)]
+        self.weights = [torch.empty(SLOT_ELEMENTS, dtype=weight_dtype, pin_memory=True) for _ in range(2)]
+        self.outgoing, self.returning = torch.cuda.Stream(), torch.cuda.Stream()
+
+    def run(self, group: dict[str, Any], work: list[tuple[Tensor, Tensor, dict[str, Tensor]]]) -> None:
+        """Steps every (parameter, gradient, state) of `work`."""
+        pieces = [
+            (parameter.view(-1), gradient.view(-1), state, slice(start, min(start + SLOT_ELEMENTS, parameter.numel())))
+            for parameter, gradient, state in work
+            for start in range(0, parameter.numel(), SLOT_ELEMENTS)
+        ]
+        current = torch.cuda.current_stream()
+        self.outgoing.wait_stream(current)
+        self.returning.wait_stream(current)
+        fetched = self._fetch(0, pieces[0][1][pieces[0][3]])
+        returned: list[torch.cuda.Event | None] = [None, None]
+        for number, (weights, _, state, part) in enumerate(pieces):
+            slot, size = number % 2, part.stop - part.start
+            # The other slot's gradient was consumed by the piece before this one.
+            following = None
+            if number + 1 < len(pieces):
+                following = self._fetch(1 - slot, pieces[number + 1][1][pieces[number + 1][3]])
+            fetched.synchronize()
+            master, average, square = (state[name].view(-1)[part] for name in ("master_param", "exp_avg", "exp_avg_sq"))
+            fused_adamw(group, [master], [self.gradients[slot][:size]], [average], [square])
+            if (event := returned[slot]) is not None:
+                event.synchronize()
+            self.weights[slot][:size].copy_(master)
+            returned[slot] = self._return(slot, weights[part])
+            if following is not None:
+                fetched = following
+        for event in returned:
+            if event is not None:
+                event.synchronize()
+        current.wait_stream(self.returning)
+
+    def _fetch(self, slot: int, gradient: Tensor) -> torch.cuda.Event:
+        with torch.cuda.stream(self.outgoing):
+            self.gradients[slot][: gradient.numel()].copy_(gradient, non_blocking=True)
+            return self.outgoing.record_event()
+
+    def _return(self, slot: int, weights: Tensor) -> torch.cuda.Event:
+        with torch.cuda.stream(self.returning):
+            weights.copy_(self.weights[slot][: weights.numel()], non_blocking=True)
+            return self.returning.record_event()
+
+
+def install(optimizer_class: type[Adam]) -> None:
+    """Makes megatron build its distributed optimizer on `optimizer_class`, as if it were apex's FusedAdam."""
+    megatron_optimizer.Adam = distrib_optimizer.Adam = optimizer_class
+    megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
+    distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+    megatron_optimizer.is_te_min_version = lambda *_, **__: False

@@ -1,0 +1,221 @@
+"""Multi-latent attention over packed sequences with torch's own kernels (no Transformer Engine, no flash-attn build).
+
+Letters: T tokens of a pack on this rank, S segments, L longest segment, N heads of this rank, D query/key head size,
+V value head size, R size of the rotary part.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
+from megatron.core.transformer.transformer_config import MLATransformerConfig
+from torch import Tensor
+
+
+@dataclass
+class PackedSequences(PackedSeqParams):
+    """A pack of sequences, cut into segments of queries that each attend to a run of keys.
+
+    Without context parallelism a segment is a whole sequence and its keys are itself. With it, a rank holds two zigzag
+    chunks of every sequence; each chunk is a segment whose keys are the sequence's beginning up to the chunk's end,
+    taken from the all-gathered keys by `key_index`. The causal mask is aligned at the segment's end.
+    """
+
+    position_ids: Tensor | None = None
+    """[T] position of each token in its own sequence."""
+    longest_sequence: int = 0
+    """Tokens of the longest whole sequence: a bound on position_ids."""
+    query_lengths: tuple[int, ...] = ()
+    """Tokens of each segment, in the order of the pack."""
+    key_lengths: tuple[int, ...] = ()
+    """Keys of each segment; equal to `query_lengths` without context parallelism."""
+    key_index: Tensor | None = None
+    """[sum(key_lengths)] rows of the all-gathered keys; None without context parallelism."""
+    query_grid: "SegmentGrid | None" = None
+    key_grid: "SegmentGrid | None" = None
+
+
+class SegmentGrid:
+    """Where packed rows lie in a padded [S, L] grid: the layout of torch's dense attention kernel."""
+
+    def __init__(self, lengths: tuple[int, ...]) -> None:
+        self.shape = (len(lengths), max(lengths))
+        length = torch.tensor(lengths)
+        column = torch.arange(self.shape[1])
+        start = length.cumsum(0) - length
+        inside = column < length[:, None]
+        self.valid = inside
+        self.source = torch.where(inside, start[:, None] + column, 0).flatten()
+        self.place = inside.flatten().nonzero().squeeze(1)
+        self.is_full = bool(inside.all())
+
+    def pad(self, rows: Tensor) -> Tensor:
+        """[T, N, D] -> [S, N, L, D]; what lies past a segment's end is some other row, to be masked or ignored."""
+        grid = rows if self.is_full else rows.index_select(0, self.source)
+        return grid.view(*self.shape, *rows.shape[1:]).transpose(1, 2)
+
+    def unpad(self, grid: Tensor) -> Tensor:
+        """[S, N, L, V] -> [T, N, V]."""
+        rows = grid.transpose(1, 2).flatten(0, 1)
+        return rows if self.is_full else rows.index_select(0, self.place)
+
+
+class PackedAttention(MegatronModule):
+    """The core attention of megatron's MLA: causal, packed, with keys and values gathered over context parallel ranks.
+
+    On CUDA it is torch's variable-length flash kernel; on the CPU the segments are laid out in a padded grid for
+    `scaled_dot_product_attention`.
+    """
+
+    def __init__(
+        self,
+        config: MLATransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
+        attention_dropout: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        assert pg_collection is not None
+        self.softmax_scale = softmax_scale
+        self.context_parallel_group = pg_collection.cp
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: None = None,
+        attn_mask_type: Any = None,
+        packed_seq_params: PackedSequences | None = None,
+    ) -> Tensor:
+        """query [T, N, D], key [T, N, D], value [T, N, V] -> [T, N * V]."""
+        assert packed_seq_params is not None
+        pack = packed_seq_params
+        if pack.key_index is not None:
+            key = self._gather(key).index_select(0, pack.key_index)
+            value = self._gather(value).index_select(0, pack.key_index)
+        attend = self._flash if query.is_cuda else self._dense
+        return attend(query, key, value, pack).flatten(1)
+
+    def _gather(self, rows: Tensor) -> Tensor:
+        return gather_from_sequence_parallel_region(rows.contiguous(), group=self.context_parallel_group)
+
+    def _flash(self, query: Tensor, key: Tensor, value: Tensor, pack: PackedSequences) -> Tensor:
+        from torch.nn.attention.varlen import varlen_attn
+
+        value_size = value.shape[-1]
+        output = varlen_attn(
+            query,
+            key,
+            F.pad(value, (0, query.shape[-1] - value_size)),
+            pack.cu_seqlens_q,
+            pack.cu_seqlens_kv,
+            pack.max_seqlen_q,
+            pack.max_seqlen_kv,
+            scale=self.softmax_scale,
+            window_size=(-1, 0),
+        )
+        return output[..., :value_size]
+
+    def _dense(self, query: Tensor, key: Tensor, value: Tensor, pack: PackedSequences) -> Tensor:
+        queries, keys = pack.query_grid, pack.key_grid
+        assert queries is not None
+        assert keys is not None
+        output = F.scaled_dot_product_attention(
+            queries.pad(query),
+            keys.pad(key),
+            keys.pad(value),
+            attn_mask=None if queries is keys else bottom_right_mask(pack.query_lengths, pack.key_lengths),
+            is_causal=queries is keys,
+            scale=self.softmax_scale,
+        )
+        return queries.unpad(output)
+
+
+def bottom_right_mask(query_lengths: tuple[int, ...], key_lengths: tuple[int, ...]) -> Tensor:
+    """[S, 1, L_q, L_k] True where a query may see a key: the last query of a segment sees all its keys."""
+    query = torch.arange(max(query_lengths))[None, :, None]
+    key = torch.arange(max(key_lengths))[None, None, :]
+    shift = torch.tensor(key_lengths) - torch.tensor(query_lengths)
+    return (key <= query + shift[:, None, None])[:, None]
+
+
+class RotaryTable:
+    """Cosines and sines of every position for the decoupled rotary part of MLA (DeepSeek-V2, arXiv:2405.04434)."""
+
+    def __init__(self, size: int, base: float) -> None:
+        self.inverse_frequency = 1.0 / base ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
+        self._cached = torch.empty(0)
+
+    def __call__(self, position_ids: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """Positions [T], all below `longest` -> cosine and sine [T, 1, R / 2] in fp32."""
+        if self._cached.shape[0] < longest or self._cached.device != position_ids.device:
+            positions = torch.arange(2 ** math.ceil(math.log2(longest)), dtype=torch.float32)
+            angles = torch.outer(positions, self.inverse_frequency)
+            self._cached = torch.stack([angles.cos(), angles.sin()], dim=1).to(position_ids.device)
+        cosine, sine = self._cached[position_ids].unbind(1)
+        return cosine[:, None], sine[:, None]
+
+
+def rotate(interleaved: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotates pairs of neighbours [T, N, R] and leaves them split in halves, as both queries and keys are used."""
+    even, odd = interleaved.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.cat([even * cosine - odd * sine, odd * cosine + even * sine], dim=-1).to(interleaved.dtype)
+
+
+class LatentAttention(MLASelfAttention):
+    """megatron's MLA whose rotary embedding follows the pack's position ids: one gather instead of a loop over
+    sequences, and right under any layout of the tokens over ranks."""
+
+    def __init__(self, config: MLATransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self.rotary_table = RotaryTable(config.qk_pos_emb_head_dim, config.rotary_base)
+
+    def get_query_key_value_tensors(
+        self,
+        hidden_states: Tensor,
+        key_value_states: None = None,
+        position_ids: None = None,
+        packed_seq_params: PackedSequences | None = None,
+        inference_context: None = None,
+        *,
+        inference_params: None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """hidden_states [T (/ TP with sequence parallelism), 1, H] -> query, key [T, N, D], value [T, N, V] and the
+        two compressed latents."""
+        assert packed_seq_params is not None
+        assert packed_seq_params.position_ids is not None
+        config = self.config
+        heads = self.num_attention_heads_per_partition
+        q_compressed = self.q_layernorm(self.linear_q_down_proj(hidden_states)[0].squeeze(1))
+        kv_combined = self.linear_kv_down_proj(hidden_states)[0].squeeze(1)
+        kv_compressed, k_rotary = kv_combined.split([config.kv_lora_rank, config.qk_pos_emb_head_dim], dim=-1)
+        kv_compressed = self.kv_layernorm(kv_compressed)
+        if config.sequence_parallel:
+            k_rotary = gather_from_sequence_parallel_region(k_rotary, group=self.tp_group)
+
+        query = self.linear_q_up_proj(q_compressed)[0].unflatten(-1, (heads, self.q_head_dim))
+        key_value = self.linear_kv_up_proj(kv_compressed)[0]
+        key_value = key_value.unflatten(-1, (heads, config.qk_head_dim + config.v_head_dim))
+        k_content, value = key_value.split([config.qk_head_dim, config.v_head_dim], dim=-1)
+        q_content, q_rotary = query.split([config.qk_head_dim, config.qk_pos_emb_head_dim], dim=-1)
+
+        cosine, sine = self.rotary_table(packed_seq_params.position_ids, packed_seq_params.longest_sequence)
+        q_rotary = rotate(q_rotary, cosine, sine)
+        k_rotary = rotate(k_rotary.unsqueeze(1), cosine, sine).expand(-1, heads, -1)
+        query = torch.cat([q_content, q_rotary], dim=-1)
+        key = torch.cat([k_content, k_rotary], dim=-1)
+        return query, key, value, q_compressed, kv_compressed

@@ -1,0 +1,155 @@
+"""Lets megatron-core 0.16 run on a machine without CUDA, and without Transformer Engine on any machine.
+
+megatron-core names the "cuda" device literally in about forty places. Where CUDA is absent those literals, the streams
+and events, and the CUDA random generator are answered by the CPU, so that the very trainer that runs on H100s runs
+under gloo. Where CUDA is present only the Transformer Engine flags are set right.
+"""
+
+import importlib
+import importlib.util
+import logging
+import warnings
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+
+
+def training_device() -> torch.device:
+    """The device that parameters and batches of this process live on."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
+
+
+def communication_backend() -> str:
+    """torch.distributed's backend for the training device."""
+    return "nccl" if torch.cuda.is_available() else "gloo"
+
+
+def _names_cuda(device: object) -> bool:
+    return (isinstance(device, str) and device.split(":")[0] == "cuda") or (
+        isinstance(device, torch.device) and device.type == "cuda"
+    )
+
+
+class CudaMeansCpu(TorchFunctionMode):
+    """Redirects literal "cuda" devices to the CPU, and lets megatron's checks of tensor type names pass."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.cuda:
+            return args[0]
+        if func is torch.Tensor.type and len(args) == 1 and not kwargs:
+            return func(*args).replace("torch.", "torch.cuda.", 1)
+        if func is torch.Tensor.to and len(args) > 1 and _names_cuda(args[1]):
+            args = (args[0], CPU, *args[2:])
+        if "device" in kwargs and _names_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": CPU}
+        if "pin_memory" in kwargs:
+            kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"}
+        return func(*args, **kwargs)
+
+
+class _NoStream:
+    """A CUDA stream or event of a machine where everything happens at once and in order."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def record_event(self, *_: Any) -> "_NoStream":
+        return self
+
+    def wait_stream(self, *_: Any) -> None:
+        pass
+
+    wait_event = record = wait = synchronize = wait_stream
+
+    def query(self) -> bool:
+        return True
+
+    def __enter__(self) -> "_NoStream":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+
+def _replace_cuda_runtime() -> None:
+    stream = _NoStream()
+    replacements: dict[str, Any] = {
+        "current_device": lambda: CPU,
+        "set_device": lambda *_: None,
+        "synchronize": lambda *_: None,
+        "empty_cache": lambda: None,
+        "Stream": _NoStream,
+        "Event": _NoStream,
+        "current_stream": lambda *_: stream,
+        "default_stream": lambda *_: stream,
+        "stream": lambda chosen: chosen,
+        "manual_seed": torch.manual_seed,
+        "get_rng_state": lambda *_: torch.get_rng_state(),
+    }
+    for name, replacement in replacements.items():
+        setattr(torch.cuda, name, replacement)
+
+
+def _use_cpu_random_state() -> None:
+    import megatron.core.tensor_parallel.random as random
+
+    random._get_cuda_rng_state = lambda device="cuda", clone=False, graph_safe=False: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+    logging.getLogger(random.__name__).addFilter(lambda record: "CPU RNG state changed" not in record.getMessage())
+
+
+def _leave_dispatcher_splits_on_cpu() -> None:
+    """The all-to-all dispatcher hands its splits over as numpy arrays, but converts CUDA tensors only."""
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.detach().numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    moe_utils.maybe_move_tensor_to_cpu = to_cpu
+    token_dispatcher.maybe_move_tensor_to_cpu = to_cpu
+
+
+def _import_without_compiler() -> None:
+    """megatron compiles its small functions, which takes half a minute on a CPU and gains nothing there. What compiles
+    them is chosen when megatron is first imported."""
+    with mock.patch.object(torch, "compile", lambda function: function):
+        importlib.import_module("megatron.core.jit")
+
+
+def _acknowledge_absent_transformer_engine() -> None:
+    """megatron-core believes that Transformer Engine is there because its wrapper module imports with mocks."""
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.multi_latent_attention as multi_latent_attention
+
+    multi_latent_attention.HAVE_TE = False
+    if not hasattr(moe_utils, "te_general_gemm"):
+        moe_utils.te_general_gemm = None
+
+
+_prepared = False
+
+
+def prepare() -> None:
+    """Applies what this machine needs, once a process."""
+    global _prepared
+    if _prepared:
+        return
+    _prepared = True
+    # megatron announces in every process that Apex and Transformer Engine are absent, which is as we want it.
+    warnings.filterwarnings("ignore", message=".*(Apex is|Apex are) not installed.*")
+    warnings.filterwarnings("ignore", message="full scope is deprecated")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    if not torch.cuda.is_available():
+        _import_without_compiler()
+        _replace_cuda_runtime()
+        _use_cpu_random_state()
+        _leave_dispatcher_splits_on_cpu()
+        CudaMeansCpu().__enter__()
+    if importlib.util.find_spec("transformer_engine") is None:
+        _acknowledge_absent_transformer_engine()

@@ -1,0 +1,137 @@
+"""The norm, the routed experts and the multi-token-prediction layer that megatron's local layer spec is built with.
+
+Letters: R rows (token, expert) pairs on this rank, E experts of this rank, H hidden size, F expert width of this rank.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
+from megatron.core.utils import make_viewless_tensor
+from torch import Tensor
+
+LATENT_NORM_EPSILON = 1e-6
+"""The epsilon of q_a_layernorm and kv_a_layernorm, which transformers fixes apart from rms_norm_eps."""
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """Root-mean-square norm (arXiv:1910.07467); under sequence parallelism its gradient is summed over TP ranks."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+
+class LatentRMSNorm(RMSNorm):
+    """The norm of MLA's compressed queries and keys."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float) -> None:
+        super().__init__(config, hidden_size, eps=LATENT_NORM_EPSILON)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """`grouped_linear` where torch has no grouped kernel: a matrix product an expert, one autograd node for all."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(rows, weight)
+        ctx.counts = counts
+        output = rows.new_empty(rows.shape[0], weight.shape[1])
+        for expert, (source, target) in enumerate(zip(rows.split(counts), output.split(counts), strict=True)):
+            torch.mm(source, weight[expert].t(), out=target)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        rows, weight = ctx.saved_tensors
+        grad_rows, grad_weight = torch.empty_like(rows), torch.empty_like(weight)
+        parts = zip(grad.split(ctx.counts), rows.split(ctx.counts), grad_rows.split(ctx.counts), strict=True)
+        for expert, (grad_part, rows_part, grad_rows_part) in enumerate(parts):
+            torch.mm(grad_part, weight[expert], out=grad_rows_part)
+            torch.mm(grad_part.t(), rows_part, out=grad_weight[expert])
+        return grad_rows, grad_weight, None
+
+
+def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Rows [R, in] sorted by expert, weight [E, out, in], rows of each expert [E] -> [R, out]."""
+    if rows.is_cuda:
+        offsets = counts.to(rows.device).cumsum(0, dtype=torch.int32)
+        return F.grouped_mm(rows, weight.transpose(1, 2), offs=offsets)
+    return _GroupedLinear.apply(rows, weight, counts.tolist())
+
+
+class GroupedExperts(MegatronModule):
+    """All SwiGLU experts of a rank in two tensors, run by torch's grouped matrix product.
+
+    `linear_fc1` [E, 2, F, H] holds gate and up projections, `linear_fc2` [E, H, F] the down projection: every axis that
+    a layout splits (experts over EP, width over expert-TP) is an axis of its own, so a checkpoint is a plain sharding.
+    """
+
+    def __init__(
+        self, num_local_experts: int, config: TransformerConfig, pg_collection: ProcessGroupCollection
+    ) -> None:
+        super().__init__(config=config)
+        self.num_local_experts = num_local_experts
+        self.ep_group, self.tp_group, self.dp_group = pg_collection.ep, pg_collection.expt_tp, pg_collection.expt_dp
+        width, hidden = config.moe_ffn_hidden_size // self.tp_group.size(), config.hidden_size
+        self.linear_fc1 = self._parameter((num_local_experts, 2, width, hidden), tensor_parallel_axis=2)
+        self.linear_fc2 = self._parameter((num_local_experts, hidden, width), tensor_parallel_axis=2)
+
+    def _parameter(self, shape: tuple[int, ...], tensor_parallel_axis: int) -> torch.nn.Parameter:
+        device = torch.cuda.current_device()
+        parameter = torch.nn.Parameter(torch.empty(shape, dtype=self.config.params_dtype, device=device))
+        self.config.init_method(parameter)
+        set_tensor_model_parallel_attributes(parameter, True, tensor_parallel_axis, 1)
+        # Expert gradients are summed over the expert data-parallel group, also when EP is 1 and TP ranks that see
+        # different tokens hold copies of the same experts.
+        parameter.allreduce = False  # type: ignore[attr-defined]
+        return parameter
+
+    def forward(self, rows: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
+        """rows [R, H] sorted by expert, tokens_per_expert [E], probs [R] -> [R, H], no bias."""
+        gate, up = grouped_linear(rows, self.linear_fc1.flatten(1, 2), tokens_per_expert).chunk(2, dim=-1)
+        activated = (F.silu(gate) * up * probs.unsqueeze(-1)).to(rows.dtype)
+        return grouped_linear(activated, self.linear_fc2, tokens_per_expert), None
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> ShardedStateDict:
+        """The two tensors, split over EP along experts and over expert-TP along the width."""
+        ensure_metadata_has_dp_cp_group(metadata)
+        first = len(sharded_offsets)
+        sharded: ShardedStateDict = {}
+        for name, tensor in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2)):
+            key = f"{prefix}{name}"
+            sharded[key] = ShardedTensor.from_rank_offsets(
+                key,
+                tensor,
+                *sharded_offsets,
+                (first, self.ep_group.rank(), self.ep_group.size()),
+                (first + 2, self.tp_group.rank(), self.tp_group.size()),
+                replica_id=(0, 0, self.dp_group.rank()),
+                prepend_axis_num=first,
+            )
+        return sharded
+
+
+class MTPLayer(MultiTokenPredictionLayer):
+    """megatron's multi-token-prediction layer, given token and position ids that are already those of the next token."""
+
+    def _get_embeddings(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        embedding: Any,
+        hidden_states: Tensor,
+        packed_seq_params: Any = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        hidden_states = make_viewless_tensor(inp=hidden_states, requires_grad=True, keep_graph=True)
+        return input_ids, position_ids, embedding(input_ids=input_ids, position_ids=position_ids), hidden_states

@@ -1,0 +1,103 @@
+"""megatron's data-parallel wrapper, distributed optimizer and learning-rate schedule, built from the configuration."""
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer import MLATransformerConfig
+
+from recipe.config import Config
+from recipe.megatron import adam
+from recipe.megatron.model import PolicyModel
+
+
+def wrap_data_parallel(
+    transformer: MLATransformerConfig, chunks: list[PolicyModel], config: Config
+) -> list[DistributedDataParallel]:
+    """Each pipeline chunk with its gradient buffers, sharded for the distributed optimizer."""
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        grad_reduce_in_fp32=config.misc.accumulate_allreduce_grads_in_fp32,
+        overlap_grad_reduce=False,
+        overlap_param_gather=False,
+    )
+    return [
+        DistributedDataParallel(transformer, ddp_config, chunk, disable_bucketing=number > 0)
+        for number, chunk in enumerate(chunks)
+    ]
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """The optimizer over all chunks and its schedule."""
+
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler
+
+    @property
+    def step_count(self) -> int:
+        """Optimizer steps taken."""
+        counts = {group["step"] for inner in self._inner() for group in inner.param_groups}
+        assert len(counts) == 1, f"optimizer groups disagree on their step: {counts}"
+        return counts.pop()
+
+    def set_step_count(self, count: int) -> None:
+        """Restores the steps taken, in the optimizer and in the schedule."""
+        for inner in self._inner():
+            for group in inner.param_groups:
+                group["step"] = count
+        self.scheduler.num_steps = 0
+        self.scheduler.step(increment=count)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the next step."""
+        return max(group["lr"] for inner in self._inner() for group in inner.param_groups)
+
+    def _inner(self) -> list[adam.Adam]:
+        return [part.optimizer for part in self.optimizer.chained_optimizers if not part.is_stub_optimizer]
+
+
+def build_optimization(chunks: list[DistributedDataParallel], config: Config) -> Optimization:
+    """AdamW on the device or, with `--optimizer-cpu-offload`, in host memory. All its state is allocated here."""
+    settings = config.optimizer
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        bf16=config.model.bf16,
+        params_dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
+        use_distributed_optimizer=True,
+    )
+    if settings.optimizer_cpu_offload:
+        # Set after construction: the constructor insists on Transformer Engine for optimizers that own their masters.
+        optimizer_config.use_precision_aware_optimizer = True
+        optimizer_config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
+        optimizer_config.store_param_remainders = False
+    adam.install(adam.HostAdam if settings.optimizer_cpu_offload else adam.Adam)
+    optimizer = get_megatron_optimizer(optimizer_config, chunks)
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.lr_warmup_iters,
+        lr_decay_steps=settings.lr_decay_iters or max(config.total_steps, settings.lr_warmup_iters + 1),
+        lr_decay_style=settings.lr_decay_style,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+    optimization = Optimization(optimizer, scheduler)
+    for inner in optimization._inner():
+        inner.allocate()
+    return optimization

@@ -1,0 +1,135 @@
+"""What one training rank can do: the verbs that the loop calls, with nothing of Ray or of rollouts in them."""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from recipe.config import Architecture, Config
+from recipe.errors import UserError
+from recipe.megatron import checkpoint, layout
+from recipe.megatron.layout import Rendezvous
+from recipe.megatron.model import build_chunks
+from recipe.megatron.optimizer import build_optimization, wrap_data_parallel
+from recipe.megatron.step import (
+    LossFunction,
+    Microbatches,
+    clipped_step,
+    finalize_gradients,
+    forward_backward,
+    policy_loss_config,
+    response_log_probs,
+)
+from recipe.megatron.weights import gathered_weights, load_hugging_face, named_weights
+from recipe.messages import FloatArray, Progress, StepReport
+from recipe.weights.hf_files import HuggingFaceCheckpoint, write_checkpoint
+
+
+class TrainerRank:
+    """One process of the trainer: its shard of the policy, of the optimizer and, if a KL term needs it, of the
+    reference model, which rests in host memory."""
+
+    def __init__(self, config: Config, architecture: Architecture, rendezvous: Rendezvous) -> None:
+        self.config, self.architecture = config, architecture
+        layout.join(rendezvous, config, architecture)
+        self.is_first = rendezvous.rank == 0
+        self.chunks = build_chunks(config, architecture)
+        transformer = self.chunks[0].config
+        self.replicas = wrap_data_parallel(transformer, self.chunks, config)
+        self.optimization = build_optimization(self.replicas, config)
+        transformer.finalize_model_grads_func = finalize_gradients
+        transformer.grad_scale_func = self.optimization.optimizer.scale_loss
+        self.loss_function = LossFunction(policy_loss_config(config), config.is_sft, config.mtp.mtp_loss_scaling_factor)
+        self.reference: dict[str, Tensor] = {}
+
+    def load(self) -> Progress:
+        """Takes the newest checkpoint of `--load`, or else starting weights: `--ref-load` (torch_dist), or the Hugging
+        Face checkpoint. Returns how far the run has come."""
+        settings = self.config.checkpoint
+        newest = checkpoint.latest(settings.load) if settings.load else None
+        if newest is None or self.config.needs_reference:
+            self._load_starting_weights()
+        if self.config.needs_reference:
+            self.reference = {name: weight.cpu().clone() for name, weight in named_weights(self.chunks).items()}
+        if newest is None:
+            self.optimization.optimizer.reload_model_params()
+            return Progress()
+        if settings.no_load_optim:
+            checkpoint.load_weights(newest, self.chunks)
+            self.optimization.optimizer.reload_model_params()
+            return checkpoint.read_progress(newest)
+        return checkpoint.load(newest, self.chunks, self.optimization)
+
+    def _load_starting_weights(self) -> None:
+        converted = self.config.checkpoint.ref_load
+        if converted is not None:
+            checkpoint.load_weights(converted, self.chunks)
+        else:
+            source = HuggingFaceCheckpoint(self.config.model.hf_checkpoint)
+            load_hugging_face(self.chunks, self.architecture, source)
+
+    def own_shard(self, shards: Sequence[Microbatches]) -> Microbatches:
+        """Of the microbatches of every data-parallel rank, this one's."""
+        return shards[parallel_state.get_data_parallel_rank()]
+
+    def log_probs(self, microbatches: Microbatches) -> dict[int, FloatArray]:
+        """Response log-probabilities [R] of the policy as it is, by sample index; see `response_log_probs`."""
+        return response_log_probs(self.replicas, microbatches)
+
+    def reference_log_probs(self, microbatches: Microbatches) -> dict[int, FloatArray]:
+        """Response log-probabilities [R] of the reference model, by sample index."""
+        with self._reference_weights():
+            return response_log_probs(self.replicas, microbatches)
+
+    @contextmanager
+    def _reference_weights(self) -> Iterator[None]:
+        weights = named_weights(self.chunks)
+        policy = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
+        with torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(self.reference[name])
+            try:
+                yield
+            finally:
+                for name, weight in weights.items():
+                    weight.copy_(policy[name])
+
+    def train_step(self, microbatches: Microbatches) -> StepReport:
+        """One optimizer step on this rank's microbatches of a batch."""
+        learning_rate = self.optimization.learning_rate
+        metrics = forward_backward(self.replicas, microbatches, self.loss_function)
+        norm = clipped_step(self.optimization.optimizer, self.config.optimizer.clip_grad)
+        if taken := math.isfinite(norm):
+            self.optimization.scheduler.step(increment=1)
+        return StepReport(metrics.loss, metrics.mtp_loss, norm, learning_rate, skipped=not taken)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every Hugging Face tensor of the policy, in turn; a collective, see `gathered_weights`."""
+        return gathered_weights(self.chunks, self.architecture)
+
+    def save(self, directory: Path, progress: Progress) -> None:
+        """Writes a checkpoint. Raises UserError if it cannot be written; the older ones stay."""
+        try:
+            checkpoint.save(directory, self.chunks, self.optimization, progress, self.config.checkpoint.save_keep)
+        except OSError as error:
+            raise UserError(
+                f"the checkpoint of rollout {progress.rollouts} cannot be written to {directory} ({error.strerror}): "
+                "free some space and start again with --load; the last good checkpoint is whole"
+            ) from error
+
+    def export_hugging_face(self, directory: Path) -> None:
+        """Writes the policy as a Hugging Face checkpoint, its files carried over from the starting checkpoint."""
+        tensors = ((name, tensor.cpu()) for name, tensor in self.weights())
+        if self.is_first:
+            write_checkpoint(tensors, directory, companions=self.config.model.hf_checkpoint)
+        else:
+            for _ in tensors:
+                pass
+
+    def close(self) -> None:
+        """Leaves the process groups."""
+        layout.leave()

@@ -1,0 +1,203 @@
+"""Forward and backward over a rank's microbatches: one optimizer step, or the log-probabilities of given samples."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from recipe.config import Config
+from recipe.grpo.kl import KLEstimator
+from recipe.grpo.loss import LossMetrics, Metric, PolicyLossConfig, PolicyLossInputs, policy_loss, sft_loss
+from recipe.megatron.microbatch import MicroBatch, TokenLayout, build_microbatch
+from recipe.megatron.model import ModelOutput
+from recipe.messages import FloatArray, TrainSample
+
+Microbatches = Sequence[Sequence[TrainSample]]
+
+
+def token_layout() -> TokenLayout:
+    """This rank's share of a pack."""
+    return TokenLayout(
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=parallel_state.get_context_parallel_world_size(),
+        token_multiple=parallel_state.get_tensor_model_parallel_world_size(),
+    )
+
+
+def policy_loss_config(config: Config) -> PolicyLossConfig:
+    """The loss that this run's flags describe."""
+    grpo = config.grpo
+    return PolicyLossConfig(
+        eps_clip=grpo.eps_clip,
+        eps_clip_high=grpo.eps_clip_high,
+        eps_clip_c=grpo.eps_clip_c,
+        entropy_coef=grpo.entropy_coef,
+        kl_loss_coef=grpo.kl_loss_coef if grpo.use_kl_loss else 0.0,
+        kl_estimator=KLEstimator(grpo.kl_loss_type),
+        use_tis=grpo.use_tis,
+        tis_clip=grpo.tis_clip,
+        tis_clip_low=grpo.tis_clip_low,
+    )
+
+
+@dataclass(frozen=True)
+class LossFunction:
+    """The loss of a pack, as megatron's schedule calls it on the last pipeline stage."""
+
+    config: PolicyLossConfig
+    is_sft: bool
+    mtp_scale: float
+
+    def __call__(self, batch: MicroBatch, output: ModelOutput) -> tuple[Tensor, Tensor, tuple[LossMetrics, Tensor]]:
+        """(loss, tokens, metrics): the loss already carries the whole batch's denominators, so tokens count nothing."""
+        if self.is_sft:
+            result = sft_loss(output.log_probs, batch.weights)
+        else:
+            assert batch.advantages is not None
+            inputs = PolicyLossInputs(
+                log_probs=output.log_probs,
+                advantages=batch.advantages,
+                weights=batch.weights,
+                old_log_probs=batch.old_log_probs,
+                rollout_log_probs=batch.rollout_log_probs,
+                ref_log_probs=batch.ref_log_probs,
+                entropy=output.entropy,
+            )
+            result = policy_loss(inputs, self.config)
+        loss, mtp_loss = result.loss, result.loss.new_zeros(())
+        if output.mtp_log_probs.numel():
+            mtp_loss = sft_loss(output.mtp_log_probs, batch.mtp_weights).loss
+            loss = loss + self.mtp_scale * mtp_loss
+        return loss, torch.zeros((), dtype=torch.int), (result.metrics, mtp_loss.detach())
+
+
+def _run(
+    chunks: Sequence[DistributedDataParallel],
+    microbatches: Microbatches,
+    loss_function: Callable[[MicroBatch, ModelOutput], object],
+    *,
+    with_entropy: bool,
+    forward_only: bool,
+) -> list:
+    layout = token_layout()
+
+    def batches() -> Iterator[MicroBatch]:
+        return (build_microbatch(samples, layout) for samples in microbatches)
+
+    def forward_step(batch_of: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple:
+        batch = next(batch_of)
+        return model(batch.inputs, with_entropy=with_entropy), partial(loss_function, batch)
+
+    iterators = [batches() for _ in chunks]
+    return get_forward_backward_func()(
+        forward_step_func=forward_step,
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=list(chunks) if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(microbatches),
+        seq_length=1,
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """Of a whole batch, the same on every rank."""
+
+    loss: dict[Metric, float]
+    mtp_loss: float
+
+
+def forward_backward(
+    chunks: Sequence[DistributedDataParallel], microbatches: Microbatches, loss_function: LossFunction
+) -> StepMetrics:
+    """Accumulates the gradients of `microbatches` and sums them over data-parallel ranks."""
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
+    results = _run(chunks, microbatches, loss_function, with_entropy=not loss_function.is_sft, forward_only=False)
+    reported: list[StepMetrics | None] = [None]
+    if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+        reported[0] = _summed_over_ranks(results)
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        source = parallel_state.get_pipeline_model_parallel_last_rank()
+        dist.broadcast_object_list(reported, src=source, group=parallel_state.get_pipeline_model_parallel_group())
+    assert reported[0] is not None
+    return reported[0]
+
+
+def _summed_over_ranks(results: list[tuple[LossMetrics, Tensor]]) -> StepMetrics:
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+
+    def reduce(vector: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+        dist.all_reduce(vector, op=op, group=group)
+        return vector
+
+    first, *others = (metrics for metrics, _ in results)
+    loss = sum(others, start=first).reduced(
+        lambda vector: reduce(vector, dist.ReduceOp.SUM), lambda vector: reduce(vector, dist.ReduceOp.MAX)
+    )
+    mtp_loss = reduce(torch.stack([mtp_loss for _, mtp_loss in results]).sum(), dist.ReduceOp.SUM)
+    return StepMetrics(loss, mtp_loss.item())
+
+
+def response_log_probs(chunks: Sequence[DistributedDataParallel], microbatches: Microbatches) -> dict[int, FloatArray]:
+    """Log-probabilities [R] of each sample's response, by sample index, under the weights as they are.
+
+    They are returned on the last pipeline stage, by tensor- and context-parallel rank 0; elsewhere nothing is."""
+
+    def collect(batch: MicroBatch, output: ModelOutput) -> tuple[Tensor, Tensor, tuple[MicroBatch, Tensor]]:
+        return output.log_probs.sum(), torch.zeros((), dtype=torch.int), (batch, output.log_probs)
+
+    with torch.no_grad():
+        results = _run(chunks, microbatches, collect, with_entropy=False, forward_only=True)
+    found: dict[int, FloatArray] = {}
+    if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+        return found
+    for samples, (batch, log_probs) in zip(microbatches, results, strict=True):
+        found |= _by_sample(samples, batch, log_probs)
+    speaks = parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_context_parallel_rank() == 0
+    return found if speaks else {}
+
+
+def _by_sample(samples: Sequence[TrainSample], batch: MicroBatch, log_probs: Tensor) -> dict[int, FloatArray]:
+    """The pack's log-probabilities cut by sample; each context-parallel rank adds the tokens that it computed."""
+    lengths = [sample.response_length for sample in samples]
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    place = starts[torch.from_numpy(batch.sample_of)] + torch.from_numpy(batch.offset_of)
+    whole = log_probs.new_zeros(sum(lengths))
+    whole[place.to(whole.device)] = log_probs
+    if parallel_state.get_context_parallel_world_size() > 1:
+        dist.all_reduce(whole, group=parallel_state.get_context_parallel_group())
+    parts = whole.cpu().split(lengths)
+    return {sample.index: part.numpy().copy() for sample, part in zip(samples, parts, strict=True)}
+
+
+def finalize_gradients(model: list, num_tokens: Tensor | None = None, **groups: Any) -> None:
+    """megatron's finish of the gradients, without its division by tokens: the loss holds its denominators."""
+    finalize_model_grads(model, None, **groups)
+
+
+def clipped_step(optimizer: MegatronOptimizer, clip_grad: float) -> float:
+    """Clips the gradients to the global norm `clip_grad` (0: not at all) and steps. Returns the norm before clipping;
+    where that is not finite, on any rank, nothing is changed."""
+    optimizer.prepare_grads()
+    norm = float(optimizer.get_grad_norm())
+    if not math.isfinite(norm):
+        return norm
+    if clip_grad > 0:
+        for part in optimizer.chained_optimizers:
+            if not part.is_stub_optimizer and (parameters := part.get_parameters()):
+                decoupled = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+                clip_grad_by_total_norm_fp32(parameters, clip_grad, norm, use_decoupled_grad=decoupled)
+    optimizer.step_with_ready_grads()
+    return norm

@@ -1,0 +1,71 @@
+"""What the loop and the trainer tell each other: plain data, cheap to send."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recipe.grpo.loss import Metric
+
+FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class TrainSample:
+    """One sequence to train on. L is its length in tokens, R that of its response, which ends it."""
+
+    index: int
+    """Its number in the run."""
+    tokens: NDArray[np.int64]
+    """[L] prompt and response."""
+    loss_mask: NDArray[np.bool_]
+    """[R] which response tokens are trained on."""
+    weight: float = 0.0
+    """Weight in the loss of each trained token, known once the batch is; see `recipe.grpo.reduction`."""
+    advantages: FloatArray | None = None
+    """[R]; None for supervised training."""
+    rollout_log_probs: FloatArray | None = None
+    """[R] as the engine reported them."""
+    old_log_probs: FloatArray | None = None
+    """[R] of the policy that the rollout was made with; None where a rollout has one step."""
+    ref_log_probs: FloatArray | None = None
+    """[R] of the reference model; None where no KL term needs it."""
+
+    @property
+    def length(self) -> int:
+        """L."""
+        return len(self.tokens)
+
+    @property
+    def response_length(self) -> int:
+        """R."""
+        return len(self.loss_mask)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step, the same on every rank."""
+
+    loss: dict[Metric, float]
+    mtp_loss: float
+    grad_norm: float
+    """Before clipping."""
+    learning_rate: float
+    skipped: bool
+    """The gradients were not finite, and nothing was changed."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come: what a resumed run needs besides weights and optimizer. Random streams have no state of
+    their own (`recipe.seeds`): these numbers name them."""
+
+    rollouts: int = 0
+    """Finished rollouts: the number of the next one."""
+    optimizer_steps: int = 0
+    """Taken; skipped ones do not count."""
+    skipped_steps: int = 0
+    consecutive_skips: int = 0
+    data: dict[str, Any] = field(default_factory=dict)
+    """State of the prompt source."""

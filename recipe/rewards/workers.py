@@ -1,0 +1,128 @@
+"""Calls that may hang, in processes that may be killed.
+
+A worker is a fresh interpreter that serves one function (`recipe.rewards.serve`), one call at a time. A call that
+exceeds its time has its worker killed, and the next call gets a new one. Nothing needs the main thread or signals in
+the parent. Workers die with the parent, even if it is killed.
+"""
+
+import os
+import queue
+import subprocess
+import sys
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import Pipe
+
+from recipe.errors import UserError
+
+START_TIMEOUT_S = 120.0
+"""For importing the function's module on a busy machine; not part of the time of a call."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call came to: its value, or why there is none."""
+
+    value: bool | None
+    failure: str = ""
+
+
+class Worker:
+    """One process. Its methods may be called by one thread at a time, except `kill`."""
+
+    def __init__(self, target: str) -> None:
+        self._connection, theirs = Pipe()
+        descriptor = theirs.fileno()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "recipe.rewards.serve", str(descriptor), target],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            pass_fds=[descriptor],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        theirs.close()
+        self._ready = False
+
+    def call(self, arguments: tuple[str, ...], timeout_s: float) -> Outcome:
+        """Calls the function; the worker is dead afterwards if the outcome is that it took too long or died.
+
+        Raises UserError if the function cannot be imported.
+        """
+        try:
+            self._wait_until_ready()
+            self._connection.send(arguments)
+            if self._connection.poll(timeout_s):
+                return Outcome(*self._connection.recv())
+        except (EOFError, OSError):
+            self.kill()
+            return Outcome(None, f"the grading process died with status {self._process.returncode}")
+        self.kill()
+        return Outcome(None, f"no result within {timeout_s:g} s")
+
+    def _wait_until_ready(self) -> None:
+        if self._ready:
+            return
+        problem = self._connection.recv() if self._connection.poll(START_TIMEOUT_S) else "it never became ready"
+        if problem:
+            self.kill()
+            raise UserError(f"the grading process cannot start: {problem}")
+        self._ready = True
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+class WorkerPool:
+    """At most `size` workers for `target` ("module:function", texts -> bool), each started when it is first needed."""
+
+    def __init__(self, target: str, *, size: int, timeout_s: float) -> None:
+        self._target = target
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._closed = False
+        self._workers: set[Worker] = set()
+        self._idle: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()
+        for _ in range(size):
+            self._idle.put(None)
+        self._threads = ThreadPoolExecutor(size, thread_name_prefix="grader")
+
+    def submit(self, *arguments: str) -> Future[Outcome]:
+        """Queues a call; its time counts from when a worker takes it up."""
+        return self._threads.submit(self._call, arguments)
+
+    def close(self) -> None:
+        """Kills the workers. Calls that are queued are cancelled; one in progress fails."""
+        with self._lock:
+            self._closed = True
+            for worker in self._workers:
+                worker.kill()
+        self._threads.shutdown(cancel_futures=True)
+
+    def _call(self, arguments: tuple[str, ...]) -> Outcome:
+        worker = self._idle.get()
+        try:
+            if worker is None or not worker.alive:
+                worker = self._replace(worker)
+            return worker.call(arguments, self._timeout_s)
+        finally:
+            self._idle.put(worker)
+
+    def _replace(self, dead: Worker | None) -> Worker:
+        """A new worker. This thread lives as long as the pool, as it must: the kernel kills a worker with the thread
+        that started it (prctl(2), PR_SET_PDEATHSIG)."""
+        with self._lock:
+            if dead is not None:
+                self._workers.discard(dead)
+            if self._closed:
+                raise RuntimeError("the pool of grading processes is closed")
+            worker = Worker(self._target)
+            self._workers.add(worker)
+            return worker

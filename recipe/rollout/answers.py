@@ -1,0 +1,43 @@
+"""Reads SGLang's answer to /generate."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from recipe.rollout.errors import EngineAnswerError
+from recipe.rollout.sample import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class SampleAnswer:
+    """New tokens of one sample; the three lists have one length."""
+
+    ids: list[int]
+    log_probs: list[float]
+    versions: list[str]
+    finish_reason: FinishReason
+    text: str
+
+
+def read_sample(answer: Mapping[str, Any]) -> SampleAnswer:
+    """One item of SGLang's answer. Raises EngineAnswerError if it lacks what a sample needs."""
+    try:
+        ids = list(answer["output_ids"])
+        meta = answer["meta_info"]
+        log_probs = [entry[0] for entry in meta["output_token_logprobs"]]
+        finish_reason = FinishReason(meta["finish_reason"]["type"])
+        versions = _token_versions(meta, len(ids))
+    except (KeyError, TypeError, ValueError) as error:
+        raise EngineAnswerError(f"the engine's answer is not SGLang's: {error!r}") from error
+    if len(log_probs) != len(ids):
+        raise EngineAnswerError(f"the engine answered {len(ids)} tokens with {len(log_probs)} log-probs")
+    return SampleAnswer(ids, log_probs, versions, finish_reason, answer.get("text", ""))
+
+
+def _token_versions(meta: Mapping[str, Any], count: int) -> list[str]:
+    """The weight version of each token: from SGLang's spans, or one for all where a server knows no spans."""
+    versions: list[str] = [meta["weight_version"]] * count
+    for span in meta.get("weight_versions", ()):
+        start, end = span["start"], min(span["end"], count)
+        versions[start:end] = [span["version"]] * (end - start)
+    return versions

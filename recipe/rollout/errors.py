@@ -1,0 +1,42 @@
+"""What can go wrong between the trainer and an engine."""
+
+import json
+
+from recipe.errors import UserError
+
+
+class EngineError(UserError):
+    """An engine failed; the sentence says which and how."""
+
+
+class EngineUnreachable(EngineError):
+    """An engine did not answer: dead, too slow, or broken inside. The request may be sent again."""
+
+
+class EngineRefused(EngineError):
+    """An engine finds a request wrong; sending it again would not help."""
+
+    def __init__(self, address: str, status: int, body: str) -> None:
+        super().__init__(f"{address} refused with status {status}: {_message(body)}")
+        self.status = status
+
+
+class EngineAnswerError(EngineError):
+    """An answer that is not in SGLang's form."""
+
+
+class StaleWeights(EngineError):
+    """Tokens that were made under other weights than the rollout is for."""
+
+
+def _message(body: str) -> str:
+    """The sentence in SGLang's error shapes, or the body itself."""
+    try:
+        answer = json.loads(body)
+    except json.JSONDecodeError:
+        return body.strip()
+    match answer:
+        case {"error": {"message": message}} | {"message": message}:
+            return str(message)
+        case _:
+            return body.strip()

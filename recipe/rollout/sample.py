@@ -1,0 +1,97 @@
+"""Samples: what the engines made of a prompt, and all that is known of every token of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from recipe.data.prompts import Prompt
+from recipe.rewards import Grade
+
+
+class FinishReason(StrEnum):
+    """Why a response ended."""
+
+    STOP = "stop"
+    """An end token or a stop string."""
+    LENGTH = "length"
+    """The longest response allowed: the text is cut."""
+    ABORT = "abort"
+    """The engine was told to stop; the response may be continued later."""
+
+
+@dataclass(slots=True)
+class Sample:
+    """One response to a prompt. The four per-token lists grow together, by `append` and nothing else."""
+
+    index: int
+    """Unique in the run."""
+    group_index: int
+    """The group's number in the run, shared by all samples of one prompt."""
+    prompt: Prompt
+    response_ids: list[int] = field(default_factory=list)
+    loss_mask: list[int] = field(default_factory=list)
+    """1: the token is trained on."""
+    rollout_log_probs: list[float] = field(default_factory=list)
+    """Log-prob of each response token under the engine's weights and sampling temperature."""
+    weight_versions: list[str] = field(default_factory=list)
+    """Version of the weights that made each response token."""
+    finish_reason: FinishReason | None = None
+    response: str = ""
+    """The response as the engine decoded it."""
+    grade: Grade | None = None
+
+    def append(
+        self, ids: Sequence[int], log_probs: Sequence[float], versions: Sequence[str], *, trainable: bool = True
+    ) -> None:
+        """Adds response tokens. Raises ValueError, and adds nothing, if the three do not have one length."""
+        if not len(ids) == len(log_probs) == len(versions):
+            raise ValueError(
+                f"sample {self.index}: {len(ids)} tokens, {len(log_probs)} log-probs and {len(versions)} versions"
+            )
+        self.response_ids.extend(ids)
+        self.loss_mask.extend([int(trainable)] * len(ids))
+        self.rollout_log_probs.extend(log_probs)
+        self.weight_versions.extend(versions)
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        return self.prompt.ids
+
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and response."""
+        return [*self.prompt.ids, *self.response_ids]
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and response."""
+        return len(self.prompt.ids) + len(self.response_ids)
+
+    @property
+    def response_length(self) -> int:
+        return len(self.response_ids)
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish_reason is FinishReason.LENGTH
+
+    @property
+    def reward(self) -> float | None:
+        """The grade's reward; None before grading."""
+        return None if self.grade is None else self.grade.reward
+
+
+@dataclass(frozen=True, slots=True)
+class SampleGroup:
+    """All samples of one prompt: the unit of GRPO's advantage, of the prefix cache, and of a request."""
+
+    index: int
+    """The group's number in the run."""
+    prompt: Prompt
+    samples: tuple[Sample, ...]
+
+    @classmethod
+    def of(cls, prompt: Prompt, index: int, n_samples: int) -> "SampleGroup":
+        """A group of empty samples, numbered `index * n_samples` and on."""
+        first = index * n_samples
+        return cls(index, prompt, tuple(Sample(first + i, index, prompt) for i in range(n_samples)))

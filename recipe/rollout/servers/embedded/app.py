@@ -1,0 +1,289 @@
+"""SGLang's HTTP API over the embedded engine.
+
+Differences from SGLang 0.5.21, all on the side of leniency or safety: a tensor update needs no session, an
+out-of-vocabulary input id is refused (SGLang's server dies), and sampling parameters it does not know are errors.
+"""
+
+import asyncio
+import json
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from pydantic import BaseModel
+
+from recipe.rollout.servers.embedded.engine import MEMORY_TAGS, Engine, PauseMode
+from recipe.rollout.servers.embedded.protocol import (
+    GenerateBody,
+    Limits,
+    RequestError,
+    SeedSource,
+    answer,
+    read_sequences,
+)
+from recipe.rollout.servers.embedded.sequence import Sequence
+from recipe.rollout.servers.embedded.weights import WeightError
+from recipe.rollout.weights_payload import PayloadError, deserialize_named_tensors
+
+CLIENT_CLOSED_REQUEST = 499
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What the routes serve, once it is loaded."""
+
+    engine: Engine
+    limits: Limits
+    seeds: SeedSource
+    model_path: Path
+    model_type: str
+    architectures: list[str]
+    max_running_requests: int
+
+
+class TensorUpdateBody(BaseModel):
+    serialized_named_tensors: list[str]
+    """One for each tensor-parallel rank; this engine is one rank."""
+    load_format: str | None = None
+    flush_cache: bool = True
+    abort_all_requests: bool = False
+    weight_version: str | None = None
+
+
+class DiskUpdateBody(BaseModel):
+    model_path: Path
+    load_format: str | None = None
+    flush_cache: bool = True
+    abort_all_requests: bool = False
+    weight_version: str | None = None
+
+
+class PauseBody(BaseModel):
+    mode: PauseMode = "abort"
+
+
+class AbortBody(BaseModel):
+    rid: str | None = None
+    abort_all: bool = False
+
+
+class MemoryBody(BaseModel):
+    tags: list[str] | None = None
+
+
+class NotReadyError(Exception):
+    """A call before the weights are loaded."""
+
+
+def _service(request: Request) -> Service:
+    service: Service | None = request.app.state.service
+    if service is None:
+        raise NotReadyError
+    return service
+
+
+Ready = Annotated[Service, Depends(_service)]
+
+
+def build_app() -> FastAPI:
+    """The application; it answers 503 until `app.state.service` is set."""
+    app = FastAPI(openapi_url=None)
+    app.state.service = None
+    app.add_exception_handler(NotReadyError, _not_ready)
+    app.add_exception_handler(RequestError, _refused)
+    app.add_exception_handler(RequestValidationError, _malformed)
+    app.post("/generate")(generate)
+    app.post("/update_weights_from_tensor")(update_weights_from_tensor)
+    app.post("/update_weights_from_disk")(update_weights_from_disk)
+    app.post("/begin_weight_update")(begin_weight_update)
+    app.post("/end_weight_update")(end_weight_update)
+    app.post("/pause_generation")(pause_generation)
+    app.post("/continue_generation")(continue_generation)
+    app.post("/abort_request")(abort_request)
+    app.api_route("/flush_cache", methods=["GET", "POST"])(flush_cache)
+    app.api_route("/release_memory_occupation", methods=["GET", "POST"])(release_memory_occupation)
+    app.api_route("/resume_memory_occupation", methods=["GET", "POST"])(resume_memory_occupation)
+    app.get("/health")(health)
+    app.get("/health_generate")(health)
+    app.get("/model_info")(model_info)
+    app.get("/server_info")(server_info)
+    return app
+
+
+async def generate(body: GenerateBody, request: Request, service: Ready) -> Response:
+    sequences = read_sequences(body, service.limits, service.seeds)
+    working = asyncio.ensure_future(service.engine.generate(sequences))
+    leaving = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+    answers = [
+        answer(sequence, text) for sequence, text in zip(sequences, _texts(sequences, service.limits), strict=True)
+    ]
+    single = len(answers) == 1 and not _is_batch(body)
+    return Response(json.dumps(answers[0] if single else answers), media_type="application/json")
+
+
+async def update_weights_from_tensor(body: TensorUpdateBody, service: Ready) -> JSONResponse:
+    if len(body.serialized_named_tensors) != 1:
+        return _outcome(False, f"{len(body.serialized_named_tensors)} payloads for 1 tensor-parallel rank")
+    if body.abort_all_requests:
+        await service.engine.abort(None)
+    try:
+        weights = deserialize_named_tensors(body.serialized_named_tensors[0], body.load_format)
+        await service.engine.update_weights(weights, body.weight_version)
+    except (PayloadError, WeightError) as error:
+        return _outcome(False, str(error))
+    return _outcome(True, _updated(body.weight_version))
+
+
+async def update_weights_from_disk(body: DiskUpdateBody, service: Ready) -> JSONResponse:
+    if body.abort_all_requests:
+        await service.engine.abort(None)
+    try:
+        await service.engine.load_weights(body.model_path, body.weight_version)
+    except WeightError as error:
+        return _outcome(False, str(error), num_paused_requests=0)
+    return _outcome(True, _updated(body.weight_version), num_paused_requests=0)
+
+
+async def begin_weight_update(service: Ready) -> JSONResponse:
+    if await service.engine.open_session():
+        return _outcome(True, "Success")
+    return _outcome(False, "a weight-update session is already open; call end_weight_update() first")
+
+
+async def end_weight_update(service: Ready) -> JSONResponse:
+    if await service.engine.close_session():
+        return _outcome(True, "Success")
+    return _outcome(False, "no weight-update session is open; call begin_weight_update() first")
+
+
+async def pause_generation(service: Ready, body: PauseBody | None = None) -> dict[str, str]:
+    await service.engine.pause((body or PauseBody()).mode)
+    return {"message": "Generation paused successfully.", "status": "ok"}
+
+
+async def continue_generation(service: Ready) -> dict[str, str]:
+    await service.engine.resume()
+    return {"message": "Generation continued successfully.", "status": "ok"}
+
+
+async def abort_request(body: AbortBody, service: Ready) -> Response:
+    if body.abort_all or body.rid:
+        await service.engine.abort(None if body.abort_all else body.rid)
+    return Response()
+
+
+async def flush_cache(service: Ready) -> Response:
+    try:
+        await service.engine.flush()
+    except RequestError as error:
+        return Response(f"Flush cache failed: {error}\n", status_code=HTTPStatus.BAD_REQUEST)
+    return Response("Cache flushed.\n")
+
+
+async def release_memory_occupation(service: Ready, body: MemoryBody | None = None) -> None:
+    await service.engine.release_memory(_tags(body))
+
+
+async def resume_memory_occupation(service: Ready, body: MemoryBody | None = None) -> None:
+    await service.engine.resume_memory(_tags(body))
+
+
+async def health(service: Ready) -> Response:
+    await service.engine.answer()
+    return Response()
+
+
+async def model_info(service: Ready) -> dict[str, Any]:
+    return {
+        "model_path": str(service.model_path),
+        "tokenizer_path": str(service.model_path),
+        "is_generation": True,
+        "weight_version": service.engine.version,
+        "model_type": service.model_type,
+        "architectures": service.architectures,
+    }
+
+
+async def server_info(service: Ready) -> dict[str, Any]:
+    running, waiting = service.engine.load
+    return {
+        "model_path": str(service.model_path),
+        "context_length": service.limits.context_length,
+        "max_running_requests": service.max_running_requests,
+        "internal_states": [{"running": running, "waiting": waiting}],
+        "version": "embedded",
+    }
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _is_batch(body: GenerateBody) -> bool:
+    """Whether SGLang answers with a list."""
+    if body.input_ids is not None:
+        return isinstance(body.input_ids[0], list)
+    return isinstance(body.text, list)
+
+
+def _texts(sequences: list[Sequence], limits: Limits) -> list[str] | list[None]:
+    """The responses as text, the stop token or string cut off unless `no_stop_trim`."""
+    if limits.tokenizer is None:
+        return [None] * len(sequences)
+    texts = []
+    for sequence in sequences:
+        matched = (sequence.finish_reason or {}).get("matched")
+        ids = sequence.output_ids
+        trim = not sequence.sampling.no_stop_trim
+        if trim and isinstance(matched, int):
+            ids = ids[:-1]
+        text = limits.tokenizer.decode(ids, skip_special_tokens=sequence.sampling.skip_special_tokens)
+        if isinstance(matched, str) and matched in text:
+            end = text.index(matched)
+            text = text[: end if trim else end + len(matched)]
+        texts.append(text)
+    return texts
+
+
+def _tags(body: MemoryBody | None) -> list[str]:
+    tags = body.tags if body is not None and body.tags else list(MEMORY_TAGS)
+    unknown = set(tags) - set(MEMORY_TAGS)
+    if unknown:
+        raise RequestError(f"unknown tags {sorted(unknown)}; there are {', '.join(MEMORY_TAGS)}")
+    return tags
+
+
+def _updated(version: str | None) -> str:
+    return "Success" if version is None else f"Success Weight version updated to {version}."
+
+
+def _outcome(success: bool, message: str, **others: int) -> JSONResponse:
+    status = HTTPStatus.OK if success else HTTPStatus.BAD_REQUEST
+    return JSONResponse({"success": success, "message": message, **others}, status)
+
+
+async def _refused(_: Request, error: Exception) -> JSONResponse:
+    return JSONResponse({"error": {"message": str(error)}}, HTTPStatus.BAD_REQUEST)
+
+
+async def _malformed(_: Request, error: Exception) -> JSONResponse:
+    status = HTTPStatus.BAD_REQUEST
+    content = {"object": "error", "message": str(error), "type": status.phrase, "param": None, "code": status.value}
+    return JSONResponse(content, status)
+
+
+async def _not_ready(_: Request, error: Exception) -> Response:
+    return Response(status_code=HTTPStatus.SERVICE_UNAVAILABLE)

@@ -1,0 +1,150 @@
+"""The run directory runs/NAME/: everything a run leaves behind.
+
+    manifest.json    configuration and its sources, seed, versions, git commit, hashes of checkpoint and data
+    metrics.jsonl    a line a step
+    rollouts/        a file a rollout, a line a sample
+    checkpoints/     written by the trainer
+    tensorboard/     the metrics as TensorBoard events
+    summary.json     how the run ended, rewards before and after; written when the run ends, however it ends
+    reward.png       the same as a picture
+
+A run is continued by --load with its own checkpoints. What it wrote after the loaded checkpoint is cut off then, so
+that its files become those of a run that was never interrupted.
+"""
+
+import json
+import shutil
+import time
+from asyncio import CancelledError
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import psutil
+
+from recipe.config import Resolved
+from recipe.errors import UserError
+from recipe.files import atomic_write_bytes, atomic_write_text
+from recipe.run.journal import Journal, encode, writing
+from recipe.run.manifest import public_config, write_manifest
+from recipe.run.metrics import StepMetrics
+from recipe.run.plots import draw_rewards
+from recipe.run.sinks import MetricSink, TensorBoardSink, WandbSink
+from recipe.run.summary import summarize
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleRecord:
+    """A sample as it is kept in rollouts/."""
+
+    index: int
+    """Unique in the run."""
+    group_index: int
+    prompt_index: int
+    """Line of the prompt in its file."""
+    prompt: str
+    response: str
+    label: str
+    prompt_length: int
+    """In tokens."""
+    response_length: int
+    """In tokens."""
+    finish_reason: str
+    weight_versions: Sequence[str]
+    """The versions that generated its tokens, in order, without repetitions."""
+    mean_log_prob: float
+    """Of the response tokens, at generation, in nats."""
+    reward: float
+    advantage: float
+    grade: str
+    """The grader's status."""
+    answer: str | None
+    """What the grader took for the answer."""
+
+
+class RunDirectory:
+    """Use as a context manager: leaving it, for whatever reason, writes summary.json and reward.png."""
+
+    def __init__(self, resolved: Resolved) -> None:
+        """Creates the directory or opens it to go on. Raises UserError if it holds a run that is not to be continued,
+        or cannot be written."""
+        self._config = resolved.config
+        self.path = resolved.config.run_dir
+        self._metrics = Journal(self.path / "metrics.jsonl")
+        self._rollouts = self.path / "rollouts"
+        self._sinks: list[MetricSink] = []
+        if self._metrics.read():
+            self._refuse_unless_continued()
+        with writing(self.path):
+            self._rollouts.mkdir(parents=True, exist_ok=True)
+            write_manifest(self.path / "manifest.json", resolved)
+
+    def _refuse_unless_continued(self) -> None:
+        """A directory that holds steps is only opened to go on from its own checkpoints; without one it begins anew."""
+        load, own = self._config.checkpoint.load, self._config.save_dir
+        if load is None or not load.resolve().is_relative_to(own.resolve()):
+            raise UserError(f"{self.path} holds a run already: go on with it by --load {own}, or choose another --name")
+
+    def start(self, steps_done: int) -> None:
+        """Begins to record, after the checkpoint that holds `steps_done` steps was loaded (0: from the beginning).
+        Removes what a run wrote after it; TensorBoard's events are made anew from the lines that stay."""
+        events = self.path / "tensorboard"
+        self._metrics.keep(lambda line: 0 < steps_done >= line["step"])
+        with writing(self.path):
+            for file in self._rollouts.glob("*.jsonl"):
+                if int(file.stem) >= steps_done:
+                    file.unlink()
+            if events.exists():
+                shutil.rmtree(events)
+            self._sinks.append(TensorBoardSink(events))
+            for line in self._metrics.read():
+                self._sinks[0].log(line)
+        if self._config.misc.use_wandb:
+            self._sinks.append(WandbSink(self._config.misc, public_config(self._config)))
+
+    def record(self, metrics: StepMetrics) -> None:
+        """Adds a step to metrics.jsonl, on the disk when this returns. To be called before the step's checkpoint is
+        saved: a run that goes on from it then has the line. Raises UserError if the disk is full."""
+        line = metrics.as_line()
+        self._metrics.append(line)
+        with writing(self.path):
+            for sink in self._sinks:
+                sink.log(line)
+
+    def record_rollout(self, rollout_id: int, samples: Iterable[SampleRecord]) -> None:
+        """Writes rollouts/ROLLOUT_ID.jsonl, whole or not at all. Raises UserError if the disk is full."""
+        path = self._rollouts / f"{rollout_id:06}.jsonl"
+        with writing(path):
+            atomic_write_bytes(path, b"".join(encode(vars(sample)) for sample in samples))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is None:
+            self._close("finished")
+            return
+        with suppress(UserError, OSError):
+            self._close(_outcome(error))
+
+    def _close(self, outcome: str) -> None:
+        lines = self._metrics.read()
+        evals = [data.name for data in self._config.eval.eval_prompt_data]
+        summary = summarize(lines, evals, outcome, time.time() - psutil.Process().create_time())
+        with writing(self.path):
+            atomic_write_text(self.path / "summary.json", json.dumps(summary, indent=1) + "\n")
+            atomic_write_bytes(self.path / "reward.png", draw_rewards(self.path.name, lines, evals))
+            for sink in self._sinks:
+                sink.close()
+
+
+def _outcome(error: BaseException) -> str:
+    match error:
+        case KeyboardInterrupt() | CancelledError():
+            return "interrupted"
+        case UserError():
+            return f"failed: {error}"
+        case _:
+            return f"failed: {error!r}"

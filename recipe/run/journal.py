@@ -1,0 +1,69 @@
+"""A file of JSON lines that survives crashes and full disks: it holds whole lines only, and can be cut back."""
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from recipe.errors import UserError
+from recipe.files import atomic_write_bytes
+
+
+class Journal:
+    """Appends are on the disk when they return."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Adds a line, or nothing at all. Raises UserError where the disk is full or the file cannot be written."""
+        rest = memoryview(encode(record))
+        with writing(self._path), self._path.open("ab", buffering=0) as file:
+            end = file.tell()
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+                os.fsync(file.fileno())
+            except OSError:
+                file.truncate(end)
+                raise
+
+    def read(self) -> list[dict[str, Any]]:
+        """All records; a last line that a crash left unfinished is not one. Raises UserError if a line is damaged."""
+        return [record for _, record in self._whole_lines()]
+
+    def keep(self, wanted: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Removes the records that are not `wanted`; the others stay as they are, byte for byte."""
+        if self._path.exists():
+            kept = b"".join(line for line, record in self._whole_lines() if wanted(record))
+            with writing(self._path):
+                atomic_write_bytes(self._path, kept)
+
+    def _whole_lines(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        lines = self._path.read_bytes().splitlines(keepends=True) if self._path.exists() else []
+        if lines and not lines[-1].endswith(b"\n"):
+            del lines[-1]
+        for number, line in enumerate(lines, 1):
+            try:
+                yield line, json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{self._path} is damaged in line {number}; restore the file or remove it") from error
+
+
+def encode(record: Mapping[str, Any]) -> bytes:
+    """A record as a line of a journal."""
+    return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an OSError of the block into a UserError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"the disk is full: {path} could not be written; free space there and go on") from error
+        raise UserError(f"{path} could not be written: {error.strerror}") from error

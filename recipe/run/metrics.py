@@ -1,0 +1,171 @@
+"""What is measured in a step, and how it is written as one flat JSON line.
+
+Every field that holds a time or a rate starts with `seconds_` or ends in `_per_second`, and no other field does: two
+runs of the same seed give the same lines but for those.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+
+Scalar = int | float | None
+"""A value of a metrics line; None where it is not finite."""
+
+
+class Phase(StrEnum):
+    """What the loop is doing."""
+
+    ROLLOUT = "rollout"
+    """Engines generate."""
+    REWARD = "reward"
+    """Responses are graded."""
+    LOG_PROBS = "log_probs"
+    """Passes without gradients: old and reference log-probs."""
+    TRAIN = "train"
+    """Forward, backward and optimizer."""
+    UPDATE_WEIGHTS = "update_weights"
+    """New weights go to the engines."""
+    EVAL = "eval"
+    """Held-out prompts."""
+    SAVE = "save"
+    """A checkpoint is written."""
+
+
+@dataclass(frozen=True)
+class StepSeconds:
+    """Wall time of a step in seconds: the whole, and what its phases took of it."""
+
+    step: float
+    phases: Mapping[Phase, float]
+
+    @property
+    def training(self) -> float:
+        """The step without evaluating and saving: what rates are given over."""
+        return self.step - self.phases.get(Phase.EVAL, 0.0) - self.phases.get(Phase.SAVE, 0.0)
+
+
+class PhaseClock:
+    """Measures a step's phases. `on_enter` is told each phase as it begins (for the progress display)."""
+
+    def __init__(self, on_enter: Callable[[Phase], None]) -> None:
+        self._on_enter = on_enter
+        self._phases: dict[Phase, float] = {}
+        self._step_began = time.perf_counter()
+
+    @contextmanager
+    def measure(self, phase: Phase) -> Iterator[None]:
+        """Adds the time of the block to `phase`."""
+        self._on_enter(phase)
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._phases[phase] = self._phases.get(phase, 0.0) + time.perf_counter() - began
+
+    def lap(self) -> StepSeconds:
+        """The times since the last lap; begins the next one.
+
+        A step's line is written before its checkpoint is saved, so a save counts in the lap of the step after it.
+        """
+        now = time.perf_counter()
+        seconds = StepSeconds(now - self._step_began, self._phases)
+        self._step_began, self._phases = now, {}
+        return seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutMetrics:
+    """Means over the samples of one rollout. Shares are between 0 and 1, lengths in tokens."""
+
+    rollout_id: int
+    samples: int
+    weight_version: int
+    """The version of the weights that generated them."""
+    reward: float
+    reward_std: float
+    """Standard deviation of the reward over all samples."""
+    response_length: float
+    truncated_share: float
+    grader_failed: int
+    """Samples whose grader failed: neither right nor wrong."""
+    engine_restarts: int
+    """Engines that had to be started again since the run began."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainMetrics:
+    """Means over the tokens that one rollout's optimizer steps learned from; None: not computed."""
+
+    tokens: int
+    """Prompt and response tokens trained on."""
+    loss: float
+    grad_norm: float
+    """Before clipping; of the last optimizer step."""
+    lr: float
+    skipped_steps: int
+    """Optimizer steps left out for a gradient that was not finite, since the run began."""
+    entropy: float | None = None
+    """Of the policy, in nats a token."""
+    clip_share: float | None = None
+    """Share of tokens whose ratio is outside the clip range on the side that counts."""
+    kl: float | None = None
+    """To the reference model, in nats a token."""
+    logprob_diff_mean: float | None = None
+    """Mean absolute difference of the trainer's and the engine's log-probs."""
+    logprob_diff_max: float | None = None
+    """The largest such difference."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalMetrics:
+    """One evaluation set: mean reward with its 95% confidence interval."""
+
+    reward: float
+    ci95_low: float
+    ci95_high: float
+    samples: int
+    response_length: float
+    truncated_share: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """A line of metrics.jsonl. Step n is the loop's n-th rollout and all that follows from it; step 0 is the evaluation
+    before the first. `rollout` is None in supervised runs, `train` in step 0."""
+
+    step: int
+    rollout: RolloutMetrics | None = None
+    train: TrainMetrics | None = None
+    evals: Mapping[str, EvalMetrics] = field(default_factory=dict)
+    """By the name of the evaluation set."""
+    seconds: StepSeconds
+
+    def as_line(self) -> dict[str, Scalar]:
+        """The flat form: an evaluation's reward is `eval/NAME`, its other values `eval/NAME_...`; what was not computed
+        is left out."""
+        line: dict[str, Scalar] = {"step": self.step}
+        if self.rollout is not None:
+            line |= asdict(self.rollout)
+        if self.train is not None:
+            line |= {name: value for name, value in asdict(self.train).items() if value is not None}
+        for name, metrics in self.evals.items():
+            values = asdict(metrics)
+            line[f"eval/{name}"] = values.pop("reward")
+            line |= {f"eval/{name}_{key}": value for key, value in values.items()}
+        return {name: _finite(value) for name, value in line.items()} | self._times()
+
+    def _times(self) -> dict[str, Scalar]:
+        times: dict[str, Scalar] = {}
+        if self.train is not None:
+            times["tokens_per_second"] = self.train.tokens / self.seconds.training
+        if self.rollout is not None:
+            times["samples_per_second"] = self.rollout.samples / self.seconds.training
+        times["seconds_step"] = self.seconds.step
+        return times | {f"seconds_{phase}": seconds for phase, seconds in self.seconds.phases.items()}
+
+
+def _finite(value: Scalar) -> Scalar:
+    return value if value is None or math.isfinite(value) else None

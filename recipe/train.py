@@ -1,0 +1,72 @@
+"""GRPO, from prompts to new weights: the loop of the whole recipe.
+
+python -m recipe.train --recipe NAME [flags]            trains
+python -m recipe.train --recipe NAME [flags] --check    resolves and validates everything, starts nothing
+"""
+
+import asyncio
+import sys
+
+from recipe.assembly import Run, open_run
+from recipe.config import Resolved, resolve
+from recipe.errors import run_main
+from recipe.experience import optimizer_batches, with_advantages, with_log_probs
+from recipe.messages import TrainSample
+from recipe.run import Phase
+
+CHECK = "--check"
+
+
+async def train(resolved: Resolved) -> None:
+    """Carries out the run that `resolved` describes, from its beginning or from the checkpoint in `--load`."""
+    config = resolved.config
+    async with open_run(resolved) as run:
+        run.update_weights()
+        if run.progress.rollouts == 0 and not config.eval.skip_eval_before_train:
+            await run.evaluate()
+            run.record()
+        while not run.is_over:
+            prompts = run.prompts.next_batch()
+            if config.is_sft:
+                samples = run.given_responses(prompts)
+            else:
+                rollout = await run.generate(prompts)
+                samples = with_advantages(rollout, config)
+            learn(run, samples)
+            run.update_weights()
+            if run.is_evaluation_due:
+                await run.evaluate()
+            run.record(samples)
+            if run.is_save_due:
+                run.save()
+        if config.checkpoint.save_hf is not None:
+            run.trainer.export_hugging_face(config.checkpoint.save_hf)
+
+
+def learn(run: Run, samples: list[TrainSample]) -> None:
+    """The optimizer steps of one rollout. Passes whose result cannot matter are not run: with one step a rollout the
+    ratio to the old policy is 1, and without a KL term there is no reference model."""
+    config, trainer = run.config, run.trainer
+    with run.clock.measure(Phase.LOG_PROBS):
+        old = trainer.log_probs(samples) if config.needs_old_log_probs else None
+        reference = trainer.log_probs(samples, of_reference=True) if config.needs_reference else None
+    samples = with_log_probs(samples, old, reference, config.grpo.kl_coef)
+    with run.clock.measure(Phase.TRAIN):
+        for batch in optimizer_batches(samples, config):
+            run.count_step(trainer.train_step(batch))
+    run.finish_rollout()
+
+
+def main() -> None:
+    arguments = sys.argv[1:]
+    resolved = resolve([word for word in arguments if word != CHECK])
+    if CHECK in arguments:
+        print(resolved.describe())
+        return
+    for note in resolved.notes:
+        print(f"note: {note}")
+    asyncio.run(train(resolved))
+
+
+if __name__ == "__main__":
+    run_main(main)

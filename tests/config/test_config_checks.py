@@ -1,0 +1,169 @@
+from pathlib import Path
+
+import pytest
+from config_support import Refusal, Try, WriteCheckpoint
+
+from recipe.config import resolve
+from recipe.errors import UserError
+
+TWO_STAGES = ("--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", "4")
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--n-samples-per-prompt", "1", "--global-batch-size", "32"], "--n-samples-per-prompt 1 leaves GRPO without"),
+        (["--loss-type", "sft"], "--loss-type sft learns one response a prompt, but --n-samples-per-prompt is 8"),
+        (["--global-batch-size", "100"], "--global-batch-size 100 does not divide the rollout's 256 samples"),
+        (["--global-batch-size", "4"], "--global-batch-size 4 does not divide by the 8 data-parallel ranks"),
+        (["--no-use-dynamic-batch-size", "--micro-batch-size", "3"], "--micro-batch-size 3 does not divide the 32"),
+        (["--rollout-max-response-len", "202752"], "--rollout-max-response-len 202752 do not fit a context of 202752"),
+        (["--rollout-max-context-len", "300000"], "--rollout-max-context-len 300000 is longer than the model's 202752"),
+        (
+            ["--rollout-max-context-len", "9000", "--rollout-max-prompt-len", "1000"],
+            "--rollout-max-response-len 8192 and --rollout-max-prompt-len 1000 do not fit a context of 9000 tokens",
+        ),
+        (["--eval-max-response-len", "202752"], "leaves no room for a prompt in the model's 202752"),
+        (["--custom-rm-path", "my.rewards:grade"], "--rm-type deepscaler and --custom-rm-path my.rewards:grade both"),
+        (["--eps-clip-high", "0.1"], "--eps-clip-high 0.1 is below --eps-clip 0.2"),
+        (["--tis-clip-low", "3"], "--tis-clip-low 3.0 is not below --tis-clip 2.0"),
+        (["--no-use-kl-loss", "--kl-loss-coef", "0.1"], "--kl-loss-coef 0.1 has no effect without --use-kl-loss"),
+        (["--kl-loss-coef", "0.1", "--kl-coef", "0.1"], "would count the KL twice"),
+        (["--min-lr", "1"], "--min-lr 1.0 is above --lr 1e-06"),
+        (["--lr-decay-style", "cosine", "--lr-warmup-iters", "3000"], "leaves nothing of the 3000 steps to decay in"),
+        (["--no-optimizer-cpu-offload"], "--overlap-cpu-optimizer-d2h-h2d needs --optimizer-cpu-offload"),
+        (["--eval-prompt-data", "a", "/a", "a", "/b"], "--eval-prompt-data names two files a"),
+        (["--enable-mtp-training"], "--enable-mtp-training needs --mtp-num-layers 1"),
+        (["--mtp-num-layers", "2"], "where num_nextn_predict_layers is 1"),
+        (["--attention-dropout", "0.1"], "--attention-dropout 0.1 must be 0: with dropout a policy's log-probs are"),
+        (["--hidden-dropout", "0.1"], "--hidden-dropout 0.1 must be 0"),
+        (["--no-accumulate-allreduce-grads-in-fp32"], "sums of bf16 gradients lose small samples"),
+        (["--no-attention-softmax-in-fp32"], "log-probs must agree"),
+        (["--device", "cpu"], "--attention-backend flash needs a GPU, but --device is cpu; use auto or unfused"),
+    ],
+)
+def test_contradictions_are_refused(refusal: Refusal, flags: list[str], sentence: str) -> None:
+    assert sentence in refusal(*flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--tensor-model-parallel-size", "3"], "TP 3 x PP 1 x CP 1 = 3 does not divide the 8 ranks"),
+        (["--expert-model-parallel-size", "16"], "ETP 1 x EP 16 x PP 1 = 16 does not divide the 8 ranks"),
+        (
+            ["--actor-num-gpus-per-node", "6", "--expert-model-parallel-size", "6"],
+            "6 does not divide the model's 64 exp",
+        ),
+        (
+            ["--tensor-model-parallel-size", "8"],
+            "--tensor-model-parallel-size 8 does not divide the model's 20 attention",
+        ),
+        (
+            ["--tensor-model-parallel-size", "4"],
+            "--tensor-model-parallel-size 4 with experts needs --sequence-parallel",
+        ),
+        (["--decoder-last-pipeline-num-layers", "23"], "need --pipeline-model-parallel-size above 1"),
+        (TWO_STAGES, "--decoder-last-pipeline-num-layers 23 makes it 24+23"),
+        ([*TWO_STAGES, "--decoder-last-pipeline-num-layers", "48"], "47 layers with 48 of them fixed do not split"),
+        (
+            [*TWO_STAGES, "--decoder-last-pipeline-num-layers", "23", "--decoder-first-pipeline-num-layers", "23"],
+            "47 layers with 23 and 23 of them fixed do not split evenly over PP 2",
+        ),
+        (
+            [*TWO_STAGES, "--decoder-last-pipeline-num-layers", "23", "--num-layers-per-virtual-pipeline-stage", "6"],
+            "--num-layers-per-virtual-pipeline-stage 6 does not divide a stage of 23 layers",
+        ),
+        (["--num-layers-per-virtual-pipeline-stage", "6"], "needs --pipeline-model-parallel-size above 1"),
+        (["--recompute-granularity", "selective"], "--recompute-method and --recompute-num-layers need"),
+    ],
+)
+def test_layouts_are_refused(refusal: Refusal, flags: list[str], sentence: str) -> None:
+    assert sentence in refusal(*flags)
+
+
+@pytest.mark.parametrize(
+    ("layers", "stages", "split"),
+    [(47, 2, "24+23"), (47, 4, "12+12+12+11"), (47, 8, "6+6+6+6+6+6+6+5"), (5, 4, "1+1+1+2")],
+)
+def test_the_advised_split_is_accepted(write_checkpoint: WriteCheckpoint, layers: int, stages: int, split: str) -> None:
+    checkpoint = write_checkpoint(num_hidden_layers=layers)
+    argv = ["--recipe", "glm4.7-flash-8gpu", "--hf-checkpoint", str(checkpoint)]
+    argv += ["--pipeline-model-parallel-size", str(stages), "--expert-model-parallel-size", "1"]
+    with pytest.raises(UserError, match=split.replace("+", r"\+")):
+        resolve(argv)
+
+    resolve([*argv, "--decoder-last-pipeline-num-layers", split.split("+")[-1]])
+
+
+def test_more_stages_than_layers(write_checkpoint: WriteCheckpoint) -> None:
+    argv = ["--recipe", "glm4.7-flash-8gpu", "--hf-checkpoint", str(write_checkpoint(num_hidden_layers=3))]
+    with pytest.raises(UserError, match="leaves stages without a layer: the model has 3"):
+        resolve([*argv, "--pipeline-model-parallel-size", "4", "--expert-model-parallel-size", "2"])
+
+
+class TestWithoutARecipe:
+    """What recipes set is missing here."""
+
+    @pytest.fixture
+    def least(self, checkpoint: Path) -> list[str]:
+        return [
+            "--hf-checkpoint", str(checkpoint), "--prompt-data", "p.jsonl", "--num-rollout", "1", "--lr", "1e-6",
+            "--rollout-batch-size", "8", "--n-samples-per-prompt", "2", "--rollout-max-response-len", "8",
+            "--rm-type", "math", "--rollout-engine", "embedded",
+        ]  # fmt: skip
+
+    def test_is_enough(self, least: list[str]) -> None:
+        assert resolve(least).config.steps_per_rollout == 1
+
+    @pytest.mark.parametrize(
+        ("flags", "sentence"),
+        [
+            (["--use-dynamic-batch-size"], "--use-dynamic-batch-size needs --max-tokens-per-gpu"),
+            (["--eval-interval", "1"], "--eval-interval needs --eval-prompt-data NAME PATH"),
+            (["--recompute-granularity", "full"], "needs --recompute-method and --recompute-num-layers"),
+            (["--optimizer-offload-fraction", "0.5"], "--optimizer-offload-fraction needs --optimizer-cpu-offload"),
+            (["--rollout-engine", "sglang"], "SGLang needs GPUs: give --colocate"),
+        ],
+    )
+    def test_refused(self, least: list[str], flags: list[str], sentence: str) -> None:
+        with pytest.raises(UserError) as error:
+            resolve([*least, *flags])
+        assert sentence in str(error.value)
+
+    def test_a_reward(self, least: list[str]) -> None:
+        at = least.index("--rm-type")
+        without = least[:at] + least[at + 2 :]
+        with pytest.raises(UserError, match="no reward: give --rm-type"):
+            resolve(without)
+        supervised = [*without, "--loss-type", "sft", "--n-samples-per-prompt", "1"]
+        resolve(supervised)
+        with pytest.raises(UserError, match="evaluation needs a reward"):
+            resolve([*supervised, "--eval-prompt-data", "heldout", "h.jsonl"])
+
+
+class TestNotes:
+    @pytest.mark.parametrize(
+        ("flags", "note"),
+        [
+            ([], "the reference model is not run"),
+            ([], "no old-log-prob pass"),
+            ([], "the checkpoint's MTP layer is not loaded into the trainer; --mtp-num-layers 1 loads it"),
+            ([], "a sample may be longer than --max-tokens-per-gpu 8192"),
+            (["--sequence-parallel"], "--sequence-parallel has no effect"),
+            (["--no-use-dynamic-batch-size"], "--max-tokens-per-gpu has no effect without"),
+            (["--lr-decay-iters", "10"], "--lr-decay-iters has no effect with --lr-decay-style constant"),
+            (["--sglang-ep-size", "1"], "SGLang shards every expert over the engine's 8 GPUs"),
+            (["--device", "cpu", "--attention-backend", "auto"], "bf16 on a CPU"),
+        ],
+    )
+    def test_said(self, resolve_8gpu: Try, flags: list[str], note: str) -> None:
+        assert any(note in said for said in resolve_8gpu(*flags).notes)
+
+    def test_not_said_where_it_is_not_so(self, resolve_8gpu: Try) -> None:
+        said = " ".join(
+            resolve_8gpu("--kl-loss-coef", "0.1", "--global-batch-size", "128", "--mtp-num-layers", "1").notes
+        )
+        assert "reference" not in said
+        assert "old-log-prob" not in said
+        assert "MTP" not in said

@@ -1,0 +1,154 @@
+import importlib.util
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from config_support import Refusal, Try, WriteCheckpoint
+
+from recipe.config import resolve, sglang_rules
+from recipe.config.loading import shipped_recipes
+from recipe.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--rollout-num-gpus", "16"], "--colocate shares the trainer's 8 GPUs, but --rollout-num-gpus says 16"),
+        (
+            ["--no-colocate", "--rollout-num-gpus", "12"],
+            "--rollout-num-gpus-per-engine 8 does not divide the 12 GPUs of the engines",
+        ),
+        (["--sglang-dp-size", "3"], "--sglang-dp-size 3 on an engine of TP 8 gives no whole attention TP; valid"),
+        (["--sglang-dp-size", "1"], "gives attention TP 8, and 20 heads do not divide by it; valid with"),
+        (["--sglang-ep-size", "3"], "--sglang-ep-size 3 does not divide the engine's tensor parallel size 8"),
+        (["--sglang-pp-size", "16"], "--sglang-pp-size 16 does not divide --rollout-num-gpus-per-engine 8"),
+        (["--sglang-ep-size", "eight"], "--sglang-ep-size must be a whole number of at least 1, not 'eight'"),
+        (
+            ["--sglang-ep-num-redundant-experts", "3"],
+            "makes 67 experts of the model's 64, which --sglang-ep-size 8 does not divide; valid and nearest: "
+            "0 (64 experts, 8 a GPU) or 8 (72 experts, 9 a GPU)",
+        ),
+        (["--sglang-tp-size", "4"], "--sglang-tp-size 4 contradicts --rollout-num-gpus-per-engine 8"),
+        (["--sglang-host", "0.0.0.0"], "--sglang-host is not yours to set: the engines listen on 127.0.0.1 only"),
+        (["--sglang-api-key", "hunter2"], "--sglang-api-key is not yours to set: a secret on a command line is none"),
+        (["--sglang-model-path", "/x"], "the engines serve --hf-checkpoint"),
+        (
+            ["--recipe", "glm4.7-flash-8gpu-eagle", "--sglang-speculative-num-draft-tokens", "4"],
+            "a chain has 3 tokens (steps + 1)",
+        ),
+    ],
+)
+def test_engines_sglang_would_refuse(refusal: Refusal, flags: list[str], sentence: str) -> None:
+    told = refusal(*flags)
+    assert sentence in told
+    assert "hunter2" not in told
+
+
+def test_tp_size_may_be_said_if_it_is_right(resolve_8gpu: Try) -> None:
+    resolve_8gpu("--sglang-tp-size", "8")
+    resolve_8gpu("--sglang-tp", "4", "--sglang-pp-size", "2", "--sglang-dp-size", "4", "--sglang-ep-size", "4")
+
+
+def test_an_all_to_all_backend_spreads_the_experts_itself(resolve_8gpu: Try) -> None:
+    notes = resolve_8gpu("--sglang-moe-a2a-backend", "deepep", "--sglang-ep-size", "1").notes
+    assert not any("shards every expert" in note for note in notes)
+
+
+def test_data_parallel_size_alone_is_another_thing(checkpoint: Path) -> None:
+    argv = ["--recipe", "tiny", "--hf-checkpoint", str(checkpoint), "--rollout-engine", "sglang", "--colocate"]
+    resolve(argv)
+    with pytest.raises(UserError, match="--sglang-dp-size 2 needs --sglang-enable-dp-attention"):
+        resolve([*argv, "--sglang-dp-size", "2"])
+    with pytest.raises(
+        UserError, match=r"8 does not divide the model's 20 attention heads; .*--sglang-dp-size 2, 4 or 8"
+    ):
+        resolve([*argv, "--actor-num-gpus-per-node", "8", "--rollout-num-gpus-per-engine", "8"])
+
+
+def test_speculation_needs_an_mtp_layer(write_checkpoint: WriteCheckpoint) -> None:
+    checkpoint = write_checkpoint(num_nextn_predict_layers=0)
+    with pytest.raises(UserError, match=r"drafts with an MTP layer, and .* has none"):
+        resolve(["--recipe", "glm4.7-flash-8gpu-eagle", "--hf-checkpoint", str(checkpoint)])
+
+
+def test_the_embedded_engine_takes_no_sglang_arguments(resolve_tiny: Try) -> None:
+    with pytest.raises(UserError) as error:
+        resolve_tiny("--sglang-mem-fraction-static", "0.7", "--sglang-ep-size", "8")
+    assert str(error.value).startswith("--sglang-mem-fraction-static, --sglang-ep-size: only SGLang servers take it")
+
+
+def test_without_sglang_a_note_says_that_names_go_unchecked(resolve_8gpu: Try) -> None:
+    assert "SGLang is not installed here, so names and values of --sglang-* are not checked" in resolve_8gpu().notes
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="SGLang is not installed")
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_pass_the_installed_sglang(
+    name: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sglang_rules, "sglang_is_installed", lambda: True)
+    resolve(["--recipe", name, "--hf-checkpoint", str(checkpoint)])
+
+
+def forget_sglang() -> None:
+    for module in [name for name in sys.modules if name.partition(".")[0] == "sglang"]:
+        del sys.modules[module]
+
+
+class TestSglangsOwnParser:
+    @pytest.fixture(autouse=True)
+    def sglang(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        """A package that answers to SGLang's name with a parser of a few arguments."""
+        folder = tmp_path / "site" / "sglang" / "srt"
+        folder.mkdir(parents=True)
+        (folder.parent / "__init__.py").touch()
+        (folder / "__init__.py").touch()
+        (folder / "server_args.py").write_text(
+            textwrap.dedent("""
+                class ServerArgs:
+                    @staticmethod
+                    def add_cli_args(parser):
+                        parser.add_argument("--model-path", required=True)
+                        parser.add_argument("--mem-fraction-static", type=float)
+                        for name in ("dp", "ep", "moe-dense-tp"):
+                            parser.add_argument(f"--{name}-size", type=int)
+                        for name in ("cuda-graph-max-bs-decode", "max-running-requests"):
+                            parser.add_argument(f"--{name}", type=int)
+                        parser.add_argument("--cuda-graph-bs-decode", type=int, nargs="+")
+                        parser.add_argument("--sampling-backend", choices=["pytorch", "flashinfer"])
+                        parser.add_argument("--enable-dp-attention", action="store_true")
+                        parser.add_argument("--enable-dp-lm-head", action="store_true")
+            """)
+        )
+        monkeypatch.setattr(sglang_rules, "sglang_is_installed", lambda: True)
+        monkeypatch.syspath_prepend(str(tmp_path / "site"))
+        forget_sglang()
+        yield
+        forget_sglang()
+
+    def test_known_arguments_pass(self, resolve_8gpu: Try) -> None:
+        resolved = resolve_8gpu("--sglang-sampling-backend", "pytorch", "--sglang-cuda-graph-bs", "1", "2")
+        assert not any("not installed" in note for note in resolved.notes)
+
+    @pytest.mark.parametrize(
+        ("flags", "sentence"),
+        [
+            (
+                ["--sglang-mem-fraction-statik", "0.7"],
+                "--sglang-mem-fraction-statik: SGLang has no such argument; did you mean --sglang-mem-fraction-static?",
+            ),
+            (["--sglang-mem-fraction-static", "most"], "argument --mem-fraction-static: invalid float value: 'most'"),
+            (["--sglang-sampling-backend", "numpy"], "argument --sampling-backend: invalid choice: 'numpy'"),
+            (["--sglang-enable-dp-lm-head", "yes"], "'yes' is too much"),
+            (["--sglang-mem-fraction", "0.7"], "--sglang-mem-fraction: SGLang has no such argument"),
+        ],
+    )
+    def test_unknown_ones_do_not(self, refusal: Refusal, flags: list[str], sentence: str) -> None:
+        assert sentence in refusal(*flags)
+
+    def test_the_embedded_engine_does_not_ask_it(self, resolve_tiny: Try) -> None:
+        resolve_tiny()
+        assert "sglang" not in sys.modules

@@ -1,0 +1,80 @@
+"""What a user meets first: `make help`, the lock files, the installer's refusals."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LOCKS = {"cpu.lock": ("cpu.in", "dev.in"), "bench-trl.lock": ("bench-trl.in",)}
+PINNED = re.compile(r"^([a-z0-9-]+)==(\S+)", re.MULTILINE)
+
+
+def make(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    arguments = [*words, *(f"{name}={value}" for name, value in variables.items())]
+    return subprocess.run(["make", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def requirements(name: str) -> dict[str, str]:
+    """Package (normalised) -> pinned version or ""."""
+    found = {}
+    for line in (ROOT / "requirements" / name).read_text().splitlines():
+        if line and not line.startswith("#"):
+            match = re.fullmatch(r"([A-Za-z0-9_.-]+)(?:\[[\w,]+\])?(?:==(\S+))?", line)
+            assert match, line
+            found[re.sub(r"[-_.]+", "-", match[1]).lower()] = match[2] or ""
+    return found
+
+
+def test_make_lists_every_target_with_a_line():
+    declared = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert declared
+    listed = dict(re.findall(r"^  make (\S+) +(\S.*)$", make().stdout, re.MULTILINE))
+    assert set(listed) == set(declared[1].split())
+    assert make("help").stdout == make().stdout
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_a_lock_covers_its_inputs_with_hashes(lock):
+    text = (ROOT / "requirements" / lock).read_text()
+    pinned = dict(PINNED.findall(text))
+    assert text.count("--hash=sha256:") >= len(pinned)
+    for source in LOCKS[lock]:
+        for package, version in requirements(source).items():
+            if package != "torch":  # installed apart
+                assert pinned[package] == (version or pinned[package])
+
+
+@pytest.mark.parametrize("lock", LOCKS)
+def test_a_lock_names_no_place_and_no_cuda_package(lock):
+    text = (ROOT / "requirements" / lock).read_text()
+    assert not re.search(r"://|--(index|extra|find|trusted)|@ |(^|\s)/", text)
+    assert not re.search(r"^(torch|triton|nvidia-|cuda-)", text, re.MULTILINE)
+
+
+def test_every_hash_line_belongs_to_a_pinned_package():
+    for lock in LOCKS:
+        lines = (ROOT / "requirements" / lock).read_text().splitlines()
+        allowed = re.compile(r"[a-z0-9-]+==\S+( ; .+)? \\|    --hash=sha256:[0-9a-f]{64}( \\)?| *#.*|")
+        assert [line for line in lines if not allowed.fullmatch(line)] == []
+
+
+def test_an_unsuitable_python_is_one_sentence(tmp_path):
+    old = tmp_path / "python"
+    old.write_text("#!/bin/sh\necho 3.9\n")
+    old.chmod(0o755)
+    result = subprocess.run(
+        [ROOT / "scripts" / "install.sh", str(tmp_path / "venv"), "cpu"],
+        env={"PATH": "/usr/bin:/bin", "PYTHON": str(old)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert (
+        result.stderr
+        == f"error: PYTHON={old} is not Python 3.11 or 3.12; name one that is, as in: make PYTHON=python3.12\n"
+    )
+    assert not (tmp_path / "venv").exists()
