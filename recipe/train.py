@@ -8,13 +8,13 @@ import asyncio
 import sys
 
 from recipe.assembly import Run, open_run
-from recipe.config import Resolved, resolve
+from recipe.config import Resolved, help_text, resolve
 from recipe.errors import run_main
 from recipe.experience import optimizer_batches, with_advantages, with_log_probs
 from recipe.messages import TrainSample
 from recipe.run import Phase
 
-CHECK = "--check"
+CHECK, HELP = "--check", "--help"
 
 
 async def train(resolved: Resolved) -> None:
@@ -59,6 +59,9 @@ def learn(run: Run, samples: list[TrainSample]) -> None:
 
 def main() -> None:
     arguments = sys.argv[1:]
+    if HELP in arguments:
+        print(help_text())
+        return
     resolved = resolve([word for word in arguments if word != CHECK])
     if CHECK in arguments:
         print(resolved.describe())

@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -115,6 +114,7 @@ def run_trl(seed: int, arguments: argparse.Namespace, config: Config) -> Run:
         "model": config.model.hf_checkpoint,
         "train": config.data.prompt_data,
         "heldout": config.eval.eval_prompt_data[0].path,
+        "rm-type": config.rollout.rm_type,
         "prompts": config.rollout.rollout_batch_size,
         "generations": config.rollout.n_samples_per_prompt,
         "max-completion-length": config.rollout.rollout_max_response_len,
@@ -129,7 +129,8 @@ def run_trl(seed: int, arguments: argparse.Namespace, config: Config) -> Run:
     command += [word for name, value in flags.items() for word in (f"--{name}", str(value))]
     log_path = OUTPUT / f"trl-{seed}.log"
     with log_path.open("w") as log:
-        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False)
+        environment = os.environ | {"PYTHONPATH": "."}
+        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, check=False)
     if not path.exists():
         raise UserError(f"TRL's run with seed {seed} failed; see {log_path}")
     result = json.loads(path.read_text())
@@ -153,26 +154,29 @@ def machine() -> dict[str, Any]:
 
 
 def report(runs: Sequence[Run], target: float, samples_per_step: int) -> str:
-    """The table: a line a run, medians over the seeds, and where a step's time goes."""
-    lines = [f"{'':6}{'seed':>5}{'samples/s':>11}{'ms/step':>9}{f'steps to {target}':>14}{f'seconds to {target}':>16}"]
-    for run in sorted(runs, key=lambda run: (run.side, run.seed)):
-        reached, seconds = run.steps_to(target), run.seconds_to(target)
+    """The table: a line a run, then a side's medians over the seeds and where its steps' time goes."""
+    lines = [f"{'':6}{'seed':>5}{'samples/s':>11}{'ms/step':>9}{f'steps to {target}':>14}{f'time to {target}':>16}"]
+    for run in sorted(runs, key=lambda run: (run.side != OURS, run.seed)):
         rate, step = samples_per_step / run.seconds_per_step, 1000 * run.seconds_per_step
+        reached, seconds = run.steps_to(target), reach(run.seconds_to(target))
         lines.append(
-            f"{run.side:6}{run.seed:5}{rate:11.0f}{step:9.0f}"
-            f"{'never' if reached is None else reached:>14}{'never' if seconds is None else f'{seconds:.1f}':>16}"
+            f"{run.side:6}{run.seed:5}{rate:11.0f}{step:9.0f}{'never' if reached is None else reached:>14}{seconds:>16}"
         )
     for side in (OURS, TRL):
         mine = [run for run in runs if run.side == side]
         rate = statistics.median(samples_per_step / run.seconds_per_step for run in mine)
-        times = [run.seconds_to(target) for run in mine]
-        median = statistics.median(math.inf if seconds is None else seconds for seconds in times)
-        phases = Counter[str]()
-        for run in mine:
-            phases.update({name: 1000 * value / len(mine) for name, value in run.phase_means().items()})
-        parts = ", ".join(f"{name} {value:.0f}" for name, value in phases.items())
-        lines.append(f"{side}: median {rate:.0f} samples/s, {median:.1f} s to {target}; ms a step: {parts}")
+        ascending = sorted((run.seconds_to(target) for run in mine), key=lambda seconds: seconds or math.inf)
+        means = [run.phase_means() for run in mine]
+        parts = ", ".join(f"{name} {1000 * statistics.fmean(mean[name] for mean in means):.0f}" for name in means[0])
+        lines.append(
+            f"{side}: median {rate:.0f} samples/s, {reach(ascending[len(mine) // 2])} to {target}; ms a step: {parts}"
+        )
     return "\n".join(lines)
+
+
+def reach(seconds: float | None) -> str:
+    """A time to the target as text."""
+    return "never" if seconds is None else f"{seconds:.1f} s"
 
 
 def main() -> None:

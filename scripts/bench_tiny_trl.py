@@ -1,17 +1,18 @@
 """One run of TRL's GRPOTrainer on the tiny model: the comparison side of bench_tiny.py, which starts it.
 
-Runs in TRL's own virtual environment and imports nothing of the recipe. Same checkpoint, prompts, chat template, batch,
-sampling and reward rule as ours. Before the first step and after every --eval-interval steps it samples an answer to
-every held-out question, timed apart. Writes a JSON object: settings, versions, a list of steps, a list of evaluations.
+Runs in TRL's own virtual environment, and takes nothing from the recipe but the reward rule. Same checkpoint, prompts,
+chat template, batch and sampling as ours. Before the first step and after every --eval-interval steps it samples an
+answer to every held-out question, timed apart. Writes a JSON object: settings, versions, steps, evaluations.
 """
 
 import argparse
 import json
 import os
-import re
+import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,26 +24,30 @@ import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 
-THINKING_END = "</think>"
-BOXED_INTEGER = re.compile(r"\\boxed\{(-?\d+)\}")
+from recipe.rewards.equality import plainly_equal
+from recipe.rewards.functions import REWARD_RULES, RewardRule, RewardType
+
+Rewards = Callable[[Sequence[str], Sequence[str]], list[float]]
+"""Responses, labels -> rewards."""
 
 
-def reward(response: str, label: str) -> float:
-    """1 if the last boxed integer after the thinking part is the label, otherwise 0."""
-    _, closed, visible = response.rpartition(THINKING_END)
-    boxes = BOXED_INTEGER.findall(visible)
-    return float(bool(closed and boxes) and int(boxes[-1]) == int(label))
+def load_rewards(rule: RewardRule) -> Rewards:
+    """The recipe's rule without math-verify, which sums of integers do not need: what is no integer is wrong."""
 
+    def grade(responses: Sequence[str], labels: Sequence[str]) -> list[float]:
+        answers = [rule.extract(response).answer for response in responses]
+        equal = [
+            answer is not None and plainly_equal(answer, label) for answer, label in zip(answers, labels, strict=True)
+        ]
+        return [rule.correct if right else rule.wrong for right in equal]
 
-def completion_rewards(completions: list[list[dict[str, str]]], label: list[str], **_: Any) -> list[float]:
-    """TRL's form of a reward function, for conversational prompts."""
-    return [reward(turn[0]["content"], answer) for turn, answer in zip(completions, label, strict=True)]
+    return grade
 
 
 class HeldOut:
     """Samples an answer to every held-out question, all in one batch."""
 
-    def __init__(self, path: Path, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> None:
+    def __init__(self, path: Path, tokenizer: PreTrainedTokenizerBase, rewards: Rewards, max_new_tokens: int) -> None:
         lines = read_lines(path)
         self._labels = [line["label"] for line in lines]
         texts = [
@@ -50,6 +55,7 @@ class HeldOut:
         ]
         self._inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
         self._tokenizer = tokenizer
+        self._rewards = rewards
         self._sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
         self._max_new_tokens = max_new_tokens
 
@@ -60,7 +66,7 @@ class HeldOut:
         model.train()
         completions = output[:, self._inputs["input_ids"].shape[1] :]
         texts = self._tokenizer.batch_decode(completions, skip_special_tokens=True)
-        return sum(map(reward, texts, self._labels)) / len(texts)
+        return statistics.fmean(self._rewards(texts, self._labels))
 
 
 class TimedGRPOTrainer(trl.GRPOTrainer):
@@ -158,12 +164,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.model, dtype=torch.float32, experts_implementation=arguments.experts
     )
     questions = Dataset.from_list([{k: line[k] for k in ("prompt", "label")} for line in read_lines(arguments.train)])
-    held_out = HeldOut(arguments.heldout, tokenizer, arguments.max_completion_length)
+    rewards = load_rewards(REWARD_RULES[RewardType(arguments.rm_type)])
+    held_out = HeldOut(arguments.heldout, tokenizer, rewards, arguments.max_completion_length)
     recorder = Recorder(held_out, arguments.eval_interval, arguments.target)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = recorder.trainer = TimedGRPOTrainer(
             model=model,
-            reward_funcs=completion_rewards,
+            reward_funcs=lambda completions, label, **_: rewards([turn[0]["content"] for turn in completions], label),
             args=trainer_settings(arguments, scratch),
             train_dataset=questions,
             processing_class=tokenizer,
@@ -187,6 +194,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face checkpoint to start from")
     parser.add_argument("--train", type=Path, required=True, help="prompt file")
     parser.add_argument("--heldout", type=Path, required=True, help="held-out prompt file")
+    parser.add_argument("--rm-type", choices=tuple(RewardType), required=True, help="the recipe's reward rule")
     parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=200)

@@ -4,10 +4,12 @@
 #
 #   scripts/install.sh VENV LOCK [project]        scripts/install.sh .venv cpu project
 #
-# PYTHON chooses the interpreter (3.11 or 3.12); without it the existing environment's, or the first one found.
+# PYTHON chooses the interpreter (3.11 or 3.12); without it an environment keeps its own, and a new one gets the first
+# of python3.11, python3.12 and python3 that suits.
 set -euo pipefail
+trap 'exit 130' INT
 cd "$(dirname "$0")/.."
-[ $# -ge 2 ] || { sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
 venv=$1 lock=requirements/$2.lock project=${3:-}
 torch=$(sed -n 's/^torch==//p' "requirements/$2.in")

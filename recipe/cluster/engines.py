@@ -2,8 +2,9 @@
 
 import asyncio
 import logging
+import os
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import ray
 from ray.actor import ActorHandle
@@ -11,12 +12,22 @@ from ray.actor import ActorHandle
 from recipe.cluster.calls import get
 from recipe.cluster.placement import Placement
 from recipe.cluster.trainer import TrainerGroup
-from recipe.config import Resolved
-
-if TYPE_CHECKING:
-    from recipe.rollout.servers.process import EngineProcess
+from recipe.config import Config, Resolved
+from recipe.rollout.servers.launch import Launch, launch_embedded, launch_sglang
+from recipe.rollout.servers.process import EngineProcess
+from recipe.seeds import derive
 
 logger = logging.getLogger(__name__)
+
+INITIAL_VERSION = "initial"
+"""Of the weights that an engine starts with, before the trainer has sent any."""
+
+
+def threads_of_engine(config: Config) -> int:
+    """CPU threads of an embedded engine: as configured, or the machine's cores shared by the engines."""
+    if config.cluster.num_cpus_per_engine is not None:
+        return max(1, int(config.cluster.num_cpus_per_engine))
+    return max(1, len(os.sched_getaffinity(0)) // config.num_engines)
 
 
 class EngineActor:
@@ -29,13 +40,32 @@ class EngineActor:
 
     def start(self) -> str:
         """Starts the server, ending the one before it, and returns its address once it is healthy."""
-        from recipe.rollout.servers.process import start_engine
-
         self.stop()
         self.starts += 1
-        log = self.resolved.config.run_dir.resolve() / "logs" / f"engine-{self.number}.{self.starts}.log"
-        self.process = start_engine(self.resolved, log)
+        logs = self.resolved.config.run_dir.resolve() / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        self.process = EngineProcess(self._launch(), logs / f"engine-{self.number}.{self.starts}.log")
+        self.process.wait_healthy(self.resolved.config.rollout.rollout_engine_start_timeout_s)
         return self.process.url
+
+    def _launch(self) -> Launch:
+        config = self.resolved.config
+        model, seed = config.model.hf_checkpoint.resolve(), derive(config.misc.seed, "engine", self.number) % 2**31
+        if config.rollout.engine == "sglang":
+            return launch_sglang(
+                model,
+                config.sglang,
+                weight_version=INITIAL_VERSION,
+                context_length=self.resolved.max_context_len,
+                random_seed=seed,
+            )
+        return launch_embedded(
+            model,
+            weight_version=INITIAL_VERSION,
+            threads=threads_of_engine(config),
+            context_length=self.resolved.max_context_len,
+            random_seed=seed,
+        )
 
     def stop(self) -> None:
         """Ends the server."""

@@ -2,8 +2,8 @@
 
 Every weight comes from `recipe.grpo.reduction` and holds the denominators of the whole batch, so losses and metrics
 of microbatches and ranks are simply added. A token of weight 0 takes no part, and its inputs may be anything, NaN and
-infinity included. At tokens of weight above 0 every input must be finite: a value that is not makes the loss not
-finite, which the trainer answers by skipping the step.
+infinity included. At tokens of weight above 0 every input must be finite: NaN there makes the loss NaN, which the
+trainer answers by skipping the step.
 """
 
 from collections.abc import Callable, Mapping

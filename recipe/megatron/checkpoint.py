@@ -114,6 +114,7 @@ def _written_beside(final: Path) -> Iterator[Path]:
     if dist.get_rank() == 0:
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
+    dist.barrier()
 
 
 def _prune(directory: Path, keep: int | None) -> None:

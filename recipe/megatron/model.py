@@ -102,7 +102,7 @@ def transformer_config(config: Config, architecture: Architecture) -> MLATransfo
         batch_p2p_comm=virtual_stages is None,
         num_layers_in_first_pipeline_stage=perf.decoder_first_pipeline_num_layers,
         num_layers_in_last_pipeline_stage=perf.decoder_last_pipeline_num_layers,
-        variable_seq_lengths=True,
+        variable_seq_lengths=perf.pipeline_model_parallel_size > 1,
         context_parallel_size=perf.context_parallel_size,
         expert_model_parallel_size=perf.expert_model_parallel_size,
         expert_tensor_parallel_size=perf.expert_tensor_parallel_size,
@@ -233,7 +233,7 @@ class PolicyModel(GPTModel):
         predicted, _, _ = self.mtp.layers[0](
             input_ids=pack.mtp_input_ids,
             position_ids=pack.position_ids,
-            hidden_states=hidden.detach(),
+            hidden_states=hidden.detach().requires_grad_(),  # or recomputation would find nothing to differentiate
             attention_mask=None,
             packed_seq_params=pack.sequences,
             embedding=lambda input_ids, position_ids: embedded,

@@ -3,10 +3,12 @@
 Letters: R rows (token, expert) pairs on this rank, E experts of this rank, H hidden size, F expert width of this rank.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -123,7 +125,8 @@ class GroupedExperts(MegatronModule):
 
 
 class MTPLayer(MultiTokenPredictionLayer):
-    """megatron's multi-token-prediction layer, given token and position ids that are already those of the next token."""
+    """megatron's multi-token-prediction layer, given token and position ids that are already those of the next token,
+    and whose recomputation takes packed sequences."""
 
     def _get_embeddings(
         self,
@@ -135,3 +138,13 @@ class MTPLayer(MultiTokenPredictionLayer):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         hidden_states = make_viewless_tensor(inp=hidden_states, requires_grad=True, keep_graph=True)
         return input_ids, position_ids, embedding(input_ids=input_ids, position_ids=position_ids), hidden_states
+
+    def _checkpointed_forward(
+        self, forward_func: Callable[..., Tensor], *, hidden_states: Tensor, decoder_input: Tensor, **others: Any
+    ) -> Tensor:
+        def forward(hidden_states: Tensor, decoder_input: Tensor) -> Tensor:
+            return forward_func(hidden_states=hidden_states, decoder_input=decoder_input, **others)
+
+        return tensor_parallel.checkpoint(
+            forward, self.config.distribute_saved_activations, hidden_states, decoder_input
+        )

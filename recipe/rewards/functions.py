@@ -66,8 +66,8 @@ def load_custom_reward(path: str) -> CustomReward:
         raise UserError(f"--custom-rm-path {path} is not of the form module:function")
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"--custom-rm-path {path}: the module cannot be imported ({error})") from error
+    except Exception as error:
+        raise UserError(f"--custom-rm-path {path}: the module cannot be imported ({error!r})") from error
     function: object = vars(module).get(function_name)
     if not callable(function):
         raise UserError(f"--custom-rm-path {path}: {module_name} has no function {function_name}")

@@ -1,4 +1,4 @@
-"""The trainer's side of SGLang's HTTP API: generation with retries and recovery, and the verbs of weights and memory."""
+"""The trainer's side of SGLang's HTTP API: generation with retries and recovery, weights, and memory."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence

@@ -126,6 +126,6 @@ def _check(group: SampleGroup, expected_version: str) -> None:
         stale = set(sample.weight_versions) - {expected_version}
         if stale:
             raise StaleWeights(
-                f"sample {sample.index} was made under weight version {', '.join(sorted(stale))}, but this rollout is for "
-                f"version {expected_version}: an engine missed a weight update"
+                f"sample {sample.index} was made under weight version {', '.join(sorted(stale))}, but this rollout "
+                f"is for version {expected_version}: an engine missed a weight update"
             )

@@ -42,7 +42,7 @@ def stage(weights: Sequence[NamedTensor]) -> list[NamedTensor]:
 
 
 def serialize_named_tensors(weights: Sequence[NamedTensor]) -> str:
-    """A payload for one engine. Tensors that are not in shared memory are moved there, each by itself: `stage` first."""
+    """A payload for one engine. Tensors outside shared memory are moved there one by one: `stage` them first."""
     buffer = io.BytesIO()
     with _shared_by_name():
         ForkingPickler(buffer, pickle.HIGHEST_PROTOCOL).dump(list(weights))

@@ -56,7 +56,7 @@ def test_balancing_evens_out_the_cost_of_ranks():
         costs = [sum(COST(lengths[i]) for i in itertools.chain(*microbatches)) for microbatches in plan]
         return max(costs) / (sum(costs) / 8) - 1
 
-    assert imbalance(COST) < 0.001 < 0.1 < imbalance(None)
+    assert imbalance(COST) <= 0.001 < 0.1 < imbalance(None)
 
 
 def test_refuses_what_does_not_divide():
@@ -67,8 +67,6 @@ def test_refuses_what_does_not_divide():
 
 
 def test_cost_is_six_flops_a_parameter_and_half_the_square_of_attention():
-    cost = SequenceCost.of_transformer(
-        active_parameters=10, num_layers=2, num_heads=3, qk_head_dim=4, v_head_dim=5
-    )  # fmt: skip
+    cost = SequenceCost.of_transformer(active_parameters=10, num_layers=2, num_heads=3, qk_head_dim=4, v_head_dim=5)
     scores_and_sums = 2 * 2 * 3 * (4 + 5) * 7**2 / 2
     assert cost(7) == 3 * (2 * 10 * 7 + scores_and_sums)

@@ -1,3 +1,4 @@
+import itertools
 from dataclasses import fields, replace
 
 import pytest
@@ -64,9 +65,7 @@ def test_loss_metrics_and_gradient_do_not_depend_on_the_microbatches(per_token):
     whole = policy_loss(inputs, EVERYTHING)
     (gradient,) = torch.autograd.grad(whole.loss, inputs.log_probs)
     borders = [0, 3, 4, 13, 13, len(inputs.log_probs)]
-    parts = [
-        policy_loss(part(inputs, slice(*border)), EVERYTHING) for border in zip(borders, borders[1:], strict=False)
-    ]
+    parts = [policy_loss(part(inputs, slice(*border)), EVERYTHING) for border in itertools.pairwise(borders)]
     loss = sum(output.loss for output in parts)
     metrics = parts[0].metrics
     for output in parts[1:]:
@@ -178,9 +177,7 @@ def test_terms_with_coefficient_zero_are_measured_but_carry_no_gradient():
 def test_what_is_not_measured_is_absent():
     bare = replace(random_inputs(), old_log_probs=None, rollout_log_probs=None, ref_log_probs=None, entropy=None)
     measured = values(policy_loss(bare, PolicyLossConfig()).metrics)
-    assert measured.keys() == {
-        Metric.LOSS, Metric.POLICY_LOSS, Metric.RATIO, Metric.CLIP_FRACTION, Metric.POLICY_KL
-    }  # fmt: skip
+    assert measured.keys() == {Metric.LOSS, Metric.POLICY_LOSS, Metric.RATIO, Metric.CLIP_FRACTION, Metric.POLICY_KL}
 
 
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), float("-inf")])
@@ -204,11 +201,12 @@ def test_garbage_at_untrained_tokens_reaches_neither_loss_nor_gradient(garbage):
     assert values(output.metrics) == pytest.approx(values(clean.metrics))
 
 
-def test_garbage_at_a_trained_token_makes_the_loss_not_finite():
+@pytest.mark.parametrize("name", ["log_probs", "advantages", "old_log_probs", "ref_log_probs", "entropy"])
+def test_nan_at_one_trained_token_makes_the_loss_nan(name):
     inputs = random_inputs()
-    log_probs = inputs.log_probs.detach().clone()
-    log_probs[inputs.weights > 0] = float("nan")
-    assert not policy_loss(replace(inputs, log_probs=log_probs), EVERYTHING).loss.isfinite()
+    value = getattr(inputs, name).detach().clone()
+    value[1] = float("nan")
+    assert policy_loss(replace(inputs, **{name: value}), EVERYTHING).loss.isnan()
 
 
 def test_extreme_ratios_stay_finite():

@@ -3,11 +3,13 @@
 import argparse
 import asyncio
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
 import uvicorn
-from transformers import Glm4MoeLiteConfig
+from fastapi import FastAPI
+from transformers import Glm4MoeLiteConfig, PreTrainedTokenizerFast
 
 from recipe.data.tokenizer import load_tokenizer
 from recipe.errors import UserError, run_main
@@ -16,7 +18,7 @@ from recipe.rollout.servers.embedded.engine import Engine
 from recipe.rollout.servers.embedded.forward import RowModel
 from recipe.rollout.servers.embedded.fused import build_model
 from recipe.rollout.servers.embedded.probe import check_forward
-from recipe.rollout.servers.embedded.protocol import Limits, SeedSource
+from recipe.rollout.servers.embedded.protocol import Defaults, Limits
 from recipe.rollout.servers.embedded.weights import WeightError, WeightTable
 from recipe.seeds import derive
 
@@ -24,14 +26,15 @@ from recipe.seeds import derive
 def main() -> None:
     arguments = _parser().parse_args()
     torch.set_num_threads(arguments.threads)
+    app = build_app()
     config = uvicorn.Config(
-        build_app(), host=arguments.host, port=arguments.port, log_level="warning", timeout_graceful_shutdown=1
+        app, host=arguments.host, port=arguments.port, log_level="warning", timeout_graceful_shutdown=1
     )
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(_serve(config, arguments))
+        runner.run(_serve(app, config, arguments))
 
 
-async def _serve(config: uvicorn.Config, arguments: argparse.Namespace) -> None:
+async def _serve(app: FastAPI, config: uvicorn.Config, arguments: argparse.Namespace) -> None:
     """Listens at once, and answers 503 until the model is loaded."""
     server = uvicorn.Server(config)
     serving = asyncio.create_task(server.serve())
@@ -41,7 +44,7 @@ async def _serve(config: uvicorn.Config, arguments: argparse.Namespace) -> None:
         server.should_exit = True
         await serving
         raise
-    config.app.state.service = service
+    app.state.service = service
     await serving
     service.engine.stop()
 
@@ -59,7 +62,7 @@ def _load(arguments: argparse.Namespace) -> Service:
     except WeightError as error:
         raise UserError(str(error)) from error
     check_forward(model, reference)
-    tokenizer = load_tokenizer(folder).backend_tokenizer if (folder / "tokenizer.json").is_file() else None
+    tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     eos = config.eos_token_id
     return Service(
         engine=Engine(
@@ -67,11 +70,11 @@ def _load(arguments: argparse.Namespace) -> Service:
             weights,
             rows=arguments.max_running_requests,
             version=arguments.weight_version,
-            tokenizer=tokenizer,
+            decode=partial(_decode, tokenizer),
             threads=arguments.threads,
         ),
         limits=Limits(config.vocab_size, context_length, tuple(eos if isinstance(eos, list) else [eos]), tokenizer),
-        seeds=SeedSource(derive(arguments.random_seed, "engine")),
+        defaults=Defaults(derive(arguments.random_seed, "engine")),
         model_path=folder,
         model_type=config.model_type,
         architectures=config.architectures or [type(reference).__name__],
@@ -88,6 +91,11 @@ def _read_config(folder: Path) -> Glm4MoeLiteConfig:
     if content.get("model_type") != Glm4MoeLiteConfig.model_type:
         raise UserError(f"{path}: the embedded engine runs glm4_moe_lite, not {content.get('model_type')}")
     return Glm4MoeLiteConfig(**content)
+
+
+def _decode(tokenizer: PreTrainedTokenizerFast | None, ids: list[int]) -> str:
+    """The text that stop strings are looked for in."""
+    return "" if tokenizer is None else str(tokenizer.decode(ids, skip_special_tokens=False))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -18,10 +18,10 @@ from pydantic import BaseModel
 
 from recipe.rollout.servers.embedded.engine import MEMORY_TAGS, Engine, PauseMode
 from recipe.rollout.servers.embedded.protocol import (
+    Defaults,
     GenerateBody,
     Limits,
     RequestError,
-    SeedSource,
     answer,
     read_sequences,
 )
@@ -38,7 +38,7 @@ class Service:
 
     engine: Engine
     limits: Limits
-    seeds: SeedSource
+    defaults: Defaults
     model_path: Path
     model_type: str
     architectures: list[str]
@@ -79,7 +79,7 @@ class NotReadyError(Exception):
     """A call before the weights are loaded."""
 
 
-def _service(request: Request) -> Service:
+async def _service(request: Request) -> Service:
     service: Service | None = request.app.state.service
     if service is None:
         raise NotReadyError
@@ -115,7 +115,7 @@ def build_app() -> FastAPI:
 
 
 async def generate(body: GenerateBody, request: Request, service: Ready) -> Response:
-    sequences = read_sequences(body, service.limits, service.seeds)
+    sequences = read_sequences(body, service.limits, service.defaults)
     working = asyncio.ensure_future(service.engine.generate(sequences))
     leaving = asyncio.ensure_future(_disconnected(request))
     try:
@@ -129,7 +129,7 @@ async def generate(body: GenerateBody, request: Request, service: Ready) -> Resp
     answers = [
         answer(sequence, text) for sequence, text in zip(sequences, _texts(sequences, service.limits), strict=True)
     ]
-    single = len(answers) == 1 and not _is_batch(body)
+    single = len(answers) == 1 and not body.is_batch
     return Response(json.dumps(answers[0] if single else answers), media_type="application/json")
 
 
@@ -232,25 +232,18 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-def _is_batch(body: GenerateBody) -> bool:
-    """Whether SGLang answers with a list."""
-    if body.input_ids is not None:
-        return isinstance(body.input_ids[0], list)
-    return isinstance(body.text, list)
-
-
-def _texts(sequences: list[Sequence], limits: Limits) -> list[str] | list[None]:
-    """The responses as text, the stop token or string cut off unless `no_stop_trim`."""
+def _texts(sequences: list[Sequence], limits: Limits) -> list[str | None]:
+    """The responses as text, the stop token or string cut off unless `no_stop_trim`; None without a tokenizer."""
     if limits.tokenizer is None:
         return [None] * len(sequences)
-    texts = []
+    texts: list[str | None] = []
     for sequence in sequences:
         matched = (sequence.finish_reason or {}).get("matched")
         ids = sequence.output_ids
         trim = not sequence.sampling.no_stop_trim
         if trim and isinstance(matched, int):
             ids = ids[:-1]
-        text = limits.tokenizer.decode(ids, skip_special_tokens=sequence.sampling.skip_special_tokens)
+        text = limits.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=sequence.sampling.skip_special_tokens)
         if isinstance(matched, str) and matched in text:
             end = text.index(matched)
             text = text[: end if trim else end + len(matched)]

@@ -26,9 +26,9 @@ class LatentCache:
         return needed
 
     def copy(self, sources: Tensor, targets: Tensor, positions: int) -> None:
-        """Copies the first `positions` tokens (rounded up to a block) of rows `sources` to rows `targets`."""
-        blocks = self.entries[:, : -(-positions // BLOCK)]
-        blocks[:, :, targets] = blocks[:, :, sources]
+        """Copies the first `positions` tokens (or a few more) of rows `sources` to rows `targets`."""
+        used = self.entries[:, : -(-positions // BLOCK), :, :positions]
+        used[:, :, targets] = used[:, :, sources]
 
     def free(self) -> None:
         """Gives the memory back; everything is forgotten."""

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from tokenizers import Tokenizer
 
 from recipe.rollout.servers.embedded.forward import RowModel
 from recipe.rollout.servers.embedded.generation import Generation
@@ -53,7 +52,7 @@ class Engine:
         *,
         rows: int,
         version: str,
-        tokenizer: Tokenizer | None,
+        decode: Callable[[list[int]], str],
         threads: int,
     ) -> None:
         self._weights = weights
@@ -67,7 +66,7 @@ class Engine:
         self._session_open = False
         self._released: set[str] = set()
         torch.set_num_threads(threads)
-        self._generation = Generation(model, rows, version, tokenizer, self._finish)
+        self._generation = Generation(model, rows, version, decode, self._finish)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import Glm4MoeLiteForCausalLM
 
 from recipe.rollout.servers.embedded.cache import BLOCK, LatentCache
-from recipe.rollout.servers.embedded.fused import FusedAttention, FusedMlp, Norm, fuse
+from recipe.rollout.servers.embedded.fused import Attention, Experts, Mlp, Norm, fuse
 
 CHUNK = 16
 """Tokens of a prompt that are read at once."""
@@ -28,7 +28,7 @@ class RowModel:
         config = model.config
         self._embedding = model.model.embed_tokens.weight.data
         self._layers = fuse(model)
-        self._norm = Norm.of(model.model.norm)
+        self._norm = Norm(model.model.norm.weight.data, config.rms_norm_eps)
         self._head = model.lm_head.weight.data
         self.vocab_size = config.vocab_size
         self._q_lora, self._latent, self._rope = config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim
@@ -80,7 +80,7 @@ class RowModel:
         expanded = mask.expand(rows, self._heads, width, -1).reshape(rows, self._heads * width, -1)
         return list(expanded.split(BLOCK, dim=-1))
 
-    def _project(self, weights: FusedAttention, x_TH: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _project(self, weights: Attention, x_TH: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Queries in the latent space [T, A, D], and the cache's entries [T, D]."""
         sizes = [self._q_lora, self._latent, self._rope]
         q_TL, latent_TC, key_TP = F.linear(x_TH, weights.q_kv_a).split(sizes, dim=-1)
@@ -107,8 +107,8 @@ class RowModel:
             attended += torch.bmm(share, block[..., : self._latent])
         return attended.div_(total)
 
-    def _mlp(self, weights: FusedMlp, x_TH: Tensor) -> Tensor:
-        if weights.router is None:
+    def _mlp(self, weights: Mlp | Experts, x_TH: Tensor) -> Tensor:
+        if isinstance(weights, Mlp):
             gate, up = F.linear(x_TH, weights.gate_up).chunk(2, dim=-1)
             return F.linear(F.silu(gate).mul_(up), weights.down)
         share_TE = self._route(weights, x_TH)
@@ -116,8 +116,8 @@ class RowModel:
         inner = F.silu(gate_up[:, :, 0]).mul_(gate_up[:, :, 1]).mul_(share_TE[..., None])
         return F.linear(inner.flatten(1), weights.down)
 
-    def _route(self, weights: FusedMlp, x_TH: Tensor) -> Tensor:
-        """[T, E + 1]: the weight of each expert for each token (0 where it is not chosen); the last is the shared one."""
+    def _route(self, weights: Experts, x_TH: Tensor) -> Tensor:
+        """[T, E + 1]: each expert's weight for each token, 0 where it is not chosen; the shared one's is 1."""
         scores = F.linear(x_TH, weights.router).sigmoid_()
         chosen = (scores + weights.router_bias).topk(self._top_k, dim=-1, sorted=False).indices
         share = scores.gather(1, chosen)

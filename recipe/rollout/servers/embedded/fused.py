@@ -4,18 +4,22 @@ The parameters of the transformers model stay what they are by name, shape and v
 that several of them lie side by side and multiply as one matrix. There is one copy of every weight: whoever writes
 a parameter writes what the engine computes with, so nothing can go stale.
 
-Letters: H hidden, A heads, N and P the head's dimensions without and with position, V value head, C latent key/value,
-E routed experts, I expert hidden, J = (E + 1) * I with the shared expert as one more.
+Letters: H hidden, A heads, N and P a head's dimensions without and with position, V value head, L latent query,
+C latent key and value, E routed experts, I an expert's hidden size.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM
 
 from recipe.errors import UserError
+
+LATENT_EPSILON = 1e-6
+"""Epsilon of the two norms in the latent space; no configuration names it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,24 +29,20 @@ class Norm:
     weight: Tensor
     epsilon: float
 
-    @classmethod
-    def of(cls, module: nn.Module) -> "Norm":
-        return cls(module.weight.data, module.variance_epsilon)
-
     def __call__(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
 
 
 @dataclass(frozen=True, slots=True)
-class FusedAttention:
-    """Multi-head latent attention, queries and values taken through the latent space (DeepSeek-V2, arXiv 2405.04434)."""
+class Attention:
+    """Multi-head latent attention; queries and values go through the latent space (DeepSeek-V2, arXiv 2405.04434)."""
 
     q_kv_a: Tensor
-    """[q_lora + C + P, H]: both down projections."""
+    """[L + C + P, H]: both down projections."""
     q_norm: Norm
     kv_norm: Norm
     q_b: Tensor
-    """[A * (N + P), q_lora]"""
+    """[A * (N + P), L]"""
     k_b: Tensor
     """[A, N, C]: latent to keys."""
     v_b: Tensor
@@ -52,37 +52,35 @@ class FusedAttention:
 
 
 @dataclass(frozen=True, slots=True)
-class FusedMlp:
-    """A dense MLP, or all experts at once."""
+class Mlp:
+    """A dense layer's MLP."""
 
     gate_up: Tensor
-    """[2 * J, H]; experts: gate and up alternate by expert."""
+    """[2 * intermediate, H]"""
     down: Tensor
-    """[H, J]"""
-    router: Tensor | None
-    """[E, H]; None: dense."""
-    router_bias: Tensor | None
-    """[E], for the choice only."""
+    """[H, intermediate]"""
 
 
 @dataclass(frozen=True, slots=True)
-class FusedLayer:
+class Experts:
+    """All experts of a layer; the last is the shared one."""
+
+    router: Tensor
+    """[E, H]"""
+    router_bias: Tensor
+    """[E], for the choice only."""
+    gate_up: Tensor
+    """[(E + 1) * 2 * I, H]: gate and up alternate by expert."""
+    down: Tensor
+    """[H, (E + 1) * I]"""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
     input_norm: Norm
-    attention: FusedAttention
+    attention: Attention
     post_attention_norm: Norm
-    mlp: FusedMlp
-
-
-def build_model(config: Glm4MoeLiteConfig) -> Glm4MoeLiteForCausalLM:
-    """The model in float32, its weights not yet loaded. Raises UserError for an architecture the engine cannot run."""
-    wrong = [name for name, value in _SUPPORTED.items() if getattr(config, name) != value]
-    if config.rope_parameters["rope_type"] != "default":
-        wrong.append("rope_parameters.rope_type")
-    if wrong:
-        raise UserError(
-            f"the embedded engine does not know this model's {', '.join(wrong)}; use --rollout-engine sglang"
-        )
-    return Glm4MoeLiteForCausalLM(config).float().eval().requires_grad_(False)
+    mlp: Mlp | Experts
 
 
 _SUPPORTED = {
@@ -97,52 +95,86 @@ _SUPPORTED = {
 }
 
 
-def fuse(model: Glm4MoeLiteForCausalLM) -> list[FusedLayer]:
+def build_model(config: Glm4MoeLiteConfig) -> Glm4MoeLiteForCausalLM:
+    """The model in float32, its weights not yet loaded. Raises UserError for an architecture the engine cannot run."""
+    actual = config.to_dict()
+    wrong = [f"{name} = {actual[name]}" for name, value in _SUPPORTED.items() if actual[name] != value]
+    if config.rope_parameters["rope_type"] != "default":
+        wrong.append(f"rope_type = {config.rope_parameters['rope_type']}")
+    if wrong:
+        raise UserError(f"the embedded engine cannot run {', '.join(wrong)}; use --rollout-engine sglang")
+    return Glm4MoeLiteForCausalLM(config).float().eval().requires_grad_(False)
+
+
+def fuse(model: Glm4MoeLiteForCausalLM) -> list[Layer]:
     """Rearranges the storage of the model's parameters; the tensors returned share it with them."""
+    weights: Mapping[str, Tensor] = model.state_dict(keep_vars=True)
     return [
-        FusedLayer(
-            input_norm=Norm.of(layer.input_layernorm),
-            attention=_fuse_attention(layer.self_attn),
-            post_attention_norm=Norm.of(layer.post_attention_layernorm),
-            mlp=_fuse_experts(layer.mlp) if kind == "sparse" else _fuse_mlp(layer.mlp),
-        )
-        for layer, kind in zip(model.model.layers, model.config.mlp_layer_types, strict=True)
+        _LayerFuser(model.config, weights, f"model.layers.{number}").fuse(sparse=kind == "sparse")
+        for number, kind in enumerate(model.config.mlp_layer_types)
     ]
 
 
-def _fuse_attention(attention: nn.Module) -> FusedAttention:
-    q_a, kv_a = attention.q_a_proj.weight, attention.kv_a_proj_with_mqa.weight
-    q_kv_a = torch.cat([q_a, kv_a])
-    q_a.data, kv_a.data = q_kv_a[: len(q_a)], q_kv_a[len(q_a) :]
-    kv_b = attention.kv_b_proj.weight.data.view(attention.num_heads, -1, attention.kv_lora_rank)
-    return FusedAttention(
-        q_kv_a=q_kv_a,
-        q_norm=Norm.of(attention.q_a_layernorm),
-        kv_norm=Norm.of(attention.kv_a_layernorm),
-        q_b=attention.q_b_proj.weight.data,
-        k_b=kv_b[:, : attention.qk_nope_head_dim],
-        v_b=kv_b[:, attention.qk_nope_head_dim :].transpose(1, 2),
-        o=attention.o_proj.weight.data,
-    )
+class _LayerFuser:
+    def __init__(self, config: Glm4MoeLiteConfig, weights: Mapping[str, Tensor], prefix: str) -> None:
+        self._config = config
+        self._weights = weights
+        self._prefix = prefix
 
+    def fuse(self, *, sparse: bool) -> Layer:
+        epsilon = self._config.rms_norm_eps
+        return Layer(
+            input_norm=Norm(self._data("input_layernorm.weight"), epsilon),
+            attention=self._attention(),
+            post_attention_norm=Norm(self._data("post_attention_layernorm.weight"), epsilon),
+            mlp=self._experts() if sparse else self._mlp(),
+        )
 
-def _fuse_mlp(mlp: nn.Module) -> FusedMlp:
-    gate, up = mlp.gate_proj.weight, mlp.up_proj.weight
-    gate_up = torch.cat([gate, up])
-    gate.data, up.data = gate_up.chunk(2)
-    return FusedMlp(gate_up=gate_up, down=mlp.down_proj.weight.data, router=None, router_bias=None)
+    def _weight(self, name: str) -> Tensor:
+        return self._weights[f"{self._prefix}.{name}"]
 
+    def _data(self, name: str) -> Tensor:
+        return self._weight(name).data
 
-def _fuse_experts(moe: nn.Module) -> FusedMlp:
-    """The shared expert becomes expert E."""
-    experts, shared = moe.experts, moe.shared_experts
-    routed_gate_up, routed_down = experts.gate_up_proj, experts.down_proj
-    count, hidden, inner = routed_down.shape
-    gate_up = torch.cat([routed_gate_up.reshape(-1, hidden), shared.gate_proj.weight, shared.up_proj.weight])
-    down = torch.cat([routed_down.permute(1, 0, 2).reshape(hidden, -1), shared.down_proj.weight], dim=1)
-    experts_gate_up = gate_up.view(count + 1, 2 * inner, hidden)
-    experts_down = down.view(hidden, count + 1, inner).permute(1, 0, 2)
-    routed_gate_up.data, routed_down.data = experts_gate_up[:count], experts_down[:count]
-    shared.gate_proj.weight.data, shared.up_proj.weight.data = experts_gate_up[count].chunk(2)
-    shared.down_proj.weight.data = experts_down[count]
-    return FusedMlp(gate_up, down, moe.gate.weight.data, moe.gate.e_score_correction_bias)
+    def _side_by_side(self, *names: str) -> Tensor:
+        """The matrices `names` as one, above each other, in shared storage."""
+        parts = [self._weight(name) for name in names]
+        whole = torch.cat(parts)
+        for part, data in zip(parts, whole.split([len(part) for part in parts]), strict=True):
+            part.data = data
+        return whole
+
+    def _attention(self) -> Attention:
+        config = self._config
+        kv_b = self._data("self_attn.kv_b_proj.weight").view(config.num_attention_heads, -1, config.kv_lora_rank)
+        k_b, v_b = kv_b.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
+        return Attention(
+            q_kv_a=self._side_by_side("self_attn.q_a_proj.weight", "self_attn.kv_a_proj_with_mqa.weight"),
+            q_norm=Norm(self._data("self_attn.q_a_layernorm.weight"), LATENT_EPSILON),
+            kv_norm=Norm(self._data("self_attn.kv_a_layernorm.weight"), LATENT_EPSILON),
+            q_b=self._data("self_attn.q_b_proj.weight"),
+            k_b=k_b,
+            v_b=v_b.transpose(1, 2),
+            o=self._data("self_attn.o_proj.weight"),
+        )
+
+    def _mlp(self) -> Mlp:
+        gate_up = self._side_by_side("mlp.gate_proj.weight", "mlp.up_proj.weight")
+        return Mlp(gate_up, self._data("mlp.down_proj.weight"))
+
+    def _experts(self) -> Experts:
+        routed_gate_up, routed_down = self._weight("mlp.experts.gate_up_proj"), self._weight("mlp.experts.down_proj")
+        gate, up = (
+            self._weight("mlp.shared_experts.gate_proj.weight"),
+            self._weight("mlp.shared_experts.up_proj.weight"),
+        )
+        shared_down = self._weight("mlp.shared_experts.down_proj.weight")
+        count, hidden, inner = routed_down.shape
+        gate_up = torch.cat([routed_gate_up.reshape(-1, hidden), gate, up])
+        down = torch.cat([routed_down.permute(1, 0, 2).reshape(hidden, -1), shared_down], dim=1)
+        by_expert = gate_up.view(count + 1, 2 * inner, hidden)
+        routed_gate_up.data = by_expert[:count]
+        gate.data, up.data = by_expert[count].chunk(2)
+        down_by_expert = down.view(hidden, count + 1, inner).permute(1, 0, 2)
+        routed_down.data, shared_down.data = down_by_expert[:count], down_by_expert[count]
+        return Experts(self._data("mlp.gate.weight"), self._data("mlp.gate.e_score_correction_bias"), gate_up, down)

@@ -11,7 +11,6 @@ from collections.abc import Callable
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from recipe.rollout.servers.embedded.forward import CHUNK, RowModel
@@ -23,7 +22,7 @@ from recipe.rollout.servers.embedded.sequence import Sequence
 Prompt = tuple[tuple[int, ...], list[Sequence]]
 """Token ids, and the sequences that go on from them."""
 
-ABORTED = {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}
+ABORTED: dict[str, object] = {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}
 
 
 class Generation:
@@ -34,7 +33,7 @@ class Generation:
         model: RowModel,
         rows: int,
         version: str,
-        tokenizer: Tokenizer | None,
+        decode: Callable[[list[int]], str],
         on_finish: Callable[[Sequence], None],
     ) -> None:
         self.version = version
@@ -45,7 +44,7 @@ class Generation:
         self._prompts_at_once = self._size // CHUNK
         self._cache = model.new_cache(self._size + self._prompts_at_once)
         self._rows = Rows(self._size, self._cache)
-        self._tokenizer = tokenizer
+        self._decode = decode
         self._on_finish = on_finish
 
     @property
@@ -177,33 +176,29 @@ class Generation:
         self._end(self._endings(span))
 
     def _note_top(self, span: slice, log_probs_RV: Tensor) -> None:
-        for number, sequence in enumerate(self._rows.sequences[span]):
-            if sequence.top_logprobs:
-                top = log_probs_RV[number].topk(min(sequence.top_logprobs, log_probs_RV.shape[1]))
-                sequence.top.append(list(zip(top.values.tolist(), top.indices.tolist(), strict=True)))
+        for number in np.flatnonzero(self._rows.wants_top[span]):
+            sequence = self._rows.sequences[span.start + number]
+            top = log_probs_RV[number].topk(min(sequence.top_logprobs, log_probs_RV.shape[1]))
+            sequence.top.append(list(zip(top.values.tolist(), top.indices.tolist(), strict=True)))
 
     def _endings(self, span: slice) -> dict[int, dict[str, object]]:
         """Rows of `span` that are complete -> why, in SGLang's words and order: string, then token, then length."""
         rows = self._rows
-        full = rows.generated[span] >= rows.limit[span]
-        endings: dict[int, dict[str, object]] = {
-            span.start + int(i): {"type": "length", "length": int(rows.limit[span.start + i])}
-            for i in np.flatnonzero(full)
-        }
-        for i in np.flatnonzero(rows.stopped(span)):
-            row = span.start + int(i)
-            endings[row] = {"type": "stop", "matched": int(rows.token[row])}
-        for row, sequence in enumerate(rows.sequences[span], span.start):
-            if sequence.sampling.stop and self._tokenizer is not None:
-                matched = self._matched_string(row, sequence.sampling.stop, self._tokenizer)
-                if matched is not None:
-                    endings[row] = {"type": "stop", "matched": matched}
+        endings: dict[int, dict[str, object]] = {}
+        for row in span.start + np.flatnonzero(rows.generated[span] >= rows.limit[span]):
+            endings[int(row)] = {"type": "length", "length": int(rows.limit[row])}
+        for row in span.start + np.flatnonzero(rows.stopped(span)):
+            endings[int(row)] = {"type": "stop", "matched": int(rows.token[row])}
+        for row in span.start + np.flatnonzero(rows.has_stop_strings[span]):
+            matched = self._matched_string(int(row))
+            if matched is not None:
+                endings[int(row)] = {"type": "stop", "matched": matched}
         return endings
 
-    def _matched_string(self, row: int, stops: tuple[str, ...], tokenizer: Tokenizer) -> str | None:
+    def _matched_string(self, row: int) -> str | None:
         """The first stop string that the newest tokens of a row complete."""
-        tail = self._rows.newest(row, max(map(len, stops)) + 1)
-        text = tokenizer.decode(tail, skip_special_tokens=False)
+        stops = self._rows.sequences[row].sampling.stop
+        text = self._decode(self._rows.newest(row, max(map(len, stops)) + 1))
         return next((stop for stop in stops if stop in text), None)
 
     def _finish_without_tokens(self, sequence: Sequence) -> None:

@@ -1,18 +1,19 @@
 """SGLang's /generate: what a request may say, what makes it wrong, and what an answer looks like."""
 
 import math
-import secrets
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
-from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from recipe.rollout.servers.embedded.sequence import Sampling, Sequence
+from recipe.seeds import derive
 
 T = TypeVar("T")
 
 GREEDY_BELOW = 1e-6
+DEFAULT_NEW_TOKENS = 128
 SEEDS = range(-(2**63), 2**63)
 
 
@@ -25,7 +26,7 @@ class SamplingBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    max_new_tokens: int | None = 128
+    max_new_tokens: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     temperature: float | None = None
@@ -51,6 +52,13 @@ class GenerateBody(BaseModel):
     top_logprobs_num: int | list[int] = 0
     stream: bool = False
 
+    @property
+    def is_batch(self) -> bool:
+        """Whether SGLang answers a list even for one sequence."""
+        if self.input_ids is not None:
+            return any(isinstance(item, list) for item in self.input_ids)
+        return isinstance(self.text, list)
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -59,21 +67,26 @@ class Limits:
     vocab_size: int
     context_length: int
     eos_token_ids: tuple[int, ...]
-    tokenizer: Tokenizer | None
+    tokenizer: PreTrainedTokenizerFast | None
 
 
-class SeedSource:
-    """Seeds of the samples that bring none: a counter under a seed."""
+class Defaults:
+    """Seeds and ids of the sequences that bring none: both count on from the engine's seed."""
 
     def __init__(self, seed: int) -> None:
-        self._next = seed
+        self._seed = seed
+        self._count = 0
 
-    def draw(self) -> int:
-        self._next += 1
-        return self._next
+    def next_seed(self) -> int:
+        self._count += 1
+        return derive(self._seed, self._count)
+
+    def next_rid(self) -> str:
+        self._count += 1
+        return f"{self._seed:016x}-{self._count}"
 
 
-def read_sequences(body: GenerateBody, limits: Limits, seeds: SeedSource) -> list[Sequence]:
+def read_sequences(body: GenerateBody, limits: Limits, defaults: Defaults) -> list[Sequence]:
     """The sequences a request asks for. Raises RequestError, with SGLang's reasons, if there is anything wrong."""
     if body.stream:
         raise RequestError("this engine does not stream; leave out stream")
@@ -86,12 +99,12 @@ def read_sequences(body: GenerateBody, limits: Limits, seeds: SeedSource) -> lis
     wants = _spread(body.return_logprob, len(prompts), "return_logprob")
     starts = _spread(body.logprob_start_len, len(prompts), "logprob_start_len")
     tops = _spread(body.top_logprobs_num, len(prompts), "top_logprobs_num")
-    rids = _rids(body.rid, len(prompts) * repeat)
+    rids = _rids(body.rid, len(prompts) * repeat, defaults)
     return [
         Sequence(
             rid=rids[number],
             prompt_ids=prompts[i],
-            sampling=_sampling(params[i], len(prompts[i]), limits, seeds),
+            sampling=_sampling(params[i], len(prompts[i]), limits, defaults),
             with_log_probs=wants[i],
             logprob_start=starts[i] if wants[i] and starts[i] >= 0 else None,
             top_logprobs=tops[i] if wants[i] else 0,
@@ -102,20 +115,22 @@ def read_sequences(body: GenerateBody, limits: Limits, seeds: SeedSource) -> lis
 
 def _prompts(body: GenerateBody, limits: Limits) -> list[tuple[int, ...]]:
     if body.input_ids is not None:
-        if not body.input_ids:
-            raise RequestError("input_ids cannot be empty.")
-        first = body.input_ids[0]
-        prompts = [body.input_ids] if isinstance(first, int) else body.input_ids
+        prompts = _as_batch(body.input_ids)
     elif body.text is not None:
         if limits.tokenizer is None:
             raise RequestError("text needs a tokenizer, and the model's folder has none; send input_ids")
         texts = [body.text] if isinstance(body.text, str) else body.text
-        prompts = [encoding.ids for encoding in limits.tokenizer.encode_batch(texts)]
+        prompts = limits.tokenizer(texts)["input_ids"]
     else:
         raise RequestError("Either text, input_ids or input_embeds should be provided.")
     for prompt in prompts:
         _check_prompt(prompt, limits)
     return [tuple(prompt) for prompt in prompts]
+
+
+def _as_batch(ids: list[int] | list[list[int]]) -> list[list[int]]:
+    batch = [item for item in ids if isinstance(item, list)]
+    return batch or [[item for item in ids if isinstance(item, int)]]
 
 
 def _check_prompt(ids: list[int], limits: Limits) -> None:
@@ -132,12 +147,12 @@ def _check_prompt(ids: list[int], limits: Limits) -> None:
         )
 
 
-def _sampling(body: SamplingBody, prompt_length: int, limits: Limits, seeds: SeedSource) -> Sampling:
+def _sampling(body: SamplingBody, prompt_length: int, limits: Limits, defaults: Defaults) -> Sampling:
     temperature = _default(body.temperature, 1.0)
     top_p, min_p, top_k = _default(body.top_p, 1.0), _default(body.min_p, 0.0), _default(body.top_k, -1)
     room = limits.context_length - prompt_length
-    length = _default(body.max_new_tokens, room)
-    seed = seeds.draw() if body.sampling_seed is None else body.sampling_seed
+    length = _default(body.max_new_tokens, min(DEFAULT_NEW_TOKENS, room))
+    seed = defaults.next_seed() if body.sampling_seed is None else body.sampling_seed
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     ignore_eos = _default(body.ignore_eos, False)
     rules = [
@@ -188,9 +203,9 @@ def _spread(value: T | list[T], count: int, name: str) -> list[T]:
     return value
 
 
-def _rids(rid: str | list[str] | None, count: int) -> list[str]:
+def _rids(rid: str | list[str] | None, count: int, defaults: Defaults) -> list[str]:
     if rid is None:
-        return [secrets.token_hex(16) for _ in range(count)]
+        return [defaults.next_rid() for _ in range(count)]
     if isinstance(rid, str):
         return [rid] if count == 1 else [f"{rid}_{number}" for number in range(count)]
     if len(rid) != count:

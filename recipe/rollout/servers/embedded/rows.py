@@ -1,5 +1,7 @@
 """The sequences that are being generated, a row each: what changes with every token is kept in arrays."""
 
+from typing import TypeVar
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -8,6 +10,8 @@ from recipe.rollout.servers.embedded.cache import LatentCache
 from recipe.rollout.servers.embedded.sequence import Sequence
 
 NO_TOKEN = -1
+
+Number = TypeVar("Number", bound=np.generic)
 
 
 class Rows:
@@ -29,6 +33,8 @@ class Rows:
         self.top_k = np.zeros(size, np.int64)
         self.top_p = np.ones(size, np.float32)
         self.min_p = np.zeros(size, np.float32)
+        self.has_stop_strings = np.zeros(size, np.bool_)
+        self.wants_top = np.zeros(size, np.bool_)
         self._stops = np.full((size, 1), NO_TOKEN)
         self._tokens = np.zeros((size, 1), np.int64)
         self._log_probs = np.zeros((size, 1), np.float32)
@@ -46,6 +52,8 @@ class Rows:
         self.greedy[row] = sampling.greedy
         self.temperature[row] = sampling.temperature
         self.top_k[row], self.top_p[row], self.min_p[row] = sampling.top_k, sampling.top_p, sampling.min_p
+        self.has_stop_strings[row] = bool(sampling.stop)
+        self.wants_top[row] = sequence.top_logprobs > 0
         self._stops = _widened(self._stops, len(sampling.stop_token_ids), NO_TOKEN)
         self._stops[row] = NO_TOKEN
         self._stops[row, : len(sampling.stop_token_ids)] = sampling.stop_token_ids
@@ -108,13 +116,15 @@ class Rows:
             self.top_k,
             self.top_p,
             self.min_p,
+            self.has_stop_strings,
+            self.wants_top,
             self._stops,
             self._tokens,
             self._log_probs,
         )
 
 
-def _widened(array: npt.NDArray[np.generic], width: int, fill: int) -> npt.NDArray[np.generic]:
+def _widened(array: npt.NDArray[Number], width: int, fill: int) -> npt.NDArray[Number]:
     """The array with at least `width` columns; grows by doubling."""
     if width <= array.shape[1]:
         return array

@@ -18,7 +18,7 @@ _FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def uniforms(seeds_R: Integers, positions_R: Integers) -> npt.NDArray[np.float64]:
-    """A number in [0, 1) for each pair of seed and position: the finalizer of SplitMix64 (Steele et al., OOPSLA 2014)."""
+    """A number in [0, 1) for each pair of seed and position, by SplitMix64's finalizer (Steele et al., OOPSLA 2014)."""
     mixed = _mix(_mix(seeds_R.astype(np.uint64)) + positions_R.astype(np.uint64) * _GOLDEN)
     return (mixed >> np.uint64(32)).astype(np.float64) / 2.0**32
 

@@ -1,0 +1,136 @@
+"""A server as a child process: started on a free port, watched until it is healthy, ended with all it has started."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from recipe.errors import UserError
+from recipe.rollout.servers.launch import Launch
+
+LOCAL = "127.0.0.1"
+POLL_S = 0.1
+HEALTH_TIMEOUT_S = 5.0
+GRACE_S = 5.0
+"""Time a server has to end by itself."""
+
+_PR_SET_PDEATHSIG = 1
+_SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIALS")
+_libc = ctypes.CDLL(None)
+
+
+class EngineProcess:
+    """One server. The thread that makes it must live as long: Linux ends the server with that thread."""
+
+    def __init__(self, launch: Launch, log: Path, *, host: str = LOCAL) -> None:
+        """Starts the server; its output goes to `log`."""
+        self.port = free_port(host)
+        self.url = f"http://{host}:{self.port}"
+        self._host = host
+        self._log = log
+        parent = os.getpid()
+        with log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [*launch.arguments, "--host", host, "--port", str(self.port)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=without_secrets(os.environ) | dict(launch.environment),
+                start_new_session=True,
+                preexec_fn=lambda: _die_with(parent),
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def pid(self) -> int:
+        """Process id, which is the id of the server's process group too."""
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def wait_healthy(self, timeout_s: float) -> None:
+        """Returns when the server can generate. Raises UserError, and stops it, if it ends or takes too long."""
+        deadline = time.monotonic() + timeout_s
+        while not self._is_healthy():
+            ended = not self.alive
+            if ended or time.monotonic() > deadline:
+                self.stop()
+                what = (
+                    f"ended with status {self._process.returncode}"
+                    if ended
+                    else f"is not healthy after {timeout_s:g} s"
+                )
+                raise UserError(f"the engine at {self.url} {what}; its log {self._log} ends: {self._last_line()}")
+            time.sleep(POLL_S)
+
+    def stop(self) -> None:
+        """Ends the server and every process of its group; returns when they are gone."""
+        if self._signal(signal.SIGTERM):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(GRACE_S)
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+
+    def _signal(self, number: signal.Signals) -> bool:
+        """Whether there was anybody in the group."""
+        try:
+            os.killpg(self._process.pid, number)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def _is_healthy(self) -> bool:
+        connection = HTTPConnection(self._host, self.port, timeout=HEALTH_TIMEOUT_S)
+        try:
+            connection.request("GET", "/health_generate")
+            return connection.getresponse().status == HTTPStatus.OK
+        except (OSError, HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def _last_line(self) -> str:
+        lines = self._log.read_text(errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "(empty)")
+
+
+def free_port(host: str = LOCAL) -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without credentials and without Ray's own variables."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if not name.endswith(_SECRETS) and not name.startswith("RAY_")
+    }
+
+
+def _die_with(parent: int) -> None:
+    """In the child, before the server runs: end when the parent does."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)

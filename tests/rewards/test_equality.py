@@ -1,0 +1,67 @@
+import time
+
+import pytest
+
+from recipe.rewards.equality import canonical_integer, plainly_equal
+
+
+@pytest.mark.parametrize(
+    ("text", "integer"),
+    [
+        ("12", "12"),
+        ("025", "25"),
+        ("000", "0"),
+        ("-0", "0"),
+        ("+7", "7"),
+        ("-012", "-12"),
+        ("\N{MINUS SIGN}5", "-5"),
+        ("1,000", "1000"),
+        ("1{,}000", "1000"),
+        (r"1\,000", "1000"),
+        (r"1,\!000", "1000"),
+        ("12,345,678", "12345678"),
+        (" $12$ ", "12"),
+        ("12.", "12"),
+        ("\N{FULLWIDTH DIGIT ONE}\N{FULLWIDTH DIGIT TWO}", "12"),
+        ("9" * 900, "9" * 900),
+    ],
+)
+def test_plain_integers(text, integer):
+    assert canonical_integer(text) == integer
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "-", "1,00", "1,0000", ",100", "12,13", "1 2", "204.0", "1e3", "12%", "1/2", "x", "--1", "9" * 1001),
+        "\N{ARABIC-INDIC DIGIT THREE}",
+    ],
+)
+def test_what_is_no_plain_integer(text):
+    assert canonical_integer(text) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "label", "equal"),
+    [
+        ("25", "025", True),
+        ("025", "25", True),
+        ("1000", "1,000", True),
+        ("12", "13", False),
+        ("-12", "12", False),
+        (" x+1 ", "x+1", True),  # the same text
+        ("204.0", "204", None),
+        (r"\frac{24}{2}", "12", None),
+        ("12", r"\frac{24}{2}", None),
+        ("hello " * 1000, "12", False),  # too long to be worth algebra
+    ],
+)
+def test_decides_what_takes_no_algebra(answer, label, equal):
+    assert plainly_equal(answer, label) is equal
+
+
+@pytest.mark.parametrize("unit", ["9", "1,", "{,}", "$", "-", "\N{FULLWIDTH DIGIT ONE}", " "])
+def test_a_megabyte_takes_no_time(unit):
+    started = time.perf_counter()
+    plainly_equal(unit * 1_000_000, "12")
+    assert time.perf_counter() - started < 1

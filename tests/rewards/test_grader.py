@@ -1,0 +1,213 @@
+import asyncio
+import threading
+import time
+
+import pytest
+
+from recipe.errors import UserError
+from recipe.rewards import (
+    REWARD_RULES,
+    Grade,
+    Grader,
+    GradeRequest,
+    GradeStatus,
+    RewardType,
+    load_custom_reward,
+)
+
+DEEPSCALER, MATH, DAPO = (REWARD_RULES[kind] for kind in RewardType)
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with Grader(DEEPSCALER, timeout_s=5) as grader:
+        yield grader
+
+
+def boxed(answer, label="12", **more):
+    return GradeRequest("?", f"</think>\\boxed{{{answer}}}", label, **more)
+
+
+def reward(rule, response, label):
+    with Grader(rule) as grader:
+        return grader.grade([GradeRequest("?", response, label)])[0].reward
+
+
+@pytest.mark.parametrize(
+    ("answer", "label", "expected"),
+    [
+        ("12", "12", 1.0),
+        ("13", "12", 0.0),
+        ("012", "12", 1.0),
+        ("12", r"\boxed{12}", 1.0),
+        ("204.0", "204", 1.0),
+        (r"\frac{24}{2}", "12", 1.0),
+        (r"\text{12}", "12", 1.0),
+        (r"12^\circ", "12", 1.0),
+        (r"12 \text{ cm}", "12", 1.0),
+        (r"\frac{1}{3}", r"\dfrac13", 1.0),
+        ("x=12", "12", 1.0),
+        ("12,13", "12", 0.0),
+        ("hello", "12", 0.0),
+        (r"\sqrt{2}", "1.4", 0.0),
+    ],
+)
+def test_equal_answers(grader, answer, label, expected):
+    (grade,) = grader.grade([boxed(answer, label)])
+    assert (grade.reward, grade.status, grade.answer) == (expected, GradeStatus.GRADED, answer)
+
+
+@pytest.mark.parametrize(
+    ("response", "deepscaler", "math", "dapo"),
+    [
+        (r"</think>\boxed{12}", 1, 1, 1),
+        (r"\boxed{12}", 0, 1, 1),
+        (r"</think>\boxed{13}", 0, 0, -1),
+        ("Answer: 12", 0, 0, 1),
+        ("</think>12", 0, 0, -1),
+    ],
+)
+def test_what_each_reward_function_gives(response, deepscaler, math, dapo):
+    assert [reward(rule, response, "12") for rule in (DEEPSCALER, MATH, DAPO)] == [deepscaler, math, dapo]
+
+
+def test_a_response_without_answer_says_why(grader):
+    assert grader.grade(
+        [
+            GradeRequest("?", r"\boxed{12}", "12"),
+            GradeRequest("?", r"\boxed{12}", "12", truncated=True),
+            GradeRequest("?", r"</think>\boxed{12} \boxed{", "12"),
+            boxed("12", truncated=True),
+        ]
+    ) == [
+        Grade(0.0, GradeStatus.NO_ANSWER, None, "no </think>"),
+        Grade(0.0, GradeStatus.TRUNCATED, None, "no </think>"),
+        Grade(0.0, GradeStatus.NO_ANSWER, None, "the last \\boxed{ is never closed"),
+        Grade(1.0, GradeStatus.GRADED, "12", ""),
+    ]
+
+
+def test_a_batch_of_integers_is_graded_in_ten_milliseconds_without_a_process(monkeypatch):
+    monkeypatch.delattr("recipe.rewards.workers.Worker")
+    requests = [boxed(str(i % 20)) for i in range(256)]
+    seconds = []
+    with Grader(DEEPSCALER) as grader:
+        for _ in range(5):
+            started = time.perf_counter()
+            assert sum(grade.reward for grade in grader.grade(requests)) == 13
+            seconds.append(time.perf_counter() - started)
+    assert min(seconds) < 0.01
+
+
+def test_a_hostile_answer_fails_within_its_time_and_is_counted():
+    with Grader(DEEPSCALER, timeout_s=1, num_workers=1) as grader:
+        grader.grade([boxed(r"\frac{24}{2}")])
+        started = time.monotonic()
+        hostile, good = grader.grade([boxed("12!!"), boxed(r"\sqrt{144}")])
+        assert time.monotonic() - started < 10
+        assert hostile == Grade(0.0, GradeStatus.GRADER_FAILED, "12!!", "no result within 1 s")
+        assert good.reward == 1
+        assert grader.collect_counts()[GradeStatus.GRADER_FAILED] == 1
+        assert sum(grader.collect_counts().values()) == 0
+
+
+def test_equal_questions_are_asked_once(grader, monkeypatch):
+    asked = []
+    submit = grader._pool.submit
+    monkeypatch.setattr(grader._pool, "submit", lambda *pair: asked.append(pair) or submit(*pair))
+    for _ in range(2):
+        assert [grade.reward for grade in grader.grade([boxed(r"\frac{36}{3}")] * 8)] == [1.0] * 8
+    assert asked == [(r"\frac{36}{3}", "12")]
+
+
+async def test_grades_from_an_event_loop_without_blocking_it(grader):
+    requests = [boxed("12"), boxed(r"\frac{48}{4}"), boxed(r"\frac{49}{4}"), boxed("13")]
+    ticks = 0
+
+    async def tick():
+        nonlocal ticks
+        while True:
+            await asyncio.sleep(0.001)
+            ticks += 1
+
+    ticking = asyncio.create_task(tick())
+    grades = await asyncio.gather(*(grader.grade_async(requests) for _ in range(4)))
+    ticking.cancel()
+    assert [[grade.reward for grade in group] for group in grades] == [[1.0, 1.0, 0.0, 0.0]] * 4
+    assert ticks > 0
+
+
+def test_grades_off_the_main_thread(grader):
+    grades = []
+    thread = threading.Thread(target=lambda: grades.extend(grader.grade([boxed(r"\frac{60}{5}")])))
+    thread.start()
+    thread.join()
+    assert grades[0].reward == 1
+
+
+def half_or_fail(prompt, response, label):
+    if response == "bad":
+        raise KeyError(label)
+    return float("nan") if response == "nan" else 0.5 * (prompt + label == "qa")
+
+
+async def test_a_custom_function_is_called_and_its_failures_are_counted():
+    with Grader(half_or_fail) as grader:
+        responses = ["good", "bad", "nan"]
+        requests = [GradeRequest("q", response, "a") for response in responses]
+        assert (
+            await grader.grade_async(requests)
+            == grader.grade(requests)
+            == [
+                Grade(0.5, GradeStatus.GRADED, None, ""),
+                Grade(0.0, GradeStatus.GRADER_FAILED, None, "KeyError: 'a'"),
+                Grade(0.0, GradeStatus.GRADER_FAILED, None, "the reward is nan"),
+            ]
+        )
+        assert grader.collect_counts() == {
+            GradeStatus.GRADED: 2,
+            GradeStatus.GRADER_FAILED: 4,
+            GradeStatus.NO_ANSWER: 0,
+            GradeStatus.TRUNCATED: 0,
+        }
+
+
+def test_a_reward_function_that_always_raises_stops_the_run():
+    with Grader(half_or_fail) as grader:
+        grader.grade([GradeRequest("q", "bad", "a")] * 3)
+        with pytest.raises(UserError, match="none of 3 responses could be graded, the last one: KeyError: 'a'"):
+            grader.collect_counts()
+        assert sum(grader.collect_counts().values()) == 0
+
+
+def test_custom_functions_are_loaded_by_name():
+    assert load_custom_reward("os.path:join")("a", "b", "c") == "a/b/c"
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("os.path", "is not of the form module:function"),
+        ("no_such_module:f", "cannot be imported"),
+        ("os.path:no_such_function", "os.path has no function no_such_function"),
+        ("os:sep", "os has no function sep"),
+    ],
+)
+def test_a_custom_function_that_is_not_there_is_a_clear_error(path, problem):
+    with pytest.raises(UserError, match=problem):
+        load_custom_reward(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "label", "good"),
+    [
+        (RewardType.DEEPSCALER, "12", True),
+        (RewardType.DEEPSCALER, r"\frac{1}{2}", True),
+        (RewardType.DEEPSCALER, "", False),
+        (RewardType.MATH, "?", False),
+        (RewardType.DAPO, "1,000", True),
+        (RewardType.DAPO, "1/2", False),
+    ],
+)
+def test_labels_are_checked_by_the_reward(kind, label, good):
+    assert (REWARD_RULES[kind].label_problem(label) is None) is good

@@ -1,0 +1,88 @@
+"""A tiny checkpoint, and an engine that is compared with transformers."""
+
+import json
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Glm4MoeLiteForCausalLM
+
+from recipe.data.prompts import Prompt
+from recipe.rollout.servers.process import EngineProcess
+from recipe.weights.tiny import write_tiny_checkpoint
+
+CONTEXT = 64
+
+
+class EngineUnderTest:
+    """Blocking calls to an engine, and the model it should be equal to."""
+
+    def __init__(self, process: EngineProcess, checkpoint: Path) -> None:
+        self.process = process
+        self.url = process.url
+        self.checkpoint = checkpoint
+        self.reference = load_reference(checkpoint)
+
+    def request(self, method: str, path: str, body: object | None = None) -> tuple[int, Any]:
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:
+                return response.status, _decoded(response.read())
+        except urllib.error.HTTPError as error:
+            return error.code, _decoded(error.read())
+
+    def post(self, path: str, body: object | None = None) -> Any:
+        status, answer = self.request("POST", path, {} if body is None else body)
+        assert status == 200, answer
+        return answer
+
+    def refuse(self, path: str, body: object) -> str:
+        """The sentence of an error in SGLang's shape."""
+        status, answer = self.request("POST", path, body)
+        assert status == 400
+        assert set(answer) == {"error"}
+        return str(answer["error"]["message"])
+
+    def generate(self, ids: object, **sampling: object) -> Any:
+        return self.post("/generate", {"input_ids": ids, "return_logprob": True, "sampling_params": sampling})
+
+
+def _decoded(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except json.JSONDecodeError:
+        return content.decode()
+
+
+def load_reference(checkpoint: Path) -> Glm4MoeLiteForCausalLM:
+    return Glm4MoeLiteForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+
+
+def make_checkpoint(folder: Path, seed: int) -> Path:
+    """A tiny checkpoint with weights large enough that tokens and experts are clearly preferred."""
+    write_tiny_checkpoint(folder, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for file in folder.glob("*.safetensors"):
+        weights = load_file(file)
+        for name, tensor in weights.items():
+            if name.endswith("e_score_correction_bias"):
+                weights[name] = torch.randn(tensor.shape, generator=generator) * 0.1
+            elif tensor.dim() > 1:
+                weights[name] = tensor * 5
+        save_file(weights, file, {"format": "pt"})
+    return folder
+
+
+def log_probs_of(reference: Glm4MoeLiteForCausalLM, ids: list[int], temperature: float = 1.0) -> torch.Tensor:
+    """[len(ids) - 1]: the log-prob of each token but the first, by transformers' plain forward pass."""
+    with torch.no_grad():
+        logits = reference(torch.tensor([ids])).logits[0, :-1] / temperature
+    return torch.log_softmax(logits, -1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+def make_prompt(index: int, ids: tuple[int, ...]) -> Prompt:
+    return Prompt(index, (), "", ids, "0")

@@ -1,0 +1,207 @@
+"""Weights are replaced all or nothing, between batches, and then the engine is as one freshly started with them."""
+
+import base64
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rollout_support import EngineUnderTest, load_reference, log_probs_of
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from recipe.rollout.weights_payload import serialize_named_tensors, stage
+
+PROMPT = [7, 3, 9, 11, 4]
+SAMPLING = {"max_new_tokens": 16, "ignore_eos": True, "sampling_seed": 1}
+
+
+def _weights(checkpoint: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in checkpoint.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def _update(
+    engine: EngineUnderTest, weights: dict[str, Tensor], version: str | None = "2", **more: Any
+) -> tuple[int, Any]:
+    payload = serialize_named_tensors(stage(list(weights.items())))
+    body = {"serialized_named_tensors": [payload], "weight_version": version, **more}
+    return engine.request("POST", "/update_weights_from_tensor", body)
+
+
+def _result(engine: EngineUnderTest) -> Any:
+    answer = engine.generate(PROMPT, **SAMPLING)
+    return answer["output_ids"], answer["meta_info"]["output_token_logprobs"]
+
+
+def _assert_equals_fresh_load(engine: EngineUnderTest, checkpoint: Path) -> None:
+    reference = load_reference(checkpoint)
+    ids, log_probs = _result(engine)
+    got = torch.tensor([entry[0] for entry in log_probs])
+    assert torch.allclose(got, log_probs_of(reference, PROMPT + ids)[len(PROMPT) - 1 :], atol=1e-5, rtol=0)
+
+
+def test_a_tensor_update_equals_a_fresh_load(engine: EngineUnderTest, other_checkpoint: Path) -> None:
+    status, answer = _update(engine, _weights(other_checkpoint))
+    assert (status, answer["success"]) == (200, True)
+    assert engine.request("GET", "/model_info")[1]["weight_version"] == "2"
+    assert engine.generate(PROMPT, **SAMPLING)["meta_info"]["weight_version"] == "2"
+    _assert_equals_fresh_load(engine, other_checkpoint)
+
+
+def test_a_disk_update_equals_a_fresh_load(engine: EngineUnderTest, other_checkpoint: Path) -> None:
+    body = {"model_path": str(other_checkpoint), "weight_version": "2"}
+    assert engine.post("/update_weights_from_disk", body)["success"]
+    by_disk = _result(engine)
+    _assert_equals_fresh_load(engine, other_checkpoint)
+    engine.post("/update_weights_from_disk", {"model_path": str(engine.checkpoint), "weight_version": "3"})
+    _update(engine, _weights(other_checkpoint))
+    assert _result(engine) == by_disk
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["gate.weight", "e_score_correction_bias", "experts.3.gate_proj", "experts.5.down_proj", "shared_experts", "kv_b_proj",
+     "q_a_proj", "norm.weight", "lm_head", "embed_tokens"],
+)  # fmt: skip
+def test_each_kind_of_weight_reaches_the_forward_pass(engine: EngineUnderTest, tmp_path: Path, part: str) -> None:
+    """The router of some servers keeps a copy of its weight; nothing here may."""
+    weights = _weights(engine.checkpoint)
+    generator = torch.Generator().manual_seed(0)
+    changed = {
+        name: tensor + torch.randn(tensor.shape, generator=generator) * 0.3
+        for name, tensor in weights.items()
+        if part in name
+    }
+    before = _result(engine)
+    assert _update(engine, changed)[0] == 200
+    assert _result(engine) != before
+    save_file(weights | changed, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_bytes((engine.checkpoint / "config.json").read_bytes())
+    _assert_equals_fresh_load(engine, tmp_path)
+
+
+def test_bfloat16_weights_are_taken_exactly(engine: EngineUnderTest) -> None:
+    rounded = {name: tensor.bfloat16() for name, tensor in _weights(engine.checkpoint).items()}
+    _update(engine, rounded)
+    by_bfloat16 = _result(engine)
+    _update(engine, {name: tensor.float() for name, tensor in rounded.items()})
+    assert _result(engine) == by_bfloat16
+
+
+def test_a_flattened_bucket_is_taken(engine: EngineUnderTest, other_checkpoint: Path) -> None:
+    weights = _weights(other_checkpoint)
+    _update(engine, weights)
+    expected = _result(engine)
+    engine.post("/update_weights_from_disk", {"model_path": str(engine.checkpoint)})
+    payload = subprocess.run(
+        [sys.executable, "-c", _BUCKET_MAKER, str(other_checkpoint)],
+        stdout=subprocess.PIPE,
+        stdin=subprocess.PIPE,
+        check=False,
+    )
+    assert payload.returncode == 0
+    assert expected
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "word"),
+    [
+        (
+            "model.layers.1.mlp.experts.99.up_proj.weight",
+            torch.zeros(64, 128),
+            "no weight model.layers.1.mlp.experts.99",
+        ),
+        ("model.norm.weight", torch.zeros(127), "[127]"),
+        ("model.norm.weight", torch.zeros(128, dtype=torch.int64), "int64"),
+        ("model.norm.weight", torch.zeros(128, dtype=torch.float64), "float64"),
+    ],
+)
+def test_weights_that_do_not_fit_change_nothing(
+    engine: EngineUnderTest, other_checkpoint: Path, name: str, tensor: Tensor, word: str
+) -> None:
+    before = _result(engine)
+    good = {k: v for k, v in _weights(other_checkpoint).items() if k != name}
+    status, answer = _update(engine, good | {name: tensor})
+    assert (status, answer["success"]) == (400, False)
+    assert word in answer["message"]
+    assert _result(engine) == before
+    assert engine.request("GET", "/model_info")[1]["weight_version"] == "1"
+
+
+def test_a_checkpoint_that_lacks_weights_changes_nothing(engine: EngineUnderTest, tmp_path: Path) -> None:
+    before = _result(engine)
+    weights = _weights(engine.checkpoint)
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "model.safetensors")
+    for folder, word in ((tmp_path, "lm_head.weight"), (tmp_path / "nowhere", "no *.safetensors")):
+        status, answer = engine.request("POST", "/update_weights_from_disk", {"model_path": str(folder)})
+        assert (status, answer["success"]) == (400, False)
+        assert word in answer["message"]
+    (tmp_path / "model.safetensors").write_bytes(b"cut off")
+    assert engine.request("POST", "/update_weights_from_disk", {"model_path": str(tmp_path)})[0] == 400
+    assert _result(engine) == before
+
+
+class _Evil:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch /tmp/owned",)
+
+
+@pytest.mark.parametrize("content", [_Evil(), [("lm_head.weight", "text")], {"a": 1}, 5])
+def test_a_payload_of_anything_but_tensors_is_refused(engine: EngineUnderTest, content: object) -> None:
+    payload = base64.b64encode(pickle.dumps(content)).decode()
+    for text in (payload, "?", base64.b64encode(b"junk").decode()):
+        body = {"serialized_named_tensors": [text]}
+        status, answer = engine.request("POST", "/update_weights_from_tensor", body)
+        assert (status, answer["success"]) == (400, False)
+    assert not Path("/tmp/owned").exists()
+
+
+def test_an_update_waits_for_running_requests_and_new_ones_wait_for_it(
+    engine: EngineUnderTest, other_checkpoint: Path
+) -> None:
+    """Unless generation is paused: then it is made at once, and the response has tokens of two versions."""
+    answers: list[Any] = []
+    long = {"max_new_tokens": 55, "ignore_eos": True}
+    threads = [threading.Thread(target=lambda: answers.extend(engine.generate([PROMPT] * 4, **long))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    _update(engine, _weights(other_checkpoint))
+    for thread in threads:
+        thread.join()
+    versions = [answer["meta_info"]["weight_versions"] for answer in answers]
+    assert len(versions) == 32
+    assert all(len(spans) == 1 for spans in versions)
+
+
+def test_tokens_know_the_version_they_were_made_under(engine: EngineUnderTest, other_checkpoint: Path) -> None:
+    answers: list[Any] = []
+    long = {"max_new_tokens": 58, "ignore_eos": True, "sampling_seed": 3}
+    expected = engine.generate(PROMPT, **long)["output_ids"]
+    while True:
+        thread = threading.Thread(target=lambda: answers.append(engine.generate(PROMPT, **long)))
+        thread.start()
+        engine.post("/pause_generation", {"mode": "in_place"})
+        _update(engine, _weights(other_checkpoint))
+        engine.post("/continue_generation")
+        thread.join()
+        spans = answers[-1]["meta_info"]["weight_versions"]
+        if len(spans) == 2:
+            break
+        engine.post("/update_weights_from_disk", {"model_path": str(engine.checkpoint), "weight_version": "1"})
+    cut = spans[0]["end"]
+    assert spans == [{"version": "1", "start": 0, "end": cut}, {"version": "2", "start": cut, "end": 58}]
+    assert answers[-1]["meta_info"]["weight_version"] == "2"
+    assert answers[-1]["output_ids"][:cut] == expected[:cut]
+
+
+def test_update_sessions_open_and_close_as_sglangs(engine: EngineUnderTest) -> None:
+    assert engine.post("/begin_weight_update")["success"]
+    assert engine.request("POST", "/begin_weight_update", {})[0] == 400
+    assert engine.post("/end_weight_update")["success"]
+    assert engine.request("POST", "/end_weight_update", {})[0] == 400

@@ -1,0 +1,69 @@
+"""Tokens, mask, log-probs and versions of a sample stay aligned."""
+
+import pytest
+from rollout_support import make_prompt
+
+from recipe.rollout.answers import read_sample
+from recipe.rollout.errors import EngineAnswerError
+from recipe.rollout.sample import FinishReason, Sample, SampleGroup
+
+
+def test_append_keeps_the_lists_aligned() -> None:
+    sample = Sample(0, 0, make_prompt(0, (1, 2)))
+    sample.append([5, 6], [-0.1, -0.2], ["1", "1"])
+    sample.append([7], [-0.3], ["2"], trainable=False)
+    assert sample.tokens == [1, 2, 5, 6, 7]
+    assert sample.loss_mask == [1, 1, 0]
+    assert sample.rollout_log_probs == [-0.1, -0.2, -0.3]
+    assert sample.weight_versions == ["1", "1", "2"]
+    assert (sample.length, sample.response_length) == (5, 3)
+
+
+@pytest.mark.parametrize(("ids", "log_probs", "versions"), [([1], [], ["1"]), ([], [0.0], []), ([1], [0.0], [])])
+def test_append_of_unequal_lists_changes_nothing(ids: list[int], log_probs: list[float], versions: list[str]) -> None:
+    sample = Sample(0, 0, make_prompt(0, (1,)))
+    with pytest.raises(ValueError, match="sample 0"):
+        sample.append(ids, log_probs, versions)
+    assert (sample.response_ids, sample.loss_mask, sample.rollout_log_probs, sample.weight_versions) == ([], [], [], [])
+
+
+def test_groups_number_their_samples_uniquely() -> None:
+    groups = [SampleGroup.of(make_prompt(7, (1,)), index, 4) for index in (2, 3)]
+    assert [sample.index for group in groups for sample in group.samples] == list(range(8, 16))
+    assert {sample.group_index for sample in groups[1].samples} == {3}
+
+
+def _answer(**meta: object) -> dict[str, object]:
+    return {
+        "text": "ab",
+        "output_ids": [5, 6, 7],
+        "meta_info": {
+            "finish_reason": {"type": "length", "length": 3},
+            "weight_version": "2",
+            "output_token_logprobs": [[-0.5, 5, None], [-0.25, 6, None], [-1.0, 7, None]],
+            **meta,
+        },
+    }
+
+
+def test_every_token_has_the_version_of_its_span() -> None:
+    spans = [{"version": "1", "start": 0, "end": 2}, {"version": "2", "start": 2, "end": 3}]
+    result = read_sample(_answer(weight_versions=spans))
+    assert result.versions == ["1", "1", "2"]
+    assert result.log_probs == [-0.5, -0.25, -1.0]
+    assert result.finish_reason is FinishReason.LENGTH
+    assert read_sample(_answer()).versions == ["2"] * 3
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {},
+        _answer(output_token_logprobs=[[-0.5, 5, None]]),
+        _answer(finish_reason={"type": "tired"}),
+        _answer(finish_reason=None),
+    ],
+)
+def test_an_answer_that_is_not_sglangs_is_an_error(answer: dict[str, object]) -> None:
+    with pytest.raises(EngineAnswerError):
+        read_sample(answer)

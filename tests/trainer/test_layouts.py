@@ -1,0 +1,96 @@
+"""Every layout computes the same gradients: what one process does with a batch, several do together."""
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from trainer_support import on_ranks, random_checkpoint, random_samples, tiny_config
+
+from recipe.batching.schedule import schedule
+from recipe.messages import Progress, StepReport, TrainSample
+
+STEPS = 3
+MTP = {"mtp_num_layers": 1, "enable_mtp_training": True}
+
+
+def train_and_save(trainer, samples: list[TrainSample], folder: Path) -> tuple[list[StepReport], dict]:
+    """Saves after the first step: Adam's first moment is then a tenth of the clipped gradient, parameter by parameter
+    and in one form for all layouts."""
+    trainer.load()
+    plan = schedule([s.length for s in samples], data_parallel_size=trainer.config.data_parallel_size, max_tokens=64)
+    shards = [[[samples[i] for i in pack] for pack in rank] for rank in plan]
+    from megatron.core.dist_checkpointing import load_plain_tensors
+
+    reports = [trainer.train_step(trainer.own_shard(shards))]
+    trainer.save(folder, Progress(rollouts=1))
+    saved = load_plain_tensors(str(folder / "iter_0000001"))
+    reports += [trainer.train_step(trainer.own_shard(shards)) for _ in range(STEPS - 1)]
+    return reports, {name: tensor for name, tensor in saved.items() if torch.is_tensor(tensor)}
+
+
+def run_layout(folder: Path, ranks: int, perf: dict) -> tuple[list[StepReport], dict[str, torch.Tensor]]:
+    config = tiny_config(
+        random_checkpoint(),
+        cluster={"actor_num_gpus_per_node": ranks},
+        perf={"use_dynamic_batch_size": True, "max_tokens_per_gpu": 64} | perf,
+        mtp=MTP,
+    )
+    return on_ranks(train_and_save, config, random_samples(8, seed=3), folder)[0]
+
+
+@cache
+def single_process() -> tuple[list[StepReport], dict[str, torch.Tensor]]:
+    import tempfile
+
+    return run_layout(Path(tempfile.mkdtemp(prefix="single-")), 1, {})
+
+
+TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "perf"),
+    [
+        pytest.param(2, {}, id="DP2"),
+        pytest.param(2, {"expert_model_parallel_size": 2}, id="EP2"),
+        pytest.param(
+            2, {"expert_model_parallel_size": 2, "moe_token_dispatcher_type": "allgather"}, id="EP2-allgather"
+        ),
+        pytest.param(2, TP2, id="TP2+SP"),
+        pytest.param(2, TP2 | {"expert_tensor_parallel_size": 2}, id="TP2+SP+ETP2"),
+        pytest.param(2, TP2 | {"expert_model_parallel_size": 2}, id="TP2+SP+EP2"),
+        pytest.param(2, {"pipeline_model_parallel_size": 2, "decoder_last_pipeline_num_layers": 1}, id="PP2-uneven"),
+        pytest.param(
+            2, {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}, id="PP2xVPP2"
+        ),
+        pytest.param(2, {"context_parallel_size": 2}, id="CP2"),
+        pytest.param(
+            2,
+            {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+            id="DP2-recompute",
+        ),
+        pytest.param(4, {"expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, id="DP2xEP2xPP2"),
+        pytest.param(
+            4, TP2 | {"expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, id="TP2xEP2xPP2"
+        ),
+    ],
+)
+def test_gradients_and_losses_equal_a_single_process(ranks: int, perf: dict, tmp_path: Path) -> None:
+    expected_reports, expected = single_process()
+    reports, found = run_layout(tmp_path, ranks, perf)
+    assert found.keys() == expected.keys()
+    gradients = [name for name in expected if "exp_avg." in name]
+    assert len(gradients) > 50
+    for name in gradients:
+        scale = expected[name].abs().max().clamp_min(1e-12)
+        difference = ((found[name] - expected[name]).abs().max() / scale).item()
+        assert difference < 1e-5, f"{name} differs by {difference:.1e} of its largest value"
+    for step, (ours, single) in enumerate(zip(reports, expected_reports, strict=True)):
+        np.testing.assert_allclose(ours.grad_norm, single.grad_norm, rtol=1e-5 * 10**step)
+        np.testing.assert_allclose(ours.mtp_loss, single.mtp_loss, rtol=1e-5)
+        assert ours.loss.keys() == single.loss.keys()
+        for metric, value in single.loss.items():
+            np.testing.assert_allclose(ours.loss[metric], value, rtol=1e-5, atol=1e-6)
