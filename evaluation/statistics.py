@@ -18,11 +18,10 @@ class Estimate:
 
 
 def clustered_mean(scores: Sequence[Sequence[float]]) -> Estimate:
-    """The mean over problems of each problem's mean score, with the normal interval whose standard error is clustered by
-    problem: samples of one problem are not independent (Miller, "Adding Error Bars to Evals", arXiv:2411.00640, eq. 4).
+    """The mean over problems of each problem's mean score, with the normal interval whose standard error is clustered
+    by problem: samples of one problem are not independent (Miller, "Adding Error Bars to Evals", arXiv:2411.00640).
 
-    `scores` has the scores of the samples of each problem. One problem alone gives an interval of no width bound: it is
-    reported as unbounded.
+    `scores` has the scores of the samples of each problem. From one problem alone the interval is unbounded.
     """
     means = [statistics.fmean(of_problem) for of_problem in scores]
     mean = statistics.fmean(means)

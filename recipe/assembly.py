@@ -4,13 +4,13 @@ import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import cast
 
 from evaluation.in_loop import evaluate
 from recipe.cluster import EngineGroup, TrainerGroup, place, ray_session
 from recipe.config import Config, Resolved
 from recipe.data.prompts import Prompt, PromptFormat, read_prompts
-from recipe.data.source import PromptSource
+from recipe.data.source import PromptSource, SourceState
 from recipe.data.tokenizer import load_tokenizer
 from recipe.errors import UserError
 from recipe.experience import from_prompts, rollout_metrics, sample_records, train_metrics
@@ -25,9 +25,6 @@ from recipe.rollout.sampling_params import SamplingParams
 from recipe.run import EvalMetrics, Phase, PhaseClock, RunDirectory, StepMetrics, open_progress
 from recipe.run.progress import Progress as Display
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
 logger = logging.getLogger(__name__)
 
 
@@ -35,7 +32,6 @@ logger = logging.getLogger(__name__)
 class Data:
     """The prompts of a run, and what grades the responses to them."""
 
-    tokenizer: "PreTrainedTokenizerFast"
     source: PromptSource
     eval_sets: Mapping[str, Sequence[Prompt]]
     reward: Reward | None
@@ -65,7 +61,7 @@ class Data:
             shuffle=config.data.rollout_shuffle,
             seed=config.misc.seed,
         )
-        return cls(tokenizer, source, sets, reward)
+        return cls(source, sets, reward)
 
 
 def _reward(config: Config) -> Reward | None:
@@ -97,12 +93,12 @@ class Run:
         self._reports: list[StepReport] = []
         self._evals: dict[str, EvalMetrics] = {}
         if progress.rollouts:
-            self.prompts.load_state_dict(progress.data)
+            self.prompts.load_state_dict(cast(SourceState, progress.data))
 
     def given_responses(self, prompts: Sequence[Prompt]) -> list[TrainSample]:
         """The prompts with the responses of their file, for supervised training."""
         first = self.progress.rollouts * self.config.rollout.rollout_batch_size
-        return from_prompts(prompts, self._data.tokenizer, first)
+        return from_prompts(prompts, first)
 
     async def generate(self, prompts: Sequence[Prompt]) -> Rollout:
         """Samples and grades responses to the prompts, under the current weights."""
@@ -154,8 +150,8 @@ class Run:
         )
         if skips >= self.config.optimizer.max_consecutive_skips:
             raise UserError(
-                f"the gradients were not finite in {skips} optimizer steps in a row: the run has diverged; go back to the "
-                "last checkpoint with --load, with a lower --lr or a smaller --clip-grad"
+                f"the gradients were not finite in {skips} optimizer steps in a row: the run has diverged; go back to "
+                "the last checkpoint with --load, with a lower --lr or a smaller --clip-grad"
             )
 
     def finish_rollout(self) -> None:
@@ -239,6 +235,7 @@ async def open_run(resolved: Resolved) -> AsyncIterator[Run]:
         directory.start(progress.rollouts)
         engines = None
         if group is not None:
+            assert data.reward is not None
             urls = group.finish_start()
             grader = stack.enter_context(
                 Grader(data.reward, timeout_s=config.rollout.rm_timeout_s, num_workers=config.rollout.rm_num_workers)

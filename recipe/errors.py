@@ -1,7 +1,9 @@
 """Mistakes a user can mend are told in one sentence and end the program with a non-zero status."""
 
+import signal
 import sys
 from collections.abc import Callable
+from types import FrameType
 
 USER_ERROR_STATUS = 2
 
@@ -11,9 +13,20 @@ class UserError(Exception):
 
 
 def run_main(main: Callable[[], int | None]) -> None:
-    """Runs a command's `main` and exits with its status; a UserError is printed without a traceback."""
+    """Runs a command's `main` and exits with its status.
+
+    A UserError is printed without a traceback. SIGINT and SIGTERM unwind the program from wherever it is, so that what
+    it started is ended, and give the status that shells expect of them.
+    """
+    signal.signal(signal.SIGINT, _unwind)
+    signal.signal(signal.SIGTERM, _unwind)
     try:
         sys.exit(main() or 0)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(USER_ERROR_STATUS)
+
+
+def _unwind(number: int, _: FrameType | None) -> None:
+    print(f"stopping: {signal.Signals(number).name} received", file=sys.stderr)
+    raise SystemExit(128 + number)

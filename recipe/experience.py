@@ -3,13 +3,12 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from recipe.config import Config
 from recipe.data.prompts import Prompt
-from recipe.grpo.advantages import group_advantages
+from recipe.grpo.advantages import group_advantages, penalise_kl
 from recipe.grpo.loss import Metric
 from recipe.grpo.reduction import sequence_weights
 from recipe.messages import FloatArray, StepReport, TrainSample
@@ -17,9 +16,6 @@ from recipe.rewards.grader import GradeStatus
 from recipe.rollout.generate import Rollout
 from recipe.rollout.sample import Sample, SampleGroup
 from recipe.run import RolloutMetrics, SampleRecord, TrainMetrics
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 
 def with_advantages(rollout: Rollout, config: Config) -> list[TrainSample]:
@@ -62,18 +58,15 @@ def reward_of(sample: Sample) -> float:
     return sample.reward
 
 
-def from_prompts(
-    prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerFast", first_index: int
-) -> list[TrainSample]:
-    """Prompts with their given responses and the token that ends them, to be learned by heart (sft)."""
-    responses = tokenizer([prompt.response or "" for prompt in prompts], add_special_tokens=False)["input_ids"]
+def from_prompts(prompts: Sequence[Prompt], first_index: int) -> list[TrainSample]:
+    """Prompts with their given responses, to be learned by heart (sft)."""
     return [
         TrainSample(
             index=first_index + number,
-            tokens=np.array([*prompt.ids, *response, tokenizer.eos_token_id], dtype=np.int64),
-            loss_mask=np.ones(len(response) + 1, dtype=np.bool_),
+            tokens=np.array([*prompt.ids, *prompt.response_ids], dtype=np.int64),
+            loss_mask=np.ones(len(prompt.response_ids), dtype=np.bool_),
         )
-        for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+        for number, prompt in enumerate(prompts)
     ]
 
 
@@ -92,7 +85,7 @@ def with_log_probs(
             assert old is not None
             assert reference is not None
             assert advantages is not None
-            advantages = advantages - np.float32(kl_coef) * (old[sample.index] - reference[sample.index])
+            advantages = penalise_kl(advantages, old[sample.index], reference[sample.index], kl_coef)
         result.append(
             replace(
                 sample,

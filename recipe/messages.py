@@ -38,6 +38,16 @@ class TrainSample:
         return len(self.tokens)
 
     @property
+    def prompt(self) -> NDArray[np.int64]:
+        """[L - R]"""
+        return self.tokens[: self.length - self.response_length]
+
+    @property
+    def response(self) -> NDArray[np.int64]:
+        """[R]"""
+        return self.tokens[self.length - self.response_length :]
+
+    @property
     def response_length(self) -> int:
         """R."""
         return len(self.loss_mask)

@@ -1,11 +1,11 @@
 """The tiny recipe beside TRL's GRPOTrainer: samples per second, and time to a held-out reward, on this machine.
 
-    python scripts/bench_tiny.py [--seeds 3] [--target 0.9] [--max-steps 800] [--eval-interval 10]
+    python scripts/bench_tiny.py [--seeds 3] [--target 0.9] [--max-steps 1000] [--eval-interval 10]
 
 Both start from the same warmed-up checkpoint and take checkpoint, prompts, batch, lengths and held-out questions from
-the recipe `tiny`. They run in turns, seed by seed. Each stops at the first evaluation of the whole held-out set (one
-sample a question, temperature 1) that reaches the target. Times are of training steps: start-up, evaluation and
-checkpoints are left out on both sides. `make bench-tiny` runs this; TRL gets an environment of its own, .venv-trl.
+the recipe `tiny`. They run in turns, seed by seed. Each stops at the first evaluation of the whole held-out set
+(temperature 1) that reaches the target. Times are of training steps: start-up, evaluation and checkpoints are left out
+on both sides. `make bench-tiny` runs this; TRL gets an environment of its own, .venv-trl.
 """
 
 import argparse
@@ -38,7 +38,7 @@ NOT_TRAINING = ("eval", "save")
 POLL_S = 0.2
 STOP_TIMEOUT_S = 120.0
 
-TRL_SETTINGS = {"lr": "1e-4", "experts": "eager"}
+TRL_SETTINGS = {"lr": "1e-4", "loss-type": "grpo", "experts": "eager"}
 """The best of a sweep over learning rate, warm-up, loss type, Adam's beta2, experts implementation and threads."""
 
 
@@ -120,6 +120,7 @@ def run_trl(seed: int, arguments: argparse.Namespace, config: Config) -> Run:
         "max-completion-length": config.rollout.rollout_max_response_len,
         "steps": arguments.max_steps,
         "eval-interval": arguments.eval_interval,
+        "eval-samples": config.eval.n_samples_per_eval_prompt,
         "target": arguments.target,
         "seed": seed,
         "output": path,
@@ -183,7 +184,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each side")
     parser.add_argument("--target", type=float, default=0.9, help="held-out reward to reach")
-    parser.add_argument("--max-steps", type=int, default=800, help="steps after which a run gives up")
+    parser.add_argument("--max-steps", type=int, default=1000, help="steps after which a run gives up")
     parser.add_argument("--eval-interval", type=int, default=10, help="steps between evaluations")
     arguments = parser.parse_args()
     config = resolve(["--recipe", RECIPE]).config

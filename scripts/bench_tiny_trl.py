@@ -1,8 +1,8 @@
 """One run of TRL's GRPOTrainer on the tiny model: the comparison side of bench_tiny.py, which starts it.
 
 Runs in TRL's own virtual environment, and takes nothing from the recipe but the reward rule. Same checkpoint, prompts,
-chat template, batch and sampling as ours. Before the first step and after every --eval-interval steps it samples an
-answer to every held-out question, timed apart. Writes a JSON object: settings, versions, steps, evaluations.
+chat template, batch and sampling as ours. Before the first step and after every --eval-interval steps it samples
+answers to every held-out question, timed apart. Writes a JSON object: settings, versions, steps, evaluations.
 """
 
 import argparse
@@ -45,10 +45,12 @@ def load_rewards(rule: RewardRule) -> Rewards:
 
 
 class HeldOut:
-    """Samples an answer to every held-out question, all in one batch."""
+    """Samples answers to every held-out question, all in one batch."""
 
-    def __init__(self, path: Path, tokenizer: PreTrainedTokenizerBase, rewards: Rewards, max_new_tokens: int) -> None:
-        lines = read_lines(path)
+    def __init__(
+        self, path: Path, samples: int, tokenizer: PreTrainedTokenizerBase, rewards: Rewards, max_new_tokens: int
+    ) -> None:
+        lines = read_lines(path) * samples
         self._labels = [line["label"] for line in lines]
         texts = [
             tokenizer.apply_chat_template(line["prompt"], tokenize=False, add_generation_prompt=True) for line in lines
@@ -165,7 +167,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     )
     questions = Dataset.from_list([{k: line[k] for k in ("prompt", "label")} for line in read_lines(arguments.train)])
     rewards = load_rewards(REWARD_RULES[RewardType(arguments.rm_type)])
-    held_out = HeldOut(arguments.heldout, tokenizer, rewards, arguments.max_completion_length)
+    held_out = HeldOut(arguments.heldout, arguments.eval_samples, tokenizer, rewards, arguments.max_completion_length)
     recorder = Recorder(held_out, arguments.eval_interval, arguments.target)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = recorder.trainer = TimedGRPOTrainer(
@@ -199,6 +201,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--eval-interval", type=int, default=10)
+    parser.add_argument("--eval-samples", type=int, default=1, help="answers to every held-out question")
     parser.add_argument("--target", type=float, default=0.9, help="held-out reward to stop at")
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--generations", type=int, default=8)
@@ -206,7 +209,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--warmup-steps", type=int, default=0)
     parser.add_argument("--adam-beta2", type=float, default=0.999)
-    parser.add_argument("--loss-type", default="dapo")
+    parser.add_argument("--loss-type", default="grpo")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--experts", choices=("eager", "grouped_mm", "batched_mm"), default="eager")
     arguments = parser.parse_args()

@@ -8,9 +8,9 @@ import os
 
 os.environ["RAY_AUTH_MODE"] = "token"
 
-from recipe.cluster.engines import EngineGroup  # noqa: E402
-from recipe.cluster.placement import place  # noqa: E402
-from recipe.cluster.session import ray_session  # noqa: E402
-from recipe.cluster.trainer import TrainerGroup  # noqa: E402
+from recipe.cluster.engines import EngineGroup
+from recipe.cluster.placement import place
+from recipe.cluster.session import ray_session
+from recipe.cluster.trainer import TrainerGroup
 
 __all__ = ["EngineGroup", "TrainerGroup", "place", "ray_session"]

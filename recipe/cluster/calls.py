@@ -33,8 +33,8 @@ def _raise_failure(reference: ray.ObjectRef, name: str) -> None:
         raise
     except RayActorError as error:
         raise UserError(
-            f"{name} died ({_first_line(error)}): it was killed, most often for want of memory, or its machine was lost; "
-            "start again with --load to go on from the last checkpoint"
+            f"{name} died ({_first_line(error)}): it was killed, most often for want of memory, or its machine was "
+            "lost; start again with --load to go on from the last checkpoint"
         ) from None
 
 

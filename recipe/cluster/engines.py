@@ -4,7 +4,7 @@ import asyncio
 import logging
 import os
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import ray
 from ray.actor import ActorHandle
@@ -78,7 +78,7 @@ class EngineGroup:
     """All engines of a run. Use as a context manager: leaving it ends them."""
 
     def __init__(self, resolved: Resolved, placement: Placement) -> None:
-        actor = ray.remote(EngineActor)
+        actor: Any = ray.remote(EngineActor)
         self._actors: list[ActorHandle] = [
             actor.options(name=f"engine {number}", **placement.for_engine(number)).remote(resolved, number)
             for number in range(resolved.config.num_engines)

@@ -60,8 +60,9 @@ def place(config: Config) -> Placement:
     if not group.wait(PLACEMENT_TIMEOUT_S):
         have = {name: ray.cluster_resources().get(name, 0) for name in bundle}
         raise UserError(
-            f"the run needs {count} x {bundle} ({config.world_size} training ranks, {engines} engine slots) but the Ray "
-            f"cluster has {have}: add machines or lower --actor-num-nodes, --actor-num-gpus-per-node, --rollout-num-gpus"
+            f"the run needs {count} x {bundle} ({config.world_size} training ranks, {engines} engine slots) but the "
+            f"Ray cluster has {have}: add machines or lower --actor-num-nodes, --actor-num-gpus-per-node or "
+            "--rollout-num-gpus"
         )
     node_of = placement_group_table(group)["bundles_to_node_id"]
     return Placement(group, sorted(node_of, key=lambda number: (node_of[number], number)), on_gpus, config)

@@ -4,6 +4,7 @@ The run's token is fresh and lies in a file that only this user can read. The fi
 environment; the token is on no command line.
 """
 
+import logging
 import os
 import secrets
 import shutil
@@ -27,7 +28,7 @@ def ray_session(config: Config) -> Iterator[None]:
     """Ray for this run: the cluster that submitted this job if there is one (RAY_ADDRESS), or a local one of our own,
     whose processes end with this block and die with this process."""
     if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=True, logging_level=config.misc.log_level)
+        ray.init(log_to_driver=True, logging_level=logging.getLevelNamesMapping()[config.misc.log_level.upper()])
         try:
             yield
         finally:
@@ -60,11 +61,11 @@ def _start_local(config: Config) -> None:
             include_dashboard=True,
             object_store_memory=OBJECT_STORE_BYTES,
             log_to_driver=True,
-            logging_level=config.misc.log_level,
+            logging_level=logging.getLevelNamesMapping()[config.misc.log_level.upper()],
             _node_ip_address=LOOPBACK,
         )
     except (OSError, RuntimeError, TimeoutError) as error:
         raise UserError(
-            f"Ray does not start on this machine ({error}): see its logs in /tmp/ray/session_latest/logs; the commonest "
-            "causes are a full /tmp and a small /dev/shm"
+            f"Ray does not start on this machine ({error}): see its logs in /tmp/ray/session_latest/logs; the "
+            "commonest causes are a full /tmp and a small /dev/shm"
         ) from error

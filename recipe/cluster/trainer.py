@@ -81,7 +81,7 @@ class TrainerGroup:
     def __init__(self, config: Config, architecture: Architecture, placement: Placement) -> None:
         self.config = config
         self.cost = sequence_cost(architecture)
-        actor = ray.remote(RankActor)
+        actor: Any = ray.remote(RankActor)
         self._ranks: list[ActorHandle] = [
             actor.options(name=f"training rank {rank}", **placement.for_rank(rank)).remote(config, architecture, rank)
             for rank in range(config.world_size)

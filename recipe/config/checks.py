@@ -73,12 +73,9 @@ def responses_fit(config: Config, architecture: Architecture) -> Iterator[str]:
         yield f"--eval-max-response-len {evaluation} leaves no room for a prompt in the model's {longest} tokens"
 
 
-def rewards_are_named_once(config: Config, _: Architecture) -> Iterator[str]:
-    """Samples are graded by exactly one reward function."""
-    named, custom = config.rollout.rm_type, config.rollout.custom_rm_path
-    if named is not None and custom is not None:
-        yield f"--rm-type {named} and --custom-rm-path {custom} both name the reward; leave one out"
-    if named is None and custom is None:
+def reward_is_named(config: Config, _: Architecture) -> Iterator[str]:
+    """Something grades what is generated."""
+    if config.rollout.rm_type is None and config.rollout.custom_rm_path is None:
         if not config.is_sft:
             yield "no reward: give --rm-type (deepscaler, math or dapo) or --custom-rm-path module:function"
         elif config.eval.eval_prompt_data:
@@ -172,7 +169,7 @@ RULES: tuple[Rule, ...] = (
     batches_divide,
     dynamic_batches_are_bounded,
     responses_fit,
-    rewards_are_named_once,
+    reward_is_named,
     clipping_is_ordered,
     kl_is_asked_for_once,
     schedule_is_ordered,

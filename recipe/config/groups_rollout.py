@@ -81,7 +81,7 @@ class RolloutConfig(Group):
     rm_type: Literal["deepscaler", "math", "dapo"] | None = None
     """Built-in reward."""
     custom_rm_path: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
-    """Reward function of your own, as module:function."""
+    """Reward function of your own, as module:function; it takes the place of `rm_type`."""
     rm_timeout_s: PositiveFloat = 5.0
     """Longest time to grade one response, in seconds."""
     rm_num_workers: PositiveInt = 2

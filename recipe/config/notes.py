@@ -19,6 +19,8 @@ def _skipped_passes(config: Config) -> Iterator[str]:
         return
     if grpo.use_kl_loss and grpo.kl_loss_coef == 0:
         yield "the reference model is not run: the KL coefficient is 0, so its log-probs would change nothing"
+    if config.rollout.custom_rm_path is not None and config.rollout.rm_type is not None:
+        yield f"--custom-rm-path {config.rollout.custom_rm_path} takes the place of --rm-type {config.rollout.rm_type}"
     if not config.needs_old_log_probs:
         yield (
             "no old-log-prob pass: with one optimizer step a rollout the policy has not moved, the ratio is 1 and "

@@ -20,7 +20,7 @@ SLOT_ELEMENTS = 32 << 20
 class Adam(torch.optim.Optimizer):
     """AdamW by torch's fused kernel, its state beside the fp32 shards that megatron hands over."""
 
-    state_names = ("exp_avg", "exp_avg_sq")
+    state_names: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Adam(torch.optim.Optimizer):
                     self.state[parameter][name].copy_(value)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One AdamW step of every parameter that has a gradient."""
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1

@@ -23,9 +23,10 @@ from torch import Tensor
 class PackedSequences(PackedSeqParams):
     """A pack of sequences, cut into segments of queries that each attend to a run of keys.
 
-    Without context parallelism a segment is a whole sequence and its keys are itself. With it, a rank holds two zigzag
-    chunks of every sequence; each chunk is a segment whose keys are the sequence's beginning up to the chunk's end,
-    taken from the all-gathered keys by `key_index`. The causal mask is aligned at the segment's end.
+    A segment is a whole sequence, which attends to itself; or a response, which attends to its prompt's keys and its
+    own; or, with context parallelism, one of the rank's two chunks of a sequence, which attends to the sequence's
+    beginning up to the chunk's end. `key_index` takes the keys from the pack's (all-gathered) rows. The causal mask is
+    aligned at the segment's end.
     """
 
     position_ids: Tensor | None = None
@@ -35,11 +36,13 @@ class PackedSequences(PackedSeqParams):
     query_lengths: tuple[int, ...] = ()
     """Tokens of each segment, in the order of the pack."""
     key_lengths: tuple[int, ...] = ()
-    """Keys of each segment; equal to `query_lengths` without context parallelism."""
+    """Keys of each segment."""
     key_index: Tensor | None = None
-    """[sum(key_lengths)] rows of the all-gathered keys; None without context parallelism."""
+    """[sum(key_lengths)] rows of the (all-gathered) keys; None where a segment's keys are itself."""
     query_grid: "SegmentGrid | None" = None
     key_grid: "SegmentGrid | None" = None
+    mask: Tensor | None = None
+    """[S, 1, L_q, L_k] for the grids; None where the plain causal mask serves."""
 
 
 class SegmentGrid:
@@ -128,6 +131,7 @@ class PackedAttention(MegatronModule):
             scale=self.softmax_scale,
             window_size=(-1, 0),
         )
+        assert isinstance(output, Tensor)
         return output[..., :value_size]
 
     def _dense(self, query: Tensor, key: Tensor, value: Tensor, pack: PackedSequences) -> Tensor:
@@ -138,8 +142,8 @@ class PackedAttention(MegatronModule):
             queries.pad(query),
             keys.pad(key),
             keys.pad(value),
-            attn_mask=None if queries is keys else bottom_right_mask(pack.query_lengths, pack.key_lengths),
-            is_causal=queries is keys,
+            attn_mask=pack.mask,
+            is_causal=pack.mask is None,
             scale=self.softmax_scale,
         )
         return queries.unpad(output)

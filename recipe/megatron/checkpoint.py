@@ -128,7 +128,8 @@ def _load_into(chunks: list[PolicyModel], loaded: dict[str, Any]) -> None:
         state = loaded["model"] if len(chunks) == 1 else loaded[f"model{number}"]
         result = chunk.load_state_dict(state, strict=False)
         missing = [name for name in result.missing_keys if not name.endswith("_extra_state")]
-        assert not missing and not result.unexpected_keys, (missing, result.unexpected_keys)
+        assert not missing, missing
+        assert not result.unexpected_keys, result.unexpected_keys
 
 
 def load_weights(checkpoint: Path, chunks: list[PolicyModel]) -> None:

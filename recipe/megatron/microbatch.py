@@ -1,13 +1,16 @@
-"""From samples to a pack on this rank. The one place that knows how context parallelism lays tokens out.
+"""From samples to a pack on this rank. The one place that knows how tokens are laid out.
 
-A pack is all its samples end to end, each padded to a multiple of 2 * CP, and one sequence of padding at its end where
-tensor parallelism needs the token count to divide. With context parallelism a sequence is cut into 2 * CP chunks and
-rank r holds chunks r and 2 * CP - 1 - r ("zigzag": equal work under a causal mask).
+Without context parallelism samples of one prompt share it: a pack holds each prompt once, then the responses to it,
+and a response's queries see the prompt's keys and its own. Gradients are those of the separate sequences, for fewer
+tokens. A response's last token predicts nothing and is left out.
 
-Letters: G tokens of the whole pack, T tokens of this rank, N tokens asked for (the response tokens predicted here).
+With context parallelism (or where the MTP layer is trained, which joins a prompt's last token with different
+successors) a pack is whole sequences end to end. A sequence is padded to 2 * CP chunks, of which rank r holds chunks r
+and 2 * CP - 1 - r ("zigzag": equal work under a causal mask).
+
+Letters: T tokens of a pack on this rank, S segments of queries, N asked tokens (the response tokens predicted here).
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recipe.megatron.attention import PackedSequences, SegmentGrid
+from recipe.megatron.attention import PackedSequences, SegmentGrid, bottom_right_mask
 from recipe.megatron.device import training_device
 from recipe.megatron.model import ModelInput, NextTokens
 from recipe.messages import FloatArray, TrainSample
@@ -26,11 +29,13 @@ IntArray = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """How packs are split: context-parallel rank and size, and what a rank's token count must divide by."""
+    """How packs are laid out: context-parallel rank and size, what a rank's token count must divide by, and whether
+    samples may share their prompt."""
 
     context_rank: int = 0
     context_size: int = 1
     token_multiple: int = 1
+    share_prompts: bool = True
 
 
 @dataclass(frozen=True)
@@ -51,127 +56,165 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class _Sequences:
-    """The padded sequences of a pack."""
+class _Pack:
+    """The tokens of a pack on this rank and who attends to whom."""
 
-    lengths: IntArray
-    """Without padding; the last one may be padding altogether."""
-    padded: IntArray
-    starts: IntArray
-
-    @property
-    def total(self) -> int:
-        return int(self.padded.sum())
-
-    @classmethod
-    def of(cls, samples: Sequence[TrainSample], layout: TokenLayout) -> "_Sequences":
-        unit = 2 * layout.context_size if layout.context_size > 1 else 1
-        lengths = np.array([sample.length for sample in samples], dtype=np.int64)
-        padded = -(-lengths // unit) * unit
-        pack_unit = math.lcm(unit, layout.context_size * layout.token_multiple)
-        if missing := -int(padded.sum()) % pack_unit:
-            lengths, padded = np.append(lengths, missing), np.append(padded, missing)
-        return cls(lengths, padded, np.cumsum(padded) - padded)
+    ids: IntArray
+    """[T]"""
+    next_ids: IntArray
+    """[T] each token's successor in its sequence; anything where there is none or more than one."""
+    positions: IntArray
+    """[T] in its own sequence."""
+    query_lengths: tuple[int, ...]
+    """[S]"""
+    key_lengths: tuple[int, ...]
+    """[S]"""
+    key_rows: IntArray | None
+    """[sum(key_lengths)] rows of the keys (gathered over context-parallel ranks) that each segment sees; None where a
+    segment's keys are itself."""
+    predicting: IntArray
+    """Row of the token that predicts each response token of the samples, one sample after the other; -1 where another
+    rank holds it."""
 
 
-def _zigzag(sequences: _Sequences, rank: int, size: int) -> IntArray:
-    """[T] positions in the pack that context-parallel rank `rank` holds, in its order."""
-    if size == 1:
-        return np.arange(sequences.total)
-    pieces = []
-    for start, length in zip(sequences.starts.tolist(), sequences.padded.tolist(), strict=True):
-        chunk = length // (2 * size)
-        pieces += [start + np.arange(chunk) + part * chunk for part in (rank, 2 * size - 1 - rank)]
-    return np.concatenate(pieces)
+def _share_prompts(samples: Sequence[TrainSample], layout: TokenLayout) -> _Pack:
+    groups: dict[bytes, list[int]] = {}
+    for number, sample in enumerate(samples):
+        groups.setdefault(sample.prompt.tobytes(), []).append(number)
+    ids: list[IntArray] = []
+    positions: list[IntArray] = []
+    keys: list[IntArray] = []
+    predicting: list[IntArray] = [np.empty(0, dtype=np.int64)] * len(samples)
+    end = 0
 
+    def add(tokens: IntArray, position: int, seen: IntArray) -> IntArray:
+        nonlocal end
+        rows = np.arange(end, end + len(tokens))
+        end += len(tokens)
+        ids.append(tokens)
+        positions.append(np.arange(position, position + len(tokens)))
+        keys.append(np.concatenate([seen, rows]))
+        return rows
 
-def _attention_segments(sequences: _Sequences, positions: IntArray, layout: TokenLayout) -> PackedSequences:
-    device = training_device()
-    size = layout.context_size
-    longest = int(sequences.padded.max())
-    if size == 1:
-        query_lengths = key_lengths = tuple(sequences.padded.tolist())
-        key_index = None
-    else:
-        chunks = [(r, int(length) // (2 * size)) for length in sequences.padded for r in _chunks_of(layout)]
-        query_lengths = tuple(chunk for _, chunk in chunks)
-        key_lengths = tuple((number + 1) * chunk for number, chunk in chunks)
-        key_index = torch.from_numpy(_gathered_keys(sequences, key_lengths, layout)).to(device)
-    queries = None if device.type == "cuda" else SegmentGrid(query_lengths)
-    keys = queries if key_index is None else (None if device.type == "cuda" else SegmentGrid(key_lengths))
-    return PackedSequences(
-        qkv_format="thd",
-        cu_seqlens_q=_cumulative(query_lengths, device),
-        cu_seqlens_kv=_cumulative(key_lengths, device),
-        max_seqlen_q=max(query_lengths),
-        max_seqlen_kv=max(key_lengths),
-        position_ids=torch.from_numpy(positions).to(device),
-        longest_sequence=longest,
-        query_lengths=query_lengths,
-        key_lengths=key_lengths,
-        key_index=key_index,
-        query_grid=queries,
-        key_grid=keys,
+    nothing = np.empty(0, dtype=np.int64)
+    for members in groups.values():
+        prompt = samples[members[0]].prompt
+        prompt_rows = add(prompt, 0, nothing)
+        for number in members:
+            inner = samples[number].tokens[len(prompt) : -1]
+            rows = add(inner, len(prompt), prompt_rows) if len(inner) else nothing
+            predicting[number] = np.concatenate([prompt_rows[-1:], rows])
+    if missing := -end % layout.token_multiple:
+        add(np.zeros(missing, dtype=np.int64), 0, nothing)
+    flat = np.concatenate(ids)
+    return _Pack(
+        ids=flat,
+        next_ids=flat,
+        positions=np.concatenate(positions),
+        query_lengths=tuple(map(len, ids)),
+        key_lengths=tuple(map(len, keys)),
+        key_rows=np.concatenate(keys),
+        predicting=np.concatenate(predicting),
     )
 
 
-def _chunks_of(layout: TokenLayout) -> tuple[int, int]:
-    return layout.context_rank, 2 * layout.context_size - 1 - layout.context_rank
+def _whole_sequences(samples: Sequence[TrainSample], layout: TokenLayout) -> _Pack:
+    size = layout.context_size
+    unit = 2 * size if size > 1 else 1
+    lengths = np.array([sample.length for sample in samples], dtype=np.int64)
+    padded = -(-lengths // unit) * unit
+    if missing := -int(padded.sum()) % (unit * layout.token_multiple):
+        padded = np.append(padded, missing)
+    starts = np.cumsum(padded) - padded
+    tokens = np.zeros(int(padded.sum()) + 1, dtype=np.int64)
+    for start, sample in zip(starts.tolist(), samples, strict=False):
+        tokens[start : start + sample.length] = sample.tokens
+    held = [_zigzag(starts, padded, rank, size) for rank in range(size)]
+    own = held[layout.context_rank]
+    row_of = np.full(len(tokens) - 1, -1, dtype=np.int64)
+    row_of[own] = np.arange(len(own))
+    responses = np.array([sample.response_length for sample in samples], dtype=np.int64)
+    first = starts[: len(samples)] + lengths - responses - 1
+    predicting = np.concatenate([np.arange(a, a + n) for a, n in zip(first.tolist(), responses.tolist(), strict=True)])
+    query_lengths, key_lengths = tuple(padded.tolist()), tuple(padded.tolist())
+    key_rows = None
+    if size > 1:
+        chunks = [
+            (number, int(length) // unit) for length in padded for number in _chunks_of(layout.context_rank, size)
+        ]
+        query_lengths = tuple(chunk for _, chunk in chunks)
+        key_lengths = tuple((number + 1) * chunk for number, chunk in chunks)
+        gathered = np.empty(len(tokens) - 1, dtype=np.int64)
+        gathered[np.concatenate(held)] = np.arange(len(gathered))
+        spans = zip(np.repeat(starts, 2).tolist(), key_lengths, strict=True)
+        key_rows = np.concatenate([gathered[start : start + keys] for start, keys in spans])
+    return _Pack(
+        ids=tokens[own],
+        next_ids=tokens[own + 1],
+        positions=own - np.repeat(starts, padded)[own],
+        query_lengths=query_lengths,
+        key_lengths=key_lengths,
+        key_rows=key_rows,
+        predicting=row_of[predicting],
+    )
 
 
-def _gathered_keys(sequences: _Sequences, key_lengths: tuple[int, ...], layout: TokenLayout) -> IntArray:
-    """Rows of the keys gathered rank after rank that each of this rank's segments attends to."""
-    held = [_zigzag(sequences, rank, layout.context_size) for rank in range(layout.context_size)]
-    row_of = np.empty(sequences.total, dtype=np.int64)
-    row_of[np.concatenate(held)] = np.arange(sequences.total)
-    starts = np.repeat(sequences.starts, 2).tolist()
-    return np.concatenate([row_of[start : start + keys] for start, keys in zip(starts, key_lengths, strict=True)])
+def _chunks_of(rank: int, size: int) -> tuple[int, int]:
+    return rank, 2 * size - 1 - rank
+
+
+def _zigzag(starts: IntArray, padded: IntArray, rank: int, size: int) -> IntArray:
+    """Positions in the pack of whole sequences that context-parallel rank `rank` holds, in its order."""
+    if size == 1:
+        return np.arange(int(padded.sum()))
+    pieces = []
+    for start, length in zip(starts.tolist(), padded.tolist(), strict=True):
+        chunk = length // (2 * size)
+        pieces += [start + number * chunk + np.arange(chunk) for number in _chunks_of(rank, size)]
+    return np.concatenate(pieces)
+
+
+def _packed_sequences(pack: _Pack) -> PackedSequences:
+    device = training_device()
+    on_gpu = device.type == "cuda"
+    queries = None if on_gpu else SegmentGrid(pack.query_lengths)
+    keys = queries if on_gpu or pack.key_rows is None else SegmentGrid(pack.key_lengths)
+    return PackedSequences(
+        qkv_format="thd",
+        cu_seqlens_q=_cumulative(pack.query_lengths, device),
+        cu_seqlens_kv=_cumulative(pack.key_lengths, device),
+        max_seqlen_q=max(pack.query_lengths),
+        max_seqlen_kv=max(pack.key_lengths),
+        position_ids=torch.from_numpy(pack.positions).to(device),
+        longest_sequence=int(pack.positions.max()) + 1,
+        query_lengths=pack.query_lengths,
+        key_lengths=pack.key_lengths,
+        key_index=None if pack.key_rows is None else torch.from_numpy(pack.key_rows).to(device),
+        query_grid=queries,
+        key_grid=keys,
+        mask=None if queries is keys else bottom_right_mask(pack.query_lengths, pack.key_lengths),
+    )
 
 
 def _cumulative(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32, device=device)
 
 
-@dataclass(frozen=True)
-class _Ask:
-    """The asked tokens on this rank: rows that predict, and the choice among all response tokens of the pack."""
-
-    rows: IntArray
-    chosen: NDArray[np.bool_] | slice
-
-
-def _ask(predicting: IntArray, row_of: IntArray | None) -> _Ask:
-    if row_of is None:
-        return _Ask(predicting, slice(None))
-    rows = row_of[predicting]
-    return _Ask(rows[rows >= 0], rows >= 0)
-
-
 def build_microbatch(samples: Sequence[TrainSample], layout: TokenLayout) -> MicroBatch:
     """The pack of `samples` on this rank."""
-    sequences = _Sequences.of(samples, layout)
-    held = _zigzag(sequences, layout.context_rank, layout.context_size)
-    tokens = np.zeros(sequences.total + 2, dtype=np.int64)
-    for start, sample in zip(sequences.starts.tolist(), samples, strict=False):
-        tokens[start : start + sample.length] = sample.tokens
-    positions = np.arange(sequences.total) - np.repeat(sequences.starts, sequences.padded)
-
-    row_of = None
-    if layout.context_size > 1:
-        row_of = np.full(sequences.total, -1, dtype=np.int64)
-        row_of[held] = np.arange(len(held))
+    shared = layout.share_prompts and layout.context_size == 1
+    pack = _share_prompts(samples, layout) if shared else _whole_sequences(samples, layout)
     responses = np.array([sample.response_length for sample in samples], dtype=np.int64)
-    ends = sequences.starts[: len(samples)] + sequences.lengths[: len(samples)]
     sample_of = np.repeat(np.arange(len(samples)), responses)
     offset_of = np.arange(responses.sum()) - np.repeat(np.cumsum(responses) - responses, responses)
-    predicting = np.repeat(ends - responses, responses) + offset_of - 1
+    targets = np.concatenate([sample.response for sample in samples])
     weights = np.concatenate([sample.loss_mask.astype(np.float32) * np.float32(sample.weight) for sample in samples])
+    here = pack.predicting >= 0
 
     # The MTP layer predicts a token from the hidden state two places before it and the token between.
     mask = weights > 0
-    follows = (offset_of > 0) & mask & np.concatenate([[False], mask[:-1]])
-    ask = _ask(predicting, row_of)
-    mtp_ask = _ask(predicting[follows] - 1, row_of)
+    before = np.concatenate([[-1], pack.predicting[:-1]])
+    follows = (offset_of > 0) & mask & np.concatenate([[False], mask[:-1]]) & (before >= 0)
 
     device = training_device()
 
@@ -180,24 +223,24 @@ def build_microbatch(samples: Sequence[TrainSample], layout: TokenLayout) -> Mic
 
     def aligned(arrays: list[FloatArray | None]) -> Tensor | None:
         present = [array for array in arrays if array is not None]
-        return to_device(np.concatenate(present)[ask.chosen]) if present else None
+        return to_device(np.concatenate(present)[here]) if present else None
 
     inputs = ModelInput(
-        input_ids=to_device(tokens[held][None]),
-        position_ids=to_device(positions[held][None]),
-        sequences=_attention_segments(sequences, positions[held], layout),
-        ask=NextTokens(to_device(ask.rows), to_device(tokens[predicting + 1][ask.chosen])),
-        mtp_input_ids=to_device(tokens[held + 1][None]),
-        mtp_ask=NextTokens(to_device(mtp_ask.rows), to_device(tokens[predicting[follows] + 1][mtp_ask.chosen])),
+        input_ids=to_device(pack.ids[None]),
+        position_ids=to_device(pack.positions[None]),
+        sequences=_packed_sequences(pack),
+        ask=NextTokens(to_device(pack.predicting[here]), to_device(targets[here])),
+        mtp_input_ids=to_device(pack.next_ids[None]),
+        mtp_ask=NextTokens(to_device(before[follows]), to_device(targets[follows])),
     )
     return MicroBatch(
         inputs=inputs,
-        weights=to_device(weights[ask.chosen]),
-        mtp_weights=to_device(weights[follows][mtp_ask.chosen]),
+        weights=to_device(weights[here]),
+        mtp_weights=to_device(weights[follows]),
         advantages=aligned([sample.advantages for sample in samples]),
         old_log_probs=aligned([sample.old_log_probs for sample in samples]),
         ref_log_probs=aligned([sample.ref_log_probs for sample in samples]),
         rollout_log_probs=aligned([sample.rollout_log_probs for sample in samples]),
-        sample_of=sample_of[ask.chosen],
-        offset_of=offset_of[ask.chosen],
+        sample_of=sample_of[here],
+        offset_of=offset_of[here],
     )

@@ -43,7 +43,7 @@ class _GroupedLinear(torch.autograd.Function):
     """`grouped_linear` where torch has no grouped kernel: a matrix product an expert, one autograd node for all."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
         ctx.save_for_backward(rows, weight)
         ctx.counts = counts
         output = rows.new_empty(rows.shape[0], weight.shape[1])
@@ -52,7 +52,7 @@ class _GroupedLinear(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         rows, weight = ctx.saved_tensors
         grad_rows, grad_weight = torch.empty_like(rows), torch.empty_like(weight)
         parts = zip(grad.split(ctx.counts), rows.split(ctx.counts), grad_rows.split(ctx.counts), strict=True)

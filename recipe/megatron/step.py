@@ -25,9 +25,10 @@ from recipe.messages import FloatArray, TrainSample
 Microbatches = Sequence[Sequence[TrainSample]]
 
 
-def token_layout() -> TokenLayout:
+def token_layout(share_prompts: bool) -> TokenLayout:
     """This rank's share of a pack."""
     return TokenLayout(
+        share_prompts=share_prompts,
         context_rank=parallel_state.get_context_parallel_rank(),
         context_size=parallel_state.get_context_parallel_world_size(),
         token_multiple=parallel_state.get_tensor_model_parallel_world_size(),
@@ -89,7 +90,7 @@ def _run(
     with_entropy: bool,
     forward_only: bool,
 ) -> list:
-    layout = token_layout()
+    layout = token_layout(share_prompts=not chunks[-1].module.trains_mtp)
 
     def batches() -> Iterator[MicroBatch]:
         return (build_microbatch(samples, layout) for samples in microbatches)

@@ -19,6 +19,15 @@ class SampleAnswer:
     text: str
 
 
+def read_samples(answer: object, count: int) -> list[SampleAnswer]:
+    """SGLang's answer to a batch of `count`. Raises EngineAnswerError if it is not one."""
+    if not isinstance(answer, list):
+        raise EngineAnswerError("the engine's answer is no list of samples")
+    if len(answer) != count:
+        raise EngineAnswerError(f"the engine answered {len(answer)} of {count} samples")
+    return [read_sample(item) for item in answer]
+
+
 def read_sample(answer: Mapping[str, Any]) -> SampleAnswer:
     """One item of SGLang's answer. Raises EngineAnswerError if it lacks what a sample needs."""
     try:

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 import aiohttp
 
 from recipe.config import RolloutConfig
-from recipe.rollout.answers import read_sample
+from recipe.rollout.answers import read_samples
 from recipe.rollout.errors import EngineRefused, EngineUnreachable
 from recipe.rollout.sample import SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
@@ -120,8 +120,8 @@ class RolloutClient:
                     self.counters.retries += 1
                     await self._mend(engine, restarts, self._options.backoff_s * 2**attempt)
                     continue
-                read = [read_sample(answer) for answer in answers]
-                for sample, result in zip(group.samples, read, strict=True):
+                results = read_samples(answers, len(group.samples))
+                for sample, result in zip(group.samples, results, strict=True):
                     sample.append(result.ids, result.log_probs, result.versions)
                     sample.finish_reason = result.finish_reason
                     sample.response += result.text
@@ -197,7 +197,7 @@ class RolloutClient:
 
     async def _send_group(
         self, engine: _Engine, group: SampleGroup, sampling: SamplingParams, seeds: Sequence[int]
-    ) -> list[dict[str, Any]]:
+    ) -> object:
         body = {
             "input_ids": [sample.tokens for sample in group.samples],
             "sampling_params": [
@@ -208,10 +208,9 @@ class RolloutClient:
         }
         engine.load += len(group.samples)
         try:
-            answers: list[dict[str, Any]] = await self._post(engine, "/generate", body)
+            return await self._post(engine, "/generate", body)
         finally:
             engine.load -= len(group.samples)
-        return answers
 
     async def _mend(self, engine: _Engine, restarts: int, backoff_s: float) -> None:
         """After an unanswered request: replaces the engine if it is dead and nobody has, else waits a little."""

@@ -52,7 +52,7 @@ class SampleRecord:
     response_length: int
     """In tokens."""
     finish_reason: str
-    weight_versions: Sequence[str]
+    weight_versions: Sequence[int]
     """The versions that generated its tokens, in order, without repetitions."""
     mean_log_prob: float
     """Of the response tokens, at generation, in nats."""
@@ -142,7 +142,7 @@ class RunDirectory:
 
 def _outcome(error: BaseException) -> str:
     match error:
-        case KeyboardInterrupt() | CancelledError():
+        case KeyboardInterrupt() | CancelledError() | SystemExit():
             return "interrupted"
         case UserError():
             return f"failed: {error}"

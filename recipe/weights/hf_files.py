@@ -100,7 +100,7 @@ def _name_shards(shards: list[list[str]], directory: Path) -> None:
     if len(shards) == 1:
         (directory / "shard-0").rename(directory / SINGLE)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, names in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         (directory / f"shard-{number}").rename(directory / file)

@@ -1,8 +1,8 @@
 """The one table between Hugging Face's tensors of glm4_moe_lite and megatron's parameters.
 
-A megatron parameter is a grid of equally shaped Hugging Face tensors: one for most; gate and up projection for a SwiGLU's
-first matrix; experts x (gate, up) for the routed experts. Loading, exporting and streaming to the engine, under any
-layout, are derived from the grid. The MTP layer is Hugging Face's layer number num_hidden_layers.
+A megatron parameter is a grid of equally shaped Hugging Face tensors: one for most; gate and up projection for a
+SwiGLU's first matrix; experts x (gate, up) for the routed experts. Loading, exporting and streaming to the engine,
+under any layout, are derived from the grid. The MTP layer is Hugging Face's layer number num_hidden_layers.
 """
 
 import itertools
@@ -157,6 +157,6 @@ def placements(architecture: Architecture, with_mtp: bool) -> dict[str, Placemen
 
 
 def mtp_duplicates(architecture: Architecture) -> tuple[str, str]:
-    """Copies of the embedding and the output head that a checkpoint may carry in its MTP layer; megatron shares them."""
+    """Copies of embedding and output head that a checkpoint may carry in its MTP layer; megatron shares them."""
     hf = f"model.layers.{architecture.num_hidden_layers}"
     return f"{hf}.embed_tokens.weight", f"{hf}.shared_head.head.weight"

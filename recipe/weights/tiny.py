@@ -1,5 +1,5 @@
-"""A glm4_moe_lite checkpoint small enough for a laptop, random but complete: MLA, a dense layer, sigmoid router with fp32
-bias, shared expert, MTP layer, tokenizer and chat template.
+"""A glm4_moe_lite checkpoint small enough for a laptop, random but complete: MLA, a dense layer, sigmoid router with
+fp32 bias, shared expert, MTP layer, tokenizer and chat template.
 
     python -m recipe.weights.tiny --output DIR [--seed N]
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from recipe.config import Architecture
-from recipe.data.tiny_tokenizer import build_tiny_tokenizer
+from recipe.data.tiny_tokenizer import EOS_TOKENS, VOCAB_SIZE, build_tiny_tokenizer
 from recipe.errors import run_main
 from recipe.files import atomic_write_text
 from recipe.seeds import derive
@@ -74,9 +74,8 @@ def write_tiny_checkpoint(directory: Path, seed: int) -> None:
     companions = directory.with_name(f".{directory.name}.companions")
     companions.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(companions)
-    eos = tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|user|>", "<|observation|>"])
-    vocabulary = -(-len(tokenizer) // 64) * 64
-    config = tiny_config(vocabulary, eos, tokenizer.pad_token_id)
+    eos = tokenizer.convert_tokens_to_ids(list(EOS_TOKENS))
+    config = tiny_config(VOCAB_SIZE, eos, tokenizer.pad_token_id)
     atomic_write_text(companions / "config.json", json.dumps(config, indent=2))
     generator = torch.Generator().manual_seed(derive(seed, "tiny-checkpoint"))
     table = placements(Architecture.from_checkpoint(companions), with_mtp=True)

@@ -86,3 +86,8 @@ def log_probs_of(reference: Glm4MoeLiteForCausalLM, ids: list[int], temperature:
 
 def make_prompt(index: int, ids: tuple[int, ...]) -> Prompt:
     return Prompt(index, (), "", ids, "0")
+
+
+def shared_segments(pid: int) -> set[str]:
+    """The shared-memory segments that torch has made in process `pid`."""
+    return {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith(f"torch_{pid}_")}

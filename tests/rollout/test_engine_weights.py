@@ -1,17 +1,19 @@
 """Weights are replaced all or nothing, between batches, and then the engine is as one freshly started with them."""
 
 import base64
+import dataclasses
 import os
 import pickle
-import subprocess
 import sys
 import threading
+import types
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rollout_support import EngineUnderTest, load_reference, log_probs_of
+from rollout_support import EngineUnderTest, load_reference, log_probs_of, shared_segments
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -65,9 +67,19 @@ def test_a_disk_update_equals_a_fresh_load(engine: EngineUnderTest, other_checkp
 
 @pytest.mark.parametrize(
     "part",
-    ["gate.weight", "e_score_correction_bias", "experts.3.gate_proj", "experts.5.down_proj", "shared_experts", "kv_b_proj",
-     "q_a_proj", "norm.weight", "lm_head", "embed_tokens"],
-)  # fmt: skip
+    [
+        "mlp.gate.weight",
+        "e_score_correction_bias",
+        "experts.3.gate_proj",
+        "experts.5.down_proj",
+        "shared_experts",
+        "kv_b_proj",
+        "q_a_proj",
+        "norm.weight",
+        "lm_head",
+        "embed_tokens",
+    ],
+)
 def test_each_kind_of_weight_reaches_the_forward_pass(engine: EngineUnderTest, tmp_path: Path, part: str) -> None:
     """The router of some servers keeps a copy of its weight; nothing here may."""
     weights = _weights(engine.checkpoint)
@@ -93,19 +105,40 @@ def test_bfloat16_weights_are_taken_exactly(engine: EngineUnderTest) -> None:
     assert _result(engine) == by_bfloat16
 
 
-def test_a_flattened_bucket_is_taken(engine: EngineUnderTest, other_checkpoint: Path) -> None:
+def test_a_flattened_bucket_is_taken(
+    engine: EngineUnderTest, other_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang's form for many tensors at once: their bytes in one, and a table of SGLang's own class."""
     weights = _weights(other_checkpoint)
     _update(engine, weights)
     expected = _result(engine)
     engine.post("/update_weights_from_disk", {"model_path": str(engine.checkpoint)})
-    payload = subprocess.run(
-        [sys.executable, "-c", _BUCKET_MAKER, str(other_checkpoint)],
-        stdout=subprocess.PIPE,
-        stdin=subprocess.PIPE,
-        check=False,
-    )
-    assert payload.returncode == 0
-    assert expected
+
+    for name in ("sglang", "sglang.srt", "sglang.srt.weight_sync", "sglang.srt.weight_sync.tensor_bucket"):
+        module = types.ModuleType(name)
+        monkeypatch.setitem(sys.modules, name, module)
+    fields = ["name", "shape", "dtype", "start_idx", "end_idx", "numel"]
+    entry = dataclasses.make_dataclass("FlattenedTensorMetadata", fields, namespace={"__module__": module.__name__})
+    module.FlattenedTensorMetadata = entry  # type: ignore[attr-defined]
+    table, start = [], 0
+    for name, tensor in weights.items():
+        table.append(entry(name, tensor.shape, tensor.dtype, start, start + tensor.nbytes, tensor.nbytes))
+        start += tensor.nbytes
+    flat = torch.cat([tensor.flatten().view(torch.uint8) for tensor in weights.values()])
+    previous = torch.multiprocessing.get_sharing_strategy()
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    payload = base64.b64encode(ForkingPickler.dumps({"flattened_tensor": flat, "metadata": table})).decode()
+    torch.multiprocessing.set_sharing_strategy(previous)
+    body = {"serialized_named_tensors": [payload], "load_format": "flattened_bucket"}
+    assert engine.post("/update_weights_from_tensor", body)["success"]
+    assert _result(engine) == expected
+
+
+def test_an_update_leaves_no_shared_memory(engine: EngineUnderTest, other_checkpoint: Path) -> None:
+    before = shared_segments(os.getpid())
+    _update(engine, _weights(other_checkpoint))
+    _update(engine, {"model.norm.weight": torch.zeros(1)})
+    assert shared_segments(os.getpid()) == before
 
 
 @pytest.mark.parametrize(
@@ -114,7 +147,7 @@ def test_a_flattened_bucket_is_taken(engine: EngineUnderTest, other_checkpoint: 
         (
             "model.layers.1.mlp.experts.99.up_proj.weight",
             torch.zeros(64, 128),
-            "no weight model.layers.1.mlp.experts.99",
+            "no weight",
         ),
         ("model.norm.weight", torch.zeros(127), "[127]"),
         ("model.norm.weight", torch.zeros(128, dtype=torch.int64), "int64"),

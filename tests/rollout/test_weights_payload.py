@@ -5,14 +5,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
+from rollout_support import shared_segments
 
 from recipe.rollout.weights_payload import PayloadError, deserialize_named_tensors, serialize_named_tensors, stage
 
-SHARED_MEMORY = Path("/dev/shm")
 WEIGHTS = [("a", torch.randn(7, 3)), ("b", torch.randn(5).bfloat16()), ("c", torch.arange(3)), ("d", torch.tensor(2.0))]
 
 READER = """
@@ -20,8 +20,9 @@ import sys
 from recipe.rollout.weights_payload import deserialize_named_tensors
 weights = deserialize_named_tensors(sys.stdin.readline().strip())
 print([(name, tensor.double().sum().item()) for name, tensor in weights], flush=True)
-sys.stdin.readline()
+del weights
 """
+STUCK_READER = READER.replace("del weights", "sys.stdin.readline()")
 WRITER = """
 import torch, time
 from recipe.rollout.weights_payload import serialize_named_tensors, stage
@@ -31,31 +32,26 @@ time.sleep(60)
 """
 
 
-def _segments() -> set[str]:
-    return {path.name for path in SHARED_MEMORY.iterdir() if path.name.startswith("torch_")}
-
-
-def _gone(segments: set[str]) -> bool:
-    """Whether the segments go within the time torch's watcher takes to notice."""
+def _becomes_true(holds: Callable[[], bool]) -> bool:
+    """Whether it does within the time that torch's watcher takes to notice."""
     deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        if not segments & _segments():
-            return True
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.1)
-    return False
+    return True
 
 
 def test_staged_tensors_are_equal_and_one_segment() -> None:
-    before = _segments()
+    before = shared_segments(os.getpid())
     staged = stage(WEIGHTS)
+    assert len(shared_segments(os.getpid()) - before) == 1
     assert [name for name, _ in staged] == [name for name, _ in WEIGHTS]
     assert all(torch.equal(view, tensor) for (_, view), (_, tensor) in zip(staged, WEIGHTS, strict=True))
-    serialize_named_tensors(staged)
-    assert len(_segments() - before) == 1
 
 
 def test_a_reader_in_another_process_sees_them_and_the_segment_goes() -> None:
-    before = _segments()
+    before = shared_segments(os.getpid())
     staged = stage(WEIGHTS)
     payload = serialize_named_tensors(staged)
     reader = subprocess.run(
@@ -63,32 +59,29 @@ def test_a_reader_in_another_process_sees_them_and_the_segment_goes() -> None:
     )
     assert reader.stdout.strip() == str([(name, tensor.double().sum().item()) for name, tensor in WEIGHTS])
     del staged
-    assert _segments() == before
+    assert shared_segments(os.getpid()) == before
 
 
-@pytest.mark.parametrize("victim", ["writer", "reader"])
-def test_a_killed_side_leaves_nothing(victim: str) -> None:
-    before = _segments()
+@pytest.mark.parametrize("first_victim", ["writer", "reader"])
+def test_two_killed_sides_leave_nothing(first_victim: str) -> None:
     writer = subprocess.Popen([sys.executable, "-c", WRITER], stdout=subprocess.PIPE, text=True)
     assert writer.stdout is not None
     payload = writer.stdout.readline()
-    reader = subprocess.Popen([sys.executable, "-c", READER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    reader = subprocess.Popen([sys.executable, "-c", STUCK_READER], text=True, **pipes)
     assert reader.stdin is not None
     assert reader.stdout is not None
     reader.stdin.write(payload)
     reader.stdin.flush()
     assert "1000.0" in reader.stdout.readline()
-    used = _segments() - before
-    assert len(used) == 1
-    first, second = (writer, reader) if victim == "writer" else (reader, writer)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    second.kill()
-    second.wait()
+    assert len(shared_segments(writer.pid)) == 1
+    for process in (writer, reader) if first_victim == "writer" else (reader, writer):
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     for pipe in (writer.stdout, reader.stdin, reader.stdout):
         pipe.close()
-    assert _gone(used)
-    assert not _watchers_of(writer.pid)
+    assert _becomes_true(lambda: not shared_segments(writer.pid))
+    assert _becomes_true(lambda: not _watchers_of(writer.pid))
 
 
 def _watchers_of(pid: int) -> list[str]:
@@ -100,4 +93,3 @@ def _watchers_of(pid: int) -> list[str]:
 def test_what_is_no_payload_is_an_error() -> None:
     with pytest.raises(PayloadError):
         deserialize_named_tensors("AAAA")
-    assert os.environ

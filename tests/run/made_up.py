@@ -48,7 +48,7 @@ def sample_record(index: int) -> SampleRecord:
         prompt_length=4,
         response_length=6,
         finish_reason="stop",
-        weight_versions=["0"],
+        weight_versions=[0],
         mean_log_prob=-0.5,
         reward=1.0,
         advantage=0.0,

@@ -56,16 +56,11 @@ TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
     [
         pytest.param(2, {}, id="DP2"),
         pytest.param(2, {"expert_model_parallel_size": 2}, id="EP2"),
-        pytest.param(
-            2, {"expert_model_parallel_size": 2, "moe_token_dispatcher_type": "allgather"}, id="EP2-allgather"
-        ),
         pytest.param(2, TP2, id="TP2+SP"),
         pytest.param(2, TP2 | {"expert_tensor_parallel_size": 2}, id="TP2+SP+ETP2"),
         pytest.param(2, TP2 | {"expert_model_parallel_size": 2}, id="TP2+SP+EP2"),
         pytest.param(2, {"pipeline_model_parallel_size": 2, "decoder_last_pipeline_num_layers": 1}, id="PP2-uneven"),
-        pytest.param(
-            2, {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}, id="PP2xVPP2"
-        ),
+        pytest.param(2, {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}, id="PP2xVPP2"),
         pytest.param(2, {"context_parallel_size": 2}, id="CP2"),
         pytest.param(
             2,
@@ -73,9 +68,7 @@ TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
             id="DP2-recompute",
         ),
         pytest.param(4, {"expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, id="DP2xEP2xPP2"),
-        pytest.param(
-            4, TP2 | {"expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, id="TP2xEP2xPP2"
-        ),
+        pytest.param(4, TP2 | {"expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, id="TP2xEP2xPP2"),
     ],
 )
 def test_gradients_and_losses_equal_a_single_process(ranks: int, perf: dict, tmp_path: Path) -> None:

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from trainer_support import on_ranks, random_checkpoint, random_samples, tiny_config
 from transformers import AutoModelForCausalLM
 
 from recipe.messages import TrainSample
-from trainer_support import on_ranks, random_checkpoint, random_samples, tiny_config
 
 
 def rank_log_probs(trainer, samples: list[TrainSample]) -> dict[int, np.ndarray]:

@@ -39,8 +39,9 @@ def tiny_config(checkpoint: Path, **groups: dict[str, Any]) -> Config:
 
 
 def random_samples(count: int, seed: int, *, trained: bool = True) -> list[TrainSample]:
-    """Sequences of different lengths with everything that a policy loss may read."""
+    """Pairs of different responses to the same prompt, with everything that a policy loss may read."""
     draw = np.random.default_rng(seed)
+    prompts = draw.integers(0, VOCABULARY, (-(-count // 2), PROMPT_LENGTH))
     samples = []
     for index in range(count):
         response = int(draw.integers(3, 12))
@@ -50,7 +51,7 @@ def random_samples(count: int, seed: int, *, trained: bool = True) -> list[Train
         samples.append(
             TrainSample(
                 index=index,
-                tokens=draw.integers(0, VOCABULARY, PROMPT_LENGTH + response),
+                tokens=np.concatenate([prompts[index // 2], draw.integers(0, VOCABULARY, response)]),
                 loss_mask=mask,
                 weight=1 / (count * mask.sum()),
                 advantages=floats[0],

@@ -178,6 +178,7 @@ class Engine:
 
     # From here on everything runs in the engine's thread.
 
+    @torch.inference_mode()
     def _run(self) -> None:
         torch.set_num_threads(self._threads)
         try:
@@ -254,12 +255,13 @@ class Engine:
 
 
 def _carry_out(command: _Command) -> None:
+    """Runs a command. A refusal is told without its traceback, which would keep the tensors of an update alive."""
     if not command.result.set_running_or_notify_cancel():
         return
     try:
         command.result.set_result(command.run())
-    except Exception as error:
-        command.result.set_exception(error)
+    except ValueError as refusal:
+        command.result.set_exception(refusal.with_traceback(None))
 
 
 def _set_done(requests: list[Request]) -> None:

@@ -1,6 +1,7 @@
 """Continuous batching: prompts of waiting sequences are read, then every running sequence gets its next token.
 
-A prompt is read once for all sequences that wait with it. Everything here belongs to the engine's thread.
+A prompt is read once for all sequences that wait with it. Everything here belongs to the engine's thread, which runs
+in torch's inference mode.
 
 Letters: R rows, P prompts, V vocabulary, H hidden.
 """
@@ -52,7 +53,6 @@ class Generation:
         """Sequences that have a row."""
         return self._rows.count
 
-    @torch.inference_mode()
     def admit(self) -> None:
         """Reads the prompts of waiting sequences, as many as there are rows for, and samples their next tokens."""
         prompts: dict[tuple[int, ...], list[Sequence]] = {}
@@ -63,7 +63,6 @@ class Generation:
         for start in range(0, len(longest_first), self._prompts_at_once):
             self._begin(longest_first[start : start + self._prompts_at_once])
 
-    @torch.inference_mode()
     def decode(self) -> None:
         """Makes the next token of every running sequence."""
         rows, count = self._rows, self._rows.count

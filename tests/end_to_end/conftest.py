@@ -1,0 +1,26 @@
+from pathlib import Path
+
+import pytest
+from run_support import TinyInputs, arguments, run
+
+from recipe.data.arithmetic import main as write_arithmetic
+from recipe.weights.tiny import write_tiny_checkpoint
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> TinyInputs:
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tiny_checkpoint(folder / "hf", seed=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["arithmetic", "--output", str(folder), "--seed", "3", "--heldout", "8"])
+        write_arithmetic()
+    return TinyInputs(folder / "hf", folder / "train.jsonl", folder / "heldout.jsonl")
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(inputs: TinyInputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a run that nothing disturbed."""
+    runs = tmp_path_factory.mktemp("runs")
+    status, output = run(arguments(inputs, runs, "whole"))
+    assert status == 0, output
+    return runs / "whole"

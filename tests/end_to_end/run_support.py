@@ -1,0 +1,126 @@
+"""Small whole runs as a user starts them: `python -m recipe.train` in a process of its own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+HERE = Path(__file__).parent
+ROLLOUTS = 6
+
+
+@dataclass(frozen=True)
+class TinyInputs:
+    """A random tiny checkpoint and a few questions."""
+
+    checkpoint: Path
+    train: Path
+    heldout: Path
+
+
+def digits_reward(prompt: str, response: str, label: str) -> float:
+    """A reward that a random model can climb: the share of digits in the response."""
+    return sum(character.isdigit() for character in response) / max(1, len(response))
+
+
+def failing_reward(prompt: str, response: str, label: str) -> float:
+    """A reward function with a fault."""
+    raise ZeroDivisionError("the reward divides by zero")
+
+
+def arguments(inputs: TinyInputs, runs: Path, name: str, *more: str) -> list[str]:
+    """The command line of a run of ROLLOUTS small rollouts."""
+    flags = (
+        f"--recipe tiny --hf-checkpoint {inputs.checkpoint} --prompt-data {inputs.train} --runs-dir {runs} "
+        f"--name {name} "
+        f"--eval-prompt-data heldout {inputs.heldout} --eval-interval 3 --save-interval 2 --num-rollout {ROLLOUTS} "
+        "--rollout-batch-size 4 --n-samples-per-prompt 4 --rollout-max-response-len 8 --lr 1e-3 "
+        "--custom-rm-path run_support:digits_reward"
+    )
+    return [sys.executable, "-m", "recipe.train", *flags.split(), *more]
+
+
+def start(command: list[str]) -> subprocess.Popen:
+    """Starts a run in a process group of its own, as a shell would."""
+    environment = os.environ | {"PYTHONPATH": str(HERE), "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen, timeout_s: float = 240) -> tuple[int, str]:
+    """Waits for the end: exit status and output."""
+    output, _ = process.communicate(timeout=timeout_s)
+    return process.returncode, output
+
+
+def run(command: list[str]) -> tuple[int, str]:
+    """A whole run: exit status and output."""
+    return finish(start(command))
+
+
+def metrics(directory: Path) -> list[dict]:
+    """The lines of metrics.jsonl without what measures time."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in line.items() if "seconds_" not in name and not name.endswith("_per_second")}
+        for line in lines
+    ]
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
+    """Returns when `condition` holds; fails the test if it does not in time."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.05)
+
+
+def steps_done(directory: Path) -> int:
+    """Steps in metrics.jsonl so far."""
+    path = directory / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") - 1 if path.exists() else -1
+
+
+def family(process: subprocess.Popen) -> list[psutil.Process]:
+    """The run's process and everything that descends from it."""
+    parent = psutil.Process(process.pid)
+    return [parent, *parent.children(recursive=True)]
+
+
+@contextmanager
+def leaves_no_process(marker: str) -> Iterator[None]:
+    """Afterwards no process with `marker` in its command line or environment lives."""
+    try:
+        yield
+    finally:
+        wait_until(lambda: not living(marker), 30)
+
+
+def living(marker: str) -> list[psutil.Process]:
+    """Processes whose environment or command line has `marker`."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            words = [*process.cmdline(), *process.environ().values()]
+            if process.status() != psutil.STATUS_ZOMBIE and any(marker in word for word in words):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return [process for process in found if process.pid != os.getpid()]
+
+
+def kill_hard(process: subprocess.Popen) -> None:
+    """SIGKILL to the run's own process only, as the out-of-memory killer would."""
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()

@@ -1,0 +1,144 @@
+"""What a user relies on of a whole run: it repeats, it goes on, it ends cleanly, it keeps its doors shut."""
+
+import json
+import signal
+import socket
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+import pytest
+from run_support import (
+    ROLLOUTS,
+    TinyInputs,
+    arguments,
+    family,
+    finish,
+    kill_hard,
+    leaves_no_process,
+    metrics,
+    run,
+    start,
+    steps_done,
+    wait_until,
+)
+
+pytestmark = pytest.mark.slow
+
+
+def samples(directory: Path) -> list[dict]:
+    files = sorted((directory / "rollouts").glob("*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def test_a_run_leaves_what_it_promises(uninterrupted: Path) -> None:
+    for name in ("manifest.json", "metrics.jsonl", "summary.json", "reward.png"):
+        assert (uninterrupted / name).stat().st_size > 0
+    assert list((uninterrupted / "tensorboard").glob("events*"))
+    assert (uninterrupted / "checkpoints" / f"iter_{ROLLOUTS:07d}").is_dir()
+    summary = json.loads((uninterrupted / "summary.json").read_text())
+    assert summary["steps"] == ROLLOUTS
+    assert 0 <= summary["eval"]["before"] <= 1
+    assert summary["wall_s"] > 0
+
+
+def test_trainer_and_engine_agree_before_the_first_step(uninterrupted: Path) -> None:
+    first = metrics(uninterrupted)[1]
+    assert first["logprob_diff_mean"] < 1e-4
+    assert first["clip_share"] == 0.0
+
+
+def test_every_sample_is_made_once_under_the_weights_of_its_step(uninterrupted: Path) -> None:
+    found = samples(uninterrupted)
+    assert [sample["index"] for sample in found] == list(range(ROLLOUTS * 16))
+    for sample in found:
+        assert sample["weight_versions"] == [sample["index"] // 16]
+
+
+def test_a_run_killed_and_resumed_equals_the_uninterrupted_one(
+    inputs: TinyInputs, uninterrupted: Path, tmp_path: Path
+) -> None:
+    command = arguments(inputs, tmp_path, "killed")
+    with leaves_no_process(str(tmp_path)):
+        process = start(command)
+        wait_until(lambda: steps_done(tmp_path / "killed") >= 3)
+        kill_hard(process)
+    assert len(metrics(tmp_path / "killed")) < ROLLOUTS + 1, "the run was over before it was killed"
+    status, output = run([*command, "--load", str(tmp_path / "killed" / "checkpoints")])
+    assert status == 0, output
+    assert metrics(tmp_path / "killed") == metrics(uninterrupted)
+    assert samples(tmp_path / "killed") == samples(uninterrupted)
+
+
+def test_an_engine_killed_in_mid_run_is_replaced_and_changes_nothing(
+    inputs: TinyInputs, uninterrupted: Path, tmp_path: Path
+) -> None:
+    process = start(arguments(inputs, tmp_path, "bereft"))
+    wait_until(lambda: steps_done(tmp_path / "bereft") >= 2)
+    [engine] = [p for p in family(process) if "recipe.rollout.servers.embedded" in " ".join(p.cmdline())]
+    engine.kill()
+    status, output = finish(process)
+    assert status == 0, output
+    found = metrics(tmp_path / "bereft")
+    assert sum(line.pop("engine_restarts", 0) for line in found) == 1
+    expected = metrics(uninterrupted)
+    for line in expected:
+        line.pop("engine_restarts", None)
+    assert found == expected
+    assert samples(tmp_path / "bereft") == samples(uninterrupted)
+
+
+def listening(processes: list[psutil.Process]) -> dict[str, set[str]]:
+    """Addresses that each kind of process listens on."""
+    found: dict[str, set[str]] = {}
+    for process in processes:
+        for connection in process.net_connections(kind="tcp"):
+            if connection.status == psutil.CONN_LISTEN:
+                found.setdefault(" ".join(process.cmdline()), set()).add(
+                    f"{connection.laddr.ip}:{connection.laddr.port}"
+                )
+    return found
+
+
+def test_doors_are_shut_and_an_interrupt_ends_everything(inputs: TinyInputs, tmp_path: Path) -> None:
+    with leaves_no_process(str(tmp_path)):
+        process = start(arguments(inputs, tmp_path, "interrupted", "--num-rollout", "1000"))
+        wait_until(lambda: steps_done(tmp_path / "interrupted") >= 1)
+        doors = listening(family(process))
+        [engine_doors] = [doors[name] for name in doors if "recipe.rollout.servers.embedded" in name]
+        assert all(address.startswith("127.0.0.1:") for address in engine_doors)
+        [dashboard] = [doors[name] for name in doors if "dashboard/dashboard.py" in name]
+        assert "127.0.0.1:8265" in dashboard or any(address.startswith("127.0.0.1:") for address in dashboard)
+        port = next(address.split(":")[1] for address in dashboard if address.startswith("127.0.0.1:"))
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/api/jobs/", timeout=10)
+        assert refused.value.code in (401, 403)
+        [gcs] = [doors[name] for name in doors if "gcs_server" in name]
+        assert_gcs_refuses_strangers(next(iter(gcs)).split(":")[-1])
+        process.send_signal(signal.SIGINT)
+        status, output = finish(process, 60)
+    assert status != 0
+    assert "Traceback" not in output
+    summary = json.loads((tmp_path / "interrupted" / "summary.json").read_text())
+    assert summary["outcome"] == "interrupted"
+
+
+def assert_gcs_refuses_strangers(port: str) -> None:
+    import subprocess
+    import sys
+
+    program = f"from ray._raylet import GcsClient; GcsClient(address='127.0.0.1:{port}')"
+    with socket.create_connection(("127.0.0.1", int(port)), timeout=5):
+        stranger = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert stranger.returncode != 0
+    assert "AuthenticationError" in stranger.stderr
+
+
+def test_a_reward_function_that_always_raises_stops_the_run(inputs: TinyInputs, tmp_path: Path) -> None:
+    with leaves_no_process(str(tmp_path)):
+        command = arguments(inputs, tmp_path, "faulty", "--skip-eval-before-train")
+        status, output = run([*command, "--custom-rm-path", "run_support:failing_reward"])
+    assert status == 2
+    assert "the reward divides by zero" in output
+    assert "Traceback" not in output

@@ -1,0 +1,169 @@
+"""An engine process is found healthy or told of in a sentence, listens locally only, and never stays behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from rollout_support import EngineUnderTest
+from safetensors.torch import save_file
+
+from recipe.config import SglangConfig
+from recipe.errors import UserError
+from recipe.rollout.servers.launch import Launch, launch_embedded, launch_sglang
+from recipe.rollout.servers.process import EngineProcess, free_port, without_secrets
+
+SERVER = """
+import http.server, subprocess, sys
+child = subprocess.Popen(["sleep", "600"])
+print("child", child.pid, flush=True)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN);" + SERVER
+PARENT = """
+import sys, time
+from pathlib import Path
+from recipe.rollout.servers.launch import Launch
+from recipe.rollout.servers.process import EngineProcess
+process = EngineProcess(Launch((sys.executable, "-c", sys.argv[1])), Path(sys.argv[2]))
+process.wait_healthy(30)
+print(process.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def _python(program: str) -> Launch:
+    return Launch((sys.executable, "-c", program))
+
+
+def _alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def _child_in(log: Path) -> int:
+    return int(log.read_text().split("child ")[1].split()[0])
+
+
+@pytest.mark.parametrize("program", [SERVER, STUBBORN])
+def test_stop_ends_the_server_and_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+    monkeypatch.setattr("recipe.rollout.servers.process.GRACE_S", 0.5)
+    log = tmp_path / "log"
+    bystander = subprocess.Popen(["sleep", "600"])
+    process = EngineProcess(_python(program), log)
+    process.wait_healthy(30)
+    assert process.alive
+    process.stop()
+    process.stop()
+    assert not process.alive
+    assert not _alive(process.pid)
+    deadline = time.monotonic() + 5
+    while _alive(_child_in(log)):
+        assert time.monotonic() < deadline
+    assert bystander.poll() is None
+    bystander.kill()
+    bystander.wait()
+
+
+def test_a_server_that_ends_is_told_with_its_last_words(tmp_path: Path) -> None:
+    process = EngineProcess(_python("import sys; print('first'); sys.exit('no such model')"), tmp_path / "log")
+    with pytest.raises(UserError, match=r"ended with status 1; its log .*log ends: no such model"):
+        process.wait_healthy(30)
+
+
+def test_a_server_that_never_becomes_healthy_is_told_and_ended(tmp_path: Path) -> None:
+    process = EngineProcess(Launch(("sh", "-c", "echo thinking; sleep 600")), tmp_path / "log")
+    with pytest.raises(UserError, match=r"never became healthy in 0.5 s; .* ends: thinking"):
+        process.wait_healthy(0.5)
+    assert not process.alive
+
+
+@pytest.mark.parametrize(
+    ("damage", "word"),
+    [
+        ("config", "config.json cannot be read"),
+        ("weights", "lacks"),
+        ("type", "glm4_moe_lite"),
+        ("groups", "n_group"),
+    ],
+)
+def test_a_bad_checkpoint_is_one_sentence(tmp_path: Path, checkpoint: Path, damage: str, word: str) -> None:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    config = (checkpoint / "config.json").read_text()
+    if damage == "type":
+        config = config.replace('"glm4_moe_lite"', '"llama"')
+    if damage == "groups":
+        config = config.replace('"n_group": 1', '"n_group": 2')
+    if damage != "config":
+        (folder / "config.json").write_text(config)
+    for file in checkpoint.glob("*.safetensors"):
+        (folder / file.name).symlink_to(file)
+    if damage == "weights":
+        for file in folder.glob("*.safetensors"):
+            file.unlink()
+        save_file({"lm_head.weight": torch.zeros(1)}, folder / "model.safetensors")
+    process = EngineProcess(launch_embedded(folder, weight_version="0", threads=1), tmp_path / "log")
+    with pytest.raises(UserError, match=word):
+        process.wait_healthy(60)
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_a_server_dies_with_its_parent(tmp_path: Path) -> None:
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, SERVER, str(tmp_path / "log")], stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    server = int(parent.stdout.readline())
+    assert _alive(server)
+    parent.send_signal(signal.SIGKILL)
+    parent.wait()
+    parent.stdout.close()
+    deadline = time.monotonic() + 5
+    while _alive(server):
+        assert time.monotonic() < deadline
+    os.kill(_child_in(tmp_path / "log"), signal.SIGKILL)
+
+
+def test_the_engine_listens_on_the_loopback_only(engine: EngineUnderTest) -> None:
+    listening = [
+        connection.laddr.ip
+        for connection in psutil.Process(engine.process.pid).net_connections()
+        if connection.status == psutil.CONN_LISTEN
+    ]
+    assert listening == ["127.0.0.1"]
+
+
+def test_free_ports_are_free() -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", free_port()))
+
+
+def test_secrets_and_rays_variables_are_not_passed_on() -> None:
+    environment = {
+        "HF_TOKEN": "x",
+        "WANDB_API_KEY": "x",
+        "AWS_SECRET_ACCESS_KEY": "x",
+        "RAY_ADDRESS": "x",
+        "PATH": "/bin",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    assert without_secrets(environment) == {"PATH": "/bin", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def test_sglangs_command_line_has_the_users_arguments() -> None:
+    sglang = SglangConfig(args={"mem_fraction_static": 0.5, "enable_dp_attention": True, "tp_size": 2})
+    arguments = launch_sglang(Path("/model"), sglang, weight_version="7").arguments
+    assert arguments[1:3] == ("-m", "sglang.launch_server")
+    assert arguments[arguments.index("--weight-version") + 1] == "7"
+    assert arguments[-5:] == ("--mem-fraction-static", "0.5", "--enable-dp-attention", "--tp-size", "2")
