@@ -110,8 +110,10 @@ class PackedAttention(MegatronModule):
         if pack.key_index is not None:
             key = self._gather(key).index_select(0, pack.key_index)
             value = self._gather(value).index_select(0, pack.key_index)
+        # Both kernels want one head size for queries, keys and values.
+        padded = F.pad(value, (0, query.shape[-1] - value.shape[-1]))
         attend = self._flash if query.is_cuda else self._dense
-        return attend(query, key, value, pack).flatten(1)
+        return attend(query, key, padded, pack)[..., : value.shape[-1]].flatten(1)
 
     def _gather(self, rows: Tensor) -> Tensor:
         return gather_from_sequence_parallel_region(rows.contiguous(), group=self.context_parallel_group)
@@ -119,11 +121,10 @@ class PackedAttention(MegatronModule):
     def _flash(self, query: Tensor, key: Tensor, value: Tensor, pack: PackedSequences) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
-        value_size = value.shape[-1]
         output = varlen_attn(
             query,
             key,
-            F.pad(value, (0, query.shape[-1] - value_size)),
+            value,
             pack.cu_seqlens_q,
             pack.cu_seqlens_kv,
             pack.max_seqlen_q,
@@ -132,7 +133,7 @@ class PackedAttention(MegatronModule):
             window_size=(-1, 0),
         )
         assert isinstance(output, Tensor)
-        return output[..., :value_size]
+        return output
 
     def _dense(self, query: Tensor, key: Tensor, value: Tensor, pack: PackedSequences) -> Tensor:
         queries, keys = pack.query_grid, pack.key_grid

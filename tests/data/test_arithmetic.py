@@ -13,17 +13,12 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_every_sum_is_there_once_and_none_is_on_both_sides_either_way_round():
-    train, held = split_sums(seed=1, max_operand=20, heldout=64)
+def test_every_sum_is_there_once_and_none_is_on_both_sides_in_any_order():
+    train, held = split_sums(seed=1, max_operand=7, heldout=64)
     assert len(held) == 64
-    assert len(set(train + held)) == len(train) + len(held) == 21**2
-    seen = {frozenset((item.left, item.right)) for item in train}
-    assert not any(frozenset((item.left, item.right)) in seen for item in held)
-
-
-@pytest.mark.parametrize("heldout", [1, 2, 7, 8])
-def test_any_number_can_be_held_out(heldout):
-    assert len(split_sums(seed=3, max_operand=2, heldout=heldout)[1]) == heldout
+    assert len(set(train + held)) == len(train) + len(held) == 8**3
+    seen = {tuple(sorted(item.operands)) for item in train}
+    assert not any(tuple(sorted(item.operands)) in seen for item in held)
 
 
 def test_the_seed_decides_everything(tmp_path):
@@ -40,21 +35,21 @@ def test_the_given_responses_are_right_answers(tmp_path):
     with Grader(REWARD_RULES[RewardType.DEEPSCALER]) as grader:
         assert {grade.reward for grade in grader.grade(requests)} == {1.0}
     for line in train:
-        left, right = line["prompt"][0]["content"].rstrip("=").split("+")
-        assert int(line["label"]) == int(left) + int(right)
+        operands = line["prompt"][0]["content"].rstrip("=").split("+")
+        assert int(line["label"]) == sum(map(int, operands))
 
 
 def test_the_command_writes_both_files(tmp_path):
     command = [sys.executable, "-m", "recipe.data.arithmetic", "--output", str(tmp_path / "new"), "--seed", "7"]
     subprocess.run(command, check=True)
     train, held = lines(tmp_path / "new/train.jsonl"), lines(tmp_path / "new/heldout.jsonl")
-    assert (len(train), len(held)) == (51**2 - 256, 256)
+    assert (len(train), len(held)) == (800, 200)
     assert train[0].keys() == {"prompt", "label", "response"}
     assert held[0].keys() == {"prompt", "label"}
     assert held[0]["prompt"][0]["role"] == "user"
 
 
-@pytest.mark.parametrize("heldout", [0, 9])
+@pytest.mark.parametrize("heldout", [0, 27])
 def test_holding_out_nothing_or_all_is_refused(heldout):
-    with pytest.raises(UserError, match="between 1 and 8"):
+    with pytest.raises(UserError, match="between 1 and 26"):
         split_sums(seed=1, max_operand=2, heldout=heldout)

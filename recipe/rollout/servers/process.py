@@ -76,7 +76,7 @@ class EngineProcess:
                 what = (
                     f"ended with status {self._process.returncode}"
                     if ended
-                    else f"is not healthy after {timeout_s:g} s"
+                    else f"never became healthy in {timeout_s:g} s"
                 )
                 raise UserError(f"the engine at {self.url} {what}; its log {self._log} ends: {self._last_line()}")
             time.sleep(POLL_S)

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from recipe.rollout.servers.embedded.engine import MEMORY_TAGS, Engine, PauseMode
 from recipe.rollout.servers.embedded.protocol import (
@@ -96,7 +96,8 @@ def build_app() -> FastAPI:
     app.add_exception_handler(NotReadyError, _not_ready)
     app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(RequestValidationError, _malformed)
-    app.post("/generate")(generate)
+    app.add_exception_handler(ValidationError, _malformed)
+    app.add_route("/generate", generate, methods=["POST", "PUT"])
     app.post("/update_weights_from_tensor")(update_weights_from_tensor)
     app.post("/update_weights_from_disk")(update_weights_from_disk)
     app.post("/begin_weight_update")(begin_weight_update)
@@ -114,7 +115,10 @@ def build_app() -> FastAPI:
     return app
 
 
-async def generate(body: GenerateBody, request: Request, service: Ready) -> Response:
+async def generate(request: Request) -> Response:
+    """Reads its body itself: FastAPI's way of doing that would cost more than all the rest of the request."""
+    service = await _service(request)
+    body = GenerateBody.model_validate_json(await request.body())
     sequences = read_sequences(body, service.limits, service.defaults)
     working = asyncio.ensure_future(service.engine.generate(sequences))
     leaving = asyncio.ensure_future(_disconnected(request))

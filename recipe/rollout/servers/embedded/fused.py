@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM
 
@@ -30,7 +29,8 @@ class Norm:
     epsilon: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        return (x * mean_square.add_(self.epsilon).rsqrt_()).mul_(self.weight)
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,26 +155,20 @@ def _sampling(body: SamplingBody, prompt_length: int, limits: Limits, defaults: 
     seed = defaults.next_seed() if body.sampling_seed is None else body.sampling_seed
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     ignore_eos = _default(body.ignore_eos, False)
-    rules = [
-        (
-            math.isfinite(temperature) and temperature >= 0,
-            f"temperature must be a non-negative finite number, got {temperature}.",
-        ),
-        (0.0 < top_p <= 1.0, f"top_p must be in (0, 1], got {top_p}."),
-        (0.0 <= min_p <= 1.0, f"min_p must be in [0, 1], got {min_p}."),
-        (top_k == -1 or top_k >= 1, f"top_k must be -1 (disable) or at least 1, got {top_k}."),
-        (length >= 0, f"max_new_tokens must be at least 0, got {length}."),
-        (seed in SEEDS, f"sampling_seed must be in [-2**63, 2**63 - 1], got {seed}."),
-        (not stop or limits.tokenizer is not None, "stop needs a tokenizer, and the model's folder has none."),
-        (
-            length <= room,
+    _require(
+        math.isfinite(temperature) and temperature >= 0, "temperature must be a non-negative finite number", temperature
+    )
+    _require(0.0 < top_p <= 1.0, "top_p must be in (0, 1]", top_p)
+    _require(0.0 <= min_p <= 1.0, "min_p must be in [0, 1]", min_p)
+    _require(top_k == -1 or top_k >= 1, "top_k must be -1 (disable) or at least 1", top_k)
+    _require(length >= 0, "max_new_tokens must be at least 0", length)
+    _require(seed in SEEDS, "sampling_seed must be in [-2**63, 2**63 - 1]", seed)
+    _require(not stop or limits.tokenizer is not None, "stop needs a tokenizer, and the model's folder has none", stop)
+    if length > room:
+        raise RequestError(
             f"Requested token count exceeds the model's maximum context length of {limits.context_length} tokens: "
-            f"{prompt_length} tokens of input and {length} tokens for the completion.",
-        ),
-    ]
-    for holds, sentence in rules:
-        if not holds:
-            raise RequestError(sentence)
+            f"{prompt_length} tokens of input and {length} tokens for the completion."
+        )
     greedy = temperature < GREEDY_BELOW
     return Sampling(
         max_new_tokens=length,
@@ -189,6 +183,11 @@ def _sampling(body: SamplingBody, prompt_length: int, limits: Limits, defaults: 
         no_stop_trim=_default(body.no_stop_trim, False),
         skip_special_tokens=_default(body.skip_special_tokens, True),
     )
+
+
+def _require(holds: bool, rule: str, got: object) -> None:
+    if not holds:
+        raise RequestError(f"{rule}, got {got}.")
 
 
 def _default(value: T | None, default: T) -> T:
