@@ -126,7 +126,7 @@ class Run:
 
     async def evaluate(self) -> None:
         """Scores the engines' weights on the held-out sets."""
-        if self._engines is None or not self._data.eval_sets:
+        if self._engines is None:
             return
         with self.clock.measure(Phase.EVAL):
             self._evals = await evaluate(
@@ -164,6 +164,12 @@ class Run:
     def is_over(self) -> bool:
         """Whether all rollouts are done."""
         return self.progress.rollouts >= self.config.rollout.num_rollout
+
+    @property
+    def is_first_evaluation_due(self) -> bool:
+        """Whether the starting weights are to be scored."""
+        evaluates = bool(self._data.eval_sets) and not self.config.eval.skip_eval_before_train
+        return evaluates and self.progress.rollouts == 0
 
     @property
     def is_evaluation_due(self) -> bool:

@@ -58,7 +58,8 @@ class StepReport:
     """One optimizer step, the same on every rank."""
 
     loss: dict[Metric, float]
-    mtp_loss: float
+    mtp_loss: float | None
+    """None where the MTP layer is not trained."""
     grad_norm: float
     """Before clipping."""
     learning_rate: float

@@ -22,7 +22,7 @@ async def train(resolved: Resolved) -> None:
     config = resolved.config
     async with open_run(resolved) as run:
         run.update_weights()
-        if run.progress.rollouts == 0 and not config.eval.skip_eval_before_train:
+        if run.is_first_evaluation_due:
             await run.evaluate()
             run.record()
         while not run.is_over:

@@ -2,8 +2,10 @@
 
 Usage: python -m recipe.data.arithmetic --output DIR --seed N [--max-operand 9] [--heldout 200]
 
-Writes train.jsonl and heldout.jsonl. Every line has `prompt` (messages) and `label`; a line of train.jsonl also has
-`response`, the finished turn for the supervised warm-up. The two share no sum, not even with its operands reordered.
+Writes train.jsonl, heldout.jsonl and warmup.jsonl. Every line has `prompt` (messages) and `label`. Training and
+held-out questions share no sum, not even with its operands reordered. A line of warmup.jsonl also has `response`, the
+finished turn for the supervised warm-up: the training questions, answered by a teacher who adds well but mostly forgets
+to box the answer. So reinforcement learning finds a model that knows something, and must learn what is asked of it.
 """
 
 import argparse
@@ -19,6 +21,10 @@ from recipe.files import atomic_write_text
 from recipe.seeds import derive
 
 OPERANDS = 3
+WARMUP_RESPONSES = 4
+"""Responses to each training question in warmup.jsonl."""
+UNBOXED_SHARE = 0.6
+"""Share of them that lack the box."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +39,9 @@ class Sum:
     def answer(self) -> str:
         return str(sum(self.operands))
 
-    @property
-    def response(self) -> str:
-        return f"</think>\\boxed{{{self.answer}}}"
+    def response(self, *, boxed: bool) -> str:
+        """The finished turn that answers the question."""
+        return f"</think>\\boxed{{{self.answer}}}" if boxed else f"</think>{self.answer}"
 
 
 def split_sums(seed: int, max_operand: int, heldout: int) -> tuple[list[Sum], list[Sum]]:
@@ -61,11 +67,17 @@ def split_sums(seed: int, max_operand: int, heldout: int) -> tuple[list[Sum], li
 
 
 def write_task(output: Path, seed: int, max_operand: int, heldout: int) -> None:
-    """Writes train.jsonl and heldout.jsonl into `output`, the same bytes for the same arguments."""
+    """Writes the three files into `output`, the same bytes for the same arguments."""
     train, held = split_sums(seed, max_operand, heldout)
     output.mkdir(parents=True, exist_ok=True)
-    _write_lines(output / "train.jsonl", [_line(item) | {"response": item.response} for item in train])
+    _write_lines(output / "train.jsonl", [_line(item) for item in train])
     _write_lines(output / "heldout.jsonl", [_line(item) for item in held])
+    draw = random.Random(derive(seed, "arithmetic", "warmup"))
+    answered = [
+        _line(item) | {"response": item.response(boxed=draw.random() >= UNBOXED_SHARE)}
+        for item in WARMUP_RESPONSES * train
+    ]
+    _write_lines(output / "warmup.jsonl", answered)
 
 
 def _line(item: Sum) -> dict[str, object]:
@@ -78,7 +90,7 @@ def _write_lines(path: Path, lines: Sequence[dict[str, object]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Writes the built-in arithmetic task.")
-    parser.add_argument("--output", type=Path, required=True, help="directory for train.jsonl and heldout.jsonl")
+    parser.add_argument("--output", type=Path, required=True, help="directory for the three files")
     parser.add_argument("--seed", type=int, required=True)
     parser.add_argument("--max-operand", type=int, default=9)
     parser.add_argument("--heldout", type=int, default=200, help="number of sums that are held out")

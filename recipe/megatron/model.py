@@ -183,8 +183,8 @@ class ModelOutput:
 
     log_probs: Tensor
     entropy: Tensor
-    mtp_log_probs: Tensor
-    """[N_mtp], empty unless the MTP layer is trained."""
+    mtp_log_probs: Tensor | None
+    """[N_mtp]; None unless the MTP layer is trained."""
 
 
 class PolicyModel(GPTModel):
@@ -220,7 +220,7 @@ class PolicyModel(GPTModel):
         if not self.post_process:
             return hidden
         log_probs, entropy = self._log_probs(hidden, self.output_layer.weight, pack.ask, with_entropy)
-        mtp_log_probs = hidden.new_empty(0)
+        mtp_log_probs = None
         if self.mtp_process and self.trains_mtp and torch.is_grad_enabled():
             mtp_log_probs = self._mtp_log_probs(hidden, pack)
         return ModelOutput(log_probs, entropy, mtp_log_probs)

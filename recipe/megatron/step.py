@@ -59,7 +59,9 @@ class LossFunction:
     is_sft: bool
     mtp_scale: float
 
-    def __call__(self, batch: MicroBatch, output: ModelOutput) -> tuple[Tensor, Tensor, tuple[LossMetrics, Tensor]]:
+    def __call__(
+        self, batch: MicroBatch, output: ModelOutput
+    ) -> tuple[Tensor, Tensor, tuple[LossMetrics, Tensor | None]]:
         """(loss, tokens, metrics): the loss already carries the whole batch's denominators, so tokens count nothing."""
         if self.is_sft:
             result = sft_loss(output.log_probs, batch.weights)
@@ -75,11 +77,12 @@ class LossFunction:
                 entropy=output.entropy,
             )
             result = policy_loss(inputs, self.config)
-        loss, mtp_loss = result.loss, result.loss.new_zeros(())
-        if output.mtp_log_probs.numel():
+        loss, mtp_loss = result.loss, None
+        if output.mtp_log_probs is not None:
             mtp_loss = sft_loss(output.mtp_log_probs, batch.mtp_weights).loss
             loss = loss + self.mtp_scale * mtp_loss
-        return loss, torch.zeros((), dtype=torch.int), (result.metrics, mtp_loss.detach())
+            mtp_loss = mtp_loss.detach()
+        return loss, torch.zeros((), dtype=torch.int), (result.metrics, mtp_loss)
 
 
 def _run(
@@ -116,7 +119,7 @@ class StepMetrics:
     """Of a whole batch, the same on every rank."""
 
     loss: dict[Metric, float]
-    mtp_loss: float
+    mtp_loss: float | None
 
 
 def forward_backward(
@@ -136,7 +139,7 @@ def forward_backward(
     return reported[0]
 
 
-def _summed_over_ranks(results: list[tuple[LossMetrics, Tensor]]) -> StepMetrics:
+def _summed_over_ranks(results: list[tuple[LossMetrics, Tensor | None]]) -> StepMetrics:
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
 
     def reduce(vector: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
@@ -147,7 +150,11 @@ def _summed_over_ranks(results: list[tuple[LossMetrics, Tensor]]) -> StepMetrics
     loss = sum(others, start=first).reduced(
         lambda vector: reduce(vector, dist.ReduceOp.SUM), lambda vector: reduce(vector, dist.ReduceOp.MAX)
     )
-    mtp_loss = reduce(torch.stack([mtp_loss for _, mtp_loss in results]).sum(), dist.ReduceOp.SUM)
+    if results[0][1] is None:
+        return StepMetrics(loss, None)
+    mtp_loss = reduce(
+        torch.stack([mtp_loss for _, mtp_loss in results if mtp_loss is not None]).sum(), dist.ReduceOp.SUM
+    )
     return StepMetrics(loss, mtp_loss.item())
 
 

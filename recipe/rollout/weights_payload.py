@@ -29,10 +29,11 @@ class PayloadError(ValueError):
 
 
 def stage(weights: Sequence[NamedTensor]) -> list[NamedTensor]:
-    """Copies the tensors into one shared-memory buffer; the result are views of it, under the same names."""
+    """Copies the tensors into one buffer that another process can open (shared memory, or the GPU's own); the result
+    are views of it, under the same names. All tensors are on one device."""
     sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for _, tensor in weights]
     with _shared_by_name():
-        buffer = torch.empty(sum(sizes), dtype=torch.uint8).share_memory_()
+        buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=weights[0][1].device).share_memory_()
     staged: list[NamedTensor] = []
     for (name, tensor), room in zip(weights, buffer.split(sizes), strict=True):
         view = room[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)

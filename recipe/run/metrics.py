@@ -117,6 +117,8 @@ class TrainMetrics:
     """Mean absolute difference of the trainer's and the engine's log-probs."""
     logprob_diff_max: float | None = None
     """The largest such difference."""
+    mtp_loss: float | None = None
+    """Cross-entropy of the MTP layer's predictions, in nats a token."""
 
 
 @dataclass(frozen=True, kw_only=True)

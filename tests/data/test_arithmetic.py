@@ -28,15 +28,18 @@ def test_the_seed_decides_everything(tmp_path):
     assert first == second != other
 
 
-def test_the_given_responses_are_right_answers(tmp_path):
+def test_the_warm_up_answers_are_right_and_some_are_boxed(tmp_path):
     write_task(tmp_path, 1, max_operand=9, heldout=16)
-    train = lines(tmp_path / "train.jsonl")
-    requests = [GradeRequest("", line["response"], line["label"]) for line in train]
+    warmup = lines(tmp_path / "warmup.jsonl")
+    boxed = [line for line in warmup if "boxed" in line["response"]]
+    assert 0.3 < len(boxed) / len(warmup) < 0.5
     with Grader(REWARD_RULES[RewardType.DEEPSCALER]) as grader:
-        assert {grade.reward for grade in grader.grade(requests)} == {1.0}
-    for line in train:
+        grades = grader.grade([GradeRequest("", line["response"], line["label"]) for line in boxed])
+    assert {grade.reward for grade in grades} == {1.0}
+    for line in warmup:
         operands = line["prompt"][0]["content"].rstrip("=").split("+")
         assert int(line["label"]) == sum(map(int, operands))
+        assert line["label"] in line["response"]
 
 
 def test_the_command_writes_both_files(tmp_path):
@@ -44,7 +47,8 @@ def test_the_command_writes_both_files(tmp_path):
     subprocess.run(command, check=True)
     train, held = lines(tmp_path / "new/train.jsonl"), lines(tmp_path / "new/heldout.jsonl")
     assert (len(train), len(held)) == (800, 200)
-    assert train[0].keys() == {"prompt", "label", "response"}
+    assert train[0].keys() == {"prompt", "label"}
+    assert lines(tmp_path / "new/warmup.jsonl")[0].keys() == {"prompt", "label", "response"}
     assert held[0].keys() == {"prompt", "label"}
     assert held[0]["prompt"][0]["role"] == "user"
 

@@ -198,7 +198,6 @@ def test_a_payload_of_anything_but_tensors_is_refused(engine: EngineUnderTest, c
 def test_an_update_waits_for_running_requests_and_new_ones_wait_for_it(
     engine: EngineUnderTest, other_checkpoint: Path
 ) -> None:
-    """Unless generation is paused: then it is made at once, and the response has tokens of two versions."""
     answers: list[Any] = []
     long = {"max_new_tokens": 55, "ignore_eos": True}
     threads = [threading.Thread(target=lambda: answers.extend(engine.generate([PROMPT] * 4, **long))) for _ in range(8)]

@@ -25,7 +25,9 @@ T = TypeVar("T")
 PauseMode = Literal["abort", "retract", "in_place"]
 
 GATHER_S = 0.001
-"""An idle engine begins when no further request has come for this long."""
+"""An idle engine begins when no further request has come for this long,"""
+GATHER_DECAY = 0.95
+"""times this for every request that has."""
 
 MEMORY_TAGS = ("kv_cache", "weights", "cuda_graph")
 
@@ -116,7 +118,11 @@ class Engine:
 
     async def resume(self) -> None:
         """Goes on making tokens."""
-        await self._call(lambda: setattr(self, "_paused", False))
+
+        def resume() -> None:
+            self._paused = False
+
+        await self._call(resume)
 
     async def flush(self) -> None:
         """Raises RequestError unless the engine is idle; there is no prefix cache to forget."""
@@ -200,17 +206,17 @@ class Engine:
             self._generation.decode()
 
     def _read_inbox(self) -> None:
-        idle = self._paused or not (self._generation.running or self._generation.waiting)
-        if idle and not self._exclusive:
+        """Takes what has come; an idle engine waits for something, and a little longer for its company."""
+        patience = 0.0
+        if (self._paused or not any(self.load)) and not self._exclusive:
             self._take(self._inbox.get())
-            timeout = GATHER_S
-        else:
-            timeout = 0.0
+            patience = GATHER_S
         while not self._stopped:
             try:
-                self._take(self._inbox.get(block=timeout > 0, timeout=timeout))
+                self._take(self._inbox.get(block=patience > 0, timeout=patience))
             except queue.Empty:
                 return
+            patience *= GATHER_DECAY
 
     def _take(self, message: Request | _Command | _Stop) -> None:
         match message:
