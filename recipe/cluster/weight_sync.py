@@ -3,11 +3,10 @@
 import asyncio
 from collections.abc import Iterable, Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from recipe.rollout.client import RolloutClient
-from recipe.rollout.weights_payload import serialize_named_tensors
+from recipe.rollout.weights_payload import serialize_named_tensors, stage
 
 BUCKET_BYTES = 512 << 20
 
@@ -25,28 +24,15 @@ async def _send(weights: Iterable[tuple[str, Tensor]], urls: Sequence[str], vers
 
 
 def buckets(weights: Iterable[tuple[str, Tensor]], limit: int) -> Iterator[list[tuple[str, Tensor]]]:
-    """Consecutive tensors whose bytes add up to at most `limit` (or a single larger one), as views of one flat buffer
-    of shared memory a type, which crosses to another process without a copy."""
+    """Consecutive tensors whose bytes add up to at most `limit` (or a single larger one), staged in memory that the
+    engine can open."""
     pending: list[tuple[str, Tensor]] = []
     size = 0
     for name, tensor in weights:
         if pending and size + tensor.nbytes > limit:
-            yield _flattened(pending)
+            yield stage(pending)
             pending, size = [], 0
         pending.append((name, tensor))
         size += tensor.nbytes
     if pending:
-        yield _flattened(pending)
-
-
-def _flattened(tensors: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
-    flat: list[tuple[str, Tensor]] = []
-    for dtype in dict.fromkeys(tensor.dtype for _, tensor in tensors):
-        chosen = [(name, tensor) for name, tensor in tensors if tensor.dtype == dtype]
-        buffer = torch.empty(sum(tensor.numel() for _, tensor in chosen), dtype=dtype, device=chosen[0][1].device)
-        if not buffer.is_cuda:
-            buffer.share_memory_()
-        for (name, tensor), part in zip(chosen, buffer.split([tensor.numel() for _, tensor in chosen]), strict=True):
-            part.copy_(tensor.reshape(-1))
-            flat.append((name, part.view(tensor.shape)))
-    return flat
+        yield stage(pending)

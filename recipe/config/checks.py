@@ -121,11 +121,9 @@ def offload_flags_belong_together(config: Config, _: Architecture) -> Iterator[s
         yield "--optimizer-offload-fraction needs --optimizer-cpu-offload"
 
 
-def evaluation_has_prompts(config: Config, _: Architecture) -> Iterator[str]:
-    """An interval needs something to evaluate, under names that tell the results apart."""
+def evaluation_names_differ(config: Config, _: Architecture) -> Iterator[str]:
+    """Names tell the results apart."""
     names = [prompts.name for prompts in config.eval.eval_prompt_data]
-    if config.eval.eval_interval is not None and not names:
-        yield "--eval-interval needs --eval-prompt-data NAME PATH"
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"--eval-prompt-data names two files {name}"
 
@@ -174,7 +172,7 @@ RULES: tuple[Rule, ...] = (
     kl_is_asked_for_once,
     schedule_is_ordered,
     offload_flags_belong_together,
-    evaluation_has_prompts,
+    evaluation_names_differ,
     mtp_layer_exists,
     numerics_are_fixed,
     device_has_the_kernels,

@@ -14,6 +14,8 @@ def notes_of(config: Config, architecture: Architecture) -> tuple[str, ...]:
 
 def _skipped_passes(config: Config) -> Iterator[str]:
     grpo = config.grpo
+    if config.eval.eval_interval is not None and not config.eval.eval_prompt_data and not config.is_sft:
+        yield "nothing is evaluated: --eval-interval has no effect without --eval-prompt-data NAME PATH"
     if config.is_sft:
         yield "sft: no rollouts and no rewards; the responses come from the prompt file"
         return
