@@ -75,5 +75,5 @@ $(TINY)/hf.done: $(TINY)/data.done $(TINY)/init.done recipe/config/recipes/tiny-
 
 $(TINY)/torch_dist.done: $(TINY)/hf.done
 	rm -rf $(TINY)/torch_dist
-	$(RUN) recipe.weights.convert --hf-checkpoint $(TINY)/hf --save $(TINY)/torch_dist
+	$(RUN) recipe.weights.convert --hf-checkpoint $(TINY)/hf --save $(TINY)/torch_dist --mtp-num-layers 1
 	@touch $@

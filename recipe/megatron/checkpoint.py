@@ -16,8 +16,8 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedTensor
 from megatron.core.dist_checkpointing.serialization import (
     get_default_load_sharded_strategy,
     get_default_save_sharded_strategy,
@@ -152,6 +152,13 @@ def load(checkpoint: Path, chunks: list[PolicyModel], optimization: Optimization
 
 def _read(checkpoint: Path, state: dict[str, Any]) -> dict[str, Any]:
     try:
+        held = dist_checkpointing.load_tensors_metadata(str(checkpoint))
+        asked = {tensor.key for tensor in nested_values(state) if isinstance(tensor, ShardedTensor)}
+        if absent := sorted(asked - held.keys()):
+            raise UserError(
+                f"{checkpoint} lacks {len(absent)} tensors that this run asks for, such as {absent[0]}: it was written "
+                "for another model, or without --mtp-num-layers 1 or the optimizer (--no-load-optim does without)"
+            )
         return dist_checkpointing.load(state, str(checkpoint), get_default_load_sharded_strategy(str(checkpoint)))
     except dist_checkpointing.core.CheckpointingException as error:
         raise UserError(f"{checkpoint} cannot be loaded as a torch_dist checkpoint: {error}") from error

@@ -16,13 +16,16 @@ from recipe.weights.hf_files import HuggingFaceCheckpoint
 
 
 def resolve_conversion(argv: Sequence[str], world_size: int) -> Resolved:
-    """A conversion's configuration: that of a run which neither rolls out nor learns.
+    """A conversion's configuration: that of a run which neither rolls out nor learns, in the checkpoint's own precision
+    unless a flag says otherwise.
 
     Raises UserError if `--save` is missing, or for what `resolve` refuses.
     """
     stand_ins = f"--loss-type sft --prompt-data {os.devnull} --num-rollout 1 --rollout-batch-size {world_size} "
     stand_ins += f"--rollout-max-response-len 1 --lr 1 --actor-num-gpus-per-node {world_size}"
     resolved = resolve([*stand_ins.split(), *argv])
+    if resolved.sources["model.bf16"] == "default" and resolved.architecture.dtype == "float32":
+        resolved = resolve([*stand_ins.split(), "--fp32", *argv])
     if resolved.config.checkpoint.save is None:
         raise UserError("--save is missing: name the directory to write the converted checkpoint to")
     return resolved
