@@ -76,7 +76,7 @@ def test_an_engine_killed_in_mid_run_is_replaced_and_changes_nothing(
 ) -> None:
     process = start(arguments(inputs, tmp_path, "bereft"))
     wait_until(lambda: steps_done(tmp_path / "bereft") >= 2)
-    [engine] = [p for p in family(process) if "recipe.rollout.servers.embedded" in " ".join(p.cmdline())]
+    engine, _ = [p for p in family(process) if "recipe.rollout.servers.embedded" in " ".join(p.cmdline())]
     engine.kill()
     status, output = finish(process)
     assert status == 0, output
@@ -106,8 +106,9 @@ def test_doors_are_shut_and_an_interrupt_ends_everything(inputs: TinyInputs, tmp
         process = start(arguments(inputs, tmp_path, "interrupted", "--num-rollout", "1000"))
         wait_until(lambda: steps_done(tmp_path / "interrupted") >= 1)
         doors = listening(family(process))
-        [engine_doors] = [doors[name] for name in doors if "recipe.rollout.servers.embedded" in name]
-        assert all(address.startswith("127.0.0.1:") for address in engine_doors)
+        engine_doors = [doors[name] for name in doors if "recipe.rollout.servers.embedded" in name]
+        assert len(engine_doors) == 2
+        assert all(address.startswith("127.0.0.1:") for of_one in engine_doors for address in of_one)
         [dashboard] = [doors[name] for name in doors if "dashboard/dashboard.py" in name]
         assert "127.0.0.1:8265" in dashboard or any(address.startswith("127.0.0.1:") for address in dashboard)
         port = next(address.split(":")[1] for address in dashboard if address.startswith("127.0.0.1:"))
