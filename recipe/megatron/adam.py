@@ -47,6 +47,10 @@ class Adam(torch.optim.Optimizer):
                 if parameter not in self.state:
                     self.initialize_state(parameter)
 
+    def reload_masters(self) -> None:
+        """Takes over parameters that were loaded after the state was allocated; there is nothing to do where megatron
+        holds the master weights."""
+
     def get_unscaled_state(self, parameter: Tensor, name: str) -> Tensor:
         """megatron's accessor of a state tensor."""
         return self.state[parameter][name]
@@ -142,6 +146,11 @@ class HostAdam(Adam):
             name: torch.zeros(parameter.shape, dtype=torch.float32, device="cpu") for name in self.state_names
         }
         self.state[parameter]["master_param"].copy_(parameter.detach())
+
+    def reload_masters(self) -> None:
+        """Takes the master weights over from the parameters."""
+        for parameter, state in self.state.items():
+            state["master_param"].copy_(parameter.detach())
 
     def _gradient(self, parameter: Tensor) -> Tensor | None:
         return parameter.decoupled_grad  # type: ignore[attr-defined]

@@ -52,6 +52,12 @@ class Optimization:
         self.scheduler.num_steps = 0
         self.scheduler.step(increment=count)
 
+    def reload_weights(self) -> None:
+        """Takes over the model's weights, which were loaded after the optimizer was built."""
+        self.optimizer.reload_model_params()
+        for inner in self._inner():
+            inner.reload_masters()
+
     @property
     def learning_rate(self) -> float:
         """Of the next step."""

@@ -1,6 +1,7 @@
 """What one training rank can do: the verbs that the loop calls, with nothing of Ray or of rollouts in them."""
 
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 from megatron.core import parallel_state
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from recipe.config import Architecture, Config
 from recipe.errors import UserError
@@ -56,11 +58,11 @@ class TrainerRank:
         if self.config.needs_reference:
             self.reference = {name: weight.cpu().clone() for name, weight in named_weights(self.chunks).items()}
         if newest is None:
-            self.optimization.optimizer.reload_model_params()
+            self.optimization.reload_weights()
             return Progress()
         if settings.no_load_optim:
             checkpoint.load_weights(newest, self.chunks)
-            self.optimization.optimizer.reload_model_params()
+            self.optimization.reload_weights()
             return checkpoint.read_progress(newest)
         return checkpoint.load(newest, self.chunks, self.optimization)
 
@@ -115,10 +117,12 @@ class TrainerRank:
         """Writes a checkpoint. Raises UserError if it cannot be written; the older ones stay."""
         try:
             checkpoint.save(directory, self.chunks, self.optimization, progress, self.config.checkpoint.save_keep)
-        except OSError as error:
+        except (OSError, CheckpointException) as error:
+            free = shutil.disk_usage(directory).free
             raise UserError(
-                f"the checkpoint of rollout {progress.rollouts} cannot be written to {directory} ({error.strerror}): "
-                "free some space and start again with --load; the last good checkpoint is whole"
+                f"the checkpoint of rollout {progress.rollouts} cannot be written to {directory} "
+                f"({type(error).__name__}, {free / 1e9:.1f} GB free there): free some space and start again with --load; "
+                "the last good checkpoint is whole"
             ) from error
 
     def export_hugging_face(self, directory: Path) -> None:

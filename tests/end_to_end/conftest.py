@@ -14,7 +14,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> TinyInputs:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["arithmetic", "--output", str(folder), "--seed", "3", "--heldout", "8"])
         write_arithmetic()
-    return TinyInputs(folder / "hf", folder / "train.jsonl", folder / "heldout.jsonl")
+    return TinyInputs(folder / "hf", folder / "train.jsonl", folder / "heldout.jsonl", folder / "warmup.jsonl")
 
 
 @pytest.fixture(scope="session")

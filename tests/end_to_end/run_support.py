@@ -24,6 +24,7 @@ class TinyInputs:
     checkpoint: Path
     train: Path
     heldout: Path
+    warmup: Path
 
 
 def digits_reward(prompt: str, response: str, label: str) -> float:

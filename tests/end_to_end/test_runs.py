@@ -143,3 +143,25 @@ def test_a_reward_function_that_always_raises_stops_the_run(inputs: TinyInputs, 
     assert status == 2
     assert "the reward divides by zero" in output
     assert "Traceback" not in output
+
+
+def test_kl_terms_and_several_steps_a_rollout_run_the_passes_they_need(inputs: TinyInputs, tmp_path: Path) -> None:
+    command = arguments(inputs, tmp_path, "kl", "--skip-eval-before-train", "--num-rollout", "3")
+    more = "--use-kl-loss --kl-loss-coef 0.1 --global-batch-size 8 --use-tis"
+    status, output = run([*command, *more.split()])
+    assert status == 0, output
+    assert "the reference model is not run" not in output
+    assert "no old-log-prob pass" not in output
+    first, *_, last = metrics(tmp_path / "kl")
+    assert first["logprob_diff_mean"] < 1e-4
+    assert 0 < first["kl"] < last["kl"]
+
+
+def test_supervised_steps_lower_the_loss_and_export_what_they_learned(inputs: TinyInputs, tmp_path: Path) -> None:
+    exported = tmp_path / "exported"
+    command = arguments(inputs, tmp_path, "sft", "--loss-type", "sft", "--n-samples-per-prompt", "1")
+    status, output = run([*command, "--prompt-data", str(inputs.warmup), "--save-hf", str(exported)])
+    assert status == 0, output
+    losses = [line["loss"] for line in metrics(tmp_path / "sft")[1:]]
+    assert losses[-1] < losses[0]
+    assert {file.name for file in exported.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}

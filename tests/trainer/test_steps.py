@@ -1,0 +1,93 @@
+"""What an optimizer step promises: no harm from gradients that are not finite, the same from host memory, and saves
+that never cost the last good checkpoint."""
+
+import resource
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from trainer_support import on_ranks, random_checkpoint, random_samples, tiny_config
+
+from recipe.batching.schedule import schedule
+from recipe.messages import Progress, StepReport, TrainSample
+
+pytestmark = pytest.mark.slow
+
+
+def own_microbatches(trainer, samples: list[TrainSample]) -> list[list[TrainSample]]:
+    plan = schedule([s.length for s in samples], data_parallel_size=trainer.config.data_parallel_size, max_tokens=64)
+    return trainer.own_shard([[[samples[i] for i in pack] for pack in rank] for rank in plan])
+
+
+def weights_of(trainer) -> dict[str, torch.Tensor]:
+    return {name: weight.clone() for name, weight in trainer.weights()}
+
+
+def poisoned_then_healthy(trainer, samples: list[TrainSample]) -> tuple[StepReport, bool, StepReport, bool]:
+    trainer.load()
+    before = weights_of(trainer)
+    endless = replace(samples[0], advantages=np.full_like(samples[0].advantages, np.inf))
+    poisoned = trainer.train_step(own_microbatches(trainer, [endless, *samples[1:]]))
+    unharmed = all(torch.equal(weight, before[name]) for name, weight in weights_of(trainer).items())
+    healthy = trainer.train_step(own_microbatches(trainer, samples))
+    moved = any(not torch.equal(weight, before[name]) for name, weight in weights_of(trainer).items())
+    return poisoned, unharmed, healthy, moved
+
+
+def test_an_infinite_gradient_of_one_rank_skips_the_step_on_all() -> None:
+    config = tiny_config(random_checkpoint(), cluster={"actor_num_gpus_per_node": 2})
+    for poisoned, unharmed, healthy, moved in on_ranks(poisoned_then_healthy, config, random_samples(8, seed=2)):
+        assert poisoned.skipped
+        assert unharmed
+        assert not healthy.skipped
+        assert np.isfinite(healthy.grad_norm)
+        assert moved
+
+
+def three_steps(trainer, samples: list[TrainSample]) -> tuple[list[StepReport], dict[str, torch.Tensor]]:
+    trainer.load()
+    reports = [trainer.train_step(own_microbatches(trainer, samples)) for _ in range(3)]
+    return reports, weights_of(trainer)
+
+
+def test_adam_in_host_memory_takes_the_same_steps() -> None:
+    samples = random_samples(8, seed=4)
+    offload = {
+        "lr": 1e-3,
+        "weight_decay": 0.1,
+        "optimizer_cpu_offload": True,
+        "overlap_cpu_optimizer_d2h_h2d": True,
+        "use_precision_aware_optimizer": True,
+    }
+    [(on_device, expected)] = on_ranks(three_steps, tiny_config(random_checkpoint()), samples)
+    [(in_host, found)] = on_ranks(three_steps, tiny_config(random_checkpoint(), optimizer=offload), samples)
+    assert [report.grad_norm for report in in_host] == pytest.approx([report.grad_norm for report in on_device])
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-6, atol=1e-7)
+
+
+def save_on_a_full_disk(trainer, folder: Path) -> tuple[str, int]:
+    from recipe.errors import UserError
+
+    trainer.load()
+    trainer.save(folder, Progress(rollouts=1))
+    largest, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        trainer.save(folder, Progress(rollouts=2))
+    except UserError as error:
+        told = str(error)
+    else:
+        told = "nothing"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))
+    object.__setattr__(trainer.config.checkpoint, "load", folder)
+    return told, trainer.load().rollouts
+
+
+def test_a_disk_that_fills_while_saving_keeps_the_last_good_checkpoint(tmp_path: Path) -> None:
+    [(told, loaded)] = on_ranks(save_on_a_full_disk, tiny_config(random_checkpoint()), tmp_path)
+    assert "cannot be written" in told
+    assert "the last good checkpoint is whole" in told
+    assert loaded == 1
