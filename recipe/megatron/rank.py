@@ -121,8 +121,8 @@ class TrainerRank:
             free = shutil.disk_usage(directory).free
             raise UserError(
                 f"the checkpoint of rollout {progress.rollouts} cannot be written to {directory} "
-                f"({type(error).__name__}, {free / 1e9:.1f} GB free there): free some space and start again with --load; "
-                "the last good checkpoint is whole"
+                f"({type(error).__name__}, {free / 1e9:.1f} GB free there): free some space and start again with "
+                "--load; the last good checkpoint is whole"
             ) from error
 
     def export_hugging_face(self, directory: Path) -> None:
