@@ -77,8 +77,8 @@ class TestDerived:
         assert config.global_batch_size == config.samples_per_rollout == 256
 
     def test_engines(self, resolve_8gpu: Try, resolve_tiny: Try) -> None:
-        assert resolve_tiny().config.num_engines == 1
-        assert resolve_tiny("--rollout-num-gpus", "2").config.num_engines == 2
+        assert resolve_tiny().config.num_engines == 2
+        assert resolve_tiny("--rollout-num-gpus", "3").config.num_engines == 3
         four = ("--rollout-num-gpus-per-engine", "4", "--sglang-dp-size", "4", "--sglang-ep-size", "4")
         assert resolve_8gpu(*four).config.num_engines == 2
         assert resolve_8gpu("--no-colocate", "--rollout-num-gpus", "16").config.num_engines == 2
