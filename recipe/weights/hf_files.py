@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -108,8 +107,3 @@ def _name_shards(shards: list[list[str]], directory: Path) -> None:
     total = sum((directory / file).stat().st_size for file in set(weight_map.values()))
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     atomic_write_text(directory / INDEX, json.dumps(index, indent=1))
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The torch type that config.json calls `name`."""
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}[name]

@@ -154,9 +154,3 @@ def placements(architecture: Architecture, with_mtp: bool) -> dict[str, Placemen
     if with_mtp:
         table += _mtp(a)
     return {placement.name: placement for placement in table}
-
-
-def mtp_duplicates(architecture: Architecture) -> tuple[str, str]:
-    """Copies of embedding and output head that a checkpoint may carry in its MTP layer; megatron shares them."""
-    hf = f"model.layers.{architecture.num_hidden_layers}"
-    return f"{hf}.embed_tokens.weight", f"{hf}.shared_head.head.weight"
