@@ -206,9 +206,11 @@ class Run:
         self._rollout, self._reports, self._evals = None, [], {}
 
     def save(self) -> None:
-        """Writes a checkpoint that a resumed run goes on from, losing nothing."""
+        """Writes a checkpoint that a resumed run goes on from, losing nothing, and what `--save-hf` asks for."""
         with self.clock.measure(Phase.SAVE):
             self.trainer.save(self.config.save_dir, self.progress)
+            if (target := self.config.checkpoint.hugging_face_target(self.progress.rollouts, self.is_over)) is not None:
+                self.trainer.export_hugging_face(target)
 
 
 class Engines:

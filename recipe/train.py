@@ -39,8 +39,6 @@ async def train(resolved: Resolved) -> None:
             run.record(samples)
             if run.is_save_due:
                 run.save()
-        if config.checkpoint.save_hf is not None:
-            run.trainer.export_hugging_face(config.checkpoint.save_hf)
 
 
 def learn(run: Run, samples: list[TrainSample]) -> None:

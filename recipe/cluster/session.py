@@ -18,7 +18,10 @@ import ray
 from recipe.config import Config
 from recipe.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 LOOPBACK = "127.0.0.1"
+_START_ATTEMPTS = 2
 OBJECT_STORE_BYTES = 256 << 20
 """Enough for the samples of a rollout; weights never pass through Ray."""
 
@@ -52,20 +55,30 @@ def _set_token(path: Path) -> None:
 
 
 def _start_local(config: Config) -> None:
+    """Starts Ray, again if need be: it picks some ports well before it opens them, and somebody else may be faster."""
+    for attempt in range(1, _START_ATTEMPTS + 1):
+        try:
+            _init_local(config)
+            return
+        except (OSError, RuntimeError, TimeoutError) as error:
+            ray.shutdown()
+            if attempt == _START_ATTEMPTS:
+                raise UserError(
+                    f"Ray does not start on this machine ({error}): see its logs in /tmp/ray/session_latest/logs; the "
+                    "commonest causes are a full /tmp and a small /dev/shm"
+                ) from error
+            logger.warning("Ray did not start (%s): starting it again", error)
+
+
+def _init_local(config: Config) -> None:
     processes = config.world_size + config.num_engines
-    try:
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, processes),
-            dashboard_host=LOOPBACK,
-            include_dashboard=True,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=True,
-            logging_level=logging.getLevelNamesMapping()[config.misc.log_level.upper()],
-            _node_ip_address=LOOPBACK,
-        )
-    except (OSError, RuntimeError, TimeoutError) as error:
-        raise UserError(
-            f"Ray does not start on this machine ({error}): see its logs in /tmp/ray/session_latest/logs; the "
-            "commonest causes are a full /tmp and a small /dev/shm"
-        ) from error
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, processes),
+        dashboard_host=LOOPBACK,
+        include_dashboard=True,
+        object_store_memory=OBJECT_STORE_BYTES,
+        log_to_driver=True,
+        logging_level=logging.getLevelNamesMapping()[config.misc.log_level.upper()],
+        _node_ip_address=LOOPBACK,
+    )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 import torch
+import torch.distributed as dist
 from ray.actor import ActorHandle
 
 from recipe.batching.schedule import schedule
@@ -28,21 +29,28 @@ class RankActor:
     def __init__(self, config: Config, architecture: Architecture, rank: int) -> None:
         self.config, self.architecture, self.rank = config, architecture, rank
         self.trainer: TrainerRank
+        self.store: dist.Store | None = None
 
-    def address(self) -> tuple[str, int]:
-        """Where the ranks can meet: this machine's address and a port that is free now."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return ray.util.get_node_ip_address(), probe.getsockname()[1]
+    def open_store(self, address: str | None) -> tuple[str, int]:
+        """Opens the store in which the ranks meet, here at `address` (default: this machine's, as Ray knows it) and a
+        port of its own. Returns both."""
+        address = address or ray.util.get_node_ip_address()
+        listener = socket.create_server((address, 0))
+        port = listener.getsockname()[1]
+        self.store = dist.TCPStore(
+            address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+        )
+        return address, port
 
     def start(self, address: str, port: int, threads: int) -> Progress:
-        """Builds the rank and loads its weights."""
+        """Builds the rank, with the others that meet at `address` and `port`, and loads its weights."""
         torch.set_num_threads(threads)
         from recipe.megatron.layout import Rendezvous
         from recipe.megatron.rank import TrainerRank
 
         local_rank = 0 if torch.cuda.device_count() <= 1 else self.rank % torch.cuda.device_count()
-        rendezvous = Rendezvous(self.rank, local_rank, self.config.world_size, address, port)
+        store = self.store or dist.TCPStore(address, port)
+        rendezvous = Rendezvous(self.rank, local_rank, self.config.world_size, store)
         self.trainer = TrainerRank(self.config, self.architecture, rendezvous)
         return self.trainer.load()
 
@@ -90,11 +98,10 @@ class TrainerGroup:
 
     def begin_start(self) -> None:
         """Lets the ranks build themselves and load, without waiting for them."""
-        [(address, port)] = get([self._ranks[0].address.remote()], ["training rank 0"])
+        first, *_ = self._ranks
+        [(address, port)] = get([first.open_store.remote(self.config.cluster.master_addr)], ["training rank 0"])
         threads = threads_per_rank(self.config)
-        self._starting = [
-            rank.start.remote(self.config.cluster.master_addr or address, port, threads) for rank in self._ranks
-        ]
+        self._starting = [rank.start.remote(address, port, threads) for rank in self._ranks]
 
     def finish_start(self) -> Progress:
         """Waits for `begin_start`. Returns how far the run has come."""

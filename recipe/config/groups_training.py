@@ -7,6 +7,8 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from recipe.config.fields import Group, LayerPattern, PositiveShare, Share, Spelling
 
+_ROLLOUT_ID = "{rollout_id}"
+
 
 class ModelConfig(Group):
     """The checkpoint that is trained. Its config.json is the architecture; the fields after `bf16` are only compared
@@ -114,9 +116,10 @@ class CheckpointConfig(Group):
     """Where training starts, and what is kept of it."""
 
     load: Path | None = None
-    """Folder of training checkpoints to go on from; a folder without one starts from `ref_load` or `hf_checkpoint`."""
+    """Folder of training checkpoints to go on from, or of weights (torch_dist, Hugging Face) to start from; without
+    either it starts from `ref_load` or `hf_checkpoint`."""
     ref_load: Path | None = None
-    """Converted (torch_dist) starting weights, also the KL reference; default: converted from `hf_checkpoint`."""
+    """Starting weights (torch_dist, Hugging Face), also the KL reference; default: those of `hf_checkpoint`."""
     save: Path | None = None
     """Folder for training checkpoints; default: checkpoints/ in the run directory."""
     save_interval: PositiveInt | None = None
@@ -124,11 +127,18 @@ class CheckpointConfig(Group):
     save_keep: PositiveInt | None = None
     """Newest checkpoints to keep; default: all."""
     save_hf: Path | None = None
-    """Folder for the final weights in Hugging Face form; default: none."""
+    """Folder for the final weights in Hugging Face form; with {rollout_id} in its name, which becomes the checkpoint's
+    number, for those of every save."""
     async_save: bool = False
     """Write checkpoints while training goes on."""
     no_load_optim: bool = False
     """Load the weights only and start the optimizer afresh."""
+
+    def hugging_face_target(self, rollouts: int, is_over: bool) -> Path | None:
+        """Where `save_hf` wants the weights of the save after so many rollouts, if anywhere."""
+        if self.save_hf is None or not (is_over or _ROLLOUT_ID in str(self.save_hf)):
+            return None
+        return Path(str(self.save_hf).replace(_ROLLOUT_ID, str(rollouts)))
 
 
 class GrpoConfig(Group):

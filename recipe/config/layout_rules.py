@@ -92,7 +92,11 @@ def virtual_stages_divide(config: Config, architecture: Architecture) -> Iterato
     ends = [length for length in (first, last) if length is not None]
     between = stages - len(ends)
     lengths = {*ends, *([(architecture.num_hidden_layers - sum(ends)) // between] if between else [])}
-    for length in sorted(lengths):
+    if len(lengths) > 1:
+        found = " and ".join(map(str, sorted(lengths)))
+        yield f"--num-layers-per-virtual-pipeline-stage needs stages of one length, and these have {found} layers"
+        return
+    for length in lengths:
         if length % virtual:
             yield f"--num-layers-per-virtual-pipeline-stage {virtual} does not divide a stage of {length} layers"
 

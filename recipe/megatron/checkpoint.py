@@ -8,35 +8,41 @@ A directory that crashed half-written still has its temporary name and is never 
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedTensor
-from megatron.core.dist_checkpointing.serialization import (
-    get_default_load_sharded_strategy,
-    get_default_save_sharded_strategy,
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedBase,
+    ShardedStateDict,
+    ShardedTensor,
 )
+from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from torch import Tensor
 
 from recipe.errors import UserError
 from recipe.files import atomic_write_text
 from recipe.megatron.model import PolicyModel
 from recipe.megatron.optimizer import Optimization
 from recipe.messages import Progress
+from recipe.weights.table import Part, Placement
+from recipe.weights.torch_dist import PROGRESS
 
-PROGRESS = "progress.json"
 LATEST = "latest_checkpointed_iteration.txt"
-
-
-def latest(directory: Path) -> Path | None:
-    """The newest whole checkpoint under `directory`, or None."""
-    found = sorted(path for path in directory.glob("iter_*") if (path / PROGRESS).exists())
-    return found[-1] if found else None
 
 
 def read_progress(checkpoint: Path) -> Progress:
@@ -86,8 +92,8 @@ def save(
     final = directory / f"iter_{progress.rollouts:07d}"
     model_state = _model_state(chunks)
     state = {**model_state, "optimizer": _optimizer_state(optimization, model_state, is_loading=False)}
-    with _written_beside(final) as partial:
-        dist_checkpointing.save(state, str(partial), get_default_save_sharded_strategy("torch_dist", 1))
+    with written_beside(final) as partial:
+        dist_checkpointing.save(state, str(partial), _StreamingWriter("torch_dist", 1))
         if dist.get_rank() == 0:
             atomic_write_text(partial / PROGRESS, json.dumps(asdict(progress)))
     if dist.get_rank() == 0:
@@ -95,14 +101,44 @@ def save(
         _prune(directory, keep)
 
 
-def save_weights(directory: Path, chunks: list[PolicyModel]) -> None:
-    """Writes the weights alone as a torch_dist checkpoint. Collective over all ranks."""
-    with _written_beside(directory) as partial:
-        dist_checkpointing.save(_model_state(chunks), str(partial), get_default_save_sharded_strategy("torch_dist", 1))
+def write_hugging_face(directory: Path, pieces: Iterable[tuple[Placement, Part, Tensor]]) -> None:
+    """Writes Hugging Face tensors, each as a piece of its parameter, as a torch_dist checkpoint into an empty
+    directory. Collective over all ranks, which together bring every piece once."""
+    state = {part.hf_name: _piece(placement, part, tensor) for placement, part, tensor in pieces}
+    dist_checkpointing.save(state, str(directory), _StreamingWriter("torch_dist", 1))
+
+
+def _piece(placement: Placement, part: Part, tensor: Tensor) -> ShardedTensor:
+    """A Hugging Face tensor's place in its whole parameter: experts keep the grid's axes, gate and up projection of
+    other MLPs are joined along the first axis."""
+    offsets = [(axis, part.index[axis], count) for axis, count in enumerate(placement.grid)]
+    grid = (1,) * len(placement.grid) if placement.is_expert else ()
+    return ShardedTensor.from_rank_offsets(placement.name, tensor.view(*grid, *tensor.shape), *offsets)
+
+
+class _StreamingWriter(TorchDistSaveShardedStrategy):
+    """megatron's torch_dist format written by torch's own writer, a tensor at a time. megatron's copies everything
+    first, forks writer processes, and starts another that imports this program again. One thread: torch's writer takes
+    no notice of what fails in a second one."""
+
+    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> None:
+        """Writes this rank's shards and, on rank 0, the metadata."""
+        state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
+        # Nobody checks the sums, and computing them takes as long as the rest.
+        before = torch.serialization.get_crc32_options()
+        torch.serialization.set_crc32_options(False)
+        try:
+            dcp.save(
+                mcore_to_pyt_state_dict(state, is_loading=False),
+                storage_writer=dcp.FileSystemWriter(checkpoint_dir, thread_count=1),
+                planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+            )
+        finally:
+            torch.serialization.set_crc32_options(before)
 
 
 @contextmanager
-def _written_beside(final: Path) -> Iterator[Path]:
+def written_beside(final: Path) -> Iterator[Path]:
     """A directory for all ranks to write in, which rank 0 renames to `final` when all are done."""
     partial = final.with_name(f".{final.name}.partial")
     if dist.get_rank() == 0:

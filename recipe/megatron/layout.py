@@ -12,19 +12,19 @@ from recipe.megatron.device import communication_backend
 from recipe.megatron.model import virtual_pipeline_size
 from recipe.weights.table import ShardCoordinates
 
-INITIAL_WEIGHTS_SEED = 1
-"""Seeds megatron's initialisation, whose values are always replaced by a checkpoint's."""
+RANDOM_STATE_SEED = 1
+"""Seeds megatron's random-state tracker, which recomputation asks for although nothing here draws from it: there is no
+dropout, and weights come from checkpoints."""
 
 
 @dataclass(frozen=True)
 class Rendezvous:
-    """Where the ranks of a run meet."""
+    """One rank's way to the others: they meet in a store that all of them reach."""
 
     rank: int
     local_rank: int
     world_size: int
-    address: str
-    port: int
+    store: dist.Store
 
 
 def join(rendezvous: Rendezvous, config: Config, architecture: Architecture) -> None:
@@ -32,7 +32,7 @@ def join(rendezvous: Rendezvous, config: Config, architecture: Architecture) -> 
     torch.cuda.set_device(rendezvous.local_rank)
     dist.init_process_group(
         communication_backend(),
-        init_method=f"tcp://{rendezvous.address}:{rendezvous.port}",
+        store=rendezvous.store,
         rank=rendezvous.rank,
         world_size=rendezvous.world_size,
         timeout=timedelta(minutes=config.cluster.distributed_timeout_minutes),
@@ -52,7 +52,7 @@ def initialize_model_parallel(config: Config, architecture: Architecture) -> Non
         expert_tensor_parallel_size=perf.expert_tensor_parallel_size,
         distributed_timeout_minutes=config.cluster.distributed_timeout_minutes,
     )
-    tensor_parallel.model_parallel_cuda_manual_seed(INITIAL_WEIGHTS_SEED)
+    tensor_parallel.model_parallel_cuda_manual_seed(RANDOM_STATE_SEED)
 
 
 def leave() -> None:

@@ -36,6 +36,11 @@ def virtual_pipeline_size(config: Config, architecture: Architecture) -> int | N
     return architecture.num_hidden_layers // (config.perf.pipeline_model_parallel_size * per_stage)
 
 
+def _as_allocated(weight: Tensor) -> None:
+    """Initialises nothing: weights come from checkpoints. (perform_initialization=False would also leave out the
+    tensor-parallel marks, without which gradient norms count one rank's shard.)"""
+
+
 def transformer_config(config: Config, architecture: Architecture) -> MLATransformerConfig:
     """megatron's configuration of this architecture under this run's layout, precision and recomputation."""
     perf, dtype = config.perf, torch.bfloat16 if config.model.bf16 else torch.float32
@@ -89,6 +94,9 @@ def transformer_config(config: Config, architecture: Architecture) -> MLATransfo
         moe_aux_loss_coeff=0.0,
         moe_token_dispatcher_type=perf.moe_token_dispatcher_type,
         moe_grouped_gemm=False,
+        init_method=_as_allocated,
+        output_layer_init_method=_as_allocated,
+        embedding_init_method=_as_allocated,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=config.model.bf16,
@@ -257,7 +265,8 @@ class PolicyModel(GPTModel):
 
 
 def build_chunks(run: Config, architecture: Architecture) -> list[PolicyModel]:
-    """This rank's pipeline chunks (one, unless stages are interleaved) on the training device, with initial weights."""
+    """This rank's pipeline chunks (one, unless stages are interleaved) on the training device. Their weights are
+    whatever was in memory, until a checkpoint's are loaded."""
     config = transformer_config(run, architecture)
     stages = (
         [None]

@@ -90,7 +90,6 @@ class GroupedExperts(MegatronModule):
     def _parameter(self, shape: tuple[int, ...], tensor_parallel_axis: int) -> torch.nn.Parameter:
         device = torch.cuda.current_device()
         parameter = torch.nn.Parameter(torch.empty(shape, dtype=self.config.params_dtype, device=device))
-        self.config.init_method(parameter)
         set_tensor_model_parallel_attributes(parameter, True, tensor_parallel_axis, 1)
         # Expert gradients are summed over the expert data-parallel group, also when EP is 1 and TP ranks that see
         # different tokens hold copies of the same experts.

@@ -1,5 +1,6 @@
 """What one training rank can do: the verbs that the loop calls, with nothing of Ray or of rollouts in them."""
 
+import itertools
 import math
 import shutil
 from collections.abc import Iterator, Sequence
@@ -28,7 +29,10 @@ from recipe.megatron.step import (
 )
 from recipe.megatron.weights import gathered_weights, load_hugging_face, named_weights
 from recipe.messages import FloatArray, Progress, StepReport
-from recipe.weights.hf_files import HuggingFaceCheckpoint, write_checkpoint
+from recipe.weights.export import mtp_of_origin, with_duplicates
+from recipe.weights.hf_files import HuggingFaceCheckpoint, is_hugging_face, write_checkpoint
+from recipe.weights.inspection import inspect
+from recipe.weights.torch_dist import holds_weights, latest
 
 
 class TrainerRank:
@@ -49,30 +53,30 @@ class TrainerRank:
         self.reference: dict[str, Tensor] = {}
 
     def load(self) -> Progress:
-        """Takes the newest checkpoint of `--load`, or else starting weights: `--ref-load` (torch_dist), or the Hugging
-        Face checkpoint. Returns how far the run has come."""
+        """Takes the newest training checkpoint of `--load`. Without one: weights that lie in `--load` itself, or else
+        the starting weights, `--ref-load` or `--hf-checkpoint`. Returns how far the run has come."""
         settings = self.config.checkpoint
-        newest = checkpoint.latest(settings.load) if settings.load else None
-        if newest is None or self.config.needs_reference:
-            self._load_starting_weights()
+        newest = latest(settings.load) if settings.load else None
+        weights = settings.load if settings.load and newest is None and holds_weights(settings.load) else None
+        if self.config.needs_reference or (newest is None and weights is None):
+            self._load_weights(settings.ref_load or self.config.model.hf_checkpoint)
         if self.config.needs_reference:
             self.reference = {name: weight.cpu().clone() for name, weight in named_weights(self.chunks).items()}
-        if newest is None:
-            self.optimization.reload_weights()
-            return Progress()
-        if settings.no_load_optim:
-            checkpoint.load_weights(newest, self.chunks)
-            self.optimization.reload_weights()
-            return checkpoint.read_progress(newest)
-        return checkpoint.load(newest, self.chunks, self.optimization)
+        if newest is not None and not settings.no_load_optim:
+            return checkpoint.load(newest, self.chunks, self.optimization)
+        if chosen := newest or weights:
+            self._load_weights(chosen)
+        self.optimization.reload_weights()
+        return checkpoint.read_progress(newest) if newest else Progress()
 
-    def _load_starting_weights(self) -> None:
-        converted = self.config.checkpoint.ref_load
-        if converted is not None:
-            checkpoint.load_weights(converted, self.chunks)
-        else:
-            source = HuggingFaceCheckpoint(self.config.model.hf_checkpoint)
-            load_hugging_face(self.chunks, self.architecture, source)
+    def _load_weights(self, directory: Path) -> None:
+        """Weights of a torch_dist or a Hugging Face directory."""
+        if not is_hugging_face(directory):
+            checkpoint.load_weights(directory, self.chunks)
+            return
+        source = HuggingFaceCheckpoint(directory)
+        inspect(source, Architecture.from_checkpoint(directory), with_mtp=bool(self.config.mtp.mtp_num_layers))
+        load_hugging_face(self.chunks, self.architecture, source)
 
     def own_shard(self, shards: Sequence[Microbatches]) -> Microbatches:
         """Of the microbatches of every data-parallel rank, this one's."""
@@ -126,13 +130,17 @@ class TrainerRank:
             ) from error
 
     def export_hugging_face(self, directory: Path) -> None:
-        """Writes the policy as a Hugging Face checkpoint, its files carried over from the starting checkpoint."""
+        """Writes the policy as a Hugging Face checkpoint, with the files of the starting checkpoint and, if this
+        trainer does without it, its MTP layer."""
+        origin = HuggingFaceCheckpoint(self.config.model.hf_checkpoint)
         tensors = ((name, tensor.cpu()) for name, tensor in self.weights())
-        if self.is_first:
-            write_checkpoint(tensors, directory, companions=self.config.model.hf_checkpoint)
-        else:
+        if not self.is_first:
             for _ in tensors:
                 pass
+            return
+        untrained = () if self.config.mtp.mtp_num_layers else mtp_of_origin(origin, self.architecture)
+        whole = with_duplicates(itertools.chain(tensors, untrained), origin, self.architecture)
+        write_checkpoint(whole, directory, companions=origin.directory)
 
     def close(self) -> None:
         """Leaves the process groups."""

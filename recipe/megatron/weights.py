@@ -9,7 +9,6 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from recipe.config import Architecture
-from recipe.errors import UserError
 from recipe.megatron.layout import shard_coordinates
 from recipe.megatron.model import PolicyModel
 from recipe.weights.hf_files import HuggingFaceCheckpoint
@@ -32,19 +31,13 @@ def named_weights(chunks: list[PolicyModel]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_hugging_face(chunks: list[PolicyModel], architecture: Architecture, checkpoint: HuggingFaceCheckpoint) -> None:
-    """Fills this rank's weights, reading only its own pieces. Raises UserError for a tensor that is missing or of
-    another shape."""
+    """Fills this rank's weights from a checkpoint that was inspected, reading only its own pieces."""
     at = shard_coordinates()
     table = placements(architecture, with_mtp=chunks[-1].config.mtp_num_layers is not None)
     for name, weight in named_weights(chunks).items():
         placement = table[name]
         local = weight.view(placement.local_shape(at))
         for part in placement.parts(at):
-            if (shape := checkpoint.shape(part.hf_name)) != placement.hf_shape:
-                raise UserError(
-                    f"{checkpoint.directory}: tensor {part.hf_name} has shape {list(shape)}, but config.json asks for "
-                    f"{list(placement.hf_shape)}: the checkpoint does not belong to its config.json"
-                )
             local[part.index].copy_(checkpoint.read(part.hf_name, part.slices))
 
 

@@ -141,6 +141,12 @@ def _mtp(a: Architecture) -> list[Placement]:
     ]
 
 
+def duplicates(architecture: Architecture) -> dict[str, str]:
+    """Copies of other tensors that a checkpoint's MTP layer may carry, by name, and what each is a copy of."""
+    hf = f"model.layers.{architecture.num_hidden_layers}"
+    return {f"{hf}.embed_tokens.weight": "model.embed_tokens.weight", f"{hf}.shared_head.head.weight": "lm_head.weight"}
+
+
 def placements(architecture: Architecture, with_mtp: bool) -> dict[str, Placement]:
     """Every parameter of the whole model by megatron's name, in the order of the forward pass."""
     a = architecture

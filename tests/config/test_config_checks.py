@@ -73,7 +73,7 @@ def test_contradictions_are_refused(refusal: Refusal, flags: list[str], sentence
         ),
         (
             [*TWO_STAGES, "--decoder-last-pipeline-num-layers", "23", "--num-layers-per-virtual-pipeline-stage", "6"],
-            "--num-layers-per-virtual-pipeline-stage 6 does not divide a stage of 23 layers",
+            "--num-layers-per-virtual-pipeline-stage needs stages of one length, and these have 23 and 24 layers",
         ),
         (["--num-layers-per-virtual-pipeline-stage", "6"], "needs --pipeline-model-parallel-size above 1"),
         (["--recompute-granularity", "selective"], "--recompute-method and --recompute-num-layers need"),

@@ -85,10 +85,15 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
         time.sleep(0.05)
 
 
-def steps_done(directory: Path) -> int:
-    """Steps in metrics.jsonl so far."""
+def wait_for_step(process: subprocess.Popen, directory: Path, step: int) -> None:
+    """Returns when the run in `directory` has recorded `step`; fails with its output if it ends before."""
     path = directory / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") - 1 if path.exists() else -1
+
+    def is_done() -> bool:
+        assert process.poll() is None or process.stdout is None, process.stdout.read()
+        return path.exists() and path.read_bytes().count(b"\n") > step
+
+    wait_until(is_done)
 
 
 def family(process: subprocess.Popen) -> list[psutil.Process]:

@@ -20,8 +20,7 @@ from run_support import (
     metrics,
     run,
     start,
-    steps_done,
-    wait_until,
+    wait_for_step,
 )
 
 pytestmark = pytest.mark.slow
@@ -62,7 +61,7 @@ def test_a_run_killed_and_resumed_equals_the_uninterrupted_one(
     command = arguments(inputs, tmp_path, "killed")
     with leaves_no_process(str(tmp_path)):
         process = start(command)
-        wait_until(lambda: steps_done(tmp_path / "killed") >= 3)
+        wait_for_step(process, tmp_path / "killed", 3)
         kill_hard(process)
     assert len(metrics(tmp_path / "killed")) < ROLLOUTS + 1, "the run was over before it was killed"
     status, output = run([*command, "--load", str(tmp_path / "killed" / "checkpoints")])
@@ -75,7 +74,7 @@ def test_an_engine_killed_in_mid_run_is_replaced_and_changes_nothing(
     inputs: TinyInputs, uninterrupted: Path, tmp_path: Path
 ) -> None:
     process = start(arguments(inputs, tmp_path, "bereft"))
-    wait_until(lambda: steps_done(tmp_path / "bereft") >= 2)
+    wait_for_step(process, tmp_path / "bereft", 2)
     engine, _ = [p for p in family(process) if "recipe.rollout.servers.embedded" in " ".join(p.cmdline())]
     engine.kill()
     status, output = finish(process)
@@ -104,7 +103,7 @@ def listening(processes: list[psutil.Process]) -> dict[str, set[str]]:
 def test_doors_are_shut_and_an_interrupt_ends_everything(inputs: TinyInputs, tmp_path: Path) -> None:
     with leaves_no_process(str(tmp_path)):
         process = start(arguments(inputs, tmp_path, "interrupted", "--num-rollout", "1000"))
-        wait_until(lambda: steps_done(tmp_path / "interrupted") >= 1)
+        wait_for_step(process, tmp_path / "interrupted", 1)
         doors = listening(family(process))
         engine_doors = [doors[name] for name in doors if "recipe.rollout.servers.embedded" in name]
         assert len(engine_doors) == 2
@@ -158,10 +157,12 @@ def test_kl_terms_and_several_steps_a_rollout_run_the_passes_they_need(inputs: T
 
 
 def test_supervised_steps_lower_the_loss_and_export_what_they_learned(inputs: TinyInputs, tmp_path: Path) -> None:
-    exported = tmp_path / "exported"
+    exported = tmp_path / "exported-{rollout_id}"
     command = arguments(inputs, tmp_path, "sft", "--loss-type", "sft", "--n-samples-per-prompt", "1")
     status, output = run([*command, "--prompt-data", str(inputs.warmup), "--save-hf", str(exported)])
     assert status == 0, output
     losses = [line["loss"] for line in metrics(tmp_path / "sft")[1:]]
     assert losses[-1] < losses[0]
-    assert {file.name for file in exported.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert {folder.name for folder in tmp_path.glob("exported-*")} == {f"exported-{n}" for n in (2, 4, ROLLOUTS)}
+    files = {file.name for file in (tmp_path / f"exported-{ROLLOUTS}").iterdir()}
+    assert files >= {"config.json", "model.safetensors", "tokenizer.json"}

@@ -19,7 +19,7 @@ from recipe.config import SglangConfig
 from recipe.errors import UserError
 from recipe.rollout.servers.embedded.fused import build_model
 from recipe.rollout.servers.launch import Launch, launch_embedded, launch_sglang
-from recipe.rollout.servers.process import EngineProcess, free_port, without_secrets
+from recipe.rollout.servers.process import EngineProcess, reserve_port, without_secrets
 
 SERVER = """
 import http.server, subprocess, sys
@@ -139,9 +139,13 @@ def test_the_engine_listens_on_the_loopback_only(engine: EngineUnderTest) -> Non
     assert listening == ["127.0.0.1"]
 
 
-def test_free_ports_are_free() -> None:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", free_port()))
+def test_a_reserved_port_is_only_for_a_server_that_was_told_of_it() -> None:
+    with reserve_port() as reservation:
+        address = reservation.getsockname()
+        with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
+            stranger.bind(address)
+        with socket.create_server(address), socket.create_connection(address, timeout=5):
+            pass
 
 
 def test_secrets_and_rays_variables_are_not_passed_on() -> None:

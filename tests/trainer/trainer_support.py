@@ -1,6 +1,5 @@
 """Configurations, samples and worker processes for the trainer's tests."""
 
-import socket
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from recipe.config import Architecture, Config
 from recipe.messages import TrainSample
@@ -17,7 +17,7 @@ from recipe.weights.tiny import write_tiny_checkpoint
 PROMPT_LENGTH, VOCABULARY = 5, 96
 
 
-def tiny_config(checkpoint: Path, **groups: dict[str, Any]) -> Config:
+def tiny_config(checkpoint: Path, /, **groups: dict[str, Any]) -> Config:
     """A policy-gradient run on the checkpoint, fp32 on the CPU; `groups` override."""
     values: dict[str, dict[str, Any]] = {
         "model": {"hf_checkpoint": checkpoint, "bf16": False},
@@ -78,19 +78,14 @@ def random_checkpoint() -> Path:
     return directory
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _rank_main(rank: int, function: Callable, config: Config, port: int, folder: Path, arguments: tuple) -> None:
+def _rank_main(rank: int, function: Callable, config: Config, folder: Path, arguments: tuple) -> None:
     torch.set_num_threads(1)
     from recipe.megatron.layout import Rendezvous
     from recipe.megatron.rank import TrainerRank
 
     architecture = Architecture.from_checkpoint(config.model.hf_checkpoint)
-    trainer = TrainerRank(config, architecture, Rendezvous(rank, 0, config.world_size, "127.0.0.1", port))
+    store = dist.FileStore(str(folder / "store"), config.world_size)
+    trainer = TrainerRank(config, architecture, Rendezvous(rank, 0, config.world_size, store))
     result = function(trainer, *arguments)
     torch.save(result, folder / f"{rank}.pt")
     trainer.close()
@@ -101,7 +96,7 @@ def on_ranks(function: Callable, config: Config, *arguments: Any) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(
             _rank_main,
-            (function, config, free_port(), Path(folder), arguments),
+            (function, config, Path(folder), arguments),
             nprocs=config.world_size,
         )
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(config.world_size)]

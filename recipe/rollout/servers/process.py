@@ -33,7 +33,8 @@ class EngineProcess:
 
     def __init__(self, launch: Launch, log: Path, *, host: str = LOCAL) -> None:
         """Starts the server; its output goes to `log`."""
-        self.port = free_port(host)
+        self._reservation = reserve_port(host)
+        self.port: int = self._reservation.getsockname()[1]
         self.url = f"http://{host}:{self.port}"
         self._host = host
         self._log = log
@@ -88,6 +89,7 @@ class EngineProcess:
                 self._process.wait(GRACE_S)
         self._signal(signal.SIGKILL)
         self._process.wait()
+        self._reservation.close()
 
     def _signal(self, number: signal.Signals) -> bool:
         """Whether there was anybody in the group."""
@@ -112,12 +114,13 @@ class EngineProcess:
         return next((line.strip() for line in reversed(lines) if line.strip()), "(empty)")
 
 
-def free_port(host: str = LOCAL) -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
+def reserve_port(host: str = LOCAL) -> socket.socket:
+    """A socket bound to a free port. While it is open the kernel gives the port to nobody who asks for just any, but a
+    server may listen there, since servers set SO_REUSEADDR as this socket does."""
+    reservation = socket.socket()
+    reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reservation.bind((host, 0))
+    return reservation
 
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
