@@ -19,65 +19,10 @@ import time
 from pathlib import Path
 
 import psutil
-import torch
+from glm_flash import write_synthetic
 
-from recipe.config import Architecture
-from recipe.weights.hf_files import write_checkpoint
-from recipe.weights.table import placements
-
-CONFIG = {
-    "model_type": "glm4_moe_lite",
-    "architectures": ["Glm4MoeLiteForCausalLM"],
-    "vocab_size": 154880,
-    "hidden_size": 2048,
-    "intermediate_size": 10240,
-    "moe_intermediate_size": 1536,
-    "num_attention_heads": 20,
-    "num_key_value_heads": 20,
-    "n_routed_experts": 64,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 4,
-    "first_k_dense_replace": 1,
-    "routed_scaling_factor": 1.8,
-    "norm_topk_prob": True,
-    "n_group": 1,
-    "topk_group": 1,
-    "q_lora_rank": 768,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 192,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 256,
-    "rms_norm_eps": 1e-5,
-    "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"},
-    "rope_interleave": True,
-    "max_position_embeddings": 202752,
-    "num_nextn_predict_layers": 1,
-    "eos_token_id": [154820, 154827, 154829],
-    "pad_token_id": 154820,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-    "dtype": "bfloat16",
-}
 SAMPLE_S = 0.05
 COPY = "cp -r + fsync"
-
-
-def write_synthetic(directory: Path, moe_layers: int) -> int:
-    """Writes the checkpoint. Returns its size in bytes."""
-    companions = directory.with_name("companions")
-    companions.mkdir(parents=True)
-    config = CONFIG | {"num_hidden_layers": moe_layers + 1}
-    (companions / "config.json").write_text(json.dumps(config))
-    table = placements(Architecture.from_checkpoint(companions), with_mtp=True)
-    generator = torch.Generator().manual_seed(0)
-    tensors = (
-        (name, torch.randn(entry.hf_shape, generator=generator).to(torch.float32 if entry.is_fp32 else torch.bfloat16))
-        for entry in table.values()
-        for name in entry.hf_names
-    )
-    write_checkpoint(tensors, directory, companions)
-    return sum(file.stat().st_size for file in directory.iterdir())
 
 
 def measure(command: list[str]) -> tuple[float, float]:

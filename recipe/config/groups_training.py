@@ -260,7 +260,7 @@ class PerfConfig(Group):
     moe_permute_fusion: bool = False
     """Fused permutation of tokens; used where its kernel is installed."""
     log_probs_chunk_size: PositiveInt = 1024
-    """Tokens whose full-vocabulary fp32 logits are held at a time."""
+    """Tokens whose full-vocabulary logits are held at a time."""
     attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"
     """Attention kernel."""
 

@@ -18,6 +18,8 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 
+from recipe.megatron.fusion import fused
+
 
 @dataclass
 class PackedSequences(PackedSeqParams):
@@ -181,6 +183,20 @@ def rotate(interleaved: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     return torch.cat([even * cosine - odd * sine, odd * cosine + even * sine], dim=-1).to(interleaved.dtype)
 
 
+@fused
+def rotated(
+    query: Tensor, key_value: Tensor, k_rotary: Tensor, cosine: Tensor, sine: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """query [T, N, D] whose last R are rotary, key content and value [T, N, D - R + V], rotary keys shared by all heads
+    [T, R] -> query, key [T, N, D], value [T, N, V]."""
+    content = query.shape[-1] - k_rotary.shape[-1]
+    q_rotary = rotate(query[..., content:], cosine, sine)
+    k_rotary = rotate(k_rotary.unsqueeze(1), cosine, sine).expand(-1, query.shape[1], -1)
+    query = torch.cat([query[..., :content], q_rotary], dim=-1)
+    key = torch.cat([key_value[..., :content], k_rotary], dim=-1)
+    return query, key, key_value[..., content:].contiguous()
+
+
 class LatentAttention(MLASelfAttention):
     """megatron's MLA whose rotary embedding follows the pack's position ids: one gather instead of a loop over
     sequences, and right under any layout of the tokens over ranks."""
@@ -215,12 +231,6 @@ class LatentAttention(MLASelfAttention):
         query = self.linear_q_up_proj(q_compressed)[0].unflatten(-1, (heads, self.q_head_dim))
         key_value = self.linear_kv_up_proj(kv_compressed)[0]
         key_value = key_value.unflatten(-1, (heads, config.qk_head_dim + config.v_head_dim))
-        k_content, value = key_value.split([config.qk_head_dim, config.v_head_dim], dim=-1)
-        q_content, q_rotary = query.split([config.qk_head_dim, config.qk_pos_emb_head_dim], dim=-1)
-
         cosine, sine = self.rotary_table(packed_seq_params.position_ids, packed_seq_params.longest_sequence)
-        q_rotary = rotate(q_rotary, cosine, sine)
-        k_rotary = rotate(k_rotary.unsqueeze(1), cosine, sine).expand(-1, heads, -1)
-        query = torch.cat([q_content, q_rotary], dim=-1)
-        key = torch.cat([k_content, k_rotary], dim=-1)
+        query, key, value = rotated(query, key_value, k_rotary, cosine, sine)
         return query, key, value, q_compressed, kv_compressed

@@ -1,7 +1,7 @@
 """Token log-probabilities and entropies from hidden states, without ever holding the logits of a whole pack.
 
 Letters: N selected tokens, H hidden size, V vocabulary of this tensor-parallel rank, C tokens of a chunk.
-A chunk's fp32 logits [C, V] are formed, used and dropped; the backward pass forms them again.
+A chunk's logits [C, V] are formed, used and dropped; the backward pass forms them again.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from recipe.megatron.fusion import fused
 
 
 @dataclass(frozen=True)
@@ -30,34 +32,40 @@ class VocabularyShard:
         return tensor
 
 
-@dataclass(frozen=True)
-class _Chunk:
-    log_softmax: Tensor
-    """[C, V] fp32."""
-    probability: Tensor
-    """[C, V] fp32; empty unless entropy or gradients are asked for."""
-    entropy: Tensor
-    """[C]"""
-    column: Tensor
-    """[C] the target's column in this shard, clamped into it."""
-    is_here: Tensor
-    """[C] whether the target lies in this shard."""
+@fused
+def _largest(logits: Tensor, temperature: float) -> Tensor:
+    """Of each row of logits [C, V]: [C]."""
+    return logits.amax(dim=-1).float() / temperature
 
 
-def _chunk(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, shard: VocabularyShard, spread: bool
-) -> _Chunk:
-    logits = torch.mm(hidden, weight.t()).float()
-    if temperature != 1.0:
-        logits.div_(temperature)
-    largest = shard.reduce(logits.amax(dim=-1, keepdim=True), dist.ReduceOp.MAX)
-    logits.sub_(largest)
-    log_softmax = logits.sub_(shard.reduce(logits.exp().sum(dim=-1, keepdim=True)).log())
-    column = targets - shard.start
-    is_here = (column >= 0) & (column < weight.shape[0])
-    probability = log_softmax.exp() if spread else logits.new_empty(0)
-    entropy = shard.reduce(-(probability * log_softmax).sum(dim=-1)) if spread else logits.new_empty(0)
-    return _Chunk(log_softmax, probability, entropy, column.clamp(0, weight.shape[0] - 1), is_here)
+@fused
+def _sums(logits: Tensor, temperature: float, largest: Tensor, column: Tensor) -> Tensor:
+    """[3, C] sums over this shard, with z the row's scaled logits less the row's largest: of exp(z), of exp(z) z, and z
+    of the target if it lies here."""
+    shifted = logits.float() / temperature - largest[:, None]
+    exponential = shifted.exp()
+    at_target = torch.arange(logits.shape[1], device=logits.device) == column[:, None]
+    return torch.stack(
+        [exponential.sum(-1), (exponential * shifted).sum(-1), torch.where(at_target, shifted, 0.0).sum(-1)]
+    )
+
+
+@fused
+def _grad_logits(
+    logits: Tensor,
+    temperature: float,
+    log_sum: Tensor,
+    column: Tensor,
+    grad_log_prob: Tensor,
+    entropy: Tensor,
+    grad_entropy: Tensor,
+) -> Tensor:
+    """[C, V] in the type of logits: d log p_t / d z_j = [j = t] - p_j; dH / d z_j = -p_j (log p_j + H)."""
+    log_probability = logits.float() / temperature - log_sum[:, None]
+    at_target = torch.arange(logits.shape[1], device=logits.device) == column[:, None]
+    spread = grad_log_prob[:, None] + grad_entropy[:, None] * (log_probability + entropy[:, None])
+    gradient = torch.where(at_target, grad_log_prob[:, None], 0.0) - log_probability.exp() * spread
+    return (gradient / temperature).to(logits.dtype)
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
@@ -70,37 +78,48 @@ class _ChunkedLogProbs(torch.autograd.Function):
         temperature: float,
         shard: VocabularyShard,
         chunk_size: int,
-        with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        log_probs, entropies = [], []
-        for rows, target in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
-            chunk = _chunk(rows, weight, target, temperature, shard, spread=with_entropy)
-            chosen = chunk.log_softmax.gather(1, chunk.column[:, None]).squeeze(1)
-            log_probs.append(shard.reduce(chosen.masked_fill(~chunk.is_here, 0.0)))
-            entropies.append(chunk.entropy)
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.temperature, ctx.shard, ctx.chunk_size, ctx.with_entropy = temperature, shard, chunk_size, with_entropy
-        return torch.cat(log_probs), torch.cat(entropies)
+        column = targets - shard.start
+        chunks = []
+        for rows, columns in zip(hidden.split(chunk_size), column.split(chunk_size), strict=True):
+            logits = torch.mm(rows, weight.t())
+            largest = shard.reduce(_largest(logits, temperature), dist.ReduceOp.MAX)
+            chunks.append(torch.cat([largest[None], shard.reduce(_sums(logits, temperature, largest, columns))]))
+        largest, exponential, weighted, target = torch.cat(chunks, dim=1)
+        log_sum = exponential.log()
+        entropy = log_sum - weighted / exponential
+        ctx.save_for_backward(hidden, weight, column, largest + log_sum, entropy)
+        ctx.temperature, ctx.chunk_size = temperature, chunk_size
+        return target - log_sum, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets = ctx.saved_tensors
+        hidden, weight, column, log_sum, entropy = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, hidden.shape[0], ctx.chunk_size):
             part = slice(start, start + ctx.chunk_size)
-            chunk = _chunk(hidden[part], weight, targets[part], ctx.temperature, ctx.shard, spread=True)
-            grad = grad_log_probs[part, None]
-            grad_logits = chunk.probability * -grad
-            grad_logits.scatter_add_(1, chunk.column[:, None], grad * chunk.is_here[:, None])
-            if ctx.with_entropy:
-                # dH/dz_j = -p_j (log p_j + H)
-                surprise = chunk.log_softmax + chunk.entropy[:, None]
-                grad_logits.sub_(grad_entropy[part, None] * chunk.probability * surprise)
-            grad_logits = grad_logits.div_(ctx.temperature).to(hidden.dtype)
+            logits = torch.mm(hidden[part], weight.t())
+            grad_logits = _grad_logits(
+                logits,
+                ctx.temperature,
+                log_sum[part],
+                column[part],
+                grad_log_probs[part],
+                entropy[part],
+                grad_entropy[part],
+            )
             torch.mm(grad_logits, weight, out=grad_hidden[part])
-            grad_weight.add_(torch.mm(grad_logits.t(), hidden[part]))
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None
+            _add_product(grad_weight, grad_logits.t(), hidden[part])
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Adds left @ right to the fp32 `total`."""
+    if left.is_cuda and left.dtype != torch.float32:
+        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
+    else:
+        total.add_(torch.mm(left, right))
 
 
 def chunked_log_probs(
@@ -111,12 +130,11 @@ def chunked_log_probs(
     temperature: float,
     shard: VocabularyShard,
     chunk_size: int,
-    with_entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of `targets` under softmax(hidden @ weight.T / temperature), and the entropies.
 
     hidden [N, H], the same on every rank of the shard's group; weight [V, H]; targets [N] in the whole vocabulary.
-    Returns two fp32 tensors: log-probabilities [N]; entropies [N], or an empty one if not `with_entropy`.
+    Returns two fp32 tensors [N].
     The gradient of `hidden` is this shard's part only: sum it over the group.
     """
-    return _ChunkedLogProbs.apply(hidden, weight, targets, temperature, shard, chunk_size, with_entropy)
+    return _ChunkedLogProbs.apply(hidden, weight, targets, temperature, shard, chunk_size)

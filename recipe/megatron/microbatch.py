@@ -202,7 +202,8 @@ def _cumulative(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 
 def build_microbatch(samples: Sequence[TrainSample], layout: TokenLayout) -> MicroBatch:
     """The pack of `samples` on this rank."""
-    shared = layout.share_prompts and layout.context_size == 1
+    prompts = {sample.prompt.tobytes() for sample in samples}
+    shared = layout.share_prompts and layout.context_size == 1 and len(prompts) < len(samples)
     pack = _share_prompts(samples, layout) if shared else _whole_sequences(samples, layout)
     responses = np.array([sample.response_length for sample in samples], dtype=np.int64)
     sample_of = np.repeat(np.arange(len(samples)), responses)

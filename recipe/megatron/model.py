@@ -187,7 +187,7 @@ class ModelInput:
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """What the last pipeline stage returns for a pack: fp32 [N] log-probabilities and entropies (or empty ones)."""
+    """What the last pipeline stage returns for a pack: fp32 [N] log-probabilities and entropies."""
 
     log_probs: Tensor
     entropy: Tensor
@@ -221,13 +221,13 @@ class PolicyModel(GPTModel):
         if self.mtp_process and not self.trains_mtp:
             self.mtp.requires_grad_(False)
 
-    def forward(self, pack: ModelInput, with_entropy: bool = False) -> Tensor | ModelOutput:
+    def forward(self, pack: ModelInput) -> Tensor | ModelOutput:
         """Hidden states [T (/ TP with SP), 1, H] for the next pipeline stage, or the last stage's output."""
         embedded = self.embedding(pack.input_ids, pack.position_ids) if self.pre_process else None
         hidden = self.decoder(hidden_states=embedded, attention_mask=None, packed_seq_params=pack.sequences)
         if not self.post_process:
             return hidden
-        log_probs, entropy = self._log_probs(hidden, self.output_layer.weight, pack.ask, with_entropy)
+        log_probs, entropy = self._log_probs(hidden, self.output_layer.weight, pack.ask)
         mtp_log_probs = None
         if self.mtp_process and self.trains_mtp and torch.is_grad_enabled():
             mtp_log_probs = self._mtp_log_probs(hidden, pack)
@@ -246,9 +246,9 @@ class PolicyModel(GPTModel):
             packed_seq_params=pack.sequences,
             embedding=lambda input_ids, position_ids: embedded,
         )
-        return self._log_probs(predicted, self.output_layer.weight.detach(), pack.mtp_ask, with_entropy=False)[0]
+        return self._log_probs(predicted, self.output_layer.weight.detach(), pack.mtp_ask)[0]
 
-    def _log_probs(self, hidden: Tensor, weight: Tensor, ask: NextTokens, with_entropy: bool) -> tuple[Tensor, Tensor]:
+    def _log_probs(self, hidden: Tensor, weight: Tensor, ask: NextTokens) -> tuple[Tensor, Tensor]:
         tensor_parallel = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, group=tensor_parallel)
@@ -260,7 +260,6 @@ class PolicyModel(GPTModel):
             temperature=self.temperature,
             shard=shard,
             chunk_size=self.chunk_size,
-            with_entropy=with_entropy,
         )
 
 

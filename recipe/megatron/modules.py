@@ -20,6 +20,8 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
+from recipe.megatron.fusion import fused
+
 LATENT_NORM_EPSILON = 1e-6
 """The epsilon of q_a_layernorm and kv_a_layernorm, which transformers fixes apart from rms_norm_eps."""
 
@@ -70,6 +72,13 @@ def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return _GroupedLinear.apply(rows, weight, counts.tolist())
 
 
+@fused
+def weighted_swiglu(gate_up: Tensor, probs: Tensor) -> Tensor:
+    """[R, 2F] and the router's weight of each row [R] -> [R, F] (SwiGLU: arXiv:2002.05202)."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return (F.silu(gate) * up * probs.unsqueeze(-1)).to(gate_up.dtype)
+
+
 class GroupedExperts(MegatronModule):
     """All SwiGLU experts of a rank in two tensors, run by torch's grouped matrix product.
 
@@ -98,9 +107,8 @@ class GroupedExperts(MegatronModule):
 
     def forward(self, rows: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         """rows [R, H] sorted by expert, tokens_per_expert [E], probs [R] -> [R, H], no bias."""
-        gate, up = grouped_linear(rows, self.linear_fc1.flatten(1, 2), tokens_per_expert).chunk(2, dim=-1)
-        activated = (F.silu(gate) * up * probs.unsqueeze(-1)).to(rows.dtype)
-        return grouped_linear(activated, self.linear_fc2, tokens_per_expert), None
+        gate_up = grouped_linear(rows, self.linear_fc1.flatten(1, 2), tokens_per_expert)
+        return grouped_linear(weighted_swiglu(gate_up, probs), self.linear_fc2, tokens_per_expert), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

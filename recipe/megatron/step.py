@@ -90,7 +90,6 @@ def _run(
     microbatches: Microbatches,
     loss_function: Callable[[MicroBatch, ModelOutput], object],
     *,
-    with_entropy: bool,
     forward_only: bool,
 ) -> list:
     layout = token_layout(share_prompts=not chunks[-1].module.trains_mtp)
@@ -100,7 +99,7 @@ def _run(
 
     def forward_step(batch_of: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple:
         batch = next(batch_of)
-        return model(batch.inputs, with_entropy=with_entropy), partial(loss_function, batch)
+        return model(batch.inputs), partial(loss_function, batch)
 
     iterators = [batches() for _ in chunks]
     return get_forward_backward_func()(
@@ -128,7 +127,7 @@ def forward_backward(
     """Accumulates the gradients of `microbatches` and sums them over data-parallel ranks."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    results = _run(chunks, microbatches, loss_function, with_entropy=not loss_function.is_sft, forward_only=False)
+    results = _run(chunks, microbatches, loss_function, forward_only=False)
     reported: list[StepMetrics | None] = [None]
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         reported[0] = _summed_over_ranks(results)
@@ -167,7 +166,7 @@ def response_log_probs(chunks: Sequence[DistributedDataParallel], microbatches: 
         return output.log_probs.sum(), torch.zeros((), dtype=torch.int), (batch, output.log_probs)
 
     with torch.no_grad():
-        results = _run(chunks, microbatches, collect, with_entropy=False, forward_only=True)
+        results = _run(chunks, microbatches, collect, forward_only=True)
     found: dict[int, FloatArray] = {}
     if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         return found

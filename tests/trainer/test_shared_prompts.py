@@ -39,8 +39,8 @@ def test_gradients_equal_those_of_separate_sequences() -> None:
 def test_a_response_of_one_token_is_predicted_by_its_prompt() -> None:
     from recipe.megatron.microbatch import TokenLayout, build_microbatch
 
-    sample = TrainSample(0, np.array([3, 4, 5]), np.array([True]), weight=1.0)
-    batch = build_microbatch([sample], TokenLayout())
+    samples = [TrainSample(n, np.array([3, 4, 5 + n]), np.array([True]), weight=1.0) for n in range(2)]
+    batch = build_microbatch(samples, TokenLayout())
     assert batch.inputs.input_ids.tolist() == [[3, 4]]
-    assert batch.inputs.ask.index.tolist() == [1]
-    assert batch.inputs.ask.targets.tolist() == [5]
+    assert batch.inputs.ask.index.tolist() == [1, 1]
+    assert batch.inputs.ask.targets.tolist() == [5, 6]

@@ -1,0 +1,185 @@
+#!/usr/bin/env python3
+"""What only a GPU can show of the trainer, on 1 dense and 2 MoE layers at the true widths with a small vocabulary.
+
+- bf16 log-probabilities and gradients stay as near to transformers' in fp32 as transformers' own in bf16 do;
+- CPU Adam, whose pipeline needs a GPU, takes the steps of torch's on the GPU, in training with MTP too;
+- a pack of 32,768 tokens with the full vocabulary: peak memory of the log-prob pass and its gradient.
+
+    scripts/check_trainer.py [parity] [adam] [memory]
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from bench_trainer import RECOMPUTE, alone, random_pack, trainer
+from glm_flash import CONFIG, environment, write_synthetic
+
+from recipe.megatron.adam import SLOT_ELEMENTS, HostAdam
+from recipe.megatron.log_probs import VocabularyShard, chunked_log_probs
+from recipe.megatron.step import forward_backward
+from recipe.megatron.weights import named_weights
+from recipe.messages import TrainSample
+from recipe.weights.table import placements
+
+VOCABULARY = 8192
+TOKENS, SEQUENCES = 2048, 4
+MTP = "--mtp-num-layers 1 --enable-mtp-training"
+OFFLOAD = "--optimizer-cpu-offload --overlap-cpu-optimizer-d2h-h2d --use-precision-aware-optimizer"
+
+
+def write_inputs(folder: Path) -> None:
+    """The checkpoint that all load."""
+    write_synthetic(folder, 2, deviation=0.02, vocab_size=VOCABULARY, eos_token_id=[1], pad_token_id=0)
+
+
+def samples() -> list[TrainSample]:
+    """Random sequences in the small vocabulary."""
+    pack = random_pack(TOKENS, SEQUENCES)
+    for sample in pack:
+        sample.tokens[:] %= VOCABULARY
+    return pack
+
+
+def of_transformers(folder: Path, dtype: torch.dtype) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """Response log-probabilities, and the gradients of their weighted sum by name (without routed experts)."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).cuda()
+    found = []
+    for sample in samples():
+        ids = torch.from_numpy(sample.tokens).cuda()
+        logits = model(input_ids=ids[None]).logits[0, :-1].float()
+        chosen = logits.log_softmax(-1).gather(1, ids[1:, None])[-sample.response_length :, 0]
+        (-sample.weight * chosen.sum()).backward()
+        found.append(chosen.detach().cpu())
+    gradients = {name: p.grad.float().cpu() for name, p in model.named_parameters() if p.grad is not None}
+    return found, {name: grad for name, grad in gradients.items() if ".mlp.experts." not in name}
+
+
+def of_ours(folder: Path) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """The same of the trainer, in bf16."""
+    rank = trainer(folder, "--loss-type sft --n-samples-per-prompt 1", load=True)
+    by_index = rank.log_probs([samples()])
+    forward_backward(rank.replicas, [samples()], rank.loss_function)
+    table = placements(rank.architecture, with_mtp=False)
+    gradients = {}
+    for name, weight in named_weights(rank.chunks).items():
+        if not table[name].is_expert and hasattr(weight, "main_grad"):
+            whole = weight.main_grad.view(-1, *table[name].hf_shape).float().cpu()
+            gradients |= dict(zip(table[name].hf_names, whole, strict=True))
+    return [torch.from_numpy(by_index[number]) for number in range(SEQUENCES)], gradients
+
+
+def distance(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
+    """Mean absolute difference."""
+    return (torch.cat(found) - torch.cat(expected)).abs().mean().item()
+
+
+def angle(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Largest of the parameters' 1 - cosine between gradients."""
+    both = ((found[name].flatten().double(), expected[name].flatten().double()) for name in expected)
+    return max(1 - (torch.dot(a, b) / (a.norm() * b.norm())).item() for a, b in both if b.norm() > 0)
+
+
+def three_norms(folder: Path, flags: str) -> list[float]:
+    """Gradient norms of three optimizer steps."""
+    rank = trainer(folder, f"{MTP} {RECOMPUTE} {flags} --lr 1e-4", load=True)
+    return [rank.train_step([samples()]).grad_norm for _ in range(3)]
+
+
+def host_adam_distance() -> tuple[float, float]:
+    """CPU Adam beside torch's on the GPU, given the same gradients: largest difference of the fp32 master weights after
+    five steps of 1e-3, and the share of bf16 weights that differ."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    settings = {"lr": 1e-3, "betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.1}
+    sizes = (1, SLOT_ELEMENTS - 1, 2 * SLOT_ELEMENTS + 12345)
+    weights = [torch.randn(size, device="cuda", generator=generator).bfloat16() for size in sizes]
+    ours = [torch.nn.Parameter(weight.clone()) for weight in weights]
+    exact = [torch.nn.Parameter(weight.float()) for weight in weights]
+    host, reference = HostAdam(ours, **settings), torch.optim.AdamW(exact, fused=True, **settings)
+    host.allocate()
+    for _ in range(5):
+        for mine, theirs in zip(ours, exact, strict=True):
+            theirs.grad = torch.randn(theirs.shape, device="cuda", generator=generator)
+            mine.decoupled_grad = theirs.grad  # type: ignore[attr-defined]
+        host.step()
+        reference.step()
+    pairs = list(zip(ours, exact, strict=True))
+    far = max((host.state[a]["master_param"].cuda() - b).abs().max().item() for a, b in pairs)
+    differ = sum((a != b.bfloat16()).sum().item() for a, b in pairs) / sum(sizes)
+    return far, differ
+
+
+def log_prob_memory(tokens: int) -> tuple[float, float]:
+    """Peak GiB of the pass over `tokens` tokens with the full vocabulary besides its inputs, and what one fp32 tensor
+    of all logits would take."""
+    import torch.distributed as dist
+
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
+    hidden = torch.randn(tokens, CONFIG["hidden_size"], device="cuda", dtype=torch.bfloat16).requires_grad_()
+    weight = torch.randn(CONFIG["vocab_size"], CONFIG["hidden_size"], device="cuda", dtype=torch.bfloat16)
+    weight = weight.mul_(0.02).requires_grad_()
+    targets = torch.randint(0, CONFIG["vocab_size"], (tokens,), device="cuda")
+    before = torch.cuda.memory_allocated()
+    assert dist.group.WORLD is not None
+    shard = VocabularyShard(dist.group.WORLD, 0)
+    log_probs, entropy = chunked_log_probs(hidden, weight, targets, temperature=1.0, shard=shard, chunk_size=1024)
+    (log_probs.sum() + 0.0 * entropy.sum()).backward()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30, tokens * CONFIG["vocab_size"] * 4 / 2**30
+
+
+def show_environment() -> None:
+    print(environment(), flush=True)
+
+
+def check_parity(folder: Path) -> Iterator[tuple[str, bool]]:
+    exact, exact_gradients = alone(of_transformers, folder, torch.float32)
+    theirs, their_gradients = alone(of_transformers, folder, torch.bfloat16)
+    ours, our_gradients = alone(of_ours, folder)
+    near, reference = distance(ours, exact), distance(theirs, exact)
+    yield f"log-probs: ours {near:.5f} from fp32 on average, transformers' bf16 {reference:.5f}", near < 1.3 * reference
+    near, reference = angle(our_gradients, exact_gradients), angle(their_gradients, exact_gradients)
+    yield f"gradients: 1 - cosine at most {near:.5f}, transformers' bf16 {reference:.5f}", near < 1.5 * reference
+
+
+def check_adam(folder: Path) -> Iterator[tuple[str, bool]]:
+    far, differ = alone(host_adam_distance)
+    told = f"CPU Adam: masters {far:.1e} from the GPU's after five steps of 1e-3, {differ:.1e} of bf16 weights differ"
+    yield told, far < 3e-6 and differ < 1e-4
+    norms, host_norms = (alone(three_norms, folder, flags) for flags in ("", OFFLOAD))
+    drift = max(abs(a - b) / a for a, b in zip(norms, host_norms, strict=True))
+    yield f"training with it: gradient norms {norms} and {host_norms}, {drift:.1e} apart", drift < 1e-2
+
+
+def check_memory(_: Path) -> Iterator[tuple[str, bool]]:
+    peak, whole = alone(log_prob_memory, 32768)
+    yield (
+        f"32,768 tokens, whole vocabulary: peak {peak:.2f} GiB, {whole:.1f} for the logits alone in fp32",
+        peak < whole / 4,
+    )
+
+
+CHECKS = {"parity": check_parity, "adam": check_adam, "memory": check_memory}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checks", nargs="*", choices=CHECKS, default=list(CHECKS))
+    failures = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name) / "hf"
+        alone(show_environment)
+        alone(write_inputs, folder)
+        for check in parser.parse_args().checks:
+            for told, holds in CHECKS[check](folder):
+                failures += not holds
+                print(f"{'ok  ' if holds else 'FAIL'} {told}", flush=True)
+    return failures
+
+
+if __name__ == "__main__":
+    sys.exit(main())

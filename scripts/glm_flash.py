@@ -1,0 +1,96 @@
+"""What the benchmarks share: the architecture of GLM-4.7-Flash with fewer layers, and how a GPU is timed."""
+
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from recipe.config import Architecture
+from recipe.weights.hf_files import write_checkpoint
+from recipe.weights.table import Placement, placements
+
+CONFIG = {
+    "model_type": "glm4_moe_lite",
+    "architectures": ["Glm4MoeLiteForCausalLM"],
+    "vocab_size": 154880,
+    "hidden_size": 2048,
+    "intermediate_size": 10240,
+    "moe_intermediate_size": 1536,
+    "num_attention_heads": 20,
+    "num_key_value_heads": 20,
+    "n_routed_experts": 64,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 4,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.8,
+    "norm_topk_prob": True,
+    "n_group": 1,
+    "topk_group": 1,
+    "q_lora_rank": 768,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_theta": 1000000, "rope_type": "default"},
+    "rope_interleave": True,
+    "max_position_embeddings": 202752,
+    "num_nextn_predict_layers": 1,
+    "eos_token_id": [154820, 154827, 154829],
+    "pad_token_id": 154820,
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+}
+
+
+def write_config(directory: Path, moe_layers: int, **changes: object) -> None:
+    """Writes config.json of one dense and `moe_layers` MoE layers."""
+    directory.mkdir(parents=True, exist_ok=True)
+    document = CONFIG | {"num_hidden_layers": moe_layers + 1} | changes
+    (directory / "config.json").write_text(json.dumps(document))
+
+
+def write_synthetic(directory: Path, moe_layers: int, deviation: float = 1.0, **changes: object) -> int:
+    """Writes a random bf16 checkpoint with its MTP layer. Returns its size in bytes."""
+    companions = directory.with_name("companions")
+    write_config(companions, moe_layers, **changes)
+    generator = torch.Generator().manual_seed(0)
+
+    def tensor(entry: Placement) -> torch.Tensor:
+        if len(entry.hf_shape) == 1:
+            return torch.zeros(entry.hf_shape) if entry.is_fp32 else torch.ones(entry.hf_shape, dtype=torch.bfloat16)
+        return (torch.randn(entry.hf_shape, generator=generator) * deviation).to(torch.bfloat16)
+
+    table = placements(Architecture.from_checkpoint(companions), with_mtp=True)
+    write_checkpoint(((name, tensor(e)) for e in table.values() for name in e.hf_names), directory, companions)
+    return sum(file.stat().st_size for file in directory.iterdir())
+
+
+def median_ms(work: Callable[[], object], repeats: int = 10, warmup: int = 3) -> float:
+    """Median milliseconds of a piece of GPU work, by CUDA events."""
+    for _ in range(warmup):
+        work()
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def matmul_limit() -> float:
+    """TFLOP/s of a bf16 matrix product of 8192 x 8192 x 8192 on random data: what the GPU can do here and now."""
+    left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / median_ms(lambda: left @ right) / 1e9
+
+
+def environment() -> str:
+    """GPU and versions, for the record."""
+    return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
