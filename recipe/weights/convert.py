@@ -53,14 +53,14 @@ def resolve_conversion(argv: Sequence[str]) -> Resolved:
     return resolved
 
 
-def check(resolved: Resolved, destination: Path) -> None:
+def check(resolved: Resolved) -> None:
     """What can be told before anything is read. Raises UserError; prints notes."""
     config, architecture = resolved.config, resolved.architecture
     source = HuggingFaceCheckpoint(config.model.hf_checkpoint)
     for note in inspect(source, architecture, with_mtp=bool(config.mtp.mtp_num_layers)):
         print(f"note: {note}", file=sys.stderr)
     check_duplicates(source, architecture)
-    check_destination(destination, total_bytes(resolved))
+    check_destination(config.save_dir, total_bytes(resolved))
 
 
 def total_bytes(resolved: Resolved) -> int:
@@ -125,12 +125,13 @@ def count_of(architecture: Architecture, verified: int) -> str:
 def main() -> None:
     arguments = sys.argv[1:]
     began = time.monotonic()
-    resolved = resolve_conversion([word for word in arguments if word not in (VERIFY, CHECK)])
-    destination = resolved.config.save_dir
+    flags = [word for word in arguments if word not in (VERIFY, CHECK)]
     processes = Processes.join()
-    processes.first_checks(lambda: check(resolved, destination))
+    processes.first_checks(lambda: check(resolve_conversion(flags)))
     if CHECK in arguments:
         return
+    resolved = resolve_conversion(flags)
+    destination = resolved.config.save_dir
     records = convert(resolved, destination, processes, verified=VERIFY in arguments)
     if processes.is_first:
         print(f"wrote {destination} in {time.monotonic() - began:.1f} s")

@@ -80,14 +80,22 @@ class Export:
         table = placements(architecture, with_mtp=is_trained or is_untrained).values()
         shards: list[list[Placement]] = [[]]
         size = 0
+        export = cls(source, origin, architecture, shards, of_origin)
         for entry in table:
-            added = origin.bytes_of(entry.hf_names) if entry.name in of_origin else source.bytes_of(entry)
+            added = export.bytes_of([entry])
             if shards[-1] and size + added > SHARD_BYTES:
                 shards.append([])
                 size = 0
             shards[-1].append(entry)
             size += added
-        return cls(source, origin, architecture, shards, of_origin)
+        return export
+
+    def bytes_of(self, entries: Iterable[Placement]) -> int:
+        """Size of some parameters, wherever they come from."""
+        return sum(
+            self.origin.bytes_of(entry.hf_names) if entry.name in self.of_origin else self.source.bytes_of(entry)
+            for entry in entries
+        )
 
     @property
     def trained(self) -> list[Placement]:
@@ -96,8 +104,8 @@ class Export:
 
     @property
     def total_bytes(self) -> int:
-        """Size of what comes from the checkpoint."""
-        return sum(map(self.source.bytes_of, self.trained))
+        """Size of all parameters."""
+        return sum(map(self.bytes_of, self.shards))
 
     def tensors(self, shard: Sequence[Placement]) -> dict[str, Tensor]:
         """The Hugging Face tensors of a shard."""
@@ -113,21 +121,18 @@ class Export:
 def write(export: Export, partial: Path, processes: Processes) -> None:
     """Writes this process's shards."""
     own = list(enumerate(export.shards))[processes.rank :: processes.world_size]
-    total = sum(
-        export.source.bytes_of(entry) for _, shard in own for entry in shard if entry.name not in export.of_origin
-    )
+    total = sum(export.bytes_of(shard) for _, shard in own)
     progress = ByteProgress("writing (this process's part)", total, shown=processes.is_first)
     for number, shard in own:
-        tensors = export.tensors(shard)
-        write_shard(tensors, partial, number)
-        progress.advance(sum(tensor.nbytes for tensor in tensors.values()))
+        write_shard(export.tensors(shard), partial, number)
+        progress.advance(export.bytes_of(shard))
     progress.finish()
 
 
 def verified(export: Export, partial: Path, processes: Processes) -> dict[str, TensorRecord]:
     """Reads back what all processes wrote, each a part of it. Returns the records of all tensors of the checkpoint."""
     own = export.trained[processes.rank :: processes.world_size]
-    total = sum(map(export.source.bytes_of, own))
+    total = export.bytes_of(own)
     progress = ByteProgress("verifying (this process's part)", total, shown=processes.is_first)
     records = verify(export.source, HuggingFaceCheckpoint(partial), own, progress)
     progress.finish()
@@ -144,14 +149,20 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def open_export(arguments: argparse.Namespace) -> Export:
+    """The export that the command line asks for. Raises UserError if one of the checkpoints cannot be read."""
+    source = TorchDistCheckpoint(latest(arguments.load) or arguments.load)
+    origin = HuggingFaceCheckpoint(arguments.hf_checkpoint)
+    return Export.plan(source, origin, Architecture.from_checkpoint(arguments.hf_checkpoint))
+
+
 def main() -> None:
     arguments = parse()
     began = time.monotonic()
     processes = Processes.join()
-    source = TorchDistCheckpoint(latest(arguments.load) or arguments.load)
-    origin = HuggingFaceCheckpoint(arguments.hf_checkpoint)
-    export = Export.plan(source, origin, Architecture.from_checkpoint(arguments.hf_checkpoint))
-    processes.first_checks(lambda: check_destination(arguments.save, export.total_bytes))
+    processes.first_checks(lambda: check_destination(arguments.save, open_export(arguments).total_bytes))
+    export = open_export(arguments)
+    source, origin = export.source, export.origin
     partial = beside(arguments.save)
     if processes.is_first:
         open_beside(arguments.save)

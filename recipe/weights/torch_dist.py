@@ -107,6 +107,7 @@ class TorchDistCheckpoint:
 
     def _block(self, wanted: Box, chunks: Sequence[tuple[Box, _StorageInfo]], dtype: torch.dtype) -> Tensor:
         assembled: Tensor | None = None
+        filled = 0
         for held, stored_at in chunks:
             source, target = wanted.slices_in(held), held.slices_in(wanted)
             sizes = tuple(piece.stop - piece.start for piece in target)
@@ -117,7 +118,11 @@ class TorchDistCheckpoint:
                 return piece.contiguous()
             assembled = torch.empty(wanted.sizes, dtype=dtype) if assembled is None else assembled
             assembled[target] = piece
-        assert assembled is not None
+            filled += piece.numel()
+        if assembled is None or filled < assembled.numel():
+            raise UserError(
+                f"{self.directory} lacks a part of a parameter: it is damaged; restore it, or convert again"
+            )
         return assembled
 
     def _mapped(self, stored_at: _StorageInfo) -> Tensor:

@@ -201,6 +201,16 @@ def test_a_torch_dist_file_that_is_cut_off_is_named(converted: Path, tmp_path: P
     assert not (tmp_path / "out").exists()
 
 
+def test_a_parameter_of_which_a_part_is_not_stored_is_refused(converted: Path) -> None:
+    table = placements(Architecture.from_checkpoint(random_checkpoint()), with_mtp=True)
+    checkpoint = TorchDistCheckpoint(converted)
+    experts = table["decoder.layers.1.mlp.experts.linear_fc1"]
+    assert len(dict(checkpoint.tensors(experts))) == len(experts.hf_names)
+    checkpoint._entries[experts.name].chunks.pop()
+    with pytest.raises(UserError, match="lacks a part of a parameter"):
+        dict(checkpoint.tensors(experts))
+
+
 @pytest.mark.parametrize("module", ["convert", "export"])
 def test_a_destination_that_exists_is_left_alone(module: str, converted: Path, tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
