@@ -126,17 +126,17 @@ def main() -> None:
     arguments = sys.argv[1:]
     began = time.monotonic()
     flags = [word for word in arguments if word not in (VERIFY, CHECK)]
-    processes = Processes.join()
-    processes.first_checks(lambda: check(resolve_conversion(flags)))
-    if CHECK in arguments:
-        return
-    resolved = resolve_conversion(flags)
-    destination = resolved.config.save_dir
-    records = convert(resolved, destination, processes, verified=VERIFY in arguments)
-    if processes.is_first:
-        print(f"wrote {destination} in {time.monotonic() - began:.1f} s")
-        if records:
-            print(count_of(resolved.architecture, len(records)))
+    with Processes.joined() as processes:
+        processes.first_checks(lambda: check(resolve_conversion(flags)))
+        if CHECK in arguments:
+            return
+        resolved = resolve_conversion(flags)
+        destination = resolved.config.save_dir
+        records = convert(resolved, destination, processes, verified=VERIFY in arguments)
+        if processes.is_first:
+            print(f"wrote {destination} in {time.monotonic() - began:.1f} s")
+            if records:
+                print(count_of(resolved.architecture, len(records)))
 
 
 if __name__ == "__main__":

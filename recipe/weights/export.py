@@ -156,33 +156,40 @@ def open_export(arguments: argparse.Namespace) -> Export:
     return Export.plan(source, origin, Architecture.from_checkpoint(arguments.hf_checkpoint))
 
 
-def main() -> None:
-    arguments = parse()
-    began = time.monotonic()
-    processes = Processes.join()
+def export_checkpoint(arguments: argparse.Namespace, processes: Processes) -> dict[str, TensorRecord]:
+    """Writes the Hugging Face directory together with the other processes. Returns the tensors that were verified."""
     processes.first_checks(lambda: check_destination(arguments.save, open_export(arguments).total_bytes))
-    export = open_export(arguments)
-    source, origin = export.source, export.origin
+    plan = open_export(arguments)
     partial = beside(arguments.save)
     if processes.is_first:
         open_beside(arguments.save)
-        if export.of_origin:
-            print(f"note: {source.directory} has no MTP layer; that of {origin.directory} is taken", file=sys.stderr)
+        if plan.of_origin:
+            told = f"{plan.source.directory} has no MTP layer; that of {plan.origin.directory} is taken"
+            print(f"note: {told}", file=sys.stderr)
     processes.wait()
     with writing_errors_told(arguments.save):
-        write(export, partial, processes)
+        write(plan, partial, processes)
     processes.wait()
     if processes.is_first:
-        finish(partial, origin.directory)
+        finish(partial, plan.origin.directory)
     processes.wait()
-    records = verified(export, partial, processes) if arguments.verify else {}
+    records = verified(plan, partial, processes) if arguments.verify else {}
     if processes.is_first:
         if records:
             write_manifest(partial, records)
         move_into_place(partial, arguments.save)
-        print(f"wrote {arguments.save} in {time.monotonic() - began:.1f} s")
-        if records:
-            print(f"verified {len(records):,} tensors bit for bit")
+    return records
+
+
+def main() -> None:
+    arguments = parse()
+    began = time.monotonic()
+    with Processes.joined() as processes:
+        records = export_checkpoint(arguments, processes)
+        if processes.is_first:
+            print(f"wrote {arguments.save} in {time.monotonic() - began:.1f} s")
+            if records:
+                print(f"verified {len(records):,} tensors bit for bit")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self, TypeVar
 
@@ -22,15 +23,19 @@ class Processes:
     world_size: int
 
     @classmethod
-    def join(cls) -> Self:
-        """Meets the others."""
+    @contextmanager
+    def joined(cls) -> Iterator[Self]:
+        """Meets the others, and leaves them in order: gloo's threads, still there when Python ends, would abort it."""
         if "RANK" not in os.environ:
             dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         else:
             # torchrun ends the others by SIGTERM when one fails; they may be waiting for it, deaf to Python's handlers.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             dist.init_process_group("gloo")
-        return cls(dist.get_rank(), dist.get_world_size())
+        try:
+            yield cls(dist.get_rank(), dist.get_world_size())
+        finally:
+            dist.destroy_process_group()
 
     @property
     def is_first(self) -> bool:
