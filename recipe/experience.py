@@ -137,7 +137,7 @@ def train_metrics(samples: Sequence[TrainSample], reports: Sequence[StepReport],
 
     differences = [report.loss.get(Metric.ROLLOUT_LOG_PROB_DIFF_MAX) for report in reports]
     present = [difference for difference in differences if difference is not None]
-    mtp_losses = [report.mtp_loss for report in reports if report.mtp_loss is not None]
+    mtp = [report.mtp for report in reports if report.mtp is not None]
     return TrainMetrics(
         tokens=sum(sample.length for sample in samples),
         loss=statistics.fmean(report.loss[Metric.LOSS] for report in reports),
@@ -149,7 +149,8 @@ def train_metrics(samples: Sequence[TrainSample], reports: Sequence[StepReport],
         kl=mean(Metric.REFERENCE_KL),
         logprob_diff_mean=mean(Metric.ROLLOUT_LOG_PROB_DIFF),
         logprob_diff_max=max(present) if present else None,
-        mtp_loss=statistics.fmean(mtp_losses) if mtp_losses else None,
+        mtp_loss=statistics.fmean(report.loss for report in mtp) if mtp else None,
+        mtp_grad_norm=mtp[-1].grad_norm if mtp else None,
     )
 
 

@@ -54,14 +54,23 @@ class TrainSample:
 
 
 @dataclass(frozen=True)
+class MtpReport:
+    """The MTP layer's part of an optimizer step."""
+
+    loss: float
+    grad_norm: float
+    """Before clipping; no part of the policy's."""
+
+
+@dataclass(frozen=True)
 class StepReport:
     """One optimizer step, the same on every rank."""
 
     loss: dict[Metric, float]
-    mtp_loss: float | None
-    """None where the MTP layer is not trained."""
     grad_norm: float
-    """Before clipping."""
+    """The policy's, before clipping."""
+    mtp: MtpReport | None
+    """None where the MTP layer is not trained."""
     learning_rate: float
     skipped: bool
     """The gradients were not finite, and nothing was changed."""

@@ -26,9 +26,10 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from recipe.config import Architecture, resolve
+from recipe.megatron.clipping import clipped_step
 from recipe.megatron.layout import Rendezvous
 from recipe.megatron.rank import TrainerRank
-from recipe.megatron.step import clipped_step, forward_backward
+from recipe.megatron.step import forward_backward
 from recipe.megatron.weights import named_weights
 from recipe.messages import TrainSample
 from recipe.weights.cost import sequence_cost

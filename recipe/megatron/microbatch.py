@@ -4,9 +4,9 @@ Without context parallelism samples of one prompt share it: a pack holds each pr
 and a response's queries see the prompt's keys and its own. Gradients are those of the separate sequences, for fewer
 tokens. A response's last token predicts nothing and is left out.
 
-With context parallelism (or where the MTP layer is trained, which joins a prompt's last token with different
-successors) a pack is whole sequences end to end. A sequence is padded to 2 * CP chunks, of which rank r holds chunks r
-and 2 * CP - 1 - r ("zigzag": equal work under a causal mask).
+With context parallelism a pack is whole sequences end to end. A sequence is padded to 2 * CP chunks, of which rank r
+holds chunks r and 2 * CP - 1 - r ("zigzag": equal work under a causal mask). The MTP layer, which joins a prompt's last
+token with its different successors, always reads whole sequences: where prompts are shared it gathers them.
 
 Letters: T tokens of a pack on this rank, S segments of queries, N asked tokens (the response tokens predicted here).
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from recipe.megatron.attention import PackedSequences, SegmentGrid, bottom_right_mask
 from recipe.megatron.device import training_device
-from recipe.megatron.model import ModelInput, NextTokens
+from recipe.megatron.model import ModelInput, MtpInput, NextTokens
 from recipe.messages import FloatArray, TrainSample
 
 IntArray = NDArray[np.int64]
@@ -30,12 +30,12 @@ IntArray = NDArray[np.int64]
 @dataclass(frozen=True)
 class TokenLayout:
     """How packs are laid out: context-parallel rank and size, what a rank's token count must divide by, and whether
-    samples may share their prompt."""
+    the MTP layer needs its input."""
 
     context_rank: int = 0
     context_size: int = 1
     token_multiple: int = 1
-    share_prompts: bool = True
+    with_mtp: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class MicroBatch:
 
     inputs: ModelInput
     weights: Tensor
-    mtp_weights: Tensor
+    mtp_weights: Tensor | None
+    """Aligned with what is asked of the MTP layer; None where it is not trained."""
     advantages: Tensor | None
     old_log_probs: Tensor | None
     ref_log_probs: Tensor | None
@@ -61,8 +62,9 @@ class _Pack:
 
     ids: IntArray
     """[T]"""
-    next_ids: IntArray
-    """[T] each token's successor in its sequence; anything where there is none or more than one."""
+    next_ids: IntArray | None
+    """[T] each token's successor in its sequence, anything where there is none; None where prompts are shared and a
+    token may have several."""
     positions: IntArray
     """[T] in its own sequence."""
     query_lengths: tuple[int, ...]
@@ -75,6 +77,9 @@ class _Pack:
     predicting: IntArray
     """Row of the token that predicts each response token of the samples, one sample after the other; -1 where another
     rank holds it."""
+    rows_of_sequences: IntArray | None = None
+    """[sum of sample lengths] where prompts are shared: the row of every token, one sample after the other; any row for
+    a last token, which is in none."""
 
 
 def _share_prompts(samples: Sequence[TrainSample], layout: TokenLayout) -> _Pack:
@@ -85,6 +90,7 @@ def _share_prompts(samples: Sequence[TrainSample], layout: TokenLayout) -> _Pack
     positions: list[IntArray] = []
     keys: list[IntArray] = []
     predicting: list[IntArray] = [np.empty(0, dtype=np.int64)] * len(samples)
+    sequences = list(predicting)
     end = 0
 
     def add(tokens: IntArray, position: int, seen: IntArray) -> IntArray:
@@ -104,17 +110,18 @@ def _share_prompts(samples: Sequence[TrainSample], layout: TokenLayout) -> _Pack
             inner = samples[number].tokens[len(prompt) : -1]
             rows = add(inner, len(prompt), prompt_rows) if len(inner) else nothing
             predicting[number] = np.concatenate([prompt_rows[-1:], rows])
+            sequences[number] = np.concatenate([prompt_rows, rows, prompt_rows[:1]])
     if missing := -end % layout.token_multiple:
         add(np.zeros(missing, dtype=np.int64), 0, nothing)
-    flat = np.concatenate(ids)
     return _Pack(
-        ids=flat,
-        next_ids=flat,
+        ids=np.concatenate(ids),
+        next_ids=None,
         positions=np.concatenate(positions),
         query_lengths=tuple(map(len, ids)),
         key_lengths=tuple(map(len, keys)),
         key_rows=np.concatenate(keys),
         predicting=np.concatenate(predicting),
+        rows_of_sequences=np.concatenate(sequences),
     )
 
 
@@ -200,10 +207,31 @@ def _cumulative(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32, device=device)
 
 
+def _to_device(array: NDArray) -> Tensor:
+    return torch.from_numpy(array).to(training_device(), non_blocking=True)
+
+
+def _mtp_input(pack: _Pack, whole: _Pack, targets: IntArray, follows: NDArray[np.bool_]) -> MtpInput:
+    """The MTP layer predicts a token from the hidden state two places before it and the token between."""
+    assert whole.next_ids is not None
+    rows = None
+    if pack.rows_of_sequences is not None:
+        padding = np.zeros(len(whole.ids) - len(pack.rows_of_sequences), dtype=np.int64)
+        rows = _to_device(np.concatenate([pack.rows_of_sequences, padding]))
+    before = np.concatenate([[-1], whole.predicting[:-1]])
+    return MtpInput(
+        rows=rows,
+        next_ids=_to_device(whole.next_ids[None]),
+        position_ids=_to_device(whole.positions[None]),
+        sequences=_packed_sequences(whole),
+        ask=NextTokens(_to_device(before[follows]), _to_device(targets[follows])),
+    )
+
+
 def build_microbatch(samples: Sequence[TrainSample], layout: TokenLayout) -> MicroBatch:
     """The pack of `samples` on this rank."""
     prompts = {sample.prompt.tobytes() for sample in samples}
-    shared = layout.share_prompts and layout.context_size == 1 and len(prompts) < len(samples)
+    shared = layout.context_size == 1 and len(prompts) < len(samples)
     pack = _share_prompts(samples, layout) if shared else _whole_sequences(samples, layout)
     responses = np.array([sample.response_length for sample in samples], dtype=np.int64)
     sample_of = np.repeat(np.arange(len(samples)), responses)
@@ -212,32 +240,28 @@ def build_microbatch(samples: Sequence[TrainSample], layout: TokenLayout) -> Mic
     weights = np.concatenate([sample.loss_mask.astype(np.float32) * np.float32(sample.weight) for sample in samples])
     here = pack.predicting >= 0
 
-    # The MTP layer predicts a token from the hidden state two places before it and the token between.
-    mask = weights > 0
-    before = np.concatenate([[-1], pack.predicting[:-1]])
-    follows = (offset_of > 0) & mask & np.concatenate([[False], mask[:-1]]) & (before >= 0)
-
-    device = training_device()
-
-    def to_device(array: NDArray) -> Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=True)
+    mtp, mtp_weights = None, None
+    if layout.with_mtp:
+        whole = _whole_sequences(samples, layout) if shared else pack
+        trained, held = weights > 0, np.concatenate([[False], whole.predicting[:-1] >= 0])
+        follows = (offset_of > 0) & trained & np.concatenate([[False], trained[:-1]]) & held
+        mtp, mtp_weights = _mtp_input(pack, whole, targets, follows), _to_device(weights[follows])
 
     def aligned(arrays: list[FloatArray | None]) -> Tensor | None:
         present = [array for array in arrays if array is not None]
-        return to_device(np.concatenate(present)[here]) if present else None
+        return _to_device(np.concatenate(present)[here]) if present else None
 
     inputs = ModelInput(
-        input_ids=to_device(pack.ids[None]),
-        position_ids=to_device(pack.positions[None]),
+        input_ids=_to_device(pack.ids[None]),
+        position_ids=_to_device(pack.positions[None]),
         sequences=_packed_sequences(pack),
-        ask=NextTokens(to_device(pack.predicting[here]), to_device(targets[here])),
-        mtp_input_ids=to_device(pack.next_ids[None]),
-        mtp_ask=NextTokens(to_device(before[follows]), to_device(targets[follows])),
+        ask=NextTokens(_to_device(pack.predicting[here]), _to_device(targets[here])),
+        mtp=mtp,
     )
     return MicroBatch(
         inputs=inputs,
-        weights=to_device(weights[here]),
-        mtp_weights=to_device(weights[follows]),
+        weights=_to_device(weights[here]),
+        mtp_weights=mtp_weights,
         advantages=aligned([sample.advantages for sample in samples]),
         old_log_probs=aligned([sample.old_log_probs for sample in samples]),
         ref_log_probs=aligned([sample.ref_log_probs for sample in samples]),

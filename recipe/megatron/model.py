@@ -172,6 +172,21 @@ class NextTokens:
 
 
 @dataclass(frozen=True)
+class MtpInput:
+    """The samples of a pack as whole sequences of U tokens on this rank, for the MTP layer."""
+
+    rows: Tensor | None
+    """[U] the pack's row that holds each token's hidden state; None where the pack's rows are these tokens."""
+    next_ids: Tensor
+    """[1, U] each token's successor in its own sequence (any token at a sequence's end)."""
+    position_ids: Tensor
+    """[1, U]"""
+    sequences: PackedSequences
+    ask: NextTokens
+    """Of the U tokens, those whose second successor is asked for, and those second successors."""
+
+
+@dataclass(frozen=True)
 class ModelInput:
     """One pack on this rank: ids and positions [1, T], its segments, and what is asked of it."""
 
@@ -179,10 +194,8 @@ class ModelInput:
     position_ids: Tensor
     sequences: PackedSequences
     ask: NextTokens
-    mtp_input_ids: Tensor
-    """[1, T] each token's successor in its own sequence (any token at a sequence's end): the MTP layer's input."""
-    mtp_ask: NextTokens
-    """Rows whose second successor is asked for, and those second successors."""
+    mtp: MtpInput | None
+    """None where the MTP layer is not trained."""
 
 
 @dataclass(frozen=True)
@@ -217,8 +230,7 @@ class PolicyModel(GPTModel):
         )
         self.temperature = run.rollout.rollout_temperature
         self.chunk_size = run.perf.log_probs_chunk_size
-        self.trains_mtp = run.mtp.enable_mtp_training
-        if self.mtp_process and not self.trains_mtp:
+        if self.mtp_process and not run.mtp.enable_mtp_training:
             self.mtp.requires_grad_(False)
 
     def forward(self, pack: ModelInput) -> Tensor | ModelOutput:
@@ -229,24 +241,34 @@ class PolicyModel(GPTModel):
             return hidden
         log_probs, entropy = self._log_probs(hidden, self.output_layer.weight, pack.ask)
         mtp_log_probs = None
-        if self.mtp_process and self.trains_mtp and torch.is_grad_enabled():
-            mtp_log_probs = self._mtp_log_probs(hidden, pack)
+        if self.mtp_process and pack.mtp is not None:
+            mtp_log_probs = self._mtp_log_probs(hidden.detach(), pack.mtp)
         return ModelOutput(log_probs, entropy, mtp_log_probs)
 
-    def _mtp_log_probs(self, hidden: Tensor, pack: ModelInput) -> Tensor:
+    def _mtp_log_probs(self, hidden: Tensor, pack: MtpInput) -> Tensor:
         """Log-probabilities [N_mtp] of the tokens after next. Hidden states, embedding and output head are detached:
         the MTP loss trains the MTP layer alone (arXiv:2412.19437 describes the layer)."""
+        if pack.rows is not None:
+            hidden = self._rows(hidden, pack.rows)
         with torch.no_grad():
-            embedded = self.embedding(pack.mtp_input_ids, pack.position_ids)
+            embedded = self.embedding(pack.next_ids, pack.position_ids)
         predicted, _, _ = self.mtp.layers[0](
-            input_ids=pack.mtp_input_ids,
+            input_ids=pack.next_ids,
             position_ids=pack.position_ids,
-            hidden_states=hidden.detach().requires_grad_(),  # or recomputation would find nothing to differentiate
+            hidden_states=hidden.requires_grad_(),  # or recomputation would find nothing to differentiate
             attention_mask=None,
             packed_seq_params=pack.sequences,
             embedding=lambda input_ids, position_ids: embedded,
         )
-        return self._log_probs(predicted, self.output_layer.weight.detach(), pack.mtp_ask)[0]
+        return self._log_probs(predicted, self.output_layer.weight.detach(), pack.ask)[0]
+
+    def _rows(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Rows [U] of a pack's hidden states [T (/ TP with SP), 1, H], spread over the ranks as these are."""
+        if not self.config.sequence_parallel:
+            return hidden.index_select(0, rows)
+        group = self.pg_collection.tp
+        whole = gather_from_sequence_parallel_region(hidden, group=group)
+        return whole.index_select(0, rows.chunk(group.size())[group.rank()])
 
     def _log_probs(self, hidden: Tensor, weight: Tensor, ask: NextTokens) -> tuple[Tensor, Tensor]:
         tensor_parallel = self.pg_collection.tp

@@ -4,13 +4,14 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import MLATransformerConfig
 
 from recipe.config import Config
 from recipe.megatron import adam
+from recipe.megatron.clipping import IS_MTP
 from recipe.megatron.model import PolicyModel
 
 
@@ -89,7 +90,8 @@ def build_optimization(chunks: list[DistributedDataParallel], config: Config) ->
         optimizer_config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
         optimizer_config.store_param_remainders = False
     adam.install(adam.HostAdam if settings.optimizer_cpu_offload else adam.Adam)
-    optimizer = get_megatron_optimizer(optimizer_config, chunks)
+    overrides = get_standard_config_overrides(optimizer_config) | {ParamKey(name="module.mtp.*"): {IS_MTP: True}}
+    optimizer = get_megatron_optimizer(optimizer_config, chunks, overrides)
     scheduler = OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

@@ -1,7 +1,6 @@
 """What one training rank can do: the verbs that the loop calls, with nothing of Ray or of rollouts in them."""
 
 import itertools
-import math
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,20 +14,20 @@ from torch.distributed.checkpoint.api import CheckpointException
 from recipe.config import Architecture, Config
 from recipe.errors import UserError
 from recipe.megatron import checkpoint, layout
+from recipe.megatron.clipping import clipped_step
 from recipe.megatron.layout import Rendezvous
 from recipe.megatron.model import build_chunks
 from recipe.megatron.optimizer import build_optimization, wrap_data_parallel
 from recipe.megatron.step import (
     LossFunction,
     Microbatches,
-    clipped_step,
     finalize_gradients,
     forward_backward,
     policy_loss_config,
     response_log_probs,
 )
 from recipe.megatron.weights import gathered_weights, load_hugging_face, named_weights
-from recipe.messages import FloatArray, Progress, StepReport
+from recipe.messages import FloatArray, MtpReport, Progress, StepReport
 from recipe.weights.export import mtp_of_origin, with_duplicates
 from recipe.weights.hf_files import HuggingFaceCheckpoint, is_hugging_face, write_checkpoint
 from recipe.weights.inspection import inspect
@@ -49,7 +48,8 @@ class TrainerRank:
         self.optimization = build_optimization(self.replicas, config)
         transformer.finalize_model_grads_func = finalize_gradients
         transformer.grad_scale_func = self.optimization.optimizer.scale_loss
-        self.loss_function = LossFunction(policy_loss_config(config), config.is_sft, config.mtp.mtp_loss_scaling_factor)
+        mtp_scale = config.mtp.mtp_loss_scaling_factor if config.mtp.enable_mtp_training else None
+        self.loss_function = LossFunction(policy_loss_config(config), config.is_sft, mtp_scale)
         self.reference: dict[str, Tensor] = {}
 
     def load(self) -> Progress:
@@ -108,10 +108,11 @@ class TrainerRank:
         """One optimizer step on this rank's microbatches of a batch."""
         learning_rate = self.optimization.learning_rate
         metrics = forward_backward(self.replicas, microbatches, self.loss_function)
-        norm = clipped_step(self.optimization.optimizer, self.config.optimizer.clip_grad)
-        if taken := math.isfinite(norm):
+        norms = clipped_step(self.optimization.optimizer, self.config.optimizer.clip_grad)
+        if taken := norms.are_finite:
             self.optimization.scheduler.step(increment=1)
-        return StepReport(metrics.loss, metrics.mtp_loss, norm, learning_rate, skipped=not taken)
+        mtp = None if metrics.mtp_loss is None else MtpReport(metrics.mtp_loss, norms.mtp)
+        return StepReport(metrics.loss, norms.policy, mtp, learning_rate, skipped=not taken)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every Hugging Face tensor of the policy, in turn; a collective, see `gathered_weights`."""

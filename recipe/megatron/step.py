@@ -1,6 +1,5 @@
 """Forward and backward over a rank's microbatches: one optimizer step, or the log-probabilities of given samples."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,8 +9,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
@@ -25,10 +22,10 @@ from recipe.messages import FloatArray, TrainSample
 Microbatches = Sequence[Sequence[TrainSample]]
 
 
-def token_layout(share_prompts: bool) -> TokenLayout:
+def token_layout(with_mtp: bool) -> TokenLayout:
     """This rank's share of a pack."""
     return TokenLayout(
-        share_prompts=share_prompts,
+        with_mtp=with_mtp,
         context_rank=parallel_state.get_context_parallel_rank(),
         context_size=parallel_state.get_context_parallel_world_size(),
         token_multiple=parallel_state.get_tensor_model_parallel_world_size(),
@@ -57,7 +54,8 @@ class LossFunction:
 
     config: PolicyLossConfig
     is_sft: bool
-    mtp_scale: float
+    mtp_scale: float | None
+    """Weight of the MTP layer's loss; None where it is not trained."""
 
     def __call__(
         self, batch: MicroBatch, output: ModelOutput
@@ -79,6 +77,8 @@ class LossFunction:
             result = policy_loss(inputs, self.config)
         loss, mtp_loss = result.loss, None
         if output.mtp_log_probs is not None:
+            assert batch.mtp_weights is not None
+            assert self.mtp_scale is not None
             mtp_loss = sft_loss(output.mtp_log_probs, batch.mtp_weights).loss
             loss = loss + self.mtp_scale * mtp_loss
             mtp_loss = mtp_loss.detach()
@@ -91,8 +91,9 @@ def _run(
     loss_function: Callable[[MicroBatch, ModelOutput], object],
     *,
     forward_only: bool,
+    with_mtp: bool = False,
 ) -> list:
-    layout = token_layout(share_prompts=not chunks[-1].module.trains_mtp)
+    layout = token_layout(with_mtp)
 
     def batches() -> Iterator[MicroBatch]:
         return (build_microbatch(samples, layout) for samples in microbatches)
@@ -127,7 +128,8 @@ def forward_backward(
     """Accumulates the gradients of `microbatches` and sums them over data-parallel ranks."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
-    results = _run(chunks, microbatches, loss_function, forward_only=False)
+    with_mtp = loss_function.mtp_scale is not None
+    results = _run(chunks, microbatches, loss_function, forward_only=False, with_mtp=with_mtp)
     reported: list[StepMetrics | None] = [None]
     if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         reported[0] = _summed_over_ranks(results)
@@ -192,19 +194,3 @@ def _by_sample(samples: Sequence[TrainSample], batch: MicroBatch, log_probs: Ten
 def finalize_gradients(model: list, num_tokens: Tensor | None = None, **groups: Any) -> None:
     """megatron's finish of the gradients, without its division by tokens: the loss holds its denominators."""
     finalize_model_grads(model, None, **groups)
-
-
-def clipped_step(optimizer: MegatronOptimizer, clip_grad: float) -> float:
-    """Clips the gradients to the global norm `clip_grad` (0: not at all) and steps. Returns the norm before clipping;
-    where that is not finite, on any rank, nothing is changed."""
-    optimizer.prepare_grads()
-    norm = float(optimizer.get_grad_norm())
-    if not math.isfinite(norm):
-        return norm
-    if clip_grad > 0:
-        for part in optimizer.chained_optimizers:
-            if not part.is_stub_optimizer and (parameters := part.get_parameters()):
-                decoupled = part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
-                clip_grad_by_total_norm_fp32(parameters, clip_grad, norm, use_decoupled_grad=decoupled)
-    optimizer.step_with_ready_grads()
-    return norm

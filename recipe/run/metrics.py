@@ -103,7 +103,7 @@ class TrainMetrics:
     """Prompt and response tokens trained on."""
     loss: float
     grad_norm: float
-    """Before clipping; of the last optimizer step."""
+    """Of the policy, before clipping; of the last optimizer step."""
     lr: float
     skipped_steps: int
     """Optimizer steps left out for a gradient that was not finite, since the run began."""
@@ -119,6 +119,8 @@ class TrainMetrics:
     """The largest such difference."""
     mtp_loss: float | None = None
     """Cross-entropy of the MTP layer's predictions, in nats a token."""
+    mtp_grad_norm: float | None = None
+    """Of the MTP layer, before clipping, no part of `grad_norm`; of the last optimizer step."""
 
 
 @dataclass(frozen=True, kw_only=True)

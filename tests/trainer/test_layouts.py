@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from trainer_support import on_ranks, random_checkpoint, random_samples, tiny_config
+from trainer_support import on_ranks, random_checkpoint, random_samples, scheduled, tiny_config
 
-from recipe.batching.schedule import schedule
 from recipe.messages import Progress, StepReport, TrainSample
 
 STEPS = 3
@@ -19,14 +18,13 @@ def train_and_save(trainer, samples: list[TrainSample], folder: Path) -> tuple[l
     """Saves after the first step: Adam's first moment is then a tenth of the clipped gradient, parameter by parameter
     and in one form for all layouts."""
     trainer.load()
-    plan = schedule([s.length for s in samples], data_parallel_size=trainer.config.data_parallel_size, max_tokens=64)
-    shards = [[[samples[i] for i in pack] for pack in rank] for rank in plan]
+    shards = scheduled(trainer, samples)
     from megatron.core.dist_checkpointing import load_plain_tensors
 
-    reports = [trainer.train_step(trainer.own_shard(shards))]
+    reports = [trainer.train_step(shards)]
     trainer.save(folder, Progress(rollouts=1))
     saved = load_plain_tensors(str(folder / "iter_0000001"))
-    reports += [trainer.train_step(trainer.own_shard(shards)) for _ in range(STEPS - 1)]
+    reports += [trainer.train_step(shards) for _ in range(STEPS - 1)]
     return reports, {name: tensor for name, tensor in saved.items() if torch.is_tensor(tensor)}
 
 
@@ -83,7 +81,8 @@ def test_gradients_and_losses_equal_a_single_process(ranks: int, perf: dict, tmp
         assert difference < 1e-5, f"{name} differs by {difference:.1e} of its largest value"
     for step, (ours, single) in enumerate(zip(reports, expected_reports, strict=True)):
         np.testing.assert_allclose(ours.grad_norm, single.grad_norm, rtol=1e-5 * 10**step)
-        np.testing.assert_allclose(ours.mtp_loss, single.mtp_loss, rtol=1e-5)
+        np.testing.assert_allclose(ours.mtp.loss, single.mtp.loss, rtol=1e-5)
+        np.testing.assert_allclose(ours.mtp.grad_norm, single.mtp.grad_norm, rtol=1e-5 * 10**step)
         assert ours.loss.keys() == single.loss.keys()
         for metric, value in single.loss.items():
             np.testing.assert_allclose(ours.loss[metric], value, rtol=1e-5, atol=1e-6)

@@ -8,17 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from trainer_support import on_ranks, random_checkpoint, random_samples, tiny_config
+from trainer_support import on_ranks, random_checkpoint, random_samples, scheduled, tiny_config
 
-from recipe.batching.schedule import schedule
 from recipe.messages import Progress, StepReport, TrainSample
 
 pytestmark = pytest.mark.slow
-
-
-def own_microbatches(trainer, samples: list[TrainSample]) -> list[list[TrainSample]]:
-    plan = schedule([s.length for s in samples], data_parallel_size=trainer.config.data_parallel_size, max_tokens=64)
-    return trainer.own_shard([[[samples[i] for i in pack] for pack in rank] for rank in plan])
 
 
 def weights_of(trainer) -> dict[str, torch.Tensor]:
@@ -29,9 +23,9 @@ def poisoned_then_healthy(trainer, samples: list[TrainSample]) -> tuple[StepRepo
     trainer.load()
     before = weights_of(trainer)
     endless = replace(samples[0], advantages=np.full_like(samples[0].advantages, np.inf))
-    poisoned = trainer.train_step(own_microbatches(trainer, [endless, *samples[1:]]))
+    poisoned = trainer.train_step(scheduled(trainer, [endless, *samples[1:]]))
     unharmed = all(torch.equal(weight, before[name]) for name, weight in weights_of(trainer).items())
-    healthy = trainer.train_step(own_microbatches(trainer, samples))
+    healthy = trainer.train_step(scheduled(trainer, samples))
     moved = any(not torch.equal(weight, before[name]) for name, weight in weights_of(trainer).items())
     return poisoned, unharmed, healthy, moved
 
@@ -48,7 +42,7 @@ def test_an_infinite_gradient_of_one_rank_skips_the_step_on_all() -> None:
 
 def three_steps(trainer, samples: list[TrainSample]) -> tuple[list[StepReport], dict[str, torch.Tensor]]:
     trainer.load()
-    reports = [trainer.train_step(own_microbatches(trainer, samples)) for _ in range(3)]
+    reports = [trainer.train_step(scheduled(trainer, samples)) for _ in range(3)]
     return reports, weights_of(trainer)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from recipe.batching.schedule import schedule
 from recipe.config import Architecture, Config
 from recipe.messages import TrainSample
 from recipe.weights.tiny import write_tiny_checkpoint
@@ -76,6 +77,13 @@ def random_checkpoint() -> Path:
         tensors[name] = noise + (1.0 if tensor.dim() == 1 and "e_score" not in name else 0.0)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
+
+
+def scheduled(trainer: Any, samples: list[TrainSample]) -> list[list[TrainSample]]:
+    """The microbatches of this rank, in packs of at most 64 tokens."""
+    config = trainer.config
+    plan = schedule([s.length for s in samples], data_parallel_size=config.data_parallel_size, max_tokens=64)
+    return trainer.own_shard([[[samples[i] for i in pack] for pack in rank] for rank in plan])
 
 
 def _rank_main(rank: int, function: Callable, config: Config, folder: Path, arguments: tuple) -> None:

@@ -1,0 +1,79 @@
+"""The optimizer step with its gradients clipped to a global norm: the policy's own, and the MTP layer's own.
+
+The MTP layer's gradients are no part of the policy's norm, so that training it does not change the policy's step.
+Squares are summed in fp64 and the norm rounded to fp32: it does not depend on how gradients are spread over ranks.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import tensor_parallel
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.transformer.module import param_is_not_shared
+from torch import Tensor
+
+from recipe.megatron.device import training_device
+
+IS_MTP = "is_mtp"
+"""Marks the optimizer's parameter groups that hold the MTP layer."""
+
+
+@dataclass(frozen=True)
+class GradientNorms:
+    """Of all ranks, before clipping; 0 for an MTP layer that is not trained."""
+
+    policy: float
+    mtp: float
+
+    @property
+    def are_finite(self) -> bool:
+        """Whether a step may be taken."""
+        return math.isfinite(self.policy) and math.isfinite(self.mtp)
+
+
+def clipped_step(optimizer: MegatronOptimizer, clip_grad: float) -> GradientNorms:
+    """Clips the gradients to the global norm `clip_grad` (0: not at all) and steps. Returns the norms before clipping;
+    where one is not finite, nothing is changed on any rank."""
+    optimizer.prepare_grads()
+    norms = _gradient_norms(optimizer)
+    if not norms.are_finite:
+        return norms
+    if clip_grad > 0:
+        for part, group in _groups(optimizer):
+            norm = norms.mtp if group.get(IS_MTP) else norms.policy
+            clip_grad_by_total_norm_fp32(group["params"], clip_grad, norm, use_decoupled_grad=_is_decoupled(part))
+    optimizer.step_with_ready_grads()
+    return norms
+
+
+def _groups(optimizer: MegatronOptimizer) -> Iterator[tuple[MegatronOptimizer, dict[str, Any]]]:
+    for part in optimizer.chained_optimizers:
+        if not part.is_stub_optimizer:
+            yield from ((part, group) for group in part.optimizer.param_groups)
+
+
+def _is_decoupled(part: MegatronOptimizer) -> bool:
+    return part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
+
+
+def _gradient_norms(optimizer: MegatronOptimizer) -> GradientNorms:
+    squares = torch.zeros(2, dtype=torch.float64, device=training_device())
+    for part, group in _groups(optimizer):
+        for gradient in _counted_gradients(part, group["params"]):
+            squares[int(group.get(IS_MTP, False))] += torch.linalg.vector_norm(gradient, dtype=torch.float64) ** 2
+    dist.all_reduce(squares)
+    return GradientNorms(*squares.sqrt().float().tolist())
+
+
+def _counted_gradients(part: MegatronOptimizer, parameters: Iterable[Any]) -> Iterable[Tensor]:
+    """The gradients of parameters, those of copies (tied or tensor-parallel) left out."""
+    for parameter in parameters:
+        gradient = parameter.decoupled_grad if _is_decoupled(part) else parameter.grad
+        is_copy = not tensor_parallel.param_is_not_tensor_parallel_duplicate(parameter, getattr(part, "tp_group", None))
+        if gradient is not None and param_is_not_shared(parameter) and not is_copy:
+            yield gradient

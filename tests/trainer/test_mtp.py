@@ -1,0 +1,58 @@
+"""Training the MTP layer beside the policy is no concern of the policy."""
+
+import pytest
+import torch
+from trainer_support import on_ranks, random_checkpoint, random_samples, scheduled, tiny_config
+
+from recipe.messages import StepReport, TrainSample
+
+pytestmark = pytest.mark.slow
+
+STEPS = 3
+MTP_LAYER = "model.layers.4."
+"""The tiny model has four decoder layers, 0 to 3."""
+
+
+def train(trainer, samples: list[TrainSample]) -> tuple[list[StepReport], dict[str, torch.Tensor]]:
+    trainer.load()
+    shards = scheduled(trainer, samples)
+    reports = [trainer.train_step(shards) for _ in range(STEPS)]
+    return reports, {name: weight.clone() for name, weight in trainer.weights()}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "perf"),
+    [
+        pytest.param(1, {}, id="single"),
+        pytest.param(2, {}, id="DP2"),
+        pytest.param(2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}, id="TP2+SP"),
+        pytest.param(2, {"pipeline_model_parallel_size": 2, "decoder_last_pipeline_num_layers": 1}, id="PP2"),
+        pytest.param(2, {"context_parallel_size": 2}, id="CP2"),
+    ],
+)
+def test_the_policy_takes_the_same_steps_bit_for_bit(ranks: int, perf: dict) -> None:
+    """Clipping binds in every step, so a norm that counted the MTP layer would show."""
+    samples = random_samples(8, seed=6)
+
+    def run(*, trained: bool) -> list[tuple[list[StepReport], dict[str, torch.Tensor]]]:
+        config = tiny_config(
+            random_checkpoint(),
+            cluster={"actor_num_gpus_per_node": ranks},
+            perf=perf,
+            mtp={"mtp_num_layers": 1, "enable_mtp_training": trained},
+            optimizer={"clip_grad": 0.01},
+        )
+        return on_ranks(train, config, samples)
+
+    for (with_it, weights), (without, expected) in zip(run(trained=True), run(trained=False), strict=True):
+        assert [report.grad_norm for report in with_it] == [report.grad_norm for report in without]
+        assert [report.loss for report in with_it] == [report.loss for report in without]
+        assert all(report.grad_norm > 0.01 for report in without)
+        assert all(report.mtp is not None and report.mtp.grad_norm > 0.01 for report in with_it)
+        assert weights.keys() == expected.keys()
+        for name, weight in weights.items():
+            is_mtp = name.startswith(MTP_LAYER)
+            if is_mtp and "e_score_correction_bias" not in name:
+                assert not torch.equal(weight, expected[name]), f"{name} was not trained"
+            elif not is_mtp:
+                assert torch.equal(weight, expected[name]), f"{name} differs"
