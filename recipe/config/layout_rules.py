@@ -35,15 +35,6 @@ def tensors_divide(config: Config, architecture: Architecture) -> Iterator[str]:
             yield f"{flag} {parts} does not divide the model's {size} {what}"
 
 
-def dispatcher_takes_packs(config: Config, _: Architecture) -> Iterator[str]:
-    """Megatron's all-gather dispatcher assumes that all ranks have the same number of tokens, which packs do not."""
-    if config.perf.moe_token_dispatcher_type == "allgather" and config.perf.expert_model_parallel_size > 1:
-        yield (
-            "--moe-token-dispatcher-type allgather needs packs of one size on all expert-parallel ranks, which they "
-            "are not; use alltoall"
-        )
-
-
 def tensor_parallel_needs_sequence_parallel(config: Config, _: Architecture) -> Iterator[str]:
     """Megatron refuses to train experts with TP alone."""
     tp = config.perf.tensor_model_parallel_size
@@ -114,7 +105,6 @@ def recompute_is_whole(config: Config, _: Architecture) -> Iterator[str]:
 RULES = (
     ranks_divide,
     tensors_divide,
-    dispatcher_takes_packs,
     tensor_parallel_needs_sequence_parallel,
     layers_divide,
     virtual_stages_divide,

@@ -24,6 +24,7 @@ from torch import Tensor
 from recipe.config import Architecture, Config
 from recipe.megatron.attention import LatentAttention, PackedAttention, PackedSequences
 from recipe.megatron.device import training_device
+from recipe.megatron.dispatch import PackedMoELayer
 from recipe.megatron.log_probs import VocabularyShard, chunked_log_probs
 from recipe.megatron.modules import GroupedExperts, LatentRMSNorm, MTPLayer, RMSNorm
 
@@ -136,6 +137,7 @@ def _use_our_modules(layer: ModuleSpec) -> ModuleSpec:
     attention.linear_q_down_proj = attention.linear_kv_down_proj = ReplicatedLinear
     attention.q_layernorm = attention.kv_layernorm = LatentRMSNorm
     if parts.mlp.module is MoELayer:
+        parts.mlp.module = PackedMoELayer
         parts.mlp.submodules.experts = ModuleSpec(module=GroupedExperts)
     return layer
 
