@@ -128,23 +128,44 @@ def fused_adamw(
 
 
 class HostAdam(Adam):
-    """AdamW whose state and fp32 master weights live in host memory.
+    """AdamW whose state and fp32 master weights live in host memory, for all parameters or a share of them.
 
     It follows megatron's contract of a precision-aware optimizer: the gradient is `parameter.decoupled_grad`, and the
     optimizer owns the master weights. On CUDA the step is a pipeline over pieces of SLOT_ELEMENTS: while the CPU steps
-    one piece, the next one's gradient comes out and the previous one's weights go back.
+    one piece, the next one's gradient comes out and the previous one's weights go back. The GPU steps the parameters
+    that stay with it meanwhile.
     """
 
     state_names = ("exp_avg", "exp_avg_sq", "master_param")
 
     def __init__(self, params: Any, **kwargs: Any) -> None:
         super().__init__(params, **kwargs)
+        self._on_device: set[Tensor] = set()
         self._stage: _Stage | None = None
 
+    def offload(self, fraction: float) -> None:
+        """Keeps on the device what exceeds this share of the elements, evenly over the parameters. To be called before
+        `allocate`."""
+        seen = offloaded = 0
+        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+            seen += parameter.numel()
+            if offloaded < fraction * seen:
+                offloaded += parameter.numel()
+            else:
+                self._on_device.add(parameter)
+
+    @property
+    def needed_host_bytes(self) -> int:
+        """Host memory that the state takes."""
+        parameters = (parameter for group in self.param_groups for parameter in group["params"])
+        elements = sum(parameter.numel() for parameter in parameters if parameter not in self._on_device)
+        return elements * len(self.state_names) * torch.float32.itemsize
+
     def initialize_state(self, parameter: Tensor, *_: Any) -> None:
-        """Allocates a parameter's state in host memory; the master weights start from the parameter."""
+        """Allocates a parameter's state; the master weights start from the parameter."""
+        device = parameter.device if parameter in self._on_device else "cpu"
         self.state[parameter] = {
-            name: torch.zeros(parameter.shape, dtype=torch.float32, device="cpu") for name in self.state_names
+            name: torch.zeros(parameter.shape, dtype=torch.float32, device=device) for name in self.state_names
         }
         self.state[parameter]["master_param"].copy_(parameter.detach())
 
@@ -157,16 +178,26 @@ class HostAdam(Adam):
         return parameter.decoupled_grad  # type: ignore[attr-defined]
 
     def _step_group(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        if parameters[0].is_cuda:
+        if staying := [parameter for parameter in parameters if parameter in self._on_device]:
+            self._step_together(group, staying)
+        leaving = [parameter for parameter in parameters if parameter not in self._on_device]
+        if leaving and leaving[0].is_cuda:
             if self._stage is None:
-                self._stage = _Stage(parameters[0].dtype)
-            self._stage.run(group, [(p, p.decoupled_grad, self.state[p]) for p in parameters])  # type: ignore[attr-defined]
-            return
-        for parameter in parameters:
-            state = self.state[parameter]
-            gradient = parameter.decoupled_grad.float().contiguous()  # type: ignore[attr-defined]
-            fused_adamw(group, [state["master_param"]], [gradient], [state["exp_avg"]], [state["exp_avg_sq"]])
-            parameter.copy_(state["master_param"])
+                self._stage = _Stage(leaving[0].dtype)
+            self._stage.run(group, [(p, p.decoupled_grad, self.state[p]) for p in leaving])  # type: ignore[attr-defined]
+        else:
+            for parameter in leaving:
+                self._step_together(group, [parameter])
+
+    def _step_together(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+        """Steps parameters whose state lies where they lie."""
+        states = [self.state[parameter] for parameter in parameters]
+        masters = [state["master_param"] for state in states]
+        gradients = [parameter.decoupled_grad.float().contiguous() for parameter in parameters]  # type: ignore[attr-defined]
+        averages = [state["exp_avg"] for state in states]
+        fused_adamw(group, masters, gradients, averages, [state["exp_avg_sq"] for state in states])
+        for parameter, master in zip(parameters, masters, strict=True):
+            parameter.copy_(master)
 
 
 class _Stage:

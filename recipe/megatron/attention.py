@@ -5,7 +5,9 @@ V value head size, R size of the rotary part.
 """
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,10 +15,12 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from recipe.megatron.fusion import fused
 
@@ -41,22 +45,35 @@ class PackedSequences(PackedSeqParams):
     """Keys of each segment."""
     key_index: Tensor | None = None
     """[sum(key_lengths)] rows of the (all-gathered) keys; None where a segment's keys are itself."""
-    query_grid: "SegmentGrid | None" = None
-    key_grid: "SegmentGrid | None" = None
-    mask: Tensor | None = None
-    """[S, 1, L_q, L_k] for the grids; None where the plain causal mask serves."""
+
+    @cached_property
+    def grids(self) -> "SegmentGrids":
+        """The segments in a padded grid."""
+        assert self.position_ids is not None
+        return SegmentGrids(self.query_lengths, self.key_lengths, self.position_ids.device)
+
+
+class SegmentGrids:
+    """A pack's queries and keys in padded grids, and who sees whom: what torch's dense attention kernel takes."""
+
+    def __init__(self, query_lengths: tuple[int, ...], key_lengths: tuple[int, ...], device: torch.device) -> None:
+        self.queries = self.keys = SegmentGrid(query_lengths, device)
+        self.mask: Tensor | None = None
+        """[S, 1, L_q, L_k]; None where the plain causal mask serves."""
+        if key_lengths != query_lengths:
+            self.keys = SegmentGrid(key_lengths, device)
+            self.mask = bottom_right_mask(query_lengths, key_lengths).to(device)
 
 
 class SegmentGrid:
-    """Where packed rows lie in a padded [S, L] grid: the layout of torch's dense attention kernel."""
+    """Where packed rows lie in a padded [S, L] grid."""
 
-    def __init__(self, lengths: tuple[int, ...]) -> None:
+    def __init__(self, lengths: tuple[int, ...], device: torch.device) -> None:
         self.shape = (len(lengths), max(lengths))
-        length = torch.tensor(lengths)
-        column = torch.arange(self.shape[1])
+        length = torch.tensor(lengths, device=device)
+        column = torch.arange(self.shape[1], device=device)
         start = length.cumsum(0) - length
         inside = column < length[:, None]
-        self.valid = inside
         self.source = torch.where(inside, start[:, None] + column, 0).flatten()
         self.place = inside.flatten().nonzero().squeeze(1)
         self.is_full = bool(inside.all())
@@ -75,8 +92,9 @@ class SegmentGrid:
 class PackedAttention(MegatronModule):
     """The core attention of megatron's MLA: causal, packed, with keys and values gathered over context parallel ranks.
 
-    On CUDA it is torch's variable-length flash kernel; on the CPU the segments are laid out in a padded grid for
-    `scaled_dot_product_attention`.
+    `--attention-backend` flash: torch's variable-length flash kernel (on the CPU, which has none, as fused). fused: the
+    segments in a padded grid for `scaled_dot_product_attention`, on CUDA by cuDNN. unfused: matrix products and a
+    softmax in fp32, which holds all scores. auto: flash.
     """
 
     def __init__(
@@ -96,6 +114,7 @@ class PackedAttention(MegatronModule):
         assert pg_collection is not None
         self.softmax_scale = softmax_scale
         self.context_parallel_group = pg_collection.cp
+        self.backend = config.attention_backend
 
     def forward(
         self,
@@ -112,9 +131,11 @@ class PackedAttention(MegatronModule):
         if pack.key_index is not None:
             key = self._gather(key).index_select(0, pack.key_index)
             value = self._gather(value).index_select(0, pack.key_index)
-        # Both kernels want one head size for queries, keys and values.
+        # The kernels want one head size for queries, keys and values.
         padded = F.pad(value, (0, query.shape[-1] - value.shape[-1]))
-        attend = self._flash if query.is_cuda else self._dense
+        attend = self._unfused if self.backend is AttnBackend.unfused else self._fused
+        if query.is_cuda and self.backend in (AttnBackend.auto, AttnBackend.flash):
+            attend = self._flash
         return attend(query, key, padded, pack)[..., : value.shape[-1]].flatten(1)
 
     def _gather(self, rows: Tensor) -> Tensor:
@@ -137,19 +158,32 @@ class PackedAttention(MegatronModule):
         assert isinstance(output, Tensor)
         return output
 
-    def _dense(self, query: Tensor, key: Tensor, value: Tensor, pack: PackedSequences) -> Tensor:
-        queries, keys = pack.query_grid, pack.key_grid
-        assert queries is not None
-        assert keys is not None
-        output = F.scaled_dot_product_attention(
-            queries.pad(query),
-            keys.pad(key),
-            keys.pad(value),
-            attn_mask=pack.mask,
-            is_causal=pack.mask is None,
-            scale=self.softmax_scale,
+    def _fused(self, query: Tensor, key: Tensor, value: Tensor, pack: PackedSequences) -> Tensor:
+        grids = pack.grids
+        kernel = sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if query.is_cuda else nullcontext()
+        with kernel:
+            output = F.scaled_dot_product_attention(
+                grids.queries.pad(query),
+                grids.keys.pad(key),
+                grids.keys.pad(value),
+                attn_mask=grids.mask,
+                is_causal=grids.mask is None,
+                scale=self.softmax_scale,
+            )
+        return grids.queries.unpad(output)
+
+    def _unfused(self, query: Tensor, key: Tensor, value: Tensor, pack: PackedSequences) -> Tensor:
+        assert self.softmax_scale is not None
+        outputs = []
+        segments = zip(
+            query.split(pack.query_lengths), key.split(pack.key_lengths), value.split(pack.key_lengths), strict=True
         )
-        return queries.unpad(output)
+        for queries, keys, values in segments:
+            scores = torch.einsum("qnd,knd->nqk", queries, keys).float() * self.softmax_scale
+            seen = torch.ones_like(scores[0], dtype=torch.bool).tril(len(keys) - len(queries))
+            weights = scores.masked_fill(~seen, -math.inf).softmax(-1).to(values.dtype)
+            outputs.append(torch.einsum("nqk,knd->qnd", weights, values))
+        return torch.cat(outputs)
 
 
 def bottom_right_mask(query_lengths: tuple[int, ...], key_lengths: tuple[int, ...]) -> Tensor:

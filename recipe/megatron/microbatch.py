@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recipe.megatron.attention import PackedSequences, SegmentGrid, bottom_right_mask
+from recipe.megatron.attention import PackedSequences
 from recipe.megatron.device import training_device
 from recipe.megatron.model import ModelInput, MtpInput, NextTokens
 from recipe.messages import FloatArray, TrainSample
@@ -183,9 +183,6 @@ def _zigzag(starts: IntArray, padded: IntArray, rank: int, size: int) -> IntArra
 
 def _packed_sequences(pack: _Pack) -> PackedSequences:
     device = training_device()
-    on_gpu = device.type == "cuda"
-    queries = None if on_gpu else SegmentGrid(pack.query_lengths)
-    keys = queries if on_gpu or pack.key_rows is None else SegmentGrid(pack.key_lengths)
     return PackedSequences(
         qkv_format="thd",
         cu_seqlens_q=_cumulative(pack.query_lengths, device),
@@ -197,9 +194,6 @@ def _packed_sequences(pack: _Pack) -> PackedSequences:
         query_lengths=pack.query_lengths,
         key_lengths=pack.key_lengths,
         key_index=None if pack.key_rows is None else torch.from_numpy(pack.key_rows).to(device),
-        query_grid=queries,
-        key_grid=keys,
-        mask=None if queries is keys else bottom_right_mask(pack.query_lengths, pack.key_lengths),
     )
 
 

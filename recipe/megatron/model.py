@@ -15,6 +15,7 @@ from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.post_training.modelopt.layers import Linear as ReplicatedLinear
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer import MLATransformerConfig
+from megatron.core.transformer.enums import AttnBackend
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionBlockSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -79,6 +80,7 @@ def transformer_config(config: Config, architecture: Architecture) -> MLATransfo
         masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
+        attention_backend=AttnBackend[perf.attention_backend],
         attention_softmax_in_fp32=config.misc.attention_softmax_in_fp32,
         num_moe_experts=architecture.n_routed_experts,
         moe_ffn_hidden_size=architecture.moe_intermediate_size,

@@ -10,7 +10,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import MLATransformerConfig
 
 from recipe.config import Config
-from recipe.megatron import adam
+from recipe.megatron import adam, host_memory
 from recipe.megatron.clipping import IS_MTP
 from recipe.megatron.model import PolicyModel
 
@@ -52,6 +52,27 @@ class Optimization:
                 group["step"] = count
         self.scheduler.num_steps = 0
         self.scheduler.step(increment=count)
+
+    def allocate(self, offload_fraction: float, ranks: int) -> None:
+        """Allocates all state now: what does not fit fails before the first step. Raises UserError if the state of the
+        `ranks` ranks of this machine that belongs in host memory does not fit there."""
+        in_host = [inner for inner in self._inner() if isinstance(inner, adam.HostAdam)]
+        for inner in in_host:
+            inner.offload(offload_fraction)
+        host_memory.require(
+            sum(inner.needed_host_bytes for inner in in_host),
+            ranks,
+            "the optimizer state of --optimizer-cpu-offload",
+            "use more machines, or a lower --optimizer-offload-fraction",
+        )
+        for part in self._inner():
+            part.allocate()
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory that the state takes on this rank."""
+        states = (state for inner in self._inner() for state in inner.state.values())
+        return host_memory.host_bytes(tensor for state in states for tensor in state.values())
 
     def reload_weights(self) -> None:
         """Takes over the model's weights, which were loaded after the optimizer was built."""
@@ -106,6 +127,5 @@ def build_optimization(chunks: list[DistributedDataParallel], config: Config) ->
         wd_incr_style="constant",
     )
     optimization = Optimization(optimizer, scheduler)
-    for inner in optimization._inner():
-        inner.allocate()
+    optimization.allocate(settings.optimizer_offload_fraction, config.cluster.actor_num_gpus_per_node)
     return optimization

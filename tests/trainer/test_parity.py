@@ -33,8 +33,9 @@ def transformers_log_probs(samples: list[TrainSample]) -> dict[int, np.ndarray]:
         (2, {"tensor_model_parallel_size": 2, "sequence_parallel": True}),
         (2, {"pipeline_model_parallel_size": 2}),
         (2, {"context_parallel_size": 2}),
+        (2, {"context_parallel_size": 2, "attention_backend": "unfused"}),
     ],
-    ids=["single", "EP2", "TP2+SP", "PP2", "CP2"],
+    ids=["single", "EP2", "TP2+SP", "PP2", "CP2", "CP2-unfused"],
 )
 def test_log_probs_of_a_pack_equal_transformers_one_by_one(ranks: int, perf: dict) -> None:
     samples = random_samples(6, seed=1)

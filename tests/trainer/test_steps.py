@@ -10,6 +10,9 @@ import pytest
 import torch
 from trainer_support import on_ranks, random_checkpoint, random_samples, scheduled, tiny_config
 
+from recipe.errors import UserError
+from recipe.megatron import host_memory
+from recipe.megatron.adam import Adam, HostAdam
 from recipe.messages import Progress, StepReport, TrainSample
 
 pytestmark = pytest.mark.slow
@@ -46,12 +49,14 @@ def three_steps(trainer, samples: list[TrainSample]) -> tuple[list[StepReport], 
     return reports, weights_of(trainer)
 
 
-def test_adam_in_host_memory_takes_the_same_steps() -> None:
+@pytest.mark.parametrize("fraction", [1.0, 0.4])
+def test_adam_in_host_memory_takes_the_same_steps(fraction: float) -> None:
     samples = random_samples(8, seed=4)
     offload = {
         "lr": 1e-3,
         "weight_decay": 0.1,
         "optimizer_cpu_offload": True,
+        "optimizer_offload_fraction": fraction,
         "overlap_cpu_optimizer_d2h_h2d": True,
         "use_precision_aware_optimizer": True,
     }
@@ -60,6 +65,47 @@ def test_adam_in_host_memory_takes_the_same_steps() -> None:
     assert [report.grad_norm for report in in_host] == pytest.approx([report.grad_norm for report in on_device])
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, rtol=1e-6, atol=1e-7)
+
+
+def adam_of(sizes: list[int], fraction: float) -> tuple[list[torch.nn.Parameter], Adam]:
+    generator = torch.Generator().manual_seed(8)
+    parameters = [torch.nn.Parameter(torch.randn(size, generator=generator).bfloat16()) for size in sizes]
+    optimizer = HostAdam(parameters, lr=1e-2, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1)
+    optimizer.offload(fraction)
+    optimizer.allocate()
+    return parameters, optimizer
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.5, 1.0])
+def test_a_share_of_the_optimizer_is_offloaded(fraction: float) -> None:
+    """At least the share that was asked for, at most a parameter more; what stays takes the same steps."""
+    sizes = [100, 7, 64, 300, 1, 128]
+    parameters, optimizer = adam_of(sizes, fraction)
+    offloaded = optimizer.needed_host_bytes / 12
+    assert fraction * sum(sizes) <= offloaded <= fraction * sum(sizes) + max(sizes)
+    expected, whole = adam_of(sizes, 1.0)
+    generator = torch.Generator().manual_seed(9)
+    for _ in range(3):
+        for mine, other in zip(parameters, expected, strict=True):
+            mine.decoupled_grad = other.decoupled_grad = torch.randn(mine.shape, generator=generator)
+        optimizer.step()
+        whole.step()
+    for mine, other in zip(parameters, expected, strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_memory_that_is_not_there_is_told_before_it_is_used() -> None:
+    host_memory.require(1000, 8, "the optimizer", "use more machines")
+    with pytest.raises(UserError, match=r"the optimizer needs 8000000.0 GB .* \(8 ranks\), and .*: use more machines"):
+        host_memory.require(10**15, 8, "the optimizer", "use more machines")
+
+
+def test_a_container_has_what_its_limit_leaves(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("5000\n")
+    (tmp_path / "memory.current").write_text("2000\n")
+    assert host_memory.available_bytes(tmp_path) == 3000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host_memory.available_bytes(tmp_path) > 10**6
 
 
 def save_on_a_full_disk(trainer, folder: Path) -> tuple[str, int]:

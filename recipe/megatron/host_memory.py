@@ -1,0 +1,37 @@
+"""Host memory that the trainer takes: by part, and whether there is enough of it before it is touched."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor
+
+from recipe.errors import UserError
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def available_bytes(cgroup: Path = CGROUP) -> int:
+    """What this machine, or the container that this process runs in, has left."""
+    free = psutil.virtual_memory().available
+    limit = cgroup / "memory.max"
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        free = min(free, int(most) - int((cgroup / "memory.current").read_text()))
+    return free
+
+
+def require(needed: int, ranks: int, what: str, remedy: str) -> None:
+    """Raises UserError if the `ranks` ranks of this machine, which need `needed` bytes each, would not fit. The kernel
+    hands out memory that it does not have, and kills a process later, when it is used."""
+    free = available_bytes()
+    if needed * ranks > free:
+        raise UserError(
+            f"{what} needs {needed * ranks / 1e9:.1f} GB of host memory on this machine ({ranks} ranks), and "
+            f"{free / 1e9:.1f} GB are available: {remedy}"
+        )
+
+
+def host_bytes(tensors: Iterable[Tensor]) -> int:
+    """Of those tensors that lie in host memory."""
+    return sum(tensor.nbytes for tensor in tensors if tensor.device == torch.device("cpu"))
