@@ -15,12 +15,14 @@ def schedule(
     data_parallel_size: int,
     max_tokens: int | None = None,
     micro_batch_size: int = 1,
+    count_multiple: int = 1,
     cost: Callable[[int], float] | None = None,
 ) -> list[list[Microbatch]]:
     """The microbatches of every data-parallel rank, in the order in which the rank computes them.
 
     With `max_tokens` microbatches are packs of at most so many tokens (a longer sample is one by itself), else they
-    are of `micro_batch_size` samples. With `cost`, the cost of a sample of a given length, samples are dealt to ranks
+    are of `micro_batch_size` samples. Their number divides by `count_multiple`, as an interleaved pipeline needs it to
+    by its stages. With `cost`, the cost of a sample of a given length, samples are dealt to ranks
     so that costs are balanced; otherwise in turn.
 
     Invariants: every sample is in exactly one microbatch; every rank has the same number of samples and of
@@ -28,7 +30,8 @@ def schedule(
     expert parallelism does in every layer) work on packs of similar size at the same time; the result depends on the
     arguments alone.
 
-    Raises ValueError if the samples do not divide evenly by the ranks, or a rank's by `micro_batch_size`.
+    Raises ValueError if the samples do not divide evenly by the ranks, or a rank's by `micro_batch_size` and
+    `count_multiple`.
     """
     size = len(lengths)
     if size % data_parallel_size:
@@ -37,10 +40,13 @@ def schedule(
         ranks = [list(range(rank, size, data_parallel_size)) for rank in range(data_parallel_size)]
     else:
         ranks = partition_balanced([cost(length) for length in lengths], data_parallel_size, equal_size=True)
+    if (size // data_parallel_size) % count_multiple:
+        raise ValueError(f"{size // data_parallel_size} samples of a rank do not divide evenly by {count_multiple}")
     if max_tokens is None:
         return [_chunks(members, micro_batch_size) for members in ranks]
     rank_lengths = [[lengths[i] for i in members] for members in ranks]
     count = max(len(pack(own, max_tokens)) for own in rank_lengths)
+    count += -count % count_multiple
     return [
         [[members[i] for i in chosen] for chosen in pack_to_count(own, max_tokens, count)]
         for members, own in zip(ranks, rank_lengths, strict=True)

@@ -143,6 +143,7 @@ class TrainerGroup:
             if perf.use_dynamic_batch_size and perf.max_tokens_per_gpu
             else None,
             micro_batch_size=perf.micro_batch_size,
+            count_multiple=perf.microbatch_multiple,
             cost=self.cost if perf.balance_data else None,
         )
         return pickle.dumps([[[samples[i] for i in pack] for pack in rank] for rank in plan])

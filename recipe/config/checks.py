@@ -43,10 +43,15 @@ def batches_divide(config: Config, _: Architecture) -> Iterator[str]:
         return
     if batch % ranks:
         yield f"--global-batch-size {batch} does not divide by the {ranks} data-parallel ranks (ranks / TP / PP / CP)"
-    elif not config.perf.use_dynamic_batch_size and (batch // ranks) % config.perf.micro_batch_size:
+        return
+    of_rank = f"the {batch // ranks} samples a data-parallel rank has in a step"
+    micro = 1 if config.perf.use_dynamic_batch_size else config.perf.micro_batch_size
+    if (batch // ranks) % micro:
+        yield f"--micro-batch-size {micro} does not divide {of_rank}"
+    elif (batch // ranks // micro) % config.perf.microbatch_multiple:
         yield (
-            f"--micro-batch-size {config.perf.micro_batch_size} does not divide the {batch // ranks} samples a "
-            "data-parallel rank has in a step"
+            f"--num-layers-per-virtual-pipeline-stage needs a number of microbatches that divides by the "
+            f"{config.perf.microbatch_multiple} stages, and {of_rank} do not; change --global-batch-size"
         )
 
 

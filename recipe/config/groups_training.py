@@ -262,7 +262,13 @@ class PerfConfig(Group):
     log_probs_chunk_size: PositiveInt = 1024
     """Tokens whose full-vocabulary logits are held at a time."""
     attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"
-    """Attention kernel."""
+    """Attention kernel: torch's variable-length flash kernel (auto, flash), cuDNN's on a padded grid (fused), or plain
+    matrix products with a softmax in fp32 (unfused)."""
+
+    @property
+    def microbatch_multiple(self) -> int:
+        """What the microbatches of a step divide by: the stages, where they are interleaved."""
+        return self.pipeline_model_parallel_size if self.num_layers_per_virtual_pipeline_stage else 1
 
 
 class MtpConfig(Group):

@@ -42,6 +42,16 @@ def test_there_are_no_more_microbatches_than_the_fullest_rank_needs(batch, max_t
     assert len(plan[0]) == max(needed)
 
 
+@given(batches(), st.integers(1, 500), st.integers(1, 4))
+def test_an_interleaved_pipeline_gets_a_multiple_of_its_stages(batch, max_tokens, stages):
+    lengths, ranks = batch
+    lengths = lengths * stages
+    plan = schedule(lengths, data_parallel_size=ranks, max_tokens=max_tokens, count_multiple=stages)
+    least = len(schedule(lengths, data_parallel_size=ranks, max_tokens=max_tokens)[0])
+    assert {len(microbatches) for microbatches in plan} == {-(-least // stages) * stages}
+    assert sorted(i for microbatches in plan for pack in microbatches for i in pack) == list(range(len(lengths)))
+
+
 def test_fixed_microbatches_keep_the_order_of_samples():
     plan = schedule([1] * 8, data_parallel_size=2, micro_batch_size=2)
     assert plan == [[[0, 2], [4, 6]], [[1, 3], [5, 7]]]
@@ -64,6 +74,8 @@ def test_refuses_what_does_not_divide():
         schedule([1] * 7, data_parallel_size=2)
     with pytest.raises(ValueError, match="3 samples of a rank do not divide evenly into microbatches of 2"):
         schedule([1] * 6, data_parallel_size=2, micro_batch_size=2)
+    with pytest.raises(ValueError, match="3 samples of a rank do not divide evenly by 2"):
+        schedule([1] * 6, data_parallel_size=2, max_tokens=10, count_multiple=2)
 
 
 def test_cost_is_six_flops_a_parameter_and_half_the_square_of_attention():

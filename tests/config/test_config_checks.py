@@ -96,6 +96,15 @@ def test_the_advised_split_is_accepted(write_checkpoint: WriteCheckpoint, layers
     resolve([*argv, "--decoder-last-pipeline-num-layers", split.split("+")[-1]])
 
 
+def test_interleaved_stages_need_enough_microbatches(write_checkpoint: WriteCheckpoint) -> None:
+    argv = ["--recipe", "glm4.7-flash-8gpu", "--hf-checkpoint", str(write_checkpoint(num_hidden_layers=8))]
+    argv += ["--pipeline-model-parallel-size", "4", "--expert-model-parallel-size", "2"]
+    argv += ["--num-layers-per-virtual-pipeline-stage", "1", "--rollout-batch-size", "3"]
+    assert resolve([*argv, "--n-samples-per-prompt", "8", "--global-batch-size", "24"])
+    with pytest.raises(UserError, match="divides by the 4 stages, and the 6 samples a data-parallel rank has"):
+        resolve([*argv, "--n-samples-per-prompt", "4", "--global-batch-size", "12"])
+
+
 def test_more_stages_than_layers(write_checkpoint: WriteCheckpoint) -> None:
     argv = ["--recipe", "glm4.7-flash-8gpu", "--hf-checkpoint", str(write_checkpoint(num_hidden_layers=3))]
     with pytest.raises(UserError, match="leaves stages without a layer: the model has 3"):

@@ -62,6 +62,15 @@ TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
         pytest.param(2, TP2 | {"expert_model_parallel_size": 2}, id="TP2+SP+EP2"),
         pytest.param(2, {"pipeline_model_parallel_size": 2, "decoder_last_pipeline_num_layers": 1}, id="PP2-uneven"),
         pytest.param(2, {"pipeline_model_parallel_size": 2, "num_layers_per_virtual_pipeline_stage": 1}, id="PP2xVPP2"),
+        pytest.param(
+            2,
+            {
+                "pipeline_model_parallel_size": 2,
+                "num_layers_per_virtual_pipeline_stage": 1,
+                "max_tokens_per_gpu": 50,
+            },
+            id="PP2xVPP2-odd-number-of-packs",
+        ),
         pytest.param(2, {"context_parallel_size": 2}, id="CP2"),
         pytest.param(
             2,

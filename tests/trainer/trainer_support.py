@@ -80,9 +80,14 @@ def random_checkpoint() -> Path:
 
 
 def scheduled(trainer: Any, samples: list[TrainSample]) -> list[list[TrainSample]]:
-    """The microbatches of this rank, in packs of at most 64 tokens."""
+    """The microbatches of this rank, as the run would pack them."""
     config = trainer.config
-    plan = schedule([s.length for s in samples], data_parallel_size=config.data_parallel_size, max_tokens=64)
+    plan = schedule(
+        [sample.length for sample in samples],
+        data_parallel_size=config.data_parallel_size,
+        max_tokens=config.perf.max_tokens_per_gpu,
+        count_multiple=config.perf.microbatch_multiple,
+    )
     return trainer.own_shard([[[samples[i] for i in pack] for pack in rank] for rank in plan])
 
 
