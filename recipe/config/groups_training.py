@@ -258,7 +258,7 @@ class PerfConfig(Group):
     moe_grouped_gemm: bool = True
     """Compute a rank's experts in one grouped matrix product."""
     moe_permute_fusion: bool = False
-    """Fused permutation of tokens; used where its kernel is installed."""
+    """Bring tokens to their experts and back by gathers: deterministic and faster on GPUs."""
     log_probs_chunk_size: PositiveInt = 1024
     """Tokens whose full-vocabulary logits are held at a time."""
     attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"

@@ -35,6 +35,12 @@ def tensors_divide(config: Config, architecture: Architecture) -> Iterator[str]:
             yield f"{flag} {parts} does not divide the model's {size} {what}"
 
 
+def permutation_is_for_alltoall(config: Config, _: Architecture) -> Iterator[str]:
+    """Gathers need to know how many experts a token has on a rank."""
+    if config.perf.moe_permute_fusion and config.perf.moe_token_dispatcher_type != "alltoall":
+        yield "--moe-permute-fusion needs --moe-token-dispatcher-type alltoall"
+
+
 def tensor_parallel_needs_sequence_parallel(config: Config, _: Architecture) -> Iterator[str]:
     """Megatron refuses to train experts with TP alone."""
     tp = config.perf.tensor_model_parallel_size
@@ -105,6 +111,7 @@ def recompute_is_whole(config: Config, _: Architecture) -> Iterator[str]:
 RULES = (
     ranks_divide,
     tensors_divide,
+    permutation_is_for_alltoall,
     tensor_parallel_needs_sequence_parallel,
     layers_divide,
     virtual_stages_divide,

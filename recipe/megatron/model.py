@@ -23,6 +23,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 
 from recipe.config import Architecture, Config
+from recipe.megatron import permutation
 from recipe.megatron.attention import LatentAttention, PackedAttention, PackedSequences
 from recipe.megatron.device import training_device
 from recipe.megatron.dispatch import PackedMoELayer
@@ -48,7 +49,7 @@ def transformer_config(config: Config, architecture: Architecture) -> MLATransfo
     perf, dtype = config.perf, torch.bfloat16 if config.model.bf16 else torch.float32
     dense = architecture.first_k_dense_replace
     virtual_stages = virtual_pipeline_size(config, architecture)
-    return MLATransformerConfig(
+    transformer = MLATransformerConfig(
         num_layers=architecture.num_hidden_layers,
         hidden_size=architecture.hidden_size,
         ffn_hidden_size=architecture.intermediate_size,
@@ -122,6 +123,10 @@ def transformer_config(config: Config, architecture: Architecture) -> MLATransfo
         recompute_method=perf.recompute_method,
         recompute_num_layers=perf.recompute_num_layers,
     )
+    if perf.moe_permute_fusion:
+        permutation.install()
+        transformer.moe_permute_fusion = True  # the constructor insists on Transformer Engine
+    return transformer
 
 
 def _use_our_modules(layer: ModuleSpec) -> ModuleSpec:

@@ -63,6 +63,10 @@ def test_contradictions_are_refused(refusal: Refusal, flags: list[str], sentence
             ["--tensor-model-parallel-size", "4"],
             "--tensor-model-parallel-size 4 with experts needs --sequence-parallel",
         ),
+        (
+            ["--moe-permute-fusion", "--moe-token-dispatcher-type", "allgather"],
+            "--moe-permute-fusion needs --moe-token-dispatcher-type alltoall",
+        ),
         (["--decoder-last-pipeline-num-layers", "23"], "need --pipeline-model-parallel-size above 1"),
         (TWO_STAGES, "--decoder-last-pipeline-num-layers 23 makes it 24+23"),
         ([*TWO_STAGES, "--decoder-last-pipeline-num-layers", "48"], "47 layers with 48 of them fixed do not split"),

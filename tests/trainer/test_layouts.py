@@ -45,6 +45,7 @@ def single_process() -> tuple[list[StepReport], dict[str, torch.Tensor]]:
     return run_layout(Path(tempfile.mkdtemp(prefix="single-")), 1, {})
 
 
+GATHERS = {"moe_permute_fusion": True}
 ALLGATHER = {"moe_token_dispatcher_type": "allgather"}
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 
@@ -57,6 +58,7 @@ TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
         pytest.param(2, {}, id="DP2"),
         pytest.param(2, {"expert_model_parallel_size": 2}, id="EP2"),
         pytest.param(2, {"expert_model_parallel_size": 2} | ALLGATHER, id="EP2-allgather"),
+        pytest.param(2, {"expert_model_parallel_size": 2} | GATHERS, id="EP2-permute-fusion"),
         pytest.param(2, TP2, id="TP2+SP"),
         pytest.param(2, TP2 | {"expert_tensor_parallel_size": 2}, id="TP2+SP+ETP2"),
         pytest.param(2, TP2 | {"expert_model_parallel_size": 2}, id="TP2+SP+EP2"),
@@ -78,6 +80,18 @@ TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
             id="DP2-recompute",
         ),
         pytest.param(4, {"expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, id="DP2xEP2xPP2"),
+        pytest.param(
+            8,
+            TP2
+            | GATHERS
+            | {
+                "pipeline_model_parallel_size": 2,
+                "context_parallel_size": 2,
+                "expert_model_parallel_size": 4,
+                "decoder_last_pipeline_num_layers": 1,
+            },
+            id="16-gpu-recipe-twin-TP2xPP2xCP2xEP4",
+        ),
         pytest.param(4, TP2 | {"expert_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, id="TP2xEP2xPP2"),
         pytest.param(4, TP2 | {"expert_model_parallel_size": 4} | ALLGATHER, id="DP2xTP2+SP+EP4-allgather"),
     ],
