@@ -1,5 +1,6 @@
 """Configurations, samples and worker processes for the trainer's tests."""
 
+import multiprocessing
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -106,10 +107,13 @@ def _rank_main(rank: int, function: Callable, config: Config, folder: Path, argu
 
 def on_ranks(function: Callable, config: Config, *arguments: Any) -> list[Any]:
     """The results of `function(trainer, *arguments)` on every rank of `config`'s layout, each in its own process."""
+    # Ranks are forked from a process that has imported megatron already.
+    multiprocessing.set_forkserver_preload(["recipe.megatron.rank"])
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(
+        torch.multiprocessing.start_processes(
             _rank_main,
             (function, config, Path(folder), arguments),
             nprocs=config.world_size,
+            start_method="forkserver",
         )
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(config.world_size)]
