@@ -140,8 +140,6 @@ def mtp_layer_exists(config: Config, architecture: Architecture) -> Iterator[str
 
 def options_are_built(config: Config, _: Architecture) -> Iterator[str]:
     """What is accepted takes effect."""
-    if config.checkpoint.async_save:
-        yield "--async-save is not available: checkpoints are written while training waits"
     if config.optimizer.optimizer_offload_fraction != 1.0:
         yield "--optimizer-offload-fraction is not available: --optimizer-cpu-offload offloads all of the optimizer"
     if config.perf.attention_backend in ("fused", "unfused"):

@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from trainer_support import on_ranks, random_checkpoint, random_samples, tiny_config
+from trainer_support import on_ranks, own_microbatches, random_checkpoint, random_samples, tiny_config
 
-from recipe.batching.schedule import schedule
 from recipe.messages import Progress, StepReport, TrainSample
 
 STEPS = 3
@@ -19,14 +18,13 @@ def train_and_save(trainer, samples: list[TrainSample], folder: Path) -> tuple[l
     """Saves after the first step: Adam's first moment is then a tenth of the clipped gradient, parameter by parameter
     and in one form for all layouts."""
     trainer.load()
-    plan = schedule([s.length for s in samples], data_parallel_size=trainer.config.data_parallel_size, max_tokens=64)
-    shards = [[[samples[i] for i in pack] for pack in rank] for rank in plan]
+    own = own_microbatches(trainer, samples)
     from megatron.core.dist_checkpointing import load_plain_tensors
 
-    reports = [trainer.train_step(trainer.own_shard(shards))]
+    reports = [trainer.train_step(own)]
     trainer.save(folder, Progress(rollouts=1))
     saved = load_plain_tensors(str(folder / "iter_0000001"))
-    reports += [trainer.train_step(trainer.own_shard(shards)) for _ in range(STEPS - 1)]
+    reports += [trainer.train_step(own) for _ in range(STEPS - 1)]
     return reports, {name: tensor for name, tensor in saved.items() if torch.is_tensor(tensor)}
 
 

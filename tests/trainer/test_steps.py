@@ -8,21 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from trainer_support import on_ranks, random_checkpoint, random_samples, tiny_config
+from trainer_support import on_ranks, own_microbatches, random_checkpoint, random_samples, tiny_config, weights_of
 
-from recipe.batching.schedule import schedule
 from recipe.messages import Progress, StepReport, TrainSample
 
 pytestmark = pytest.mark.slow
-
-
-def own_microbatches(trainer, samples: list[TrainSample]) -> list[list[TrainSample]]:
-    plan = schedule([s.length for s in samples], data_parallel_size=trainer.config.data_parallel_size, max_tokens=64)
-    return trainer.own_shard([[[samples[i] for i in pack] for pack in rank] for rank in plan])
-
-
-def weights_of(trainer) -> dict[str, torch.Tensor]:
-    return {name: weight.clone() for name, weight in trainer.weights()}
 
 
 def poisoned_then_healthy(trainer, samples: list[TrainSample]) -> tuple[StepReport, bool, StepReport, bool]:

@@ -1,5 +1,7 @@
 """Configurations, samples and worker processes for the trainer's tests."""
 
+import gc
+import multiprocessing
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -10,6 +12,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from recipe.batching.schedule import schedule
 from recipe.config import Architecture, Config
 from recipe.messages import TrainSample
 from recipe.weights.tiny import write_tiny_checkpoint
@@ -78,11 +81,24 @@ def random_checkpoint() -> Path:
     return directory
 
 
+def own_microbatches(trainer, samples: list[TrainSample]) -> list[list[TrainSample]]:
+    """The calling rank's part of a batch."""
+    plan = schedule([s.length for s in samples], data_parallel_size=trainer.config.data_parallel_size, max_tokens=64)
+    return trainer.own_shard([[[samples[i] for i in pack] for pack in rank] for rank in plan])
+
+
+def weights_of(trainer) -> dict[str, torch.Tensor]:
+    """A copy of the policy, by Hugging Face name. Collective."""
+    return {name: weight.clone() for name, weight in trainer.weights()}
+
+
 def _rank_main(rank: int, function: Callable, config: Config, folder: Path, arguments: tuple) -> None:
     torch.set_num_threads(1)
     from recipe.megatron.layout import Rendezvous
     from recipe.megatron.rank import TrainerRank
 
+    # megatron collects garbage at every save and load: half a second each for what was imported alone.
+    gc.freeze()
     architecture = Architecture.from_checkpoint(config.model.hf_checkpoint)
     store = dist.FileStore(str(folder / "store"), config.world_size)
     trainer = TrainerRank(config, architecture, Rendezvous(rank, 0, config.world_size, store))
@@ -92,11 +108,14 @@ def _rank_main(rank: int, function: Callable, config: Config, folder: Path, argu
 
 
 def on_ranks(function: Callable, config: Config, *arguments: Any) -> list[Any]:
-    """The results of `function(trainer, *arguments)` on every rank of `config`'s layout, each in its own process."""
+    """The results of `function(trainer, *arguments)` on every rank of `config`'s layout, each in its own process. The
+    processes are forked from one that has imported megatron."""
+    multiprocessing.set_forkserver_preload(["recipe.megatron.rank"])
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(
+        torch.multiprocessing.start_processes(
             _rank_main,
             (function, config, Path(folder), arguments),
             nprocs=config.world_size,
+            start_method="forkserver",
         )
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(config.world_size)]
