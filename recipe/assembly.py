@@ -206,11 +206,17 @@ class Run:
         self._rollout, self._reports, self._evals = None, [], {}
 
     def save(self) -> None:
-        """Writes a checkpoint that a resumed run goes on from, losing nothing, and what `--save-hf` asks for."""
+        """Writes a checkpoint that a resumed run goes on from, losing nothing, and what `--save-hf` asks for. With
+        `--async-save` only begins to write the checkpoint, after the one before it is written."""
         with self.clock.measure(Phase.SAVE):
             self.trainer.save(self.config.save_dir, self.progress)
             if (target := self.config.checkpoint.hugging_face_target(self.progress.rollouts, self.is_over)) is not None:
                 self.trainer.export_hugging_face(target)
+
+    def finish_save(self) -> None:
+        """Waits for a checkpoint that is still being written. Raises UserError if it cannot be."""
+        with self.clock.measure(Phase.SAVE):
+            self.trainer.finish_save()
 
 
 class Engines:
@@ -234,7 +240,7 @@ async def open_run(resolved: Resolved) -> AsyncIterator[Run]:
         directory = stack.enter_context(RunDirectory(resolved))
         stack.enter_context(ray_session(config))
         placement = place(config)
-        trainer = TrainerGroup(config, resolved.architecture, placement)
+        trainer = stack.enter_context(TrainerGroup(config, resolved.architecture, placement))
         group = stack.enter_context(EngineGroup(resolved, placement)) if config.needs_engine else None
         if group is not None:
             group.begin_start()

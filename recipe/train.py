@@ -39,6 +39,7 @@ async def train(resolved: Resolved) -> None:
             run.record(samples)
             if run.is_save_due:
                 run.save()
+        run.finish_save()
 
 
 def learn(run: Run, samples: list[TrainSample]) -> None:

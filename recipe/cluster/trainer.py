@@ -1,11 +1,13 @@
 """The trainer as the loop sees it: one actor a rank, and verbs that all of them carry out together."""
 
+import logging
 import os
 import pickle
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
 import ray
 import torch
@@ -16,11 +18,14 @@ from recipe.batching.schedule import schedule
 from recipe.cluster.calls import get
 from recipe.cluster.placement import Placement
 from recipe.config import Architecture, Config
+from recipe.errors import UserError
 from recipe.messages import FloatArray, Progress, StepReport, TrainSample
 from recipe.weights.cost import sequence_cost
 
 if TYPE_CHECKING:
     from recipe.megatron.rank import TrainerRank
+
+logger = logging.getLogger(__name__)
 
 
 class RankActor:
@@ -75,8 +80,12 @@ class RankActor:
                 pass
 
     def save(self, directory: Path, progress: Progress) -> None:
-        """Writes a checkpoint."""
+        """Writes a checkpoint or, with `--async-save`, begins to."""
         self.trainer.save(directory, progress)
+
+    def finish_save(self) -> None:
+        """Waits for the checkpoint that is being written, if any."""
+        self.trainer.finish_save()
 
     def export_hugging_face(self, directory: Path) -> None:
         """Writes the policy as a Hugging Face checkpoint."""
@@ -84,7 +93,8 @@ class RankActor:
 
 
 class TrainerGroup:
-    """All ranks of the trainer."""
+    """All ranks of the trainer. Use as a context manager: when an error ends the block, a checkpoint that is being
+    written is finished."""
 
     def __init__(self, config: Config, architecture: Architecture, placement: Placement) -> None:
         self.config = config
@@ -95,6 +105,18 @@ class TrainerGroup:
             for rank in range(config.world_size)
         ]
         self._starting: list[ray.ObjectRef] = []
+        self._save_in_flight = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        # Who interrupts a run does not want to wait.
+        if isinstance(error, Exception):
+            try:
+                self.finish_save()
+            except UserError as another:
+                logger.warning("%s", another)
 
     def begin_start(self) -> None:
         """Lets the ranks build themselves and load, without waiting for them."""
@@ -123,9 +145,17 @@ class TrainerGroup:
         self._all("update_weights", list(urls), version)
 
     def save(self, directory: Path, progress: Progress) -> None:
-        """Writes a checkpoint. Raises UserError if it cannot be written."""
+        """Writes a checkpoint or, with `--async-save`, begins to. Raises UserError if it, or the one before it, cannot
+        be written."""
         directory.mkdir(parents=True, exist_ok=True)
         self._all("save", directory.resolve(), progress)
+        self._save_in_flight = self.config.checkpoint.async_save
+
+    def finish_save(self) -> None:
+        """Waits for the checkpoint that is being written, if any. Raises UserError if it cannot be."""
+        if self._save_in_flight:
+            self._all("finish_save")
+            self._save_in_flight = False
 
     def export_hugging_face(self, directory: Path) -> None:
         """Writes the policy as a Hugging Face checkpoint."""
@@ -150,7 +180,12 @@ class TrainerGroup:
 
     def _all(self, verb: str, *arguments: Any) -> list[Any]:
         shared = [ray.put(argument) if isinstance(argument, bytes) else argument for argument in arguments]
-        return get([getattr(rank, verb).remote(*shared) for rank in self._ranks], self._names)
+        try:
+            return get([getattr(rank, verb).remote(*shared) for rank in self._ranks], self._names)
+        except BaseException:
+            # The other ranks may be stuck with the one that failed: nothing more is asked of them.
+            self._save_in_flight = False
+            raise
 
     @property
     def _names(self) -> list[str]:

@@ -143,12 +143,6 @@ def mtp_layer_exists(config: Config, architecture: Architecture) -> Iterator[str
         yield f"--mtp-num-layers {asked} contradicts {config_json}, where num_nextn_predict_layers is {held}"
 
 
-def options_are_built(config: Config, _: Architecture) -> Iterator[str]:
-    """What is accepted takes effect."""
-    if config.checkpoint.async_save:
-        yield "--async-save is not available: checkpoints are written while training waits"
-
-
 def numerics_are_fixed(config: Config, _: Architecture) -> Iterator[str]:
     """Log-probs must be reproducible, and sums exact enough to compare them with the engine's."""
     misc = config.misc
@@ -185,7 +179,6 @@ RULES: tuple[Rule, ...] = (
     offload_flags_belong_together,
     evaluation_names_differ,
     mtp_layer_exists,
-    options_are_built,
     numerics_are_fixed,
     device_has_the_kernels,
     *sglang_rules.RULES,

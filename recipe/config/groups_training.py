@@ -130,7 +130,8 @@ class CheckpointConfig(Group):
     """Folder for the final weights in Hugging Face form; with {rollout_id} in its name, which becomes the checkpoint's
     number, for those of every save."""
     async_save: bool = False
-    """Write checkpoints while training goes on."""
+    """Write checkpoints while training goes on, from a copy in host memory: 14 bytes a parameter that a rank writes
+    (bf16 weights, masters and both moments) until they are on the disk."""
     no_load_optim: bool = False
     """Load the weights only and start the optimizer afresh."""
 

@@ -61,13 +61,10 @@ class Adam(torch.optim.Optimizer):
         self.state[parameter][name].copy_(value)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over groups and states as they are: torch's own would cast the state to the parameter's type."""
+        """Takes over the states as they are: torch's own would cast them to the parameter's type. The groups' settings
+        stay this run's: they are not stored, and megatron, which matches groups by few of them, mixes them up."""
         saved_ids = [saved for group in state_dict["param_groups"] for saved in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        self.param_groups = [
-            {**saved, "params": group["params"]}
-            for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True)
-        ]
         for saved_id, parameter in zip(saved_ids, parameters, strict=True):
             for name, value in state_dict["state"].get(saved_id, {}).items():
                 if parameter not in self.state:

@@ -6,9 +6,10 @@
 A directory that crashed half-written still has its temporary name and is never loaded.
 """
 
+import io
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -18,24 +19,25 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
 from megatron.core.dist_checkpointing.mapping import (
     LocalNonpersistentObject,
     ShardedBase,
-    ShardedStateDict,
     ShardedTensor,
 )
 from megatron.core.dist_checkpointing.serialization import get_default_load_sharded_strategy
+from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.torch import (
     MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
 from torch import Tensor
 
 from recipe.errors import UserError
-from recipe.files import atomic_write_text
+from recipe.files import atomic_write_bytes, atomic_write_text
 from recipe.megatron.model import PolicyModel
 from recipe.megatron.optimizer import Optimization
 from recipe.messages import Progress
@@ -43,6 +45,9 @@ from recipe.weights.table import Part, Placement
 from recipe.weights.torch_dist import PROGRESS
 
 LATEST = "latest_checkpointed_iteration.txt"
+
+Shards = dict[str, list[ShardedBase]]
+"""What one rank writes, by parameter; of what several ranks hold, one of them has it."""
 
 
 def read_progress(checkpoint: Path) -> Progress:
@@ -75,6 +80,8 @@ def _optimizer_state(optimization: Optimization, model_state: dict[str, Any], is
         **_metadata(),
         "chained_optim_avoid_prefix": True,
         "distrib_optim_sharding_type": "fully_reshardable",
+        # Gathered in host memory, on the ranks that write it: megatron's other way holds all of it on every GPU.
+        "distrib_optim_fully_reshardable_mem_efficient": True,
     }
     state = optimization.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
 
@@ -84,28 +91,42 @@ def _optimizer_state(optimization: Optimization, model_state: dict[str, Any], is
     return dict_list_map_inplace(keep_local, state)
 
 
-def save(
-    directory: Path, chunks: list[PolicyModel], optimization: Optimization, progress: Progress, keep: int | None
-) -> None:
-    """Writes a training checkpoint. Collective over all ranks. Raises OSError if the disk is full; the checkpoints that
-    were there stay."""
-    final = directory / f"iter_{progress.rollouts:07d}"
+def own_shards(chunks: list[PolicyModel], optimization: Optimization) -> Shards:
+    """What this rank writes of a training checkpoint: the weights themselves, and a copy in host memory of the
+    optimizer's tensors. Collective over all ranks."""
     model_state = _model_state(chunks)
-    state = {**model_state, "optimizer": _optimizer_state(optimization, model_state, is_loading=False)}
-    with written_beside(final) as partial:
-        dist_checkpointing.save(state, str(partial), _StreamingWriter("torch_dist", 1))
-        if dist.get_rank() == 0:
-            atomic_write_text(partial / PROGRESS, json.dumps(asdict(progress)))
-    if dist.get_rank() == 0:
+    return _keep_own({**model_state, "optimizer": _optimizer_state(optimization, model_state, is_loading=False)})
+
+
+def _keep_own(state: dict[str, Any]) -> Shards:
+    sharded, _ = save_preprocess(state)
+    own, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+    return own
+
+
+def save(
+    directory: Path, shards: Shards, progress: Progress, keep: int | None, group: dist.ProcessGroup | None = None
+) -> None:
+    """Writes a training checkpoint. Collective over all ranks, in `group` if one is given. Raises OSError or
+    CheckpointException, on every rank, if the disk is full; the checkpoints that were there stay."""
+
+    def tell_progress() -> None:
+        atomic_write_text(partial / PROGRESS, json.dumps(asdict(progress)))
+
+    def make_it_the_latest() -> None:
         atomic_write_text(directory / LATEST, f"{progress.rollouts}\n")
         _prune(directory, keep)
+
+    with written_beside(directory / f"iter_{progress.rollouts:07d}", group) as partial:
+        _write(partial, shards, group)
+        _on_first_rank(tell_progress, group)
+    _on_first_rank(make_it_the_latest, group)
 
 
 def write_hugging_face(directory: Path, pieces: Iterable[tuple[Placement, Part, Tensor]]) -> None:
     """Writes Hugging Face tensors, each as a piece of its parameter, as a torch_dist checkpoint into an empty
     directory. Collective over all ranks, which together bring every piece once."""
-    state = {part.hf_name: _piece(placement, part, tensor) for placement, part, tensor in pieces}
-    dist_checkpointing.save(state, str(directory), _StreamingWriter("torch_dist", 1))
+    _write(directory, _keep_own({part.hf_name: _piece(placement, part, tensor) for placement, part, tensor in pieces}))
 
 
 def _piece(placement: Placement, part: Part, tensor: Tensor) -> ShardedTensor:
@@ -116,45 +137,67 @@ def _piece(placement: Placement, part: Part, tensor: Tensor) -> ShardedTensor:
     return ShardedTensor.from_rank_offsets(placement.name, tensor.view(*grid, *tensor.shape), *offsets)
 
 
-class _StreamingWriter(TorchDistSaveShardedStrategy):
+def _write(directory: Path, shards: Shards, group: dist.ProcessGroup | None = None) -> None:
     """megatron's torch_dist format written by torch's own writer, a tensor at a time. megatron's copies everything
     first, forks writer processes, and starts another that imports this program again. One thread: torch's writer takes
     no notice of what fails in a second one."""
+    # Nobody checks the sums, and computing them takes as long as the rest. The option is the whole process's: whatever
+    # is saved while training goes on does without them too.
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        dcp.save(
+            mcore_to_pyt_state_dict(shards, is_loading=False),
+            storage_writer=dcp.FileSystemWriter(directory, thread_count=1),
+            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+            process_group=group,
+        )
+    finally:
+        torch.serialization.set_crc32_options(before)
+    _on_first_rank(lambda: _write_what_names_the_format(directory), group)
 
-    def save(self, sharded_state_dict: ShardedStateDict, checkpoint_dir: Path) -> None:
-        """Writes this rank's shards and, on rank 0, the metadata."""
-        state, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
-        # Nobody checks the sums, and computing them takes as long as the rest.
-        before = torch.serialization.get_crc32_options()
-        torch.serialization.set_crc32_options(False)
+
+def _write_what_names_the_format(directory: Path) -> None:
+    nothing = io.BytesIO()
+    torch.save({}, nothing)
+    atomic_write_bytes(directory / COMMON_STATE_FNAME, nothing.getvalue())
+    save_config(CheckpointingConfig("torch_dist", 1), str(directory))
+
+
+def _on_first_rank(action: Callable[[], None], group: dist.ProcessGroup | None) -> None:
+    """Rank 0 carries out `action`; the others wait for it. Raises its OSError on every rank."""
+    failure: list[OSError | None] = [None]
+    if dist.get_rank() == 0:
         try:
-            dcp.save(
-                mcore_to_pyt_state_dict(state, is_loading=False),
-                storage_writer=dcp.FileSystemWriter(checkpoint_dir, thread_count=1),
-                planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
-            )
-        finally:
-            torch.serialization.set_crc32_options(before)
+            action()
+        except OSError as error:
+            failure = [error]
+    dist.broadcast_object_list(failure, src=0, group=group)
+    if failure[0] is not None:
+        raise failure[0]
 
 
 @contextmanager
-def written_beside(final: Path) -> Iterator[Path]:
+def written_beside(final: Path, group: dist.ProcessGroup | None = None) -> Iterator[Path]:
     """A directory for all ranks to write in, which rank 0 renames to `final` when all are done."""
     partial = final.with_name(f".{final.name}.partial")
-    if dist.get_rank() == 0:
+
+    def begin() -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    dist.barrier()
+
+    def put_in_place() -> None:
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+
+    _on_first_rank(begin, group)
     try:
         yield partial
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    dist.barrier()
-    if dist.get_rank() == 0:
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-    dist.barrier()
+    dist.barrier(group)
+    _on_first_rank(put_in_place, group)
 
 
 def _prune(directory: Path, keep: int | None) -> None:

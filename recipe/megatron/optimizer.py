@@ -1,5 +1,6 @@
 """megatron's data-parallel wrapper, distributed optimizer and learning-rate schedule, built from the configuration."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -69,10 +70,10 @@ class Optimization:
             part.allocate()
 
     @property
-    def host_bytes(self) -> int:
-        """Host memory that the state takes on this rank."""
+    def state_tensors(self) -> Iterator[torch.Tensor]:
+        """Moments and, where the optimizer owns them, master weights of this rank."""
         states = (state for inner in self._inner() for state in inner.state.values())
-        return host_memory.host_bytes(tensor for state in states for tensor in state.values())
+        return (tensor for state in states for tensor in state.values())
 
     def reload_weights(self) -> None:
         """Takes over the model's weights, which were loaded after the optimizer was built."""

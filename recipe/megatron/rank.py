@@ -4,9 +4,11 @@ import itertools
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -14,7 +16,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from recipe.config import Architecture, Config
 from recipe.errors import UserError
 from recipe.megatron import checkpoint, layout
+from recipe.megatron.async_save import SaveInFlight
 from recipe.megatron.clipping import clipped_step
+from recipe.megatron.host_memory import host_bytes
 from recipe.megatron.layout import Rendezvous
 from recipe.megatron.model import build_chunks
 from recipe.megatron.optimizer import build_optimization, wrap_data_parallel
@@ -51,6 +55,9 @@ class TrainerRank:
         mtp_scale = config.mtp.mtp_loss_scaling_factor if config.mtp.enable_mtp_training else None
         self.loss_function = LossFunction(policy_loss_config(config), config.is_sft, mtp_scale)
         self.reference: dict[str, Tensor] = {}
+        self.save_in_flight: SaveInFlight | None = None
+        if config.checkpoint.async_save:
+            self.save_in_flight = SaveInFlight(timedelta(minutes=config.cluster.distributed_timeout_minutes))
 
     def load(self) -> Progress:
         """Takes the newest training checkpoint of `--load`. Without one: weights that lie in `--load` itself, or else
@@ -119,16 +126,25 @@ class TrainerRank:
         return gathered_weights(self.chunks, self.architecture)
 
     def save(self, directory: Path, progress: Progress) -> None:
-        """Writes a checkpoint. Raises UserError if it cannot be written; the older ones stay."""
-        try:
-            checkpoint.save(directory, self.chunks, self.optimization, progress, self.config.checkpoint.save_keep)
-        except (OSError, CheckpointException) as error:
-            free = shutil.disk_usage(directory).free
-            raise UserError(
-                f"the checkpoint of rollout {progress.rollouts} cannot be written to {directory} "
-                f"({type(error).__name__}, {free / 1e9:.1f} GB free there): free some space and start again with "
-                "--load; the last good checkpoint is whole"
-            ) from error
+        """Writes a checkpoint or, with `--async-save`, begins to: training may go on, and `finish_save` waits for it.
+        Raises UserError if it, or the one before it, cannot be written; the older ones stay."""
+        self.finish_save()
+        shards = checkpoint.own_shards(self.chunks, self.optimization)
+
+        def write(group: dist.ProcessGroup | None) -> None:
+            with _writing_errors_told(directory, progress):
+                checkpoint.save(directory, shards, progress, self.config.checkpoint.save_keep, group)
+
+        if self.save_in_flight is None:
+            write(None)
+        else:
+            weights = (tensor for chunk in self.chunks for tensor in (*chunk.parameters(), *chunk.buffers()))
+            self.save_in_flight.begin(shards, (*weights, *self.optimization.state_tensors), write)
+
+    def finish_save(self) -> None:
+        """Waits for the checkpoint that is being written, if any. Raises UserError if it cannot be."""
+        if self.save_in_flight is not None:
+            self.save_in_flight.finish()
 
     def export_hugging_face(self, directory: Path) -> None:
         """Writes the policy as a Hugging Face checkpoint, with the files of the starting checkpoint and, if this
@@ -143,6 +159,33 @@ class TrainerRank:
         whole = with_duplicates(itertools.chain(tensors, untrained), origin, self.architecture)
         write_checkpoint(whole, directory, companions=origin.directory)
 
+    def host_memory(self) -> dict[str, int]:
+        """Bytes of host memory that this rank's tensors take now, by part."""
+        reference = host_bytes(self.reference.values())
+        buffers = (buffer for replica in self.replicas for buffer in replica.buffers + replica.expert_parallel_buffers)
+        return {
+            "weights": host_bytes(weight for chunk in self.chunks for weight in chunk.parameters()),
+            "gradients": host_bytes(buffer.grad_data for buffer in buffers),
+            "optimizer state": host_bytes(self.optimization.state_tensors),
+            "reference model": reference,
+            "policy, while the reference model is used": reference,
+            "checkpoint in flight": self.save_in_flight.staged_bytes if self.save_in_flight else 0,
+        }
+
     def close(self) -> None:
-        """Leaves the process groups."""
+        """Waits for the checkpoint that is being written, and leaves the process groups."""
+        self.finish_save()
         layout.leave()
+
+
+@contextmanager
+def _writing_errors_told(directory: Path, progress: Progress) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, CheckpointException) as error:
+        free = shutil.disk_usage(directory).free
+        raise UserError(
+            f"the checkpoint of rollout {progress.rollouts} cannot be written to {directory} "
+            f"({type(error).__name__}, {free / 1e9:.1f} GB free there): free some space and start again with "
+            "--load; the last good checkpoint is whole"
+        ) from error

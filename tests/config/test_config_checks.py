@@ -24,7 +24,6 @@ TWO_STAGES = ("--pipeline-model-parallel-size", "2", "--expert-model-parallel-si
             "--rollout-max-response-len 8192 and --rollout-max-prompt-len 1000 do not fit a context of 9000 tokens",
         ),
         (["--eval-max-response-len", "202752"], "leaves no room for a prompt in the model's 202752"),
-        (["--async-save"], "--async-save is not available"),
         (["--eps-clip-high", "0.1"], "--eps-clip-high 0.1 is below --eps-clip 0.2"),
         (["--tis-clip-low", "3"], "--tis-clip-low 3.0 is not below --tis-clip 2.0"),
         (["--no-use-kl-loss", "--kl-loss-coef", "0.1"], "--kl-loss-coef 0.1 has no effect without --use-kl-loss"),

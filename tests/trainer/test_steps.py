@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from trainer_support import on_ranks, random_checkpoint, random_samples, scheduled, tiny_config
+from trainer_support import on_ranks, random_checkpoint, random_samples, scheduled, tiny_config, weights_of
 
 from recipe.errors import UserError
 from recipe.megatron import host_memory
@@ -16,10 +16,6 @@ from recipe.megatron.adam import Adam, HostAdam
 from recipe.messages import Progress, StepReport, TrainSample
 
 pytestmark = pytest.mark.slow
-
-
-def weights_of(trainer) -> dict[str, torch.Tensor]:
-    return {name: weight.clone() for name, weight in trainer.weights()}
 
 
 def poisoned_then_healthy(trainer, samples: list[TrainSample]) -> tuple[StepReport, bool, StepReport, bool]:

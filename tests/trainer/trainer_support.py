@@ -1,5 +1,6 @@
 """Configurations, samples and worker processes for the trainer's tests."""
 
+import gc
 import multiprocessing
 import tempfile
 from collections.abc import Callable
@@ -92,11 +93,18 @@ def scheduled(trainer: Any, samples: list[TrainSample]) -> list[list[TrainSample
     return trainer.own_shard([[[samples[i] for i in pack] for pack in rank] for rank in plan])
 
 
+def weights_of(trainer) -> dict[str, torch.Tensor]:
+    """A copy of the policy, by Hugging Face name. Collective."""
+    return {name: weight.clone() for name, weight in trainer.weights()}
+
+
 def _rank_main(rank: int, function: Callable, config: Config, folder: Path, arguments: tuple) -> None:
     torch.set_num_threads(1)
     from recipe.megatron.layout import Rendezvous
     from recipe.megatron.rank import TrainerRank
 
+    # megatron collects garbage at every save and load: half a second each for what was imported alone.
+    gc.freeze()
     architecture = Architecture.from_checkpoint(config.model.hf_checkpoint)
     store = dist.FileStore(str(folder / "store"), config.world_size)
     trainer = TrainerRank(config, architecture, Rendezvous(rank, 0, config.world_size, store))
@@ -106,8 +114,8 @@ def _rank_main(rank: int, function: Callable, config: Config, folder: Path, argu
 
 
 def on_ranks(function: Callable, config: Config, *arguments: Any) -> list[Any]:
-    """The results of `function(trainer, *arguments)` on every rank of `config`'s layout, each in its own process."""
-    # Ranks are forked from a process that has imported megatron already.
+    """The results of `function(trainer, *arguments)` on every rank of `config`'s layout, each in its own process. The
+    processes are forked from one that has imported megatron."""
     multiprocessing.set_forkserver_preload(["recipe.megatron.rank"])
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(
