@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -33,9 +34,12 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import WriteItem
 
 from recipe.errors import UserError
 from recipe.files import atomic_write_text
+from recipe.heartbeat import heartbeat
 from recipe.megatron.model import PolicyModel
 from recipe.megatron.optimizer import Optimization
 from recipe.messages import Progress
@@ -116,6 +120,15 @@ def _piece(placement: Placement, part: Part, tensor: Tensor) -> ShardedTensor:
     return ShardedTensor.from_rank_offsets(placement.name, tensor.view(*grid, *tensor.shape), *offsets)
 
 
+class _BeatingPlanner(MCoreSavePlanner):
+    """A heartbeat for every tensor written."""
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        """The tensor's data."""
+        heartbeat.beat()
+        return super().resolve_data(write_item)
+
+
 class _StreamingWriter(TorchDistSaveShardedStrategy):
     """megatron's torch_dist format written by torch's own writer, a tensor at a time. megatron's copies everything
     first, forks writer processes, and starts another that imports this program again. One thread: torch's writer takes
@@ -131,7 +144,7 @@ class _StreamingWriter(TorchDistSaveShardedStrategy):
             dcp.save(
                 mcore_to_pyt_state_dict(state, is_loading=False),
                 storage_writer=dcp.FileSystemWriter(checkpoint_dir, thread_count=1),
-                planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+                planner=_BeatingPlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
             )
         finally:
             torch.serialization.set_crc32_options(before)
@@ -190,6 +203,10 @@ def load(checkpoint: Path, chunks: list[PolicyModel], optimization: Optimization
     return progress
 
 
+def _beat(*_: object) -> None:
+    heartbeat.beat()
+
+
 def _read(checkpoint: Path, state: dict[str, Any]) -> dict[str, Any]:
     try:
         held = dist_checkpointing.load_tensors_metadata(str(checkpoint))
@@ -199,6 +216,8 @@ def _read(checkpoint: Path, state: dict[str, Any]) -> dict[str, Any]:
                 f"{checkpoint} lacks {len(absent)} tensors that this run asks for, such as {absent[0]}: it was written "
                 "for another model, or without --mtp-num-layers 1 or the optimizer (--no-load-optim does without)"
             )
-        return dist_checkpointing.load(state, str(checkpoint), get_default_load_sharded_strategy(str(checkpoint)))
+        # The planner is told of every tensor read, and does nothing about it.
+        with mock.patch.object(DefaultLoadPlanner, "commit_tensor", _beat):
+            return dist_checkpointing.load(state, str(checkpoint), get_default_load_sharded_strategy(str(checkpoint)))
     except dist_checkpointing.core.CheckpointingException as error:
         raise UserError(f"{checkpoint} cannot be loaded as a torch_dist checkpoint: {error}") from error

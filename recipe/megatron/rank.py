@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from recipe.config import Architecture, Config
 from recipe.errors import UserError
+from recipe.heartbeat import heartbeat
 from recipe.megatron import checkpoint, layout
 from recipe.megatron.layout import Rendezvous
 from recipe.megatron.model import build_chunks
@@ -108,6 +109,7 @@ class TrainerRank:
         """One optimizer step on this rank's microbatches of a batch."""
         learning_rate = self.optimization.learning_rate
         metrics = forward_backward(self.replicas, microbatches, self.loss_function)
+        heartbeat.beat()
         norm = clipped_step(self.optimization.optimizer, self.config.optimizer.clip_grad)
         if taken := math.isfinite(norm):
             self.optimization.scheduler.step(increment=1)

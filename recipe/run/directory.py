@@ -7,6 +7,7 @@
     tensorboard/     the metrics as TensorBoard events
     summary.json     how the run ended, rewards before and after; written when the run ends, however it ends
     reward.png       the same as a picture
+    hung-ranks.txt   what every training rank was doing when one had hung, if one did
 
 A run is continued by --load with its own checkpoints. What it wrote after the loaded checkpoint is cut off then, so
 that its files become those of a run that was never interrupted.
