@@ -210,6 +210,7 @@ class Run:
         `--async-save` only begins to write the checkpoint, after the one before it is written."""
         with self.clock.measure(Phase.SAVE):
             self.trainer.save(self.config.save_dir, self.progress)
+            self._directory.record_host_memory(self.trainer.host_memory())
             if (target := self.config.checkpoint.hugging_face_target(self.progress.rollouts, self.is_over)) is not None:
                 self.trainer.export_hugging_face(target)
 
@@ -247,6 +248,7 @@ async def open_run(resolved: Resolved) -> AsyncIterator[Run]:
         trainer.begin_start()
         progress = trainer.finish_start()
         directory.start(progress.rollouts)
+        directory.record_host_memory(trainer.host_memory())
         engines = None
         if group is not None:
             assert data.reward is not None

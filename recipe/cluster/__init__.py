@@ -1,12 +1,12 @@
 """Everything that imports ray: starting it, placing the trainer's ranks and the engines, and speaking to them.
 
 Ray opens ports on every address whatever it is told, so it always runs with token authentication; it takes note of that
-when it is imported.
+when it is imported. Failed calls whose results nobody asks for follow one that was told: Ray need not tell them too.
 """
 
 import os
 
-os.environ["RAY_AUTH_MODE"] = "token"
+os.environ |= {"RAY_AUTH_MODE": "token", "RAY_IGNORE_UNHANDLED_ERRORS": "1"}
 
 from recipe.cluster.engines import EngineGroup
 from recipe.cluster.placement import place

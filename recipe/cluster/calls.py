@@ -20,11 +20,12 @@ def get(references: Sequence[ray.ObjectRef], names: Sequence[str]) -> list[Any]:
     while waiting:
         done, _ = ray.wait(list(waiting))
         for reference in done:
-            _raise_failure(reference, waiting.pop(reference))
+            raise_failure(reference, waiting.pop(reference))
     return ray.get(list(references))
 
 
-def _raise_failure(reference: ray.ObjectRef, name: str) -> None:
+def raise_failure(reference: ray.ObjectRef, name: str) -> None:
+    """Raises what `get` does if the call to the actor called `name`, which is over, failed."""
     try:
         ray.get(reference)
     except RayTaskError as error:

@@ -17,8 +17,10 @@ from ray.actor import ActorHandle
 from recipe.batching.schedule import schedule
 from recipe.cluster.calls import get
 from recipe.cluster.placement import Placement
+from recipe.cluster.watch import WatchedCall, WatchedRank
 from recipe.config import Architecture, Config
 from recipe.errors import UserError
+from recipe.heartbeat import Whereabouts, heartbeat
 from recipe.messages import FloatArray, Progress, StepReport, TrainSample
 from recipe.weights.cost import sequence_cost
 
@@ -28,6 +30,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+_ANSWERS = "answers"
+"""Ray's group of threads beside the one that works. Where there is such a group, Ray carries out all other methods, one
+at a time, in one thread, which is not Python's main thread."""
+
+
 class RankActor:
     """One training rank in a process of its own."""
 
@@ -35,6 +42,15 @@ class RankActor:
         self.config, self.architecture, self.rank = config, architecture, rank
         self.trainer: TrainerRank
         self.store: dist.Store | None = None
+
+    def process(self) -> str:
+        """This process and its machine, as a user finds them."""
+        return f"pid {os.getpid()} on {ray.util.get_node_ip_address()}"
+
+    @ray.method(concurrency_group=_ANSWERS)
+    def whereabouts(self) -> Whereabouts:
+        """How far it has come and where it is, told while it works."""
+        return heartbeat.whereabouts()
 
     def open_store(self, address: str | None) -> tuple[str, int]:
         """Opens the store in which the ranks meet, here at `address` (default: this machine's, as Ray knows it) and a
@@ -50,6 +66,7 @@ class RankActor:
     def start(self, address: str, port: int, threads: int) -> Progress:
         """Builds the rank, with the others that meet at `address` and `port`, and loads its weights."""
         torch.set_num_threads(threads)
+        heartbeat.follow_this_thread()
         from recipe.megatron.layout import Rendezvous
         from recipe.megatron.rank import TrainerRank
 
@@ -91,6 +108,10 @@ class RankActor:
         """Writes the policy as a Hugging Face checkpoint."""
         self.trainer.export_hugging_face(directory)
 
+    def host_memory(self) -> dict[str, int]:
+        """Bytes of host memory in use, by part."""
+        return self.trainer.host_memory()
+
 
 class TrainerGroup:
     """All ranks of the trainer. Use as a context manager: when an error ends the block, a checkpoint that is being
@@ -99,11 +120,12 @@ class TrainerGroup:
     def __init__(self, config: Config, architecture: Architecture, placement: Placement) -> None:
         self.config = config
         self.cost = sequence_cost(architecture)
-        actor: Any = ray.remote(RankActor)
+        actor: Any = ray.remote(concurrency_groups={_ANSWERS: 1})(RankActor)  # type: ignore[call-overload]
         self._ranks: list[ActorHandle] = [
             actor.options(name=f"training rank {rank}", **placement.for_rank(rank)).remote(config, architecture, rank)
             for rank in range(config.world_size)
         ]
+        self._watched: list[WatchedRank] = []
         self._starting: list[ray.ObjectRef] = []
         self._save_in_flight = False
 
@@ -119,7 +141,9 @@ class TrainerGroup:
                 logger.warning("%s", another)
 
     def begin_start(self) -> None:
-        """Lets the ranks build themselves and load, without waiting for them."""
+        """Creates the ranks, and lets them build themselves and load without waiting for that."""
+        processes = get([rank.process.remote() for rank in self._ranks], self._names)
+        self._watched = [WatchedRank(*rank) for rank in zip(self._names, processes, self._ranks, strict=True)]
         first, *_ = self._ranks
         [(address, port)] = get([first.open_store.remote(self.config.cluster.master_addr)], ["training rank 0"])
         threads = threads_per_rank(self.config)
@@ -127,7 +151,7 @@ class TrainerGroup:
 
     def finish_start(self) -> Progress:
         """Waits for `begin_start`. Returns how far the run has come."""
-        return get(self._starting, self._names)[0]
+        return self._results(self._starting)[0]
 
     def train_step(self, samples: Sequence[TrainSample]) -> StepReport:
         """One optimizer step on `samples`."""
@@ -162,6 +186,12 @@ class TrainerGroup:
         directory.parent.mkdir(parents=True, exist_ok=True)
         self._all("export_hugging_face", directory.resolve())
 
+    def host_memory(self) -> list[dict[str, int]]:
+        """Bytes of host memory that the ranks of each machine use now, by part."""
+        found, per_machine = self._all("host_memory"), self.config.cluster.actor_num_gpus_per_node
+        machines = [found[first : first + per_machine] for first in range(0, len(found), per_machine)]
+        return [{part: sum(rank[part] for rank in ranks) for part in ranks[0]} for ranks in machines]
+
     def _shards(self, samples: Sequence[TrainSample]) -> bytes:
         """The microbatches of every data-parallel rank, as one string of bytes: Ray would send each of the thousands of
         small arrays as a buffer of its own."""
@@ -181,11 +211,16 @@ class TrainerGroup:
     def _all(self, verb: str, *arguments: Any) -> list[Any]:
         shared = [ray.put(argument) if isinstance(argument, bytes) else argument for argument in arguments]
         try:
-            return get([getattr(rank, verb).remote(*shared) for rank in self._ranks], self._names)
+            return self._results([getattr(rank, verb).remote(*shared) for rank in self._ranks])
         except BaseException:
             # The other ranks may be stuck with the one that failed: nothing more is asked of them.
             self._save_in_flight = False
             raise
+
+    def _results(self, references: Sequence[ray.ObjectRef]) -> list[Any]:
+        timeout_s = 60 * self.config.cluster.distributed_timeout_minutes
+        report = self.config.run_dir.resolve() / "hung-ranks.txt"
+        return WatchedCall(self._watched, references, timeout_s, report).results()
 
     @property
     def _names(self) -> list[str]:

@@ -24,8 +24,8 @@ class ClusterConfig(Group):
     """Where the trainer computes; auto: cuda where there is one."""
     master_addr: str | None = None
     """Address every machine reaches the first one by; default: found by Ray."""
-    distributed_timeout_minutes: PositiveInt = 10
-    """Longest wait in a collective operation."""
+    distributed_timeout_minutes: PositiveFloat = 10.0
+    """Longest wait in a collective operation; somewhat earlier a rank that hangs is looked for, and named."""
     num_cpus_per_rank: PositiveFloat | None = None
     """CPU cores reserved for a training rank; default: shared evenly."""
     num_cpus_per_engine: PositiveFloat | None = None

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -35,9 +36,12 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import WriteItem
 
 from recipe.errors import UserError
 from recipe.files import atomic_write_bytes, atomic_write_text
+from recipe.heartbeat import heartbeat
 from recipe.megatron.model import PolicyModel
 from recipe.megatron.optimizer import Optimization
 from recipe.messages import Progress
@@ -137,6 +141,15 @@ def _piece(placement: Placement, part: Part, tensor: Tensor) -> ShardedTensor:
     return ShardedTensor.from_rank_offsets(placement.name, tensor.view(*grid, *tensor.shape), *offsets)
 
 
+class _BeatingPlanner(MCoreSavePlanner):
+    """A heartbeat for every tensor written."""
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        """The tensor's data."""
+        heartbeat.beat()
+        return super().resolve_data(write_item)
+
+
 def _write(directory: Path, shards: Shards, group: dist.ProcessGroup | None = None) -> None:
     """megatron's torch_dist format written by torch's own writer, a tensor at a time. megatron's copies everything
     first, forks writer processes, and starts another that imports this program again. One thread: torch's writer takes
@@ -149,7 +162,7 @@ def _write(directory: Path, shards: Shards, group: dist.ProcessGroup | None = No
         dcp.save(
             mcore_to_pyt_state_dict(shards, is_loading=False),
             storage_writer=dcp.FileSystemWriter(directory, thread_count=1),
-            planner=MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+            planner=_BeatingPlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
             process_group=group,
         )
     finally:
@@ -233,6 +246,10 @@ def load(checkpoint: Path, chunks: list[PolicyModel], optimization: Optimization
     return progress
 
 
+def _beat(*_: object) -> None:
+    heartbeat.beat()
+
+
 def _read(checkpoint: Path, state: dict[str, Any]) -> dict[str, Any]:
     try:
         held = dist_checkpointing.load_tensors_metadata(str(checkpoint))
@@ -242,6 +259,8 @@ def _read(checkpoint: Path, state: dict[str, Any]) -> dict[str, Any]:
                 f"{checkpoint} lacks {len(absent)} tensors that this run asks for, such as {absent[0]}: it was written "
                 "for another model, or without --mtp-num-layers 1 or the optimizer (--no-load-optim does without)"
             )
-        return dist_checkpointing.load(state, str(checkpoint), get_default_load_sharded_strategy(str(checkpoint)))
+        # The planner is told of every tensor read, and does nothing about it.
+        with mock.patch.object(DefaultLoadPlanner, "commit_tensor", _beat):
+            return dist_checkpointing.load(state, str(checkpoint), get_default_load_sharded_strategy(str(checkpoint)))
     except dist_checkpointing.core.CheckpointingException as error:
         raise UserError(f"{checkpoint} cannot be loaded as a torch_dist checkpoint: {error}") from error

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from recipe.config import Architecture, Config
 from recipe.errors import UserError
+from recipe.heartbeat import heartbeat
 from recipe.megatron import checkpoint, layout
 from recipe.megatron.async_save import SaveInFlight
 from recipe.megatron.clipping import clipped_step
@@ -115,6 +116,7 @@ class TrainerRank:
         """One optimizer step on this rank's microbatches of a batch."""
         learning_rate = self.optimization.learning_rate
         metrics = forward_backward(self.replicas, microbatches, self.loss_function)
+        heartbeat.beat()
         norms = clipped_step(self.optimization.optimizer, self.config.optimizer.clip_grad)
         if taken := norms.are_finite:
             self.optimization.scheduler.step(increment=1)

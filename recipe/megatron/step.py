@@ -15,6 +15,7 @@ from torch import Tensor
 from recipe.config import Config
 from recipe.grpo.kl import KLEstimator
 from recipe.grpo.loss import LossMetrics, Metric, PolicyLossConfig, PolicyLossInputs, policy_loss, sft_loss
+from recipe.heartbeat import heartbeat
 from recipe.megatron.microbatch import MicroBatch, TokenLayout, build_microbatch
 from recipe.megatron.model import ModelOutput
 from recipe.messages import FloatArray, TrainSample
@@ -96,7 +97,9 @@ def _run(
     layout = token_layout(with_mtp)
 
     def batches() -> Iterator[MicroBatch]:
-        return (build_microbatch(samples, layout) for samples in microbatches)
+        for samples in microbatches:
+            heartbeat.beat()
+            yield build_microbatch(samples, layout)
 
     def forward_step(batch_of: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple:
         batch = next(batch_of)

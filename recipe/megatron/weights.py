@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from recipe.config import Architecture
+from recipe.heartbeat import heartbeat
 from recipe.megatron.layout import shard_coordinates
 from recipe.megatron.model import PolicyModel
 from recipe.weights.hf_files import HuggingFaceCheckpoint
@@ -35,6 +36,7 @@ def load_hugging_face(chunks: list[PolicyModel], architecture: Architecture, che
     at = shard_coordinates()
     table = placements(architecture, with_mtp=chunks[-1].config.mtp_num_layers is not None)
     for name, weight in named_weights(chunks).items():
+        heartbeat.beat()
         placement = table[name]
         local = weight.view(placement.local_shape(at))
         for part in placement.parts(at):
@@ -94,6 +96,7 @@ def gathered_weights(chunks: list[PolicyModel], architecture: Architecture) -> I
     own_stage = parallel_state.get_pipeline_model_parallel_rank()
     device = next(iter(mine.values())).device
     for name, placement in placements(architecture, with_mtp=chunks[-1].config.mtp_num_layers is not None).items():
+        heartbeat.beat()
         stage, shape, dtype = stage_of[name]
         weight = mine[name].detach() if stage == own_stage else torch.empty(shape, dtype=dtype, device=device)
         if pipeline.size() > 1:

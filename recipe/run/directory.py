@@ -7,6 +7,8 @@
     tensorboard/     the metrics as TensorBoard events
     summary.json     how the run ended, rewards before and after; written when the run ends, however it ends
     reward.png       the same as a picture
+    host_memory.json the most host memory that the training ranks used, by machine and part, in bytes
+    hung-ranks.txt   what every training rank was doing when one had hung, if one did
 
 A run is continued by --load with its own checkpoints. What it wrote after the loaded checkpoint is cut off then, so
 that its files become those of a run that was never interrupted.
@@ -16,7 +18,7 @@ import json
 import shutil
 import time
 from asyncio import CancelledError
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -75,6 +77,7 @@ class RunDirectory:
         self._metrics = Journal(self.path / "metrics.jsonl")
         self._rollouts = self.path / "rollouts"
         self._sinks: list[MetricSink] = []
+        self._host_memory: list[dict[str, int]] = []
         if self._metrics.read():
             self._refuse_unless_continued()
         with writing(self.path):
@@ -118,6 +121,15 @@ class RunDirectory:
         path = self._rollouts / f"{rollout_id:06}.jsonl"
         with writing(path):
             atomic_write_bytes(path, b"".join(encode(vars(sample)) for sample in samples))
+
+    def record_host_memory(self, machines: Sequence[Mapping[str, int]]) -> None:
+        """Takes down what the training ranks of each machine use now. The file keeps the most that was ever seen."""
+        self._host_memory = self._host_memory or [{} for _ in machines]
+        for most, now in zip(self._host_memory, machines, strict=True):
+            most |= {part: max(used, most.get(part, 0)) for part, used in now.items()}
+        lines = [{**most, "total": sum(most.values())} for most in self._host_memory]
+        with writing(self.path):
+            atomic_write_text(self.path / "host_memory.json", json.dumps(lines, indent=1) + "\n")
 
     def __enter__(self) -> Self:
         return self

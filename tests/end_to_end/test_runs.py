@@ -40,6 +40,12 @@ def test_a_run_leaves_what_it_promises(uninterrupted: Path) -> None:
     assert summary["steps"] == ROLLOUTS
     assert 0 <= summary["eval"]["before"] <= 1
     assert summary["wall_s"] > 0
+    [memory] = json.loads((uninterrupted / "host_memory.json").read_text())
+    # Each of the two ranks has the gradients of all parameters, and both moments of half of them.
+    assert memory["optimizer state"] == pytest.approx(memory["gradients"], rel=0.01)
+    assert memory["weights"] >= memory["gradients"]
+    assert memory["reference model"] == 0
+    assert memory["total"] == sum(memory.values()) - memory["total"]
 
 
 def test_trainer_and_engine_agree_before_the_first_step(uninterrupted: Path) -> None:

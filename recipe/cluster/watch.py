@@ -1,0 +1,188 @@
+"""Waiting for calls to all training ranks, and finding out who is to blame when they come to a standstill.
+
+Ray lets a rank answer where it is while it works. It is asked now and then; that no rank gets anything done for most of
+the time-out of torch.distributed, or that one of them gives up waiting, ends the waiting.
+"""
+
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import ray
+import torch.distributed as dist
+from ray.actor import ActorHandle
+from ray.exceptions import ActorUnavailableError, RayTaskError
+
+from recipe.cluster.blame import Standing, blame
+from recipe.cluster.calls import raise_failure
+from recipe.cluster.hung_report import Witness, all_stacks, sentence, short_stacks
+from recipe.errors import UserError
+from recipe.files import atomic_write_text
+from recipe.heartbeat import Whereabouts
+
+PATIENCE = 0.8
+"""Share of the time-out after which a standstill is looked into: before torch.distributed ends innocent ranks."""
+LOOKS_PER_TIMEOUT = 20
+ANSWER_TIMEOUT_S = 10.0
+"""A rank that does not say in this time where it is does not answer."""
+NEWS_OF_DEATH_S = 5.0
+"""Time in which Ray learns that a process is gone, which its peers may notice first."""
+_TORN = re.compile(r"gloo|NCCL|pair closure|Connection (closed|reset) by peer")
+
+
+@dataclass(frozen=True)
+class WatchedRank:
+    """A training rank as the driver knows it."""
+
+    name: str
+    process: str
+    actor: ActorHandle
+
+
+@dataclass
+class _View:
+    """What is known of a rank during a call."""
+
+    moved: float
+    """When it was first seen where it still is, on the monotonic clock."""
+    progressed: float
+    """When it was first seen to have got as far as it has."""
+    seen: Whereabouts | None = None
+    question: ray.ObjectRef | None = None
+    """That it has not answered yet."""
+    asked: float = 0.0
+    error: str = ""
+    """With which it gave up waiting for the others."""
+
+
+class WatchedCall:
+    """A call that all ranks carry out together."""
+
+    def __init__(
+        self, ranks: Sequence[WatchedRank], references: Sequence[ray.ObjectRef], timeout_s: float, report: Path
+    ) -> None:
+        self._ranks, self._references, self._timeout_s, self._report = ranks, references, timeout_s, report
+        self._pending = {reference: rank for rank, reference in enumerate(references)}
+        now = time.monotonic()
+        self._views = [_View(now, now) for _ in ranks]
+
+    def results(self) -> list[Any]:
+        """What the ranks return, failures as `calls.get` raises them. Raises UserError, which names who is to blame, if
+        the ranks come to a standstill; what each of them was doing is written to the report."""
+        interval = self._timeout_s / LOOKS_PER_TIMEOUT
+        next_look = time.monotonic() + interval
+        while self._pending:
+            done, _ = ray.wait(list(self._pending), timeout=max(0.0, next_look - time.monotonic()))
+            self._settle(done)
+            if self._has_given_up:
+                self._ask_everyone(at_least_s=NEWS_OF_DEATH_S)
+                self._accuse()
+            if time.monotonic() >= next_look:
+                self._look()
+                if self._stands_still:
+                    self._ask_everyone()
+                    if self._stands_still or self._has_given_up:
+                        self._accuse()
+                next_look = time.monotonic() + interval
+        return ray.get(list(self._references))
+
+    def _settle(self, done: Sequence[ray.ObjectRef]) -> None:
+        """Takes note of calls that are over. A rank that lost the others does not end the waiting by itself: it is
+        seldom to blame."""
+        for reference in done:
+            rank = self._pending.pop(reference)
+            try:
+                raise_failure(reference, self._ranks[rank].name)
+            except RayTaskError as error:
+                if not _lost_the_others(error.cause):
+                    raise
+                self._views[rank].error = str(error.cause).strip().splitlines()[0]
+
+    @property
+    def _has_given_up(self) -> bool:
+        return any(view.error for view in self._views)
+
+    @property
+    def _stands_still(self) -> bool:
+        """Whether no rank gets anything done, and one of them not even moves: loading and compiling do."""
+        limit = time.monotonic() - PATIENCE * self._timeout_s
+        views = [self._views[rank] for rank in self._pending.values()]
+        return all(view.progressed <= limit for view in views) and any(view.moved <= limit for view in views)
+
+    def _look(self) -> None:
+        """Takes in the answers that are there, and asks all ranks that have answered again."""
+        self._take_answers()
+        for rank, view in zip(self._ranks, self._views, strict=True):
+            if view.question is None:
+                view.question, view.asked = rank.actor.whereabouts.remote(), time.monotonic()
+
+    def _take_answers(self) -> None:
+        for rank, view in zip(self._ranks, self._views, strict=True):
+            if view.question is None or not ray.wait([view.question], timeout=0)[0]:
+                continue
+            question, view.question = view.question, None
+            try:
+                raise_failure(question, rank.name)
+            except ActorUnavailableError:
+                continue
+            self._note(view, ray.get(question))
+
+    @staticmethod
+    def _note(view: _View, seen: Whereabouts) -> None:
+        now = time.monotonic()
+        if view.seen is None or seen.beats != view.seen.beats:
+            view.progressed = now
+        if seen != view.seen:
+            view.moved = now
+        view.seen = seen
+
+    def _ask_everyone(self, at_least_s: float = 0.0) -> None:
+        """Asks all ranks, and waits until each has answered or its time for that is over. A death that Ray learns of
+        meanwhile is raised."""
+        self._look()
+        soonest = time.monotonic() + at_least_s
+        while (questions := self._open_questions(soonest)) or (self._pending and time.monotonic() < soonest):
+            done, _ = ray.wait([*questions, *self._pending], timeout=0.2)
+            self._settle([reference for reference in done if reference in self._pending])
+            self._take_answers()
+
+    def _open_questions(self, soonest: float) -> list[ray.ObjectRef]:
+        now = time.monotonic()
+        return [
+            view.question
+            for view in self._views
+            if view.question is not None and now < max(soonest, view.asked + ANSWER_TIMEOUT_S)
+        ]
+
+    def _accuse(self) -> NoReturn:
+        now, witnesses = time.monotonic(), {}
+        for number, (rank, view) in enumerate(zip(self._ranks, self._views, strict=True)):
+            standing = Standing(
+                view.seen if view.question is None else None,
+                finished=not view.error and number not in self._pending.values(),
+                gave_up=bool(view.error),
+            )
+            witnesses[number] = Witness(rank.process, standing, view.seen, now - view.progressed, view.error)
+        verdict = blame({number: witness.standing for number, witness in witnesses.items()})
+        accusation = sentence(verdict, witnesses)
+        raise UserError(
+            f"{accusation}; {self._write(accusation, witnesses)}mend what holds it up, or raise "
+            f"--distributed-timeout-minutes (now {self._timeout_s / 60:g}) if it was only slow, and start again with "
+            f"--load to go on from the last checkpoint\n{short_stacks(verdict, witnesses)}"
+        )
+
+    def _write(self, accusation: str, witnesses: Mapping[int, Witness]) -> str:
+        """Writes the report, where that is possible. Returns where to find it."""
+        try:
+            atomic_write_text(self._report, f"{time.ctime()}: {accusation}\n\n{all_stacks(witnesses)}")
+        except OSError:
+            return ""
+        return f"where every rank was stands in {self._report}; "
+
+
+def _lost_the_others(error: BaseException) -> bool:
+    """Whether this is how torch.distributed says that other ranks did not come, or went away."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(_TORN.search(str(error))))

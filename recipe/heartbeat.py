@@ -1,0 +1,69 @@
+"""How far this process has come and where in the program it is: what a training rank answers when it is asked."""
+
+import sys
+import threading
+import traceback
+from dataclasses import dataclass
+from types import FrameType
+from typing import NamedTuple
+
+
+class Frame(NamedTuple):
+    """A line of a stack."""
+
+    file: str
+    line: int
+    function: str
+    text: str
+    """The line's source."""
+
+
+@dataclass(frozen=True)
+class Whereabouts:
+    """Of a rank at one moment."""
+
+    beats: int
+    stack: tuple[Frame, ...]
+    """Outermost first; empty while it has nothing to do."""
+
+
+class Heartbeat:
+    """Counts what a process gets done. One thread works and beats, any other may ask."""
+
+    def __init__(self) -> None:
+        self.beats = 0
+        self._worker: int | None = None
+
+    def follow_this_thread(self) -> None:
+        """From now on `whereabouts` speaks of the thread that calls this."""
+        self._worker = threading.get_ident()
+
+    def beat(self) -> None:
+        """Something is done: a microbatch, a tensor of many."""
+        self.beats += 1
+
+    def whereabouts(self) -> Whereabouts:
+        """How far the followed thread has come, and its stack. Where it waits for a GPU's backward pass, the stack goes
+        on in autograd's own thread."""
+        frames = sys._current_frames()
+        own = frames.get(self._worker) if self._worker is not None else None
+        if own is None:
+            return Whereabouts(self.beats, ())
+        stack = _read(own)
+        if stack[-1].file.endswith("torch/autograd/graph.py"):
+            started_by_python = {
+                thread.ident for thread in threading.enumerate() if not isinstance(thread, threading._DummyThread)
+            }
+            others = frames.keys() - started_by_python - {self._worker, threading.get_ident()}
+            stack += [line for other in sorted(others) for line in _read(frames[other])]
+        return Whereabouts(self.beats, tuple(stack))
+
+
+def _read(frame: FrameType) -> list[Frame]:
+    return [
+        Frame(line.filename, line.lineno or 0, line.name, line.line or "") for line in traceback.extract_stack(frame)
+    ]
+
+
+heartbeat = Heartbeat()
+"""Of this process."""

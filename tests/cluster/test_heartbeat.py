@@ -1,0 +1,62 @@
+"""What a rank answers when it is asked where it is."""
+
+import _thread
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from recipe.heartbeat import Heartbeat, Whereabouts
+
+
+def waiting_in(file: str) -> Callable[[_thread.LockType], None]:
+    """A function of `file` that waits for a lock."""
+    names: dict = {}
+    exec(compile("def wait(lock):\n    lock.acquire()\n    lock.release()", file, "exec"), names)
+    return names["wait"]
+
+
+def wait_until_stuck(thread: int | None, function: str) -> None:
+    while thread not in (frames := sys._current_frames()) or frames[thread].f_code.co_name != function:
+        pass
+
+
+@contextmanager
+def backward_pass(heartbeat: Heartbeat, file: str) -> Iterator[None]:
+    """Meanwhile the followed thread waits in `file`, and one that Python did not start in a function `hook`."""
+    lock, is_over = _thread.allocate_lock(), threading.Event()
+
+    def work() -> None:
+        heartbeat.follow_this_thread()
+        waiting_in(file)(lock)
+
+    def hook() -> None:
+        lock.acquire()
+        lock.release()
+        is_over.set()
+
+    with lock:
+        thread = threading.Thread(target=work)
+        thread.start()
+        wait_until_stuck(thread.ident, "wait")
+        wait_until_stuck(_thread.start_new_thread(hook, ()), "hook")
+        yield
+    thread.join()
+    is_over.wait()
+
+
+@pytest.mark.parametrize(("file", "innermost"), [("torch/autograd/graph.py", "hook"), ("recipe/work.py", "wait")])
+def test_a_wait_for_autograd_is_followed_into_its_thread(file: str, innermost: str) -> None:
+    heartbeat = Heartbeat()
+    with backward_pass(heartbeat, f"/somewhere/{file}"):
+        stack = heartbeat.whereabouts().stack
+    assert stack[-1].function == innermost
+    assert "work" in [frame.function for frame in stack]
+
+
+def test_who_has_nothing_to_do_is_nowhere() -> None:
+    heartbeat = Heartbeat()
+    heartbeat.beat()
+    assert heartbeat.whereabouts() == Whereabouts(1, ())

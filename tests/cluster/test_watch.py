@@ -1,0 +1,143 @@
+"""Waiting for ranks that fail in all ways, played by small actors."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from recipe.cluster import ray_session
+from recipe.cluster.watch import WatchedCall, WatchedRank
+from recipe.config import Config
+from recipe.errors import UserError
+
+TIMEOUT_S = 4.0
+TIMED_OUT = "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 4000ms for recv"
+CLOSED = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:554] Connection closed by peer [127.0.0.1]:1234"
+
+
+@pytest.fixture(scope="module")
+def actor() -> Iterator[Any]:
+    """An actor class that carries out functions of this file as a rank its verbs."""
+    import ray
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+    class Rank:
+        @ray.method(concurrency_group="answers")
+        def whereabouts(self) -> Any:
+            from recipe.heartbeat import heartbeat
+
+            return heartbeat.whereabouts()
+
+        def do(self, work: Callable[[Callable[[], None]], Any]) -> Any:
+            from recipe.heartbeat import heartbeat
+
+            heartbeat.follow_this_thread()
+            return work(heartbeat.beat)
+
+    config = SimpleNamespace(world_size=4, num_engines=0, misc=SimpleNamespace(log_level="warning"))
+    with ray_session(cast(Config, config)):
+        yield ray.remote(concurrency_groups={"answers": 1})(Rank).options(num_cpus=0)
+
+
+def results(actor: Any, report: Path, *works: Callable[[Callable[[], None]], Any]) -> list[Any]:
+    """What a watched call returns in which every rank carries out its own work."""
+
+    ranks = [WatchedRank(f"training rank {number}", f"pid {number}", actor.remote()) for number in range(len(works))]
+    references = [rank.actor.do.remote(work) for rank, work in zip(ranks, works, strict=True)]
+    return WatchedCall(ranks, references, TIMEOUT_S, report).results()
+
+
+def fails(error: Exception, after_s: float) -> Callable:
+    def work(_: Callable[[], None]) -> None:
+        time.sleep(after_s)
+        raise error
+
+    return work
+
+
+def sleeps(_: Callable[[], None]) -> None:
+    time.sleep(60)
+
+
+def dies(_: Callable[[], None]) -> None:
+    time.sleep(1.0)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_stopped(_: Callable[[], None]) -> None:
+    subprocess.Popen(["sh", "-c", f"sleep 20; kill -CONT {os.getpid()}"], start_new_session=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
+    time.sleep(60)
+
+
+def works_slowly(beat: Callable[[], None]) -> str:
+    for _ in range(3):
+        time.sleep(0.6 * TIMEOUT_S)
+        beat()
+    return "done"
+
+
+def waits_long(_: Callable[[], None]) -> str:
+    time.sleep(1.5 * TIMEOUT_S)
+    return "waited"
+
+
+def runs_without_beats(_: Callable[[], None]) -> str:
+    def deeper(depth: int) -> str:
+        time.sleep(0.01 * TIMEOUT_S)
+        return deeper(depth + 1) if depth < 150 else "ran"
+
+    return deeper(0)
+
+
+def test_ranks_that_advance_may_take_longer_than_the_timeout(actor: Any, tmp_path: Path) -> None:
+    assert results(actor, tmp_path / "report", works_slowly, waits_long) == ["done", "waited"]
+
+
+def test_a_rank_that_moves_without_a_beat_is_at_work(actor: Any, tmp_path: Path) -> None:
+    assert results(actor, tmp_path / "report", runs_without_beats) == ["ran"]
+
+
+def test_a_rank_that_does_not_answer_is_not_waited_for(
+    actor: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recipe.cluster.watch.ANSWER_TIMEOUT_S", 2.0)
+    with pytest.raises(UserError, match=r"^training rank 1 \(pid 1\) does not answer"):
+        results(actor, tmp_path / "report", sleeps, is_stopped)
+
+
+def test_who_gives_up_first_is_not_blamed(actor: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as told:
+        results(actor, tmp_path / "report", fails(RuntimeError(TIMED_OUT), 0.5), sleeps)
+    text = str(told.value)
+    assert re.match(r"training rank 1 \(pid 1\) got nothing done", text)
+    assert f"training rank 0 gave up: {TIMED_OUT}" in text
+    assert "(sleeps)" in text
+    assert str(tmp_path / "report") in text
+    assert "sleeps" in (tmp_path / "report").read_text()
+
+
+def test_a_death_that_peers_notice_first_is_told_as_a_death(actor: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="training rank 1 died"):
+        results(actor, tmp_path / "report", fails(RuntimeError(CLOSED), 0.8), dies)
+
+
+def test_a_fault_of_the_program_is_raised_as_it_is(actor: Any, tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        results(actor, tmp_path / "report", fails(RuntimeError(CLOSED), 0.1), fails(ZeroDivisionError("zero"), 0.5))
+
+
+def test_a_report_that_cannot_be_written_is_not_promised(actor: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as told:
+        results(actor, tmp_path / "absent" / "report", sleeps)
+    assert str(told.value).startswith("training rank 0 (pid 0) got nothing done for 3 s, in ")
+    assert "absent" not in str(told.value)
