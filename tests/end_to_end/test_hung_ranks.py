@@ -11,7 +11,7 @@ from run_support import TinyInputs, finish, leaves_no_process, start
 
 pytestmark = pytest.mark.slow
 
-TIMEOUT_S = 15
+TIMEOUT_S = 40
 
 
 def runs_in_which_rank_1(ways: Sequence[str], inputs: TinyInputs, runs: Path) -> list[str]:
