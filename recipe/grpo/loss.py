@@ -6,6 +6,7 @@ infinity included. At tokens of weight above 0 every input must be finite: NaN t
 trainer answers by skipping the step.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -36,6 +37,10 @@ class Metric(StrEnum):
     ROLLOUT_LOG_PROB_DIFF_MAX = "rollout_log_prob_diff_max"
     ROLLOUT_KL = "rollout_kl"
     """k3 estimate of KL(engine || trainer)."""
+    ROLLOUT_BEYOND_2 = "rollout_beyond_2"
+    """Share of tokens to which trainer and engine give probabilities that differ by more than a factor of 2."""
+    ROLLOUT_BEYOND_10 = "rollout_beyond_10"
+    """Likewise, of 10."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,8 @@ def policy_loss(inputs: PolicyLossInputs, config: PolicyLossConfig) -> LossOutpu
         difference = (old - rollout).abs()
         sums[Metric.ROLLOUT_LOG_PROB_DIFF] = difference
         sums[Metric.ROLLOUT_KL] = approximate_kl(rollout, old, KLEstimator.K3)
+        sums[Metric.ROLLOUT_BEYOND_2] = (difference > math.log(2)).float()
+        sums[Metric.ROLLOUT_BEYOND_10] = (difference > math.log(10)).float()
         maxima[Metric.ROLLOUT_LOG_PROB_DIFF_MAX] = difference.max() if len(difference) else difference.new_zeros(())
         if config.use_tis:
             importance = bounded_exp(old - rollout)

@@ -117,6 +117,16 @@ class TrainMetrics:
     """Mean absolute difference of the trainer's and the engine's log-probs."""
     logprob_diff_max: float | None = None
     """The largest such difference."""
+    logprob_kl: float | None = None
+    """k3 estimate of KL(engine || trainer), in nats a token."""
+    logprob_beyond_2: float | None = None
+    """Share of tokens whose two probabilities differ by more than a factor of 2."""
+    logprob_beyond_10: float | None = None
+    """Likewise, of 10."""
+    tis_weight: float | None = None
+    """Mean weight of truncated importance sampling."""
+    tis_clip_share: float | None = None
+    """Share of tokens whose importance weight was truncated."""
     mtp_loss: float | None = None
     """Cross-entropy of the MTP layer's predictions, in nats a token."""
     mtp_grad_norm: float | None = None

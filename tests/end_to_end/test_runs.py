@@ -51,6 +51,8 @@ def test_a_run_leaves_what_it_promises(uninterrupted: Path) -> None:
 def test_trainer_and_engine_agree_before_the_first_step(uninterrupted: Path) -> None:
     first = metrics(uninterrupted)[1]
     assert first["logprob_diff_mean"] < 1e-4
+    assert abs(first["logprob_kl"]) < 1e-6
+    assert first["logprob_beyond_2"] == first["logprob_beyond_10"] == 0.0
     assert first["clip_share"] == 0.0
 
 

@@ -157,6 +157,15 @@ def test_mismatch_is_measured_between_old_policy_and_engine():
     assert metrics[Metric.ROLLOUT_KL] == pytest.approx((torch.tensor(0.5).exp().item() - 1 - 0.5) / 2)
 
 
+def test_tokens_on_which_trainer_and_engine_disagree_are_counted():
+    old = torch.zeros(5)
+    rollout = torch.tensor([0.1, -0.7, 0.68, 2.4, 50.0])
+    weights = torch.tensor([0.25, 0.25, 0.25, 0.25, 0.0])
+    metrics = values(policy_loss(PolicyLossInputs(old, old, weights, None, rollout), PolicyLossConfig()).metrics)
+    assert metrics[Metric.ROLLOUT_BEYOND_2] == pytest.approx(0.5)
+    assert metrics[Metric.ROLLOUT_BEYOND_10] == pytest.approx(0.25)
+
+
 def test_loss_is_the_sum_of_its_terms():
     inputs = random_inputs()
     metrics = values(policy_loss(inputs, EVERYTHING).metrics)
