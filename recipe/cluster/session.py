@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 LOOPBACK = "127.0.0.1"
 _START_ATTEMPTS = 2
+_TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
 OBJECT_STORE_BYTES = 256 << 20
 """Enough for the samples of a rollout; weights never pass through Ray."""
 
@@ -44,6 +45,7 @@ def ray_session(config: Config) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        os.environ.pop(_TOKEN_PATH, None)
         shutil.rmtree(secret)
 
 
@@ -51,7 +53,7 @@ def _set_token(path: Path) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:
         file.write(secrets.token_hex(32))
-    os.environ |= {"RAY_AUTH_TOKEN_PATH": str(path), "RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ |= {_TOKEN_PATH: str(path), "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def _start_local(config: Config) -> None:

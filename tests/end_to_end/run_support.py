@@ -49,9 +49,14 @@ def arguments(inputs: TinyInputs, runs: Path, name: str, *more: str) -> list[str
     return [sys.executable, "-m", "recipe.train", *flags.split(), *more]
 
 
+def without_ray() -> dict[str, str]:
+    """The environment of a user's shell: other tests may have set Ray's variables in this process."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+
+
 def start(command: list[str]) -> subprocess.Popen:
     """Starts a run in a process group of its own, as a shell would."""
-    environment = os.environ | {"PYTHONPATH": str(HERE), "PYTHONUNBUFFERED": "1"}
+    environment = without_ray() | {"PYTHONPATH": str(HERE), "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
     )
@@ -107,8 +112,11 @@ def leaves_no_process(marker: str) -> Iterator[None]:
     """Afterwards no process with `marker` in its command line or environment lives."""
     try:
         yield
-    finally:
-        wait_until(lambda: not living(marker), 30)
+    except BaseException:
+        for process in living(marker):
+            process.kill()
+        raise
+    wait_until(lambda: not living(marker), 30)
 
 
 def living(marker: str) -> list[psutil.Process]:

@@ -21,6 +21,7 @@ from run_support import (
     run,
     start,
     wait_for_step,
+    without_ray,
 )
 
 pytestmark = pytest.mark.slow
@@ -138,7 +139,9 @@ def assert_gcs_refuses_strangers(port: str) -> None:
 
     program = f"from ray._raylet import GcsClient; GcsClient(address='127.0.0.1:{port}')"
     with socket.create_connection(("127.0.0.1", int(port)), timeout=5):
-        stranger = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+        stranger = subprocess.run(
+            [sys.executable, "-c", program], env=without_ray(), capture_output=True, text=True, timeout=120
+        )
     assert stranger.returncode != 0
     assert "AuthenticationError" in stranger.stderr
 
