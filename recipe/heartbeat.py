@@ -3,6 +3,8 @@
 import sys
 import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import NamedTuple
@@ -38,9 +40,19 @@ class Heartbeat:
         """From now on `whereabouts` speaks of the thread that calls this."""
         self._worker = threading.get_ident()
 
+    @contextmanager
+    def following(self, thread: int | None) -> Iterator[None]:
+        """Meanwhile the followed thread waits for another, of which `whereabouts` speaks."""
+        waiting, self._worker = self._worker, thread
+        try:
+            yield
+        finally:
+            self._worker = waiting
+
     def beat(self) -> None:
-        """Something is done: a microbatch, a tensor of many."""
-        self.beats += 1
+        """Something is done: a microbatch, a tensor of many. Only the followed thread's beats count."""
+        if threading.get_ident() == self._worker:
+            self.beats += 1
 
     def whereabouts(self) -> Whereabouts:
         """How far the followed thread has come, and its stack. Where it waits for a GPU's backward pass, the stack goes

@@ -87,6 +87,11 @@ def waits(stack: Sequence[Frame]) -> bool:
     )
 
 
+def flushes(stack: Sequence[Frame]) -> bool:
+    """Whether a rank at `stack` waits for the disk."""
+    return bool(stack) and "fsync(" in stack[-1].text
+
+
 def place(stack: Sequence[Frame]) -> Frame | None:
     """The innermost line outside torch and Python's own library."""
     return stack[_place(stack)] if stack else None
@@ -99,7 +104,7 @@ def _place(stack: Sequence[Frame]) -> int:
 
 def _is_library(file: str) -> bool:
     is_python = "/lib/python3" in file and "/site-packages/" not in file
-    return is_python or file.startswith("<frozen") or "/torch/" in file
+    return is_python or file.startswith("<frozen") or "/site-packages/torch/" in file
 
 
 def _is_collective(file: str) -> bool:

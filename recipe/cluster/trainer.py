@@ -5,6 +5,7 @@ import os
 import pickle
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -13,13 +14,13 @@ import ray
 import torch
 import torch.distributed as dist
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 
 from recipe.batching.schedule import schedule
 from recipe.cluster.calls import get
 from recipe.cluster.placement import Placement
 from recipe.cluster.watch import WatchedCall, WatchedRank
 from recipe.config import Architecture, Config
-from recipe.errors import UserError
 from recipe.heartbeat import Whereabouts, heartbeat
 from recipe.messages import FloatArray, Progress, StepReport, TrainSample
 from recipe.weights.cost import sequence_cost
@@ -51,6 +52,13 @@ class RankActor:
     def whereabouts(self) -> Whereabouts:
         """How far it has come and where it is, told while it works."""
         return heartbeat.whereabouts()
+
+    @ray.method(concurrency_group=_ANSWERS)
+    def written(self) -> Exception | None:
+        """Waits until a checkpoint in flight is written, whatever became of the rank's work. Returns what it failed
+        with."""
+        in_flight = self.trainer.save_in_flight
+        return in_flight.wait() if in_flight is not None else None
 
     def open_store(self, address: str | None) -> tuple[str, int]:
         """Opens the store in which the ranks meet, here at `address` (default: this machine's, as Ray knows it) and a
@@ -134,11 +142,12 @@ class TrainerGroup:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         # Who interrupts a run does not want to wait.
-        if isinstance(error, Exception):
-            try:
-                self.finish_save()
-            except UserError as another:
-                logger.warning("%s", another)
+        if self._save_in_flight and isinstance(error, Exception):
+            writing: list[ray.ObjectRef] = [rank.written.remote() for rank in self._ranks]
+            for reference in ray.wait(writing, num_returns=len(writing), timeout=self._timeout_s)[0]:
+                with suppress(RayError):
+                    if (failure := ray.get(reference)) is not None:
+                        logger.warning("%s", failure)
 
     def begin_start(self) -> None:
         """Creates the ranks, and lets them build themselves and load without waiting for that."""
@@ -172,14 +181,14 @@ class TrainerGroup:
         """Writes a checkpoint or, with `--async-save`, begins to. Raises UserError if it, or the one before it, cannot
         be written."""
         directory.mkdir(parents=True, exist_ok=True)
-        self._all("save", directory.resolve(), progress)
         self._save_in_flight = self.config.checkpoint.async_save
+        self._all("save", directory.resolve(), progress)
 
     def finish_save(self) -> None:
         """Waits for the checkpoint that is being written, if any. Raises UserError if it cannot be."""
         if self._save_in_flight:
-            self._all("finish_save")
             self._save_in_flight = False
+            self._all("finish_save")
 
     def export_hugging_face(self, directory: Path) -> None:
         """Writes the policy as a Hugging Face checkpoint."""
@@ -210,17 +219,15 @@ class TrainerGroup:
 
     def _all(self, verb: str, *arguments: Any) -> list[Any]:
         shared = [ray.put(argument) if isinstance(argument, bytes) else argument for argument in arguments]
-        try:
-            return self._results([getattr(rank, verb).remote(*shared) for rank in self._ranks])
-        except BaseException:
-            # The other ranks may be stuck with the one that failed: nothing more is asked of them.
-            self._save_in_flight = False
-            raise
+        return self._results([getattr(rank, verb).remote(*shared) for rank in self._ranks])
 
     def _results(self, references: Sequence[ray.ObjectRef]) -> list[Any]:
-        timeout_s = 60 * self.config.cluster.distributed_timeout_minutes
         report = self.config.run_dir.resolve() / "hung-ranks.txt"
-        return WatchedCall(self._watched, references, timeout_s, report).results()
+        return WatchedCall(self._watched, references, self._timeout_s, report).results()
+
+    @property
+    def _timeout_s(self) -> float:
+        return 60 * self.config.cluster.distributed_timeout_minutes
 
     @property
     def _names(self) -> list[str]:

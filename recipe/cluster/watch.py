@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 import ray
 import torch.distributed as dist
 from ray.actor import ActorHandle
-from ray.exceptions import ActorUnavailableError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
-from recipe.cluster.blame import Standing, blame
+from recipe.cluster.blame import Standing, blame, flushes
 from recipe.cluster.calls import raise_failure
 from recipe.cluster.hung_report import Witness, all_stacks, sentence, short_stacks
 from recipe.errors import UserError
@@ -99,7 +99,7 @@ class WatchedCall:
             except RayTaskError as error:
                 if not _lost_the_others(error.cause):
                     raise
-                self._views[rank].error = str(error.cause).strip().splitlines()[0]
+                self._views[rank].error = (str(error.cause).strip() or type(error.cause).__name__).splitlines()[0]
 
     @property
     def _has_given_up(self) -> bool:
@@ -107,9 +107,12 @@ class WatchedCall:
 
     @property
     def _stands_still(self) -> bool:
-        """Whether no rank gets anything done, and one of them not even moves: loading and compiling do."""
+        """Whether no rank gets anything done, and one of them not even moves: loading and compiling do. A rank whose
+        data the kernel is bringing to the disk is at work."""
         limit = time.monotonic() - PATIENCE * self._timeout_s
         views = [self._views[rank] for rank in self._pending.values()]
+        if any(view.seen is not None and flushes(view.seen.stack) for view in views):
+            return False
         return all(view.progressed <= limit for view in views) and any(view.moved <= limit for view in views)
 
     def _look(self) -> None:
@@ -125,10 +128,11 @@ class WatchedCall:
                 continue
             question, view.question = view.question, None
             try:
-                raise_failure(question, rank.name)
+                self._note(view, ray.get(question))
             except ActorUnavailableError:
                 continue
-            self._note(view, ray.get(question))
+            except RayActorError:
+                raise_failure(question, rank.name)
 
     @staticmethod
     def _note(view: _View, seen: Whereabouts) -> None:

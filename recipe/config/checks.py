@@ -163,6 +163,8 @@ def device_has_the_kernels(config: Config, _: Architecture) -> Iterator[str]:
     backend = config.perf.attention_backend
     if config.cluster.device == "cpu" and backend in ("flash", "fused"):
         yield f"--attention-backend {backend} needs a GPU, but --device is cpu; use auto or unfused"
+    elif not config.model.bf16 and backend in ("flash", "fused"):
+        yield f"--attention-backend {backend} needs --bf16: the kernel has no fp32; use auto or unfused"
 
 
 RULES: tuple[Rule, ...] = (

@@ -129,8 +129,7 @@ class HostAdam(Adam):
 
     It follows megatron's contract of a precision-aware optimizer: the gradient is `parameter.decoupled_grad`, and the
     optimizer owns the master weights. On CUDA the step is a pipeline over pieces of SLOT_ELEMENTS: while the CPU steps
-    one piece, the next one's gradient comes out and the previous one's weights go back. The GPU steps the parameters
-    that stay with it meanwhile.
+    one piece, the next one's gradient comes out and the previous one's weights go back.
     """
 
     state_names = ("exp_avg", "exp_avg_sq", "master_param")

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from torch import Tensor
 
+from recipe.heartbeat import heartbeat
 from recipe.megatron.checkpoint import Shards
 
 
@@ -46,11 +47,19 @@ class SaveInFlight:
             self._failure = error
         self._staged_bytes = 0
 
+    def wait(self) -> Exception | None:
+        """Waits for the writing, in another thread than the trainer's, which may be stuck. Returns what it failed
+        with."""
+        if self._thread is not None:
+            self._thread.join()
+        return self._failure
+
     def finish(self) -> None:
         """Waits for the writing. Raises what it failed with."""
         if self._thread is None:
             return
-        self._thread.join()
+        with heartbeat.following(self._thread.ident):
+            self._thread.join()
         self._thread, failure, self._failure = None, self._failure, None
         if failure is not None:
             raise failure

@@ -94,7 +94,7 @@ class PackedAttention(MegatronModule):
 
     `--attention-backend` flash: torch's variable-length flash kernel (on the CPU, which has none, as fused). fused: the
     segments in a padded grid for `scaled_dot_product_attention`, on CUDA by cuDNN. unfused: matrix products and a
-    softmax in fp32, which holds all scores. auto: flash.
+    softmax in fp32, which holds all scores. auto: flash, or unfused on a GPU in fp32, which the others cannot.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class PackedAttention(MegatronModule):
         padded = F.pad(value, (0, query.shape[-1] - value.shape[-1]))
         attend = self._unfused if self.backend is AttnBackend.unfused else self._fused
         if query.is_cuda and self.backend in (AttnBackend.auto, AttnBackend.flash):
-            attend = self._flash
+            attend = self._unfused if query.dtype == torch.float32 else self._flash
         return attend(query, key, padded, pack)[..., : value.shape[-1]].flatten(1)
 
     def _gather(self, rows: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ class PackedAttention(MegatronModule):
             query.split(pack.query_lengths), key.split(pack.key_lengths), value.split(pack.key_lengths), strict=True
         )
         for queries, keys, values in segments:
-            scores = torch.einsum("qnd,knd->nqk", queries, keys).float() * self.softmax_scale
+            scores = torch.einsum("qnd,knd->nqk", queries.float(), keys.float()) * self.softmax_scale
             seen = torch.ones_like(scores[0], dtype=torch.bool).tril(len(keys) - len(queries))
             weights = scores.masked_fill(~seen, -math.inf).softmax(-1).to(values.dtype)
             outputs.append(torch.einsum("nqk,knd->qnd", weights, values))

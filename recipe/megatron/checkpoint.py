@@ -161,7 +161,10 @@ def _write(directory: Path, shards: Shards, group: dist.ProcessGroup | None = No
     try:
         dcp.save(
             mcore_to_pyt_state_dict(shards, is_loading=False),
-            storage_writer=dcp.FileSystemWriter(directory, thread_count=1),
+            # Ahead of the writing it copies in the stream that it shares with training, for which it then waits.
+            storage_writer=dcp.FileSystemWriter(
+                directory, thread_count=1, per_thread_copy_ahead=10_000_000 if group is None else 0
+            ),
             planner=_BeatingPlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
             process_group=group,
         )

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from recipe.megatron.device import training_device
 
+PIECE_ELEMENTS = 16 << 20
+"""Of a gradient, as many elements are held in fp64 at a time."""
 IS_MTP = "is_mtp"
 """Marks the optimizer's parameter groups that hold the MTP layer."""
 
@@ -65,7 +67,8 @@ def _gradient_norms(optimizer: MegatronOptimizer) -> GradientNorms:
     squares = torch.zeros(2, dtype=torch.float64, device=training_device())
     for part, group in _groups(optimizer):
         for gradient in _counted_gradients(part, group["params"]):
-            squares[int(group.get(IS_MTP, False))] += torch.linalg.vector_norm(gradient, dtype=torch.float64) ** 2
+            for piece in gradient.view(-1).split(PIECE_ELEMENTS):
+                squares[int(group.get(IS_MTP, False))] += torch.linalg.vector_norm(piece, dtype=torch.float64) ** 2
     dist.all_reduce(squares)
     return GradientNorms(*squares.sqrt().float().tolist())
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.optimizer.optimizer import MegatronOptimizer
@@ -60,12 +61,15 @@ class Optimization:
         in_host = [inner for inner in self._inner() if isinstance(inner, adam.HostAdam)]
         for inner in in_host:
             inner.offload(offload_fraction)
+        needs: list[int] = [0] * dist.get_world_size()
+        dist.all_gather_object(needs, sum(inner.needed_host_bytes for inner in in_host))
+        first = dist.get_rank() // ranks * ranks
         host_memory.require(
-            sum(inner.needed_host_bytes for inner in in_host),
-            ranks,
+            sum(needs[first : first + ranks]),
             "the optimizer state of --optimizer-cpu-offload",
             "use more machines, or a lower --optimizer-offload-fraction",
         )
+        dist.barrier()  # all have looked before one allocates
         for part in self._inner():
             part.allocate()
 

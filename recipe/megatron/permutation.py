@@ -82,7 +82,7 @@ def permute(
     place = routing_map.cumsum(0) - 1
     sizes = place[-1] + 1
     place += sizes.cumsum(0) - sizes
-    experts = routing_map.byte().topk(chosen_per_token, dim=1).indices
+    experts = routing_map.byte().topk(chosen_per_token, dim=1).indices.sort(dim=1).values
     rows_of_token = place.gather(1, experts)
     slot_of_row = _inverse(rows_of_token.flatten())
     permutation = Permutation(rows_of_token, slot_of_row // chosen_per_token)

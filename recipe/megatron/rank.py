@@ -130,7 +130,11 @@ class TrainerRank:
     def save(self, directory: Path, progress: Progress) -> None:
         """Writes a checkpoint or, with `--async-save`, begins to: training may go on, and `finish_save` waits for it.
         Raises UserError if it, or the one before it, cannot be written; the older ones stay."""
-        self.finish_save()
+        failure = None
+        try:
+            self.finish_save()
+        except UserError as error:
+            failure = error
         shards = checkpoint.own_shards(self.chunks, self.optimization)
 
         def write(group: dist.ProcessGroup | None) -> None:
@@ -142,6 +146,8 @@ class TrainerRank:
         else:
             weights = (tensor for chunk in self.chunks for tensor in (*chunk.parameters(), *chunk.buffers()))
             self.save_in_flight.begin(shards, (*weights, *self.optimization.state_tensors), write)
+        if failure is not None:
+            raise failure
 
     def finish_save(self) -> None:
         """Waits for the checkpoint that is being written, if any. Raises UserError if it cannot be."""
@@ -162,7 +168,8 @@ class TrainerRank:
         write_checkpoint(whole, directory, companions=origin.directory)
 
     def host_memory(self) -> dict[str, int]:
-        """Bytes of host memory that this rank's tensors take now, by part."""
+        """Bytes of host memory that this rank's tensors take, by part; what a save gathers for a moment is not among
+        them."""
         reference = host_bytes(self.reference.values())
         buffers = (buffer for replica in self.replicas for buffer in replica.buffers + replica.expert_parallel_buffers)
         return {

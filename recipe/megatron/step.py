@@ -94,9 +94,9 @@ def _run(
     forward_only: bool,
     with_mtp: bool = False,
 ) -> list:
-    layout = token_layout(with_mtp)
 
-    def batches() -> Iterator[MicroBatch]:
+    def batches(chunk: DistributedDataParallel) -> Iterator[MicroBatch]:
+        layout = token_layout(with_mtp and chunk.module.mtp_process)
         for samples in microbatches:
             heartbeat.beat()
             yield build_microbatch(samples, layout)
@@ -105,7 +105,7 @@ def _run(
         batch = next(batch_of)
         return model(batch.inputs), partial(loss_function, batch)
 
-    iterators = [batches() for _ in chunks]
+    iterators = [batches(chunk) for chunk in chunks]
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],

@@ -3,6 +3,7 @@
 import _thread
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -19,8 +20,10 @@ def waiting_in(file: str) -> Callable[[_thread.LockType], None]:
 
 
 def wait_until_stuck(thread: int | None, function: str) -> None:
+    deadline = time.monotonic() + 60
     while thread not in (frames := sys._current_frames()) or frames[thread].f_code.co_name != function:
-        pass
+        assert time.monotonic() < deadline, f"no thread ever was in {function}"
+        time.sleep(0.01)
 
 
 @contextmanager
@@ -59,4 +62,18 @@ def test_a_wait_for_autograd_is_followed_into_its_thread(file: str, innermost: s
 def test_who_has_nothing_to_do_is_nowhere() -> None:
     heartbeat = Heartbeat()
     heartbeat.beat()
-    assert heartbeat.whereabouts() == Whereabouts(1, ())
+    assert heartbeat.whereabouts() == Whereabouts(0, ())
+
+
+def test_only_the_thread_that_is_followed_beats() -> None:
+    heartbeat = Heartbeat()
+    heartbeat.follow_this_thread()
+    heartbeat.beat()
+    other = threading.Thread(target=lambda: [heartbeat.beat() for _ in range(5)])
+    other.start()
+    other.join()
+    assert heartbeat.beats == 1
+    with heartbeat.following(None):
+        heartbeat.beat()
+    heartbeat.beat()
+    assert heartbeat.beats == 2

@@ -82,8 +82,8 @@ def is_stopped(_: Callable[[], None]) -> None:
 
 
 def works_slowly(beat: Callable[[], None]) -> str:
-    for _ in range(4):
-        time.sleep(0.4 * TIMEOUT_S)
+    for _ in range(10):
+        time.sleep(0.15 * TIMEOUT_S)
         beat()
     return "done"
 
@@ -141,5 +141,5 @@ def test_a_fault_of_the_program_is_raised_as_it_is(actor: Any, tmp_path: Path) -
 def test_a_report_that_cannot_be_written_is_not_promised(actor: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError) as told:
         results(actor, tmp_path / "absent" / "report", sleeps)
-    assert re.match(r"training rank 0 \(pid 0\) got nothing done for \d s, in ", str(told.value))
+    assert re.match(r"training rank 0 \(pid 0\) got nothing done for \d+ s, in ", str(told.value))
     assert "absent" not in str(told.value)

@@ -121,7 +121,7 @@ def two_saves_in_a_row(trainer, folder: Path) -> tuple[list[str], str | None]:
     return sorted(path.name for path in folder.iterdir()), (newest := latest(folder)) and newest.name
 
 
-def failing_saves(trainer, folder: Path) -> tuple[list[str], int]:
+def failing_saves(trainer, folder: Path) -> tuple[list[str], bool, str]:
     """Rank 1's disk is full, at the end of a run and before another save; then rank 0 cannot end what all wrote."""
     trainer.load()
     trainer.save(folder, Progress(rollouts=1))
@@ -139,9 +139,15 @@ def failing_saves(trainer, folder: Path) -> tuple[list[str], int]:
         except UserError as error:
             told.append(str(error))
 
+    def save_where_there_is_room() -> None:
+        trainer.save_in_flight.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))
+        trainer.save(folder, Progress(rollouts=4))
+
     save_and_fail(2, trainer.finish_save)
-    save_and_fail(3, lambda: trainer.save(folder, Progress(rollouts=4)))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, hard))
+    unharmed = latest(folder).name == "iter_0000001"
+    save_and_fail(3, save_where_there_is_room)
+    trainer.finish_save()
     dist.barrier()
     newest = latest(folder)
     if trainer.is_first:
@@ -149,7 +155,7 @@ def failing_saves(trainer, folder: Path) -> tuple[list[str], int]:
         (folder / "latest_checkpointed_iteration.txt").mkdir()
     save_and_fail(5, trainer.finish_save)
     trainer.finish_save()
-    return told, int(newest.name.removeprefix("iter_"))
+    return told, unharmed, newest.name
 
 
 def test_a_save_waits_for_the_one_before_and_old_ones_go(tmp_path: Path) -> None:
@@ -159,12 +165,13 @@ def test_a_save_waits_for_the_one_before_and_old_ones_go(tmp_path: Path) -> None
 
 
 def test_a_failure_is_told_on_every_rank_and_spares_the_last_good_checkpoint(tmp_path: Path) -> None:
-    for told, newest in on_ranks(failing_saves, async_config(), tmp_path):
+    for told, unharmed, newest in on_ranks(failing_saves, async_config(), tmp_path):
         assert [sentence.split(" cannot")[0] for sentence in told] == [
             f"the checkpoint of rollout {rollouts}" for rollouts in (2, 3, 5)
         ]
         assert all("the last good checkpoint is whole" in sentence for sentence in told)
-        assert newest == 1
+        assert unharmed
+        assert newest == "iter_0000004", "the save after a failed one is written"
 
 
 def killed_while_writing(trainer, folder: Path) -> None:
