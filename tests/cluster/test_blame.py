@@ -1,10 +1,15 @@
 """Who is to blame, on made-up answers of ranks."""
 
+import os
+import traceback
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
-from recipe.cluster.blame import Reason, Standing, Verdict, blame, waits
+from recipe.cluster.blame import Reason, Standing, Verdict, blame, flushes, waits
 from recipe.cluster.hung_report import Witness, all_stacks, sentence, short_stacks
 from recipe.heartbeat import Frame, Whereabouts
 
@@ -107,3 +112,21 @@ def test_a_rank_that_is_the_only_one_apart_is_called_likely() -> None:
 def test_a_silent_rank_is_told_to_be_silent() -> None:
     _, _, text = told([at(COLLECTIVE), SILENT])
     assert text.startswith("training rank 1 (pid 101 on host) does not answer: the process is stopped")
+
+
+def test_a_rank_whose_checkpoint_goes_to_the_disk_is_recognised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the stack that torch's own writer has then."""
+    seen: list[Frame] = []
+
+    def fsync(_: int) -> None:
+        caller = traceback.extract_stack()[-2]
+        seen.append(Frame(caller.filename, caller.lineno or 0, caller.name, caller.line or ""))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    dcp.save({"weight": torch.zeros(2)}, storage_writer=dcp.FileSystemWriter(tmp_path, thread_count=1), no_dist=True)
+    assert seen
+    assert all(flushes([STEP, frame]) for frame in seen)
+    assert not flushes([STEP, WRITER])
+    assert not flushes([])

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from ray.exceptions import ActorUnavailableError
 
 from recipe.cluster import ray_session
 from recipe.cluster.watch import WatchedCall, WatchedRank
@@ -143,3 +144,16 @@ def test_a_report_that_cannot_be_written_is_not_promised(actor: Any, tmp_path: P
         results(actor, tmp_path / "absent" / "report", sleeps)
     assert re.match(r"training rank 0 \(pid 0\) got nothing done for \d+ s, in ", str(told.value))
     assert "absent" not in str(told.value)
+
+
+def test_a_hiccup_of_a_side_question_is_no_death(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def get(_: Any) -> None:
+        raise ActorUnavailableError("the network hiccups", None)
+
+    fake = SimpleNamespace(wait=lambda references, timeout: (references, []), get=get)
+    monkeypatch.setattr("recipe.cluster.watch.ray", fake)
+    rank = WatchedRank("training rank 0", "pid 0", cast(Any, None))
+    call = WatchedCall([rank], [cast(Any, "step")], TIMEOUT_S, tmp_path / "report")
+    call._views[0].question = cast(Any, "where")
+    call._take_answers()
+    assert call._views[0].question is None, "it is asked again"
