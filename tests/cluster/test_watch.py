@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from ray.exceptions import ActorUnavailableError
 
 from recipe.cluster import ray_session
 from recipe.cluster.watch import WatchedCall, WatchedRank
@@ -147,6 +146,8 @@ def test_a_report_that_cannot_be_written_is_not_promised(actor: Any, tmp_path: P
 
 
 def test_a_hiccup_of_a_side_question_is_no_death(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.exceptions import ActorUnavailableError
+
     def get(_: Any) -> None:
         raise ActorUnavailableError("the network hiccups", None)
 
