@@ -67,7 +67,8 @@ def main() -> None:
     memory = 1e9 * ADAM_BYTES / bandwidth
     parameter = torch.nn.Parameter(torch.zeros(count, device="cuda", dtype=torch.bfloat16))
     parameter.decoupled_grad = torch.full((count,), 1e-3, device="cuda")  # type: ignore[attr-defined]
-    optimizer = adam.HostAdam([parameter], lr=1e-6, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1)
+    optimizer = adam.MasterAdam([parameter], lr=1e-6, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1)
+    optimizer.offload(1.0)
     optimizer.allocate()
     ours = seconds(optimizer.step, repeats=3) * 1e9 / count
     print(f"host memory {bandwidth / 1e9:.0f} GB/s: {memory:.3f} s a billion; bus: {bus:.3f} s a billion")

@@ -113,6 +113,7 @@ def measure_ours(folder: Path, pack: list[TrainSample], flags: str, parts: bool)
     found = Measured(median_ms(passes), median_ms(step), torch.cuda.max_memory_allocated() / 2**30)
     if parts:
         show_parts(passes)
+        show_parts(step)
     rank.close()
     return found
 
@@ -152,16 +153,22 @@ def alone(work: Callable[..., T], *arguments: object) -> T:
 
 
 def show_parts(work: Callable[[], None]) -> None:
-    """GPU milliseconds by kind of kernel, and the operations that take longest."""
+    """GPU milliseconds by kind of kernel, where the GPU waits, and the operations that take longest."""
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU], record_shapes=True) as profiler:
         work()
         torch.cuda.synchronize()
     totals: Counter[str] = Counter()
-    for event in profiler.events():
-        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
-            part = next((part for part, words in PARTS.items() if any(word in event.name for word in words)), "others")
-            totals[part] += event.device_time_total / 1e3
+    waits: Counter[str] = Counter()
+    kernels = [e for e in profiler.events() if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    end = min(kernel.time_range.start for kernel in kernels)
+    for kernel in sorted(kernels, key=lambda one: one.time_range.start):
+        named = (part for part, words in PARTS.items() if any(word in kernel.name for word in words))
+        totals[next(named, "others")] += kernel.device_time_total / 1e3
+        waits[kernel.name] += max(0, kernel.time_range.start - end) / 1e3
+        end = max(end, kernel.time_range.end)
     print("    " + ", ".join(f"{part} {ms:.1f} ms" for part, ms in totals.most_common()))
+    longest = ", ".join(f"{ms:.2f} before {name[:60]}" for name, ms in waits.most_common(12))
+    print(f"    the GPU waits {waits.total():.1f} ms: {longest}")
     operations = profiler.key_averages(group_by_input_shape=True)
     for one in sorted(operations, key=lambda one: -one.self_device_time_total)[:TOP]:
         if one.device_type == DeviceType.CPU:

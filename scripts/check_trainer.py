@@ -3,9 +3,12 @@
 
 - bf16 log-probabilities and gradients stay as near to transformers' in fp32 as transformers' own in bf16 do;
 - CPU Adam, whose pipeline needs a GPU, takes the steps of torch's on the GPU, in training with MTP too;
+- other means give the same steps: each attention kernel, permutation by gathers, half of the optimizer in host memory,
+  packs that share their prompts, a checkpoint written beside training;
+- the experts' weight gradients by one kernel are those of a product an expert;
 - a pack of 32,768 tokens with the full vocabulary: peak memory of the log-prob pass and its gradient.
 
-    scripts/check_trainer.py [parity] [adam] [memory]
+    scripts/check_trainer.py [parity] [options] [experts] [adam] [memory]
 """
 
 import argparse
@@ -18,11 +21,11 @@ import torch
 from bench_trainer import RECOMPUTE, alone, random_pack, trainer
 from glm_flash import CONFIG, environment, write_synthetic
 
-from recipe.megatron.adam import SLOT_ELEMENTS, HostAdam
+from recipe.megatron.adam import SLOT_ELEMENTS, MasterAdam
 from recipe.megatron.log_probs import VocabularyShard, chunked_log_probs
 from recipe.megatron.step import forward_backward
 from recipe.megatron.weights import named_weights
-from recipe.messages import TrainSample
+from recipe.messages import Progress, TrainSample
 from recipe.weights.table import placements
 
 VOCABULARY = 8192
@@ -36,11 +39,13 @@ def write_inputs(folder: Path) -> None:
     write_synthetic(folder, 2, deviation=0.02, vocab_size=VOCABULARY, eos_token_id=[1], pad_token_id=0)
 
 
-def samples() -> list[TrainSample]:
+def samples(one_prompt: bool = False) -> list[TrainSample]:
     """Random sequences in the small vocabulary."""
     pack = random_pack(TOKENS, SEQUENCES)
     for sample in pack:
         sample.tokens[:] %= VOCABULARY
+        if one_prompt:
+            sample.prompt[:] = pack[0].prompt
     return pack
 
 
@@ -85,31 +90,74 @@ def angle(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
     return max(1 - (torch.dot(a, b) / (a.norm() * b.norm())).item() for a, b in both if b.norm() > 0)
 
 
-def three_norms(folder: Path, flags: str) -> list[float]:
-    """Gradient norms of three optimizer steps."""
+def three_norms(folder: Path, flags: str, one_prompt: bool = False, together: bool = True) -> list[float]:
+    """Gradient norms of three optimizer steps, the samples together in a pack or each in its own."""
     rank = trainer(folder, f"{MTP} {RECOMPUTE} {flags} --lr 1e-4", load=True)
-    return [rank.train_step([samples()]).grad_norm for _ in range(3)]
+    packs = [samples(one_prompt)] if together else [[sample] for sample in samples(one_prompt)]
+    return [rank.train_step(packs).grad_norm for _ in range(3)]
 
 
-def host_adam_distance() -> tuple[float, float]:
-    """CPU Adam beside torch's on the GPU, given the same gradients: largest difference of the fp32 master weights after
-    five steps of 1e-3, and the share of bf16 weights that differ."""
+def norms_around_a_save(folder: Path, flags: str) -> tuple[list[float], list[float]]:
+    """Gradient norms of two steps after a checkpoint was begun, and of the same steps resumed from it."""
+    with tempfile.TemporaryDirectory() as name:
+        flags = f"{flags} --lr 1e-4 --save {name} --load {name}"
+        found = alone(_norms, folder, flags, True)
+        return found, alone(_norms, folder, flags, False)
+
+
+def _norms(folder: Path, flags: str, saves: bool) -> list[float]:
+    rank = trainer(folder, flags, load=True)
+    if saves:
+        rank.train_step([samples()])
+        assert rank.config.checkpoint.save is not None
+        rank.save(rank.config.checkpoint.save, Progress(rollouts=1))
+    norms = [rank.train_step([samples()]).grad_norm for _ in range(2)]
+    rank.close()
+    return norms
+
+
+def expert_gradient_distance() -> tuple[float, float]:
+    """The kernel's gradients of 64 experts beside fp64 products, written and added: largest relative difference."""
+    from recipe.megatron.grouped_gradient import add_grouped_products
+
+    generator = torch.Generator("cuda").manual_seed(0)
+    counts = [0, 1, 63, 64, 65, *torch.randint(0, 900, (58,), generator=torch.Generator().manual_seed(0)).tolist(), 0]
+    offsets = torch.tensor(counts).cumsum(0, dtype=torch.int32).cuda()
+    grad, rows = (
+        torch.randn(sum(counts), width, device="cuda", generator=generator).bfloat16() for width in (3072, 2048)
+    )
+    total = torch.full((64, 3072, 2048), float("nan"), device="cuda")
+    parts = zip(grad.split(counts), rows.split(counts), strict=True)
+    exact = torch.stack([left.double().t() @ right.double() for left, right in parts])
+    found = []
+    for times in (1, 2):
+        add_grouped_products(total, grad, rows, offsets, overwrite=times == 1)
+        found.append(((total - times * exact).norm() / (times * exact).norm()).item())
+    return found[0], found[1]
+
+
+def adam_distance(offloaded: float) -> tuple[float, float]:
+    """Our Adam, this share of it in host memory, beside torch's on the GPU, given the same gradients after clipping:
+    largest difference of the fp32 masters after five steps of 1e-3, and the share of bf16 weights that differ."""
     generator = torch.Generator("cuda").manual_seed(0)
     settings = {"lr": 1e-3, "betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.1}
     sizes = (1, SLOT_ELEMENTS - 1, 2 * SLOT_ELEMENTS + 12345)
     weights = [torch.randn(size, device="cuda", generator=generator).bfloat16() for size in sizes]
     ours = [torch.nn.Parameter(weight.clone()) for weight in weights]
     exact = [torch.nn.Parameter(weight.float()) for weight in weights]
-    host, reference = HostAdam(ours, **settings), torch.optim.AdamW(exact, fused=True, **settings)
-    host.allocate()
+    optimizer, reference = MasterAdam(ours, **settings), torch.optim.AdamW(exact, fused=True, **settings)
+    optimizer.offload(offloaded)
+    optimizer.allocate()
     for _ in range(5):
         for mine, theirs in zip(ours, exact, strict=True):
             theirs.grad = torch.randn(theirs.shape, device="cuda", generator=generator)
-            mine.decoupled_grad = theirs.grad  # type: ignore[attr-defined]
-        host.step()
+            mine.decoupled_grad = 2 * theirs.grad  # type: ignore[attr-defined]
+        for group in optimizer.param_groups:
+            group["clip"] = 0.5
+        optimizer.step()
         reference.step()
     pairs = list(zip(ours, exact, strict=True))
-    far = max((host.state[a]["master_param"].cuda() - b).abs().max().item() for a, b in pairs)
+    far = max((optimizer.state[a]["master_param"].cuda() - b).abs().max().item() for a, b in pairs)
     differ = sum((a != b.bfloat16()).sum().item() for a, b in pairs) / sum(sizes)
     return far, differ
 
@@ -127,7 +175,7 @@ def log_prob_memory(tokens: int) -> tuple[float, float]:
     before = torch.cuda.memory_allocated()
     assert dist.group.WORLD is not None
     shard = VocabularyShard(dist.group.WORLD, 0)
-    log_probs, entropy = chunked_log_probs(hidden, weight, targets, temperature=1.0, shard=shard, chunk_size=1024)
+    log_probs, entropy = chunked_log_probs(hidden, weight, targets, temperature=1.0, shard=shard, chunk_size=8192)
     (log_probs.sum() + 0.0 * entropy.sum()).backward()
     return (torch.cuda.max_memory_allocated() - before) / 2**30, tokens * CONFIG["vocab_size"] * 4 / 2**30
 
@@ -147,12 +195,44 @@ def check_parity(folder: Path) -> Iterator[tuple[str, bool]]:
 
 
 def check_adam(folder: Path) -> Iterator[tuple[str, bool]]:
-    far, differ = alone(host_adam_distance)
-    told = f"CPU Adam: masters {far:.1e} from the GPU's after five steps of 1e-3, {differ:.1e} of bf16 weights differ"
-    yield told, far < 3e-6 and differ < 1e-4
+    for offloaded in (0.0, 0.5, 1.0):
+        far, differ = alone(adam_distance, offloaded)
+        told = f"masters {far:.1e} from torch's after five steps of 1e-3, {differ:.1e} of bf16 weights differ"
+        yield f"Adam, {offloaded:.0%} in host memory: {told}", far < 3e-6 and differ < 1e-4
     norms, host_norms = (alone(three_norms, folder, flags) for flags in ("", OFFLOAD))
     drift = max(abs(a - b) / a for a, b in zip(norms, host_norms, strict=True))
     yield f"training with it: gradient norms {norms} and {host_norms}, {drift:.1e} apart", drift < 1e-2
+
+
+def check_options(folder: Path) -> Iterator[tuple[str, bool]]:
+    def drift(found: list[float], expected: list[float]) -> float:
+        return max(abs(a - b) / b for a, b in zip(found, expected, strict=True))
+
+    base = alone(three_norms, folder, "--attention-backend flash")
+    options = {
+        "cuDNN's attention": "--attention-backend fused",
+        "attention by matrix products": "--attention-backend unfused",
+        "permutation by gathers": "--moe-permute-fusion",
+        "half of the optimizer in host memory": f"{OFFLOAD} --optimizer-offload-fraction 0.5",
+        "small chunks of logits": "--log-probs-chunk-size 300",
+    }
+    for name, flags in options.items():
+        far = drift(alone(three_norms, folder, flags), base)
+        yield f"{name}: gradient norms of three steps {far:.1e} apart", far < 1e-2
+    for backend in ("flash", "fused"):
+        flags = f"--attention-backend {backend}"
+        together, separate = (alone(three_norms, folder, flags, True, one_pack) for one_pack in (True, False))
+        far = drift(together, separate)
+        yield f"{backend} attention, packs that share a prompt: {far:.1e} from samples apart", far < 1e-2
+    for flags in ("--async-save", f"--async-save {OFFLOAD}"):
+        found, resumed = norms_around_a_save(folder, f"--moe-permute-fusion {flags}")
+        far = drift(resumed, found)
+        yield f"{flags}: resumed from a checkpoint written beside training, {far:.1e} apart", far < 1e-5
+
+
+def check_experts(_: Path) -> Iterator[tuple[str, bool]]:
+    written, added = alone(expert_gradient_distance)
+    yield f"experts' weight gradients: {written:.1e} from fp64 written, {added:.1e} added", max(written, added) < 1e-5
 
 
 def check_memory(_: Path) -> Iterator[tuple[str, bool]]:
@@ -163,18 +243,25 @@ def check_memory(_: Path) -> Iterator[tuple[str, bool]]:
     )
 
 
-CHECKS = {"parity": check_parity, "adam": check_adam, "memory": check_memory}
+CHECKS = {
+    "parity": check_parity,
+    "options": check_options,
+    "experts": check_experts,
+    "adam": check_adam,
+    "memory": check_memory,
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checks", nargs="*", choices=CHECKS, default=list(CHECKS))
+    checks = parser.parse_args().checks
     failures = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "hf"
         alone(show_environment)
         alone(write_inputs, folder)
-        for check in parser.parse_args().checks:
+        for check in checks:
             for told, holds in CHECKS[check](folder):
                 failures += not holds
                 print(f"{'ok  ' if holds else 'FAIL'} {told}", flush=True)

@@ -261,7 +261,7 @@ class PerfConfig(Group):
     """Compute a rank's experts in one grouped matrix product."""
     moe_permute_fusion: bool = False
     """Bring tokens to their experts and back by gathers: deterministic and faster on GPUs."""
-    log_probs_chunk_size: PositiveInt = 1024
+    log_probs_chunk_size: PositiveInt = 8192
     """Tokens whose full-vocabulary logits are held at a time."""
     attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"
     """Attention kernel: torch's variable-length flash kernel (auto, flash), cuDNN's on a padded grid (fused), or plain

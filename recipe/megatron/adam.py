@@ -2,8 +2,9 @@
 weight decay: arXiv:1711.05101).
 
 megatron expects apex's contract: one integer step for a parameter group, and for each parameter the states exp_avg and
-exp_avg_sq. `HostAdam` keeps these and the fp32 master weights in host memory ("CPU Adam"): 12 bytes a parameter there,
-none on the GPU.
+exp_avg_sq. `MasterAdam` owns the fp32 master weights too, on the device or in host memory ("CPU Adam"): 12 bytes a
+parameter. Gradients are clipped as they are read: a group's "clip", which serves one step, is what they are multiplied
+by.
 """
 
 from typing import Any
@@ -12,6 +13,8 @@ import megatron.core.optimizer as megatron_optimizer
 import torch
 from megatron.core.optimizer import distrib_optimizer
 from torch import Tensor
+
+from recipe.megatron.fusion import fused, in_rows
 
 SLOT_ELEMENTS = 4 << 20
 """Elements of a pinned staging buffer: gradients leave and weights return in pieces of this size, small enough that a
@@ -81,39 +84,32 @@ class Adam(torch.optim.Optimizer):
             for parameter in parameters:
                 if parameter not in self.state:
                     self.initialize_state(parameter)
+            clip = group.pop("clip", 1.0)
             if parameters:
-                self._step_group(group, parameters)
+                self._step_group(group, parameters, clip)
 
     def _gradient(self, parameter: Tensor) -> Tensor | None:
         return parameter.grad
 
-    def _step_group(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        states = [self.state[parameter] for parameter in parameters]
-        fused_adamw(
-            group,
-            parameters,
-            [parameter.grad for parameter in parameters if parameter.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-        )
+    def _step_group(self, group: dict[str, Any], parameters: list[Tensor], clip: float) -> None:
+        for parameter in parameters:
+            assert parameter.grad is not None
+            state = self.state[parameter]
+            fused_adamw(group, clip, parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
 
 
 def fused_adamw(
-    group: dict[str, Any],
-    parameters: list[Tensor],
-    gradients: list[Tensor],
-    averages: list[Tensor],
-    square_averages: list[Tensor],
+    group: dict[str, Any], clip: float, parameter: Tensor, gradient: Tensor, average: Tensor, square_average: Tensor
 ) -> None:
-    """torch's fused AdamW kernel on lists of equally shaped tensors, in place, with the group's hyperparameters."""
-    step = torch.tensor(float(group["step"]), device=parameters[0].device)
+    """torch's fused AdamW kernel on tensors of equal shape, in place, with the group's hyperparameters. A gradient that
+    is clipped is overwritten."""
     torch._fused_adamw_(
-        parameters,
-        gradients,
-        averages,
-        square_averages,
+        [parameter],
+        [gradient],
+        [average],
+        [square_average],
         [],
-        [step] * len(parameters),
+        [torch.tensor(float(group["step"]), device=parameter.device)],
         amsgrad=False,
         lr=float(group["lr"]),
         beta1=group["betas"][0],
@@ -121,45 +117,68 @@ def fused_adamw(
         weight_decay=group["weight_decay"],
         eps=group["eps"],
         maximize=False,
+        grad_scale=None if clip == 1 else torch.tensor(1 / clip, device=parameter.device),
     )
 
 
-class HostAdam(Adam):
-    """AdamW whose state and fp32 master weights live in host memory, for all parameters or a share of them.
+@fused
+def rounding_adamw(
+    weights: Tensor, master: Tensor, gradient: Tensor, average: Tensor, square_average: Tensor, numbers: Tensor
+) -> None:
+    """The same step in one pass that rounds the master weights to `weights` too. `numbers` [1, 8] as of `_numbers`."""
+    clip, keep, new, square_keep, square_new, size, correction, eps = numbers[0].unbind()
+    clipped = gradient.float() * clip
+    moment = average + new * (clipped - average)
+    square = square_keep * square_average + square_new * clipped * clipped
+    stepped = keep * master - size * moment / (square.sqrt() * correction + eps)
+    average.copy_(moment)
+    square_average.copy_(square)
+    master.copy_(stepped)
+    weights.copy_(stepped)
 
-    It follows megatron's contract of a precision-aware optimizer: the gradient is `parameter.decoupled_grad`, and the
-    optimizer owns the master weights. On CUDA the step is a pipeline over pieces of SLOT_ELEMENTS: while the CPU steps
-    one piece, the next one's gradient comes out and the previous one's weights go back.
+
+def _numbers(group: dict[str, Any], clip: float, device: torch.device) -> Tensor:
+    """What `rounding_adamw` multiplies by in this step, [1, 8] in fp32."""
+    (beta1, beta2), step, rate = group["betas"], group["step"], float(group["lr"])
+    size, correction = rate / (1 - beta1**step), (1 - beta2**step) ** -0.5
+    keep = 1 - rate * group["weight_decay"]
+    numbers = [clip, keep, 1 - beta1, beta2, 1 - beta2, size, correction, group["eps"]]
+    return torch.tensor([numbers], dtype=torch.float32).to(device, non_blocking=True)
+
+
+class MasterAdam(Adam):
+    """AdamW that owns the fp32 master weights of bf16 parameters, in host memory for those that are offloaded.
+
+    It follows megatron's contract of a precision-aware optimizer: the gradient is `parameter.decoupled_grad`. On CUDA
+    the step of what is offloaded is a pipeline over pieces of SLOT_ELEMENTS: while the CPU steps one piece, the next
+    one's gradient comes out and the previous one's weights go back.
     """
 
     state_names = ("exp_avg", "exp_avg_sq", "master_param")
 
     def __init__(self, params: Any, **kwargs: Any) -> None:
         super().__init__(params, **kwargs)
-        self._on_device: set[Tensor] = set()
+        self._in_host: set[Tensor] = set()
         self._stage: _Stage | None = None
 
     def offload(self, fraction: float) -> None:
-        """Keeps on the device what exceeds this share of the elements, evenly over the parameters. To be called before
+        """Keeps this share of the elements in host memory, evenly over the parameters. To be called before
         `allocate`."""
         seen = offloaded = 0
         for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
             seen += parameter.numel()
             if offloaded < fraction * seen:
                 offloaded += parameter.numel()
-            else:
-                self._on_device.add(parameter)
+                self._in_host.add(parameter)
 
     @property
     def needed_host_bytes(self) -> int:
         """Host memory that the state takes."""
-        parameters = (parameter for group in self.param_groups for parameter in group["params"])
-        elements = sum(parameter.numel() for parameter in parameters if parameter not in self._on_device)
-        return elements * len(self.state_names) * torch.float32.itemsize
+        return sum(parameter.numel() for parameter in self._in_host) * len(self.state_names) * torch.float32.itemsize
 
     def initialize_state(self, parameter: Tensor, *_: Any) -> None:
         """Allocates a parameter's state; the master weights start from the parameter."""
-        device = parameter.device if parameter in self._on_device else "cpu"
+        device = "cpu" if parameter in self._in_host else parameter.device
         self.state[parameter] = {
             name: torch.zeros(parameter.shape, dtype=torch.float32, device=device) for name in self.state_names
         }
@@ -170,29 +189,27 @@ class HostAdam(Adam):
         for parameter, state in self.state.items():
             state["master_param"].copy_(parameter.detach())
 
-    def _gradient(self, parameter: Tensor) -> Tensor | None:
+    def _gradient(self, parameter: Tensor) -> Tensor:
         return parameter.decoupled_grad  # type: ignore[attr-defined]
 
-    def _step_group(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        if staying := [parameter for parameter in parameters if parameter in self._on_device]:
-            self._step_together(group, staying)
-        leaving = [parameter for parameter in parameters if parameter not in self._on_device]
-        if leaving and leaving[0].is_cuda:
+    def _step_group(self, group: dict[str, Any], parameters: list[Tensor], clip: float) -> None:
+        numbers = _numbers(group, clip, parameters[0].device)
+        work = [(parameter, self._gradient(parameter), self.state[parameter]) for parameter in parameters]
+        for parameter, gradient, state in work:
+            if parameter not in self._in_host:
+                master, average, square = state["master_param"], state["exp_avg"], state["exp_avg_sq"]
+                tensors = (parameter.detach(), master, gradient, average, square)
+                weights, master, gradient, average, square = (in_rows(tensor.view(-1)) for tensor in tensors)
+                rounding_adamw(weights, master, gradient, average, square, numbers)
+        leaving = [one for one in work if one[0] in self._in_host]
+        if leaving and leaving[0][0].is_cuda:
             if self._stage is None:
-                self._stage = _Stage(leaving[0].dtype)
-            self._stage.run(group, [(p, p.decoupled_grad, self.state[p]) for p in leaving])  # type: ignore[attr-defined]
-        else:
-            for parameter in leaving:
-                self._step_together(group, [parameter])
-
-    def _step_together(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        """Steps parameters whose state lies where they lie."""
-        states = [self.state[parameter] for parameter in parameters]
-        masters = [state["master_param"] for state in states]
-        gradients = [parameter.decoupled_grad.float().contiguous() for parameter in parameters]  # type: ignore[attr-defined]
-        averages = [state["exp_avg"] for state in states]
-        fused_adamw(group, masters, gradients, averages, [state["exp_avg_sq"] for state in states])
-        for parameter, master in zip(parameters, masters, strict=True):
+                self._stage = _Stage(leaving[0][0].dtype)
+            self._stage.run(group, clip, leaving)
+            return
+        for parameter, gradient, state in leaving:
+            master = state["master_param"]
+            fused_adamw(group, clip, master, gradient.float(), state["exp_avg"], state["exp_avg_sq"])
             parameter.copy_(master)
 
 
@@ -204,7 +221,7 @@ class _Stage:
         self.weights = [torch.empty(SLOT_ELEMENTS, dtype=weight_dtype, pin_memory=True) for _ in range(2)]
         self.outgoing, self.returning = torch.cuda.Stream(), torch.cuda.Stream()
 
-    def run(self, group: dict[str, Any], work: list[tuple[Tensor, Tensor, dict[str, Tensor]]]) -> None:
+    def run(self, group: dict[str, Any], clip: float, work: list[tuple[Tensor, Tensor, dict[str, Tensor]]]) -> None:
         """Steps every (parameter, gradient, state) of `work`."""
         pieces = [
             (parameter.view(-1), gradient.view(-1), state, slice(start, min(start + SLOT_ELEMENTS, parameter.numel())))
@@ -224,7 +241,7 @@ class _Stage:
                 following = self._fetch(1 - slot, pieces[number + 1][1][pieces[number + 1][3]])
             fetched.synchronize()
             master, average, square = (state[name].view(-1)[part] for name in ("master_param", "exp_avg", "exp_avg_sq"))
-            fused_adamw(group, [master], [self.gradients[slot][:size]], [average], [square])
+            fused_adamw(group, clip, master, self.gradients[slot][:size], average, square)
             if (event := returned[slot]) is not None:
                 event.synchronize()
             self.weights[slot][:size].copy_(master)

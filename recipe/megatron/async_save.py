@@ -50,8 +50,8 @@ class SaveInFlight:
     def wait(self) -> Exception | None:
         """Waits for the writing, in another thread than the trainer's, which may be stuck. Returns what it failed
         with."""
-        if self._thread is not None:
-            self._thread.join()
+        if (thread := self._thread) is not None:
+            thread.join()
         return self._failure
 
     def finish(self) -> None:

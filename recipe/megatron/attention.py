@@ -5,11 +5,13 @@ V value head size, R size of the rotary part.
 """
 
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -22,7 +24,10 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from recipe.megatron.device import training_device
 from recipe.megatron.fusion import fused
+from recipe.megatron.gather import IntArray, RowGather
+from recipe.megatron.grids import SegmentGrids, grids_are_faster
 
 
 @dataclass
@@ -31,10 +36,10 @@ class PackedSequences(PackedSeqParams):
 
     A segment is a whole sequence, which attends to itself; or a response, which attends to its prompt's keys and its
     own; or, with context parallelism, one of the rank's two chunks of a sequence, which attends to the sequence's
-    beginning up to the chunk's end. `key_index` takes the keys from the pack's (all-gathered) rows. The causal mask is
-    aligned at the segment's end.
+    beginning up to the chunk's end. The causal mask is aligned at the segment's end.
     """
 
+    device: torch.device = field(default_factory=training_device)
     position_ids: Tensor | None = None
     """[T] position of each token in its own sequence."""
     longest_sequence: int = 0
@@ -43,58 +48,34 @@ class PackedSequences(PackedSeqParams):
     """Tokens of each segment, in the order of the pack."""
     key_lengths: tuple[int, ...] = ()
     """Keys of each segment."""
-    key_index: Tensor | None = None
+    key_rows: IntArray | None = None
     """[sum(key_lengths)] rows of the (all-gathered) keys; None where a segment's keys are itself."""
+    gathered_rows: int = 0
+    """Keys there are, on all context-parallel ranks."""
 
     @cached_property
-    def grids(self) -> "SegmentGrids":
-        """The segments in a padded grid."""
-        assert self.position_ids is not None
-        return SegmentGrids(self.query_lengths, self.key_lengths, self.position_ids.device)
+    def keys(self) -> RowGather | None:
+        """Takes the segments' keys, one segment after the other; None where a segment's keys are itself."""
+        if self.key_rows is None:
+            return None
+        return RowGather.of(self.key_rows, self.gathered_rows, self.device)
 
-
-class SegmentGrids:
-    """A pack's queries and keys in padded grids, and who sees whom: what torch's dense attention kernel takes."""
-
-    def __init__(self, query_lengths: tuple[int, ...], key_lengths: tuple[int, ...], device: torch.device) -> None:
-        self.queries = self.keys = SegmentGrid(query_lengths, device)
-        self.mask: Tensor | None = None
-        """[S, 1, L_q, L_k]; None where the plain causal mask serves."""
-        if key_lengths != query_lengths:
-            self.keys = SegmentGrid(key_lengths, device)
-            self.mask = bottom_right_mask(query_lengths, key_lengths).to(device)
-
-
-class SegmentGrid:
-    """Where packed rows lie in a padded [S, L] grid."""
-
-    def __init__(self, lengths: tuple[int, ...], device: torch.device) -> None:
-        self.shape = (len(lengths), max(lengths))
-        length = torch.tensor(lengths, device=device)
-        column = torch.arange(self.shape[1], device=device)
-        start = length.cumsum(0) - length
-        inside = column < length[:, None]
-        self.source = torch.where(inside, start[:, None] + column, 0).flatten()
-        self.place = inside.flatten().nonzero().squeeze(1)
-        self.is_full = bool(inside.all())
-
-    def pad(self, rows: Tensor) -> Tensor:
-        """[T, N, D] -> [S, N, L, D]; what lies past a segment's end is some other row, to be masked or ignored."""
-        grid = rows if self.is_full else rows.index_select(0, self.source)
-        return grid.view(*self.shape, *rows.shape[1:]).transpose(1, 2)
-
-    def unpad(self, grid: Tensor) -> Tensor:
-        """[S, N, L, V] -> [T, N, V]."""
-        rows = grid.transpose(1, 2).flatten(0, 1)
-        return rows if self.is_full else rows.index_select(0, self.place)
+    @cached_property
+    def grids(self) -> SegmentGrids:
+        """The segments in padded grids."""
+        key_rows = np.arange(self.gathered_rows) if self.key_rows is None else self.key_rows
+        on_gpu = self.device.type == "cuda"
+        lengths = self.query_lengths, self.key_lengths
+        return SegmentGrids(*lengths, key_rows, self.gathered_rows, self.device, few_shapes=on_gpu)
 
 
 class PackedAttention(MegatronModule):
     """The core attention of megatron's MLA: causal, packed, with keys and values gathered over context parallel ranks.
 
-    `--attention-backend` flash: torch's variable-length flash kernel (on the CPU, which has none, as fused). fused: the
-    segments in a padded grid for `scaled_dot_product_attention`, on CUDA by cuDNN. unfused: matrix products and a
-    softmax in fp32, which holds all scores. auto: flash, or unfused on a GPU in fp32, which the others cannot.
+    `--attention-backend` flash: torch's variable-length flash kernel. fused: the segments in padded grids for
+    `scaled_dot_product_attention`, on CUDA by cuDNN. unfused: matrix products and a softmax in fp32, which holds all
+    scores. auto on a GPU: fused where segments are long and of few lengths, or else flash; unfused in fp32, which these
+    cannot. On the CPU, where there is no flash kernel, flash and auto are fused.
     """
 
     def __init__(
@@ -128,15 +109,24 @@ class PackedAttention(MegatronModule):
         """query [T, N, D], key [T, N, D], value [T, N, V] -> [T, N * V]."""
         assert packed_seq_params is not None
         pack = packed_seq_params
-        if pack.key_index is not None:
-            key = self._gather(key).index_select(0, pack.key_index)
-            value = self._gather(value).index_select(0, pack.key_index)
+        if self.context_parallel_group.size() > 1:
+            key, value = self._gather(key), self._gather(value)
         # The kernels want one head size for queries, keys and values.
         padded = F.pad(value, (0, query.shape[-1] - value.shape[-1]))
-        attend = self._unfused if self.backend is AttnBackend.unfused else self._fused
-        if query.is_cuda and self.backend in (AttnBackend.auto, AttnBackend.flash):
-            attend = self._unfused if query.dtype == torch.float32 else self._flash
-        return attend(query, key, padded, pack)[..., : value.shape[-1]].flatten(1)
+        return self._kernel(query, pack)(query, key, padded, pack)[..., : value.shape[-1]].flatten(1)
+
+    def _kernel(
+        self, query: Tensor, pack: PackedSequences
+    ) -> Callable[[Tensor, Tensor, Tensor, PackedSequences], Tensor]:
+        backend = self.backend
+        if backend is AttnBackend.auto and query.is_cuda:
+            suits_grids = (
+                AttnBackend.fused if grids_are_faster(pack.query_lengths, pack.key_lengths) else AttnBackend.flash
+            )
+            backend = suits_grids if query.dtype == torch.bfloat16 else AttnBackend.unfused
+        if backend is AttnBackend.unfused:
+            return self._unfused
+        return self._flash if backend is AttnBackend.flash and query.is_cuda else self._fused
 
     def _gather(self, rows: Tensor) -> Tensor:
         return gather_from_sequence_parallel_region(rows.contiguous(), group=self.context_parallel_group)
@@ -146,8 +136,8 @@ class PackedAttention(MegatronModule):
 
         output = varlen_attn(
             query,
-            key,
-            value,
+            _taken(pack.keys, key),
+            _taken(pack.keys, value),
             pack.cu_seqlens_q,
             pack.cu_seqlens_kv,
             pack.max_seqlen_q,
@@ -160,21 +150,20 @@ class PackedAttention(MegatronModule):
 
     def _fused(self, query: Tensor, key: Tensor, value: Tensor, pack: PackedSequences) -> Tensor:
         grids = pack.grids
+        rows = [_taken(grids.query, query), _taken(grids.key, key), _taken(grids.key, value)]
+        outputs = []
         kernel = sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if query.is_cuda else nullcontext()
         with kernel:
-            output = F.scaled_dot_product_attention(
-                grids.queries.pad(query),
-                grids.keys.pad(key),
-                grids.keys.pad(value),
-                attn_mask=grids.mask,
-                is_causal=grids.mask is None,
-                scale=self.softmax_scale,
-            )
-        return grids.queries.unpad(output)
+            for shape, *parts in zip(grids.shapes, *(one.split(grids.sizes) for one in rows), strict=True):
+                q, k, v = (part.unflatten(0, shape).transpose(1, 2) for part in parts)
+                output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
+                outputs.append(output.transpose(1, 2).flatten(0, 1))
+        return _taken(grids.output, torch.cat(outputs) if len(outputs) > 1 else outputs[0])
 
     def _unfused(self, query: Tensor, key: Tensor, value: Tensor, pack: PackedSequences) -> Tensor:
         assert self.softmax_scale is not None
         outputs = []
+        key, value = _taken(pack.keys, key), _taken(pack.keys, value)
         segments = zip(
             query.split(pack.query_lengths), key.split(pack.key_lengths), value.split(pack.key_lengths), strict=True
         )
@@ -186,12 +175,8 @@ class PackedAttention(MegatronModule):
         return torch.cat(outputs)
 
 
-def bottom_right_mask(query_lengths: tuple[int, ...], key_lengths: tuple[int, ...]) -> Tensor:
-    """[S, 1, L_q, L_k] True where a query may see a key: the last query of a segment sees all its keys."""
-    query = torch.arange(max(query_lengths))[None, :, None]
-    key = torch.arange(max(key_lengths))[None, None, :]
-    shift = torch.tensor(key_lengths) - torch.tensor(query_lengths)
-    return (key <= query + shift[:, None, None])[:, None]
+def _taken(gather: RowGather | None, rows: Tensor) -> Tensor:
+    return rows if gather is None else gather(rows)
 
 
 class RotaryTable:

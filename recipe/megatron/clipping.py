@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
-from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
@@ -20,7 +19,7 @@ from torch import Tensor
 from recipe.megatron.device import training_device
 
 PIECE_ELEMENTS = 16 << 20
-"""Of a gradient, as many elements are held in fp64 at a time."""
+"""Of a gradient on the CPU, as many elements are held in fp64 at a time."""
 IS_MTP = "is_mtp"
 """Marks the optimizer's parameter groups that hold the MTP layer."""
 
@@ -46,9 +45,9 @@ def clipped_step(optimizer: MegatronOptimizer, clip_grad: float) -> GradientNorm
     if not norms.are_finite:
         return norms
     if clip_grad > 0:
-        for part, group in _groups(optimizer):
+        for _, group in _groups(optimizer):
             norm = norms.mtp if group.get(IS_MTP) else norms.policy
-            clip_grad_by_total_norm_fp32(group["params"], clip_grad, norm, use_decoupled_grad=_is_decoupled(part))
+            group["clip"] = min(1.0, clip_grad / (norm + 1e-6))
     optimizer.step_with_ready_grads()
     return norms
 
@@ -66,9 +65,10 @@ def _is_decoupled(part: MegatronOptimizer) -> bool:
 def _gradient_norms(optimizer: MegatronOptimizer) -> GradientNorms:
     squares = torch.zeros(2, dtype=torch.float64, device=training_device())
     for part, group in _groups(optimizer):
-        for gradient in _counted_gradients(part, group["params"]):
-            for piece in gradient.view(-1).split(PIECE_ELEMENTS):
-                squares[int(group.get(IS_MTP, False))] += torch.linalg.vector_norm(piece, dtype=torch.float64) ** 2
+        gradients = _counted_gradients(part, group["params"])
+        if pieces := [piece for gradient in gradients for piece in gradient.view(-1).split(PIECE_ELEMENTS)]:
+            norms = torch._foreach_norm(pieces, 2, dtype=torch.float64)
+            squares[int(group.get(IS_MTP, False))] += torch.stack(norms).square().sum()
     dist.all_reduce(squares)
     return GradientNorms(*squares.sqrt().float().tolist())
 

@@ -6,9 +6,11 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher
+from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher, MoETokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+from recipe.megatron import permutation
 
 
 class PackedMoELayer(MoELayer):
@@ -27,6 +29,35 @@ class PackedMoELayer(MoELayer):
             self.token_dispatcher = PaddedAllGatherDispatcher(
                 self.num_local_experts, self.local_expert_indices, config, pg_collection
             )
+        elif config.moe_permute_fusion and pg_collection.tp_ep.size() == 1:
+            self.token_dispatcher = LocalDispatcher(config, pg_collection)
+
+
+class LocalDispatcher(MoETokenDispatcher):
+    """Brings tokens [T, H] to experts that are all on this rank: nothing is sent, and the CPU does not wait for the
+    GPU to count rows."""
+
+    def dispatch_preprocess(self, tokens: Tensor, routing_map: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        self.shape, self.tokens_per_expert = tokens.shape, routing_map.sum(0)
+        flat = tokens.view(-1, tokens.shape[-1])
+        rows = len(flat) * self.config.moe_router_topk
+        permuted, row_probs, self.permutation = permutation.permute(flat, probs, routing_map, rows)
+        return permuted, row_probs
+
+    def token_dispatch(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        return hidden_states, probs
+
+    def dispatch_postprocess(self, hidden_states: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return hidden_states, self.tokens_per_expert, probs
+
+    def combine_preprocess(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states
+
+    def token_combine(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states
+
+    def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
+        return permutation.unpermute(hidden_states, self.permutation).view(self.shape)
 
 
 class PaddedAllGatherDispatcher(MoEAllGatherTokenDispatcher):

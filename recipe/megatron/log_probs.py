@@ -1,7 +1,9 @@
 """Token log-probabilities and entropies from hidden states, without ever holding the logits of a whole pack.
 
 Letters: N selected tokens, H hidden size, V vocabulary of this tensor-parallel rank, C tokens of a chunk.
-A chunk's logits [C, V] are formed, used and dropped; the backward pass forms them again.
+A chunk's logits [C, V] are formed, used and dropped; the backward pass forms them again. Only the last chunk's are
+kept: the backward pass begins with it, so that no more than one chunk is ever there. Gradients of logits take their
+place.
 """
 
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recipe.megatron.fusion import fused
+from recipe.megatron.gradients import WeightGradient, add_product
 
 
 @dataclass(frozen=True)
@@ -44,14 +47,17 @@ def _sums(logits: Tensor, temperature: float, largest: Tensor, column: Tensor) -
     of the target if it lies here."""
     shifted = logits.float() / temperature - largest[:, None]
     exponential = shifted.exp()
-    at_target = torch.arange(logits.shape[1], device=logits.device) == column[:, None]
     return torch.stack(
-        [exponential.sum(-1), (exponential * shifted).sum(-1), torch.where(at_target, shifted, 0.0).sum(-1)]
+        [
+            exponential.sum(-1),
+            (exponential * shifted).sum(-1),
+            torch.where(_at(column, logits), shifted, 0.0).sum(-1),
+        ]
     )
 
 
 @fused
-def _grad_logits(
+def _replace_by_gradient(
     logits: Tensor,
     temperature: float,
     log_sum: Tensor,
@@ -59,13 +65,23 @@ def _grad_logits(
     grad_log_prob: Tensor,
     entropy: Tensor,
     grad_entropy: Tensor,
-) -> Tensor:
-    """[C, V] in the type of logits: d log p_t / d z_j = [j = t] - p_j; dH / d z_j = -p_j (log p_j + H)."""
+) -> None:
+    """Logits [C, V], in place: d log p_t / d z_j = [j = t] - p_j; dH / d z_j = -p_j (log p_j + H)."""
     log_probability = logits.float() / temperature - log_sum[:, None]
-    at_target = torch.arange(logits.shape[1], device=logits.device) == column[:, None]
     spread = grad_log_prob[:, None] + grad_entropy[:, None] * (log_probability + entropy[:, None])
-    gradient = torch.where(at_target, grad_log_prob[:, None], 0.0) - log_probability.exp() * spread
-    return (gradient / temperature).to(logits.dtype)
+    gradient = torch.where(_at(column, logits), grad_log_prob[:, None], 0.0) - log_probability.exp() * spread
+    logits.copy_(gradient / temperature)
+
+
+def _at(column: Tensor, logits: Tensor) -> Tensor:
+    """[C, V] True at each row's column, if it lies in this shard."""
+    columns = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)
+    return columns == column.to(torch.int32)[:, None]
+
+
+def _chunks(count: int, size: int) -> list[slice]:
+    """Consecutive parts of `count` rows, all of them `size` long but the first."""
+    return [slice(max(0, end - size), end) for end in range(count, 0, -size)][::-1] or [slice(0, 0)]
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
@@ -80,27 +96,30 @@ class _ChunkedLogProbs(torch.autograd.Function):
         chunk_size: int,
     ) -> tuple[Tensor, Tensor]:
         column = targets - shard.start
-        chunks = []
-        for rows, columns in zip(hidden.split(chunk_size), column.split(chunk_size), strict=True):
-            logits = torch.mm(rows, weight.t())
+        parts, sums = _chunks(len(hidden), chunk_size), []
+        logits = hidden.new_empty(0)
+        for part in parts:
+            del logits
+            logits = torch.mm(hidden[part], weight.t())
             largest = shard.reduce(_largest(logits, temperature), dist.ReduceOp.MAX)
-            chunks.append(torch.cat([largest[None], shard.reduce(_sums(logits, temperature, largest, columns))]))
-        largest, exponential, weighted, target = torch.cat(chunks, dim=1)
+            sums.append(torch.cat([largest[None], shard.reduce(_sums(logits, temperature, largest, column[part]))]))
+        largest, exponential, weighted, target = torch.cat(sums, dim=1)
         log_sum = exponential.log()
         entropy = log_sum - weighted / exponential
-        ctx.save_for_backward(hidden, weight, column, largest + log_sum, entropy)
-        ctx.temperature, ctx.chunk_size = temperature, chunk_size
+        ctx.save_for_backward(hidden, column, largest + log_sum, entropy, logits)
+        ctx.weight, ctx.temperature, ctx.parts = weight, temperature, parts
         return target - log_sum, entropy
 
     @staticmethod
     def backward(ctx: Any, grad_log_probs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, column, log_sum, entropy = ctx.saved_tensors
+        hidden, column, log_sum, entropy, logits = ctx.saved_tensors
+        weight, learns = ctx.weight, ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for start in range(0, hidden.shape[0], ctx.chunk_size):
-            part = slice(start, start + ctx.chunk_size)
-            logits = torch.mm(hidden[part], weight.t())
-            grad_logits = _grad_logits(
+        gradient = WeightGradient.of(weight) if learns else None
+        for part in reversed(ctx.parts):
+            if part is not ctx.parts[-1]:
+                torch.mm(hidden[part], weight.t(), out=logits.resize_(part.stop - part.start, len(weight)))
+            _replace_by_gradient(
                 logits,
                 ctx.temperature,
                 log_sum[part],
@@ -109,17 +128,12 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 entropy[part],
                 grad_entropy[part],
             )
-            torch.mm(grad_logits, weight, out=grad_hidden[part])
-            _add_product(grad_weight, grad_logits.t(), hidden[part])
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Adds left @ right to the fp32 `total`."""
-    if left.is_cuda and left.dtype != torch.float32:
-        torch.addmm(total, left, right, out_dtype=torch.float32, out=total)
-    else:
-        total.add_(torch.mm(left, right))
+            torch.mm(logits, weight, out=grad_hidden[part])
+            if gradient is not None:
+                overwrite = gradient.is_blank and part is ctx.parts[-1]
+                add_product(gradient.total, logits.t(), hidden[part], overwrite=overwrite)
+        grad_weight = None if gradient is None else gradient.for_autograd(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 def chunked_log_probs(

@@ -77,6 +77,8 @@ class _Pack:
     predicting: IntArray
     """Row of the token that predicts each response token of the samples, one sample after the other; -1 where another
     rank holds it."""
+    gathered_rows: int
+    """T, of all context-parallel ranks together."""
     rows_of_sequences: IntArray | None = None
     """[sum of sample lengths] where prompts are shared: the row of every token, one sample after the other; any row for
     a last token, which is in none."""
@@ -121,6 +123,7 @@ def _share_prompts(samples: Sequence[TrainSample], layout: TokenLayout) -> _Pack
         key_lengths=tuple(map(len, keys)),
         key_rows=np.concatenate(keys),
         predicting=np.concatenate(predicting),
+        gathered_rows=end,
         rows_of_sequences=np.concatenate(sequences),
     )
 
@@ -163,6 +166,7 @@ def _whole_sequences(samples: Sequence[TrainSample], layout: TokenLayout) -> _Pa
         key_lengths=key_lengths,
         key_rows=key_rows,
         predicting=row_of[predicting],
+        gathered_rows=len(row_of),
     )
 
 
@@ -193,7 +197,9 @@ def _packed_sequences(pack: _Pack) -> PackedSequences:
         longest_sequence=int(pack.positions.max()) + 1,
         query_lengths=pack.query_lengths,
         key_lengths=pack.key_lengths,
-        key_index=None if pack.key_rows is None else torch.from_numpy(pack.key_rows).to(device),
+        key_rows=pack.key_rows,
+        gathered_rows=pack.gathered_rows,
+        device=device,
     )
 
 

