@@ -7,12 +7,13 @@ from dataclasses import replace
 import numpy as np
 
 from recipe.config import Config
-from recipe.data.prompts import Prompt
+from recipe.data.source import Draw
 from recipe.grpo.advantages import group_advantages, penalise_kl
 from recipe.grpo.loss import Metric
 from recipe.grpo.reduction import sequence_weights
 from recipe.messages import FloatArray, StepReport, TrainSample
 from recipe.rewards.grader import GradeStatus
+from recipe.rollout.client import ClientCounters
 from recipe.rollout.generate import Rollout
 from recipe.rollout.sample import Sample, SampleGroup
 from recipe.run import RolloutMetrics, SampleRecord, TrainMetrics
@@ -58,15 +59,15 @@ def reward_of(sample: Sample) -> float:
     return sample.reward
 
 
-def from_prompts(prompts: Sequence[Prompt], first_index: int) -> list[TrainSample]:
+def from_prompts(draws: Sequence[Draw]) -> list[TrainSample]:
     """Prompts with their given responses, to be learned by heart (sft)."""
     return [
         TrainSample(
-            index=first_index + number,
-            tokens=np.array([*prompt.ids, *prompt.response_ids], dtype=np.int64),
-            loss_mask=np.ones(len(prompt.response_ids), dtype=np.bool_),
+            index=draw.number,
+            tokens=np.array([*draw.prompt.ids, *draw.prompt.response_ids], dtype=np.int64),
+            loss_mask=np.ones(len(draw.prompt.response_ids), dtype=np.bool_),
         )
-        for number, prompt in enumerate(prompts)
+        for draw in draws
     ]
 
 
@@ -109,8 +110,9 @@ def _weighted(batch: list[TrainSample], *, per_token: bool) -> list[TrainSample]
     return [replace(sample, weight=weight) for sample, weight in zip(batch, weights, strict=True)]
 
 
-def rollout_metrics(rollout_id: int, rollout: Rollout) -> RolloutMetrics:
-    """What is reported of a graded rollout, which was made under the weights of version `rollout_id`."""
+def rollout_metrics(rollout_id: int, rollout: Rollout, engines: ClientCounters) -> RolloutMetrics:
+    """What is reported of a graded rollout, which was made under the weights of version `rollout_id`, and of what went
+    wrong with `engines` since the one before it."""
     samples = samples_of(rollout)
     rewards = [reward_of(sample) for sample in samples]
     return RolloutMetrics(
@@ -124,7 +126,13 @@ def rollout_metrics(rollout_id: int, rollout: Rollout) -> RolloutMetrics:
         grader_failed=sum(
             sample.grade is not None and sample.grade.status is GradeStatus.GRADER_FAILED for sample in samples
         ),
-        engine_restarts=rollout.metrics.restarts,
+        dropped_groups=rollout.sampling.dropped_groups,
+        unused_groups=rollout.sampling.unused_groups,
+        refills=rollout.sampling.refills,
+        stale_token_share=rollout.metrics.stale_share,
+        engine_restarts=engines.restarts,
+        request_retries=engines.retries,
+        retried_tokens=engines.retried_tokens,
     )
 
 

@@ -89,3 +89,5 @@ class Progress:
     consecutive_skips: int = 0
     data: dict[str, Any] = field(default_factory=dict)
     """State of the prompt source."""
+    waiting: list[dict[str, Any]] = field(default_factory=list)
+    """Groups of samples that the next rollout continues."""

@@ -13,11 +13,15 @@ from recipe.cluster.calls import get
 from recipe.cluster.placement import Placement
 from recipe.cluster.trainer import TrainerGroup
 from recipe.config import Config, Resolved
+from recipe.errors import UserError
 from recipe.rollout.servers.launch import Launch, launch_embedded, launch_sglang
 from recipe.rollout.servers.process import EngineProcess
 from recipe.seeds import derive
 
 logger = logging.getLogger(__name__)
+
+START_ATTEMPTS = 3
+"""Times that a dead engine is started before the run gives up."""
 
 INITIAL_VERSION = "initial"
 """Of the weights that an engine starts with, before the trainer has sent any."""
@@ -39,14 +43,22 @@ class EngineActor:
         self.starts = 0
 
     def start(self) -> str:
-        """Starts the server, ending the one before it, and returns its address once it is healthy."""
-        self.stop()
+        """Starts the server, killing the one before it, and returns its address once it is healthy."""
+        if self.process is not None:
+            self.process.kill()
         self.starts += 1
         logs = self.resolved.config.run_dir.resolve() / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         self.process = EngineProcess(self._launch(), logs / f"engine-{self.number}.{self.starts}.log")
         self.process.wait_healthy(self.resolved.config.rollout.rollout_engine_start_timeout_s)
         return self.process.url
+
+    def keep_alive(self) -> str:
+        """Starts the server again if it has died or does not answer. Returns its address."""
+        if self.process is not None and self.process.answers(self.resolved.config.rollout.rollout_health_check_timeout):
+            return self.process.url
+        logger.warning("engine %d does not answer any more: it is started again", self.number)
+        return self.start()
 
     def _launch(self) -> Launch:
         config = self.resolved.config
@@ -86,6 +98,7 @@ class EngineGroup:
         self._starting: list[ray.ObjectRef] = []
         self._urls: list[str] = []
         self._weights: tuple[TrainerGroup, str] | None = None
+        self._sending = asyncio.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -104,21 +117,42 @@ class EngineGroup:
         self._urls = get(self._starting, self._names)
         return list(self._urls)
 
+    def replace_dead(self) -> list[str]:
+        """Starts engines again that have died or hang, for a time in which nothing is generated: they hold no trained
+        weights then. Returns the addresses of all. Raises UserError if one does not become healthy."""
+        self._urls = get([actor.keep_alive.remote() for actor in self._actors], self._names)
+        return list(self._urls)
+
     def update_weights(self, trainer: TrainerGroup, version: int) -> None:
         """Sends the policy to every engine."""
         self._weights = trainer, str(version)
         trainer.update_weights(self._urls, str(version))
 
     async def recover(self, url: str) -> str:
-        """Replaces the engine at `url` by a new one that holds the current weights. Returns the new address."""
+        """Replaces the engine at `url` by a new one that holds the current weights, which the trainer still has: it
+        does nothing else while something is generated. Returns the new address. Raises UserError if that fails."""
         number = self._urls.index(url)
-        logger.warning("engine %d at %s is dead: it is started again, and its samples are generated again", number, url)
-        [address] = await asyncio.to_thread(get, [self._actors[number].start.remote()], [self._names[number]])
-        self._urls[number] = address
+        logger.warning("engine %d at %s does not generate any more: it is started again", number, url)
+        self._urls[number] = address = await asyncio.to_thread(self._start_again, number)
         if self._weights is not None:
             trainer, version = self._weights
-            await asyncio.to_thread(trainer.update_weights, [address], version)
+            async with self._sending:
+                await asyncio.to_thread(trainer.update_weights, [address], version)
         return address
+
+    def _start_again(self, number: int) -> str:
+        for attempt in range(1, START_ATTEMPTS + 1):
+            try:
+                [address] = get([self._actors[number].start.remote()], [self._names[number]])
+            except UserError as error:
+                if attempt == START_ATTEMPTS:
+                    raise UserError(
+                        f"engine {number} died and could not be started again in {START_ATTEMPTS} attempts: {error}"
+                    ) from error
+                logger.warning("engine %d does not start (%s): it is started again", number, error)
+            else:
+                return str(address)
+        raise AssertionError
 
     @property
     def _names(self) -> list[str]:

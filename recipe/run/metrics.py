@@ -91,8 +91,20 @@ class RolloutMetrics:
     truncated_share: float
     grader_failed: int
     """Samples whose grader failed: neither right nor wrong."""
+    dropped_groups: int = 0
+    """Groups that the dynamic sampling filter dropped."""
+    unused_groups: int = 0
+    """Groups that were not needed: aborted, or finished too late."""
+    refills: int = 0
+    """Times that prompts had to be drawn again."""
+    stale_token_share: float = 0.0
+    """Share of the response tokens that older weights made (`--partial-rollout`)."""
     engine_restarts: int
-    """Engines that had to be started again since the run began."""
+    """Engines that had to be started again since the last rollout, up to the end of this one."""
+    request_retries: int = 0
+    """Requests that had to be sent again, likewise."""
+    retried_tokens: int = 0
+    """Tokens of the answers to those: at most so many were lost, and made twice."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,7 @@ class FakeEngine:
 
     async def verb(self, request: web.Request) -> web.Response:
         self.calls.append(request.path)
-        if request.path == "/health":
+        if request.path == "/health_generate":
             return web.Response(status=200 if self.healthy else 503)
         if request.path == "/begin_weight_update" and self.handler is not None:
             return web.Response(status=404)
@@ -261,7 +261,7 @@ async def test_verbs_reach_every_engine() -> None:
         "/update_weights_from_disk",
         "/continue_generation",
         "/model_info",
-        "/health",
+        "/health_generate",
     ]
     assert [engine.calls for engine in engines] == [expected, expected]
 
