@@ -15,6 +15,7 @@ from recipe.data.tokenizer import load_tokenizer
 from recipe.errors import UserError
 from recipe.experience import from_prompts, rollout_metrics, sample_records, train_metrics
 from recipe.messages import Progress, StepReport, TrainSample
+from recipe.mismatch import MismatchWatch, StepMismatch
 from recipe.rewards.functions import REWARD_RULES, Reward, RewardRule, RewardType, load_custom_reward
 from recipe.rewards.grader import Grader
 from recipe.rollout.client import ClientCounters, ClientOptions, RolloutClient
@@ -96,6 +97,7 @@ class Run:
         self._rollout: Rollout | None = None
         self._reports: list[StepReport] = []
         self._evals: dict[str, EvalMetrics] = {}
+        self._mismatch = MismatchWatch(resolved.config.misc.mismatch_warn)
         if progress.rollouts:
             self.prompts.load_state_dict(cast(SourceState, progress.data))
             if engines is not None:
@@ -204,13 +206,9 @@ class Run:
         metrics = StepMetrics(step=done, rollout=rollout, train=train, evals=self._evals, seconds=self.clock.lap())
         self._directory.record(metrics)
         self._display.step(metrics)
-        if train is not None and (train.logprob_diff_mean or 0.0) > self.config.misc.mismatch_warn:
-            logger.warning(
-                "step %d: trainer and engine disagree by %.3f nats a token on average: likely causes are weights that "
-                "did not reach the engine, a sampling temperature that differs, or a stale router",
-                done,
-                train.logprob_diff_mean,
-            )
+        if (mismatch := StepMismatch.of(self._reports)) is not None:
+            for sentence in self._mismatch.warnings(mismatch):
+                logger.warning("step %d: %s", done, sentence)
         self._rollout, self._reports, self._evals = None, [], {}
 
     def save(self) -> None:

@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from recipe.config import Config
 from recipe.data.source import Draw
 from recipe.grpo.advantages import group_advantages, penalise_kl
 from recipe.grpo.loss import Metric
 from recipe.grpo.reduction import sequence_weights
-from recipe.messages import FloatArray, StepReport, TrainSample
+from recipe.messages import OLDER_TOKENS, FloatArray, StepReport, TrainSample
 from recipe.rewards.grader import GradeStatus
 from recipe.rollout.client import ClientCounters
 from recipe.rollout.generate import Rollout
@@ -28,9 +29,17 @@ def with_advantages(rollout: Rollout, config: Config) -> list[TrainSample]:
             loss_mask=np.array(sample.loss_mask, dtype=np.bool_),
             advantages=np.full(sample.response_length, advantage, dtype=np.float32),
             rollout_log_probs=np.array(sample.rollout_log_probs, dtype=np.float32),
+            sources=_sources(sample, rollout.weight_version),
         )
         for sample, advantage in zip(samples_of(rollout), advantages(rollout, config), strict=True)
     ]
+
+
+def _sources(sample: Sample, version: str) -> NDArray[np.int64]:
+    """[R] see `TrainSample.sources`. The tokens of one rollout are all from one engine."""
+    assert sample.engine is not None
+    current = np.array([made_under == version for made_under in sample.weight_versions])
+    return np.where(current, 1 + sample.engine, OLDER_TOKENS)
 
 
 def samples_of(rollout: Rollout) -> list[Sample]:
