@@ -272,28 +272,27 @@ async def test_new_tokens_of_a_continued_sample_must_be_of_the_current_weights(c
         await continued(collectors, waiting)
 
 
-async def test_a_stop_string_over_the_border_ends_a_continued_response(
-    engine: EngineUnderTest, collectors: Collectors
-) -> None:
-    """The stop string is made of the text on both sides of the border, and the engine is not told of it at first."""
-    group = SampleGroup.of(PROMPTS[0], 0, 1)
-    plan = replace(FIRST_OF_FOUR, groups=1, draw_size=1, in_order=True)
-    async with cut_short(engine, group):
-        [sample] = group.samples
-        border = sample.response_length
-        whole = SampleGroup.of(PROMPTS[0], 0, 1)
-        await collectors.client.generate(whole, LONG, [5])
-        ids = whole.samples[0].response_ids
-        stop = collectors.decode(ids[border - 1 : border + 1])
-        assert len(stop) >= 2
-        expected = SampleGroup.of(PROMPTS[0], 0, 1)
-        await collectors.client.generate(expected, replace(LONG, stop=(stop,)), [5])
-        if expected.samples[0].response_length < border:
-            pytest.skip("the two tokens are in the first part too")
-        state = PendingGroup(SampleGroup(0, group.prompt, group.samples), (5,)).as_json()
-        collector = collectors.make(plan, replace(LONG, stop=(stop,)), keep=None)
-        collector.load_state([json.loads(json.dumps(state))])
-        rollout = await collector.collect(seeds(1), "1")
+async def test_a_stop_string_over_the_border_ends_a_continued_response(collectors: Collectors) -> None:
+    """The stop string is made of the text on both sides of the border; the engine sees one side only."""
+    collectors.make()
+    prompt = collectors.source.prompt_of(0)
+    whole, expected, part = (SampleGroup.of(prompt, 0, 1) for _ in range(3))
+    await collectors.client.generate(whole, LONG, [5])
+    ids = whole.samples[0].response_ids
+    text_before = [collectors.decode(ids[:length]) for length in range(len(ids))]
+    border, stop = next(
+        (length, stop)
+        for length in range(3, len(ids) - 1)
+        if len(stop := collectors.decode(ids[length - 1 : length + 1])) > 1 and stop not in text_before[length]
+    )
+    sampling = replace(LONG, stop=(stop,))
+    await collectors.client.generate(expected, sampling, [5])
+    [sample], [source] = part.samples, whole.samples
+    sample.append(ids[:border], source.rollout_log_probs[:border], ["0"] * border)
+    sample.finish_reason = FinishReason.ABORT
+    collector = collectors.make(replace(FIRST_OF_FOUR, draw_size=1), sampling, keep=None)
+    collector.load_state([json.loads(json.dumps(PendingGroup(part, (5,)).as_json()))])
+    rollout = await collector.collect(seeds(1), "1")
     [continued_sample], [one_piece] = rollout.groups[0].samples, expected.samples
     assert continued_sample.response_ids == one_piece.response_ids == ids[: border + 1]
     assert continued_sample.response == one_piece.response
