@@ -13,6 +13,7 @@ from recipe.grpo.advantages import group_advantages, penalise_kl
 from recipe.grpo.loss import Metric
 from recipe.grpo.reduction import sequence_weights
 from recipe.messages import OLDER_TOKENS, FloatArray, StepReport, TrainSample
+from recipe.mismatch import StepMismatch
 from recipe.rewards.grader import GradeStatus
 from recipe.rollout.client import ClientCounters
 from recipe.rollout.generate import Rollout
@@ -154,6 +155,7 @@ def train_metrics(samples: Sequence[TrainSample], reports: Sequence[StepReport],
 
     differences = [report.loss.get(Metric.ROLLOUT_LOG_PROB_DIFF_MAX) for report in reports]
     present = [difference for difference in differences if difference is not None]
+    mismatch = StepMismatch.of(reports)
     mtp = [report.mtp for report in reports if report.mtp is not None]
     return TrainMetrics(
         tokens=sum(sample.length for sample in samples),
@@ -166,6 +168,7 @@ def train_metrics(samples: Sequence[TrainSample], reports: Sequence[StepReport],
         kl=mean(Metric.REFERENCE_KL),
         logprob_diff_mean=mean(Metric.ROLLOUT_LOG_PROB_DIFF),
         logprob_diff_max=max(present) if present else None,
+        logprob_diff_older=None if mismatch is None else mismatch.older,
         logprob_kl=mean(Metric.ROLLOUT_KL),
         logprob_beyond_2=mean(Metric.ROLLOUT_BEYOND_2),
         logprob_beyond_10=mean(Metric.ROLLOUT_BEYOND_10),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from recipe.grpo.kl import KLEstimator, approximate_kl, bounded_exp
@@ -198,7 +199,7 @@ def sft_loss(log_probs: Tensor, weights: Tensor) -> LossOutput:
 def _by_source(difference: Tensor, trained: Tensor, sources: Tensor, count: int) -> Tensor:
     """[2, S]: see `LossMetrics.by_source`."""
     values = torch.stack([difference, torch.ones_like(difference)]) * trained
-    return values.new_zeros(2, count).index_add_(1, sources, values)
+    return values @ F.one_hot(sources, count).to(values.dtype)
 
 
 def _clipped_surrogate(

@@ -129,6 +129,8 @@ class TrainMetrics:
     """Mean absolute difference of the trainer's and the engine's log-probs."""
     logprob_diff_max: float | None = None
     """The largest such difference."""
+    logprob_diff_older: float | None = None
+    """Mean of the difference over the tokens that older weights made; None where there are none."""
     logprob_kl: float | None = None
     """k3 estimate of KL(engine || trainer), in nats a token."""
     logprob_beyond_2: float | None = None

@@ -276,9 +276,10 @@ async def test_a_stop_string_over_the_border_ends_a_continued_response(collector
     """The stop string is made of the text on both sides of the border; the engine sees one side only."""
     collectors.make()
     prompt = collectors.source.prompt_of(0)
-    whole, expected, part = (SampleGroup.of(prompt, 0, 1) for _ in range(3))
-    await collectors.client.generate(whole, LONG, [5])
-    ids = whole.samples[0].response_ids
+    whole, expected, part = SampleGroup.of(prompt, 0, 8), SampleGroup.of(prompt, 0, 1), SampleGroup.of(prompt, 0, 1)
+    await collectors.client.generate(whole, LONG, range(8))
+    source = max(whole.samples, key=lambda sample: sample.response_length)
+    ids, seed = source.response_ids, source.index
     text_before = [collectors.decode(ids[:length]) for length in range(len(ids))]
     border, stop = next(
         (length, stop)
@@ -286,12 +287,12 @@ async def test_a_stop_string_over_the_border_ends_a_continued_response(collector
         if len(stop := collectors.decode(ids[length - 1 : length + 1])) > 1 and stop not in text_before[length]
     )
     sampling = replace(LONG, stop=(stop,))
-    await collectors.client.generate(expected, sampling, [5])
-    [sample], [source] = part.samples, whole.samples
+    await collectors.client.generate(expected, sampling, [seed])
+    [sample] = part.samples
     sample.append(ids[:border], source.rollout_log_probs[:border], ["0"] * border)
     sample.finish_reason = FinishReason.ABORT
     collector = collectors.make(replace(FIRST_OF_FOUR, draw_size=1), sampling, keep=None)
-    collector.load_state([json.loads(json.dumps(PendingGroup(part, (5,)).as_json()))])
+    collector.load_state([json.loads(json.dumps(PendingGroup(part, (seed,)).as_json()))])
     rollout = await collector.collect(seeds(1), "1")
     [continued_sample], [one_piece] = rollout.groups[0].samples, expected.samples
     assert continued_sample.response_ids == one_piece.response_ids == ids[: border + 1]
