@@ -108,7 +108,7 @@ class PolicyLossConfig:
     tis_clip: float = 2.0
     tis_clip_low: float = 0.0
     num_sources: int = 0
-    """Of tokens, which `PolicyLossInputs.sources` tells apart."""
+    """Of tokens, which `PolicyLossInputs.sources` tells apart; 0: nobody wants to know."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def policy_loss(inputs: PolicyLossInputs, config: PolicyLossConfig) -> LossOutpu
         sums[Metric.ROLLOUT_BEYOND_2] = (difference > math.log(2)).float()
         sums[Metric.ROLLOUT_BEYOND_10] = (difference > math.log(10)).float()
         maxima[Metric.ROLLOUT_LOG_PROB_DIFF_MAX] = difference.max() if len(difference) else difference.new_zeros(())
-        if inputs.sources is not None:
+        if inputs.sources is not None and config.num_sources:
             by_source = _by_source(difference.detach(), trained, inputs.sources, config.num_sources)
         if config.use_tis:
             importance = bounded_exp(old - rollout)
