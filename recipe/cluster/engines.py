@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -32,6 +33,20 @@ def threads_of_engine(config: Config) -> int:
     if config.cluster.num_cpus_per_engine is not None:
         return max(1, int(config.cluster.num_cpus_per_engine))
     return max(1, len(os.sched_getaffinity(0)) // config.num_engines)
+
+
+def start_again(name: str, start: Callable[[], str]) -> str:
+    """The address of an engine that died, from `start`, which is tried START_ATTEMPTS times. Raises UserError, with the
+    end of the engine's log, if it never works."""
+    for attempt in range(1, START_ATTEMPTS):
+        try:
+            return start()
+        except UserError as error:
+            logger.warning("%s does not start (attempt %d of %d): %s", name, attempt, START_ATTEMPTS, error)
+    try:
+        return start()
+    except UserError as error:
+        raise UserError(f"{name} died and could not be started again in {START_ATTEMPTS} attempts: {error}") from error
 
 
 class EngineActor:
@@ -133,26 +148,15 @@ class EngineGroup:
         does nothing else while something is generated. Returns the new address. Raises UserError if that fails."""
         number = self._urls.index(url)
         logger.warning("engine %d at %s does not generate any more: it is started again", number, url)
-        self._urls[number] = address = await asyncio.to_thread(self._start_again, number)
+        self._urls[number] = address = await asyncio.to_thread(start_again, self._names[number], self._start(number))
         if self._weights is not None:
             trainer, version = self._weights
             async with self._sending:
                 await asyncio.to_thread(trainer.update_weights, [address], version)
         return address
 
-    def _start_again(self, number: int) -> str:
-        for attempt in range(1, START_ATTEMPTS + 1):
-            try:
-                [address] = get([self._actors[number].start.remote()], [self._names[number]])
-            except UserError as error:
-                if attempt == START_ATTEMPTS:
-                    raise UserError(
-                        f"engine {number} died and could not be started again in {START_ATTEMPTS} attempts: {error}"
-                    ) from error
-                logger.warning("engine %d does not start (%s): it is started again", number, error)
-            else:
-                return str(address)
-        raise AssertionError
+    def _start(self, number: int) -> Callable[[], str]:
+        return lambda: str(get([self._actors[number].start.remote()], [self._names[number]])[0])
 
     @property
     def _names(self) -> list[str]:
