@@ -37,10 +37,11 @@ def with_advantages(rollout: Rollout, config: Config) -> list[TrainSample]:
 
 
 def _sources(sample: Sample, version: str) -> NDArray[np.int64]:
-    """[R] see `TrainSample.sources`. The tokens of one rollout are all from one engine."""
-    assert sample.engine is not None
+    """[R] see `TrainSample.sources`. The tokens of one rollout are all from one engine; a sample that has none may be
+    from a checkpoint, which does not say from which engine."""
+    newest = OLDER_TOKENS if sample.engine is None else 1 + sample.engine
     current = np.array([made_under == version for made_under in sample.weight_versions])
-    return np.where(current, 1 + sample.engine, OLDER_TOKENS)
+    return np.where(current, newest, OLDER_TOKENS)
 
 
 def samples_of(rollout: Rollout) -> list[Sample]:

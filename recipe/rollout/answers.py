@@ -33,10 +33,13 @@ def read_samples(answer: object, count: int) -> list[SampleAnswer]:
 def read_sample(answer: Mapping[str, Any]) -> SampleAnswer:
     """One item of SGLang's answer. Raises EngineAnswerError if it lacks what a sample needs."""
     try:
-        ids = list(answer["output_ids"])
         meta = answer["meta_info"]
-        log_probs = [entry[0] for entry in meta["output_token_logprobs"]]
         finish_reason = FinishReason(meta["finish_reason"]["type"])
+        if finish_reason is FinishReason.ABORT and not answer.get("output_ids"):
+            # What was aborted before its prompt was read has neither version nor log-probs.
+            return SampleAnswer([], [], [], finish_reason, None, "")
+        ids = list(answer["output_ids"])
+        log_probs = [entry[0] for entry in meta["output_token_logprobs"]]
         matched = meta["finish_reason"].get("matched")
         versions = _token_versions(meta, len(ids))
     except (KeyError, TypeError, ValueError) as error:

@@ -91,19 +91,19 @@ class RolloutMetrics:
     truncated_share: float
     grader_failed: int
     """Samples whose grader failed: neither right nor wrong."""
-    dropped_groups: int = 0
+    dropped_groups: int
     """Groups that the dynamic sampling filter dropped."""
-    unused_groups: int = 0
+    unused_groups: int
     """Groups that were not needed: aborted, or finished too late."""
-    refills: int = 0
+    refills: int
     """Times that prompts had to be drawn again."""
-    stale_token_share: float = 0.0
+    stale_token_share: float
     """Share of the response tokens that older weights made (`--partial-rollout`)."""
     engine_restarts: int
     """Engines that had to be started again since the last rollout, up to the end of this one."""
-    request_retries: int = 0
+    request_retries: int
     """Requests that had to be sent again, likewise."""
-    retried_tokens: int = 0
+    retried_tokens: int
     """Tokens of the answers to those: at most so many were lost, and made twice."""
 
 

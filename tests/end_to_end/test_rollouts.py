@@ -71,20 +71,6 @@ def test_dropped_groups_are_replaced_and_a_resumed_run_repeats_them(inputs: Tiny
     assert (metrics(tmp_path / "filtered"), samples(tmp_path / "filtered")) == (lines, made)
 
 
-def test_where_no_reward_differs_the_run_stops_and_says_so(inputs: TinyInputs, tmp_path: Path) -> None:
-    """No random answer is ever right."""
-    command = arguments(inputs, tmp_path, "alike", "--skip-eval-before-train")
-    at = command.index("--custom-rm-path")
-    del command[at : at + 2]
-    more = "--dynamic-sampling-filter-path check_reward_nonzero_std --dynamic-sampling-max-refills 1"
-    command += more.split()
-    status, output = run(command)
-    assert status == 2, output
-    assert "of 8 groups (" in output
-    assert "with reward 0.0 throughout) in 2 draws of prompts" in output
-    assert "Traceback" not in output
-
-
 def test_aborted_samples_go_on_in_the_next_rollout_and_after_a_resume(inputs: TinyInputs, tmp_path: Path) -> None:
     command = arguments(inputs, tmp_path, "partial", "--skip-eval-before-train", "--save-interval", "1")
     more = (
