@@ -187,7 +187,7 @@ async def test_tokens_keep_the_log_probs_and_versions_of_the_weights_that_made_t
 
 # Lengths that differ, so that one group finishes while others are under way.
 VARIED = SamplingParams(max_new_tokens=55, stop_token_ids=tuple(range(0, 512, 16)))
-FIRST_OF_FOUR = CollectionPlan(groups=1, n_samples=2, draw_size=4, in_order=False, partial=True)
+FIRST_OF_FOUR = CollectionPlan(groups=1, n_samples=4, draw_size=4, in_order=False, partial=True)
 
 
 async def waiting_groups(collectors: Collectors, plan: CollectionPlan = FIRST_OF_FOUR) -> tuple[Rollout, list[dict]]:
@@ -196,9 +196,11 @@ async def waiting_groups(collectors: Collectors, plan: CollectionPlan = FIRST_OF
         collector = collectors.make(plan, VARIED, keep=None)
         rollout = await collector.collect(seeds(0), "1")
         waiting = json.loads(json.dumps(collector.state()))
-        if any(state["finish_reason"] == "abort" and state["ids"] for group in waiting for state in group["samples"]):
+        samples = [state for group in waiting for state in group["samples"]]
+        aborted = [state for state in samples if state["finish_reason"] == "abort" and state["ids"]]
+        if 0 < len(aborted) < len(samples):
             return rollout, waiting
-    pytest.fail("nothing was ever aborted midway")
+    pytest.fail("no group was ever aborted midway")
 
 
 async def continued(collectors: Collectors, waiting: list[dict], **plan: bool) -> Rollout:
@@ -228,6 +230,11 @@ async def test_waiting_groups_survive_a_checkpoint_and_go_on_first(
     assert contents(rollout) == contents(again)
     assert not {group.index for group in rollout.groups} & set(kept)
     stale = 0
+    finished = [state["finish_reason"] in ("stop", "length") for group in waiting for state in group["samples"]]
+    lengths = [sample.response_length for group in before for sample in group.samples]
+    samples = [sample for group in rollout.groups for sample in group.samples]
+    for is_finished, length, sample in zip(finished, lengths, samples, strict=True):
+        assert is_finished == (sample.response_length == length)
     for old, new in zip(before, rollout.groups, strict=True):
         assert (new.index, new.prompt) == (old.index, old.prompt)
         for first, whole in zip(old.samples, new.samples, strict=True):
