@@ -4,26 +4,32 @@ import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from evaluation.in_loop import evaluate
 from recipe.cluster import EngineGroup, TrainerGroup, place, ray_session
-from recipe.config import Config, Resolved
+from recipe.config import Config, Resolved, RolloutConfig
 from recipe.data.prompts import Prompt, PromptFormat, read_prompts
 from recipe.data.source import PromptSource, SourceState
 from recipe.data.tokenizer import load_tokenizer
 from recipe.errors import UserError
 from recipe.experience import from_prompts, rollout_metrics, sample_records, train_metrics
 from recipe.messages import Progress, StepReport, TrainSample
+from recipe.mismatch import MismatchWatch, StepMismatch
 from recipe.rewards.functions import REWARD_RULES, Reward, RewardRule, RewardType, load_custom_reward
 from recipe.rewards.grader import Grader
-from recipe.rollout.client import ClientOptions, RolloutClient
-from recipe.rollout.generate import Rollout, SeedStream, generate_rollout
+from recipe.rollout.client import ClientCounters, ClientOptions, RolloutClient
+from recipe.rollout.collect import CollectionPlan, NothingToLearn, RolloutCollector
+from recipe.rollout.filters import GroupFilter, load_filter
+from recipe.rollout.generate import Rollout, SeedStream
 from recipe.rollout.grading import grade_group
 from recipe.rollout.sample import SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
 from recipe.run import EvalMetrics, Phase, PhaseClock, RunDirectory, StepMetrics, open_progress
 from recipe.run.progress import Progress as Display
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +41,9 @@ class Data:
     source: PromptSource
     eval_sets: Mapping[str, Sequence[Prompt]]
     reward: Reward | None
+    keep: GroupFilter | None
+    """The dynamic sampling filter."""
+    tokenizer: "PreTrainedTokenizerFast"
 
     @classmethod
     def read(cls, resolved: Resolved) -> "Data":
@@ -55,13 +64,9 @@ class Data:
             data.name: read_prompts(data.path, tokenizer, eval_form, max_tokens=resolved.max_prompt_len)
             for data in config.eval.eval_prompt_data
         }
-        source = PromptSource(
-            prompts,
-            config.rollout.rollout_batch_size,
-            shuffle=config.data.rollout_shuffle,
-            seed=config.misc.seed,
-        )
-        return cls(source, sets, reward)
+        source = PromptSource(prompts, shuffle=config.data.rollout_shuffle, seed=config.misc.seed)
+        keep = config.rollout.dynamic_sampling_filter_path
+        return cls(source, sets, reward, load_filter(keep) if keep is not None else None, tokenizer)
 
 
 def _reward(config: Config) -> Reward | None:
@@ -92,37 +97,37 @@ class Run:
         self._rollout: Rollout | None = None
         self._reports: list[StepReport] = []
         self._evals: dict[str, EvalMetrics] = {}
+        self._mismatch = MismatchWatch(resolved.config.misc.mismatch_warn)
         if progress.rollouts:
             self.prompts.load_state_dict(cast(SourceState, progress.data))
+            if engines is not None:
+                engines.collector.load_state(progress.waiting)
 
-    def given_responses(self, prompts: Sequence[Prompt]) -> list[TrainSample]:
-        """The prompts with the responses of their file, for supervised training."""
-        first = self.progress.rollouts * self.config.rollout.rollout_batch_size
-        return from_prompts(prompts, first)
+    def given_responses(self) -> list[TrainSample]:
+        """The next prompts with the responses of their file, for supervised training."""
+        return from_prompts(self.prompts.draw(self.config.rollout.rollout_batch_size))
 
-    async def generate(self, prompts: Sequence[Prompt]) -> Rollout:
-        """Samples and grades responses to the prompts, under the current weights."""
-        engines, config, rollout_id = self._engines, self.config, self.progress.rollouts
+    async def generate(self) -> Rollout:
+        """Samples and grades responses to the next prompts, under the current weights."""
+        engines, rollout_id = self._engines, self.progress.rollouts
         assert engines is not None
+        seeds = SeedStream(self.config.misc.seed, ("rollout", rollout_id))
         with self.clock.measure(Phase.ROLLOUT):
-            self._rollout = await generate_rollout(
-                engines.client,
-                prompts,
-                n_samples=config.rollout.n_samples_per_prompt,
-                sampling=SamplingParams.for_rollout(config.rollout),
-                seeds=SeedStream(config.misc.seed, ("rollout", rollout_id)),
-                expected_version=str(rollout_id),
-                first_group=rollout_id * config.rollout.rollout_batch_size,
-                on_group=engines.grade,
-            )
+            try:
+                self._rollout = await engines.collector.collect(seeds, str(rollout_id))
+            except NothingToLearn:
+                # A grader that always fails gives equal rewards too, and says so better.
+                engines.grader.collect_counts()
+                raise
         engines.grader.collect_counts()
         return self._rollout
 
     def update_weights(self) -> None:
-        """Sends the policy to the engines. Raises UserError if one does not take it."""
+        """Sends the policy to the engines; those that died meanwhile are replaced first. Raises UserError if one does
+        not take it."""
         if self._engines is not None:
             with self.clock.measure(Phase.UPDATE_WEIGHTS):
-                self._engines.group.update_weights(self.trainer, self.progress.rollouts)
+                self._engines.update_weights(self.trainer, self.progress.rollouts)
 
     async def evaluate(self) -> None:
         """Scores the engines' weights on the held-out sets."""
@@ -156,8 +161,12 @@ class Run:
 
     def finish_rollout(self) -> None:
         """The samples of a rollout are learned: the policy is the next version."""
+        waiting = self._engines.collector.state() if self._engines is not None else []
         self.progress = replace(
-            self.progress, rollouts=self.progress.rollouts + 1, data=dict(self.prompts.state_dict())
+            self.progress,
+            rollouts=self.progress.rollouts + 1,
+            data=dict(self.prompts.state_dict()),
+            waiting=waiting,
         )
 
     @property
@@ -191,18 +200,15 @@ class Run:
         train = train_metrics(samples, self._reports, self.progress.skipped_steps) if samples else None
         rollout = None
         if self._rollout is not None:
-            rollout = rollout_metrics(done - 1, self._rollout)
+            assert self._engines is not None
+            rollout = rollout_metrics(done - 1, self._rollout, self._engines.new_counts())
             self._directory.record_rollout(done - 1, sample_records(self._rollout, self.config))
         metrics = StepMetrics(step=done, rollout=rollout, train=train, evals=self._evals, seconds=self.clock.lap())
         self._directory.record(metrics)
         self._display.step(metrics)
-        if train is not None and (train.logprob_diff_mean or 0.0) > self.config.misc.mismatch_warn:
-            logger.warning(
-                "step %d: trainer and engine disagree by %.3f nats a token on average: likely causes are weights that "
-                "did not reach the engine, a sampling temperature that differs, or a stale router",
-                done,
-                train.logprob_diff_mean,
-            )
+        if (mismatch := StepMismatch.of(self._reports)) is not None:
+            for sentence in self._mismatch.warnings(mismatch):
+                logger.warning("step %d: %s", done, sentence)
         self._rollout, self._reports, self._evals = None, [], {}
 
     def save(self) -> None:
@@ -223,12 +229,35 @@ class Run:
 class Engines:
     """The rollout side: servers, the client that speaks to them, the grader of what they say."""
 
-    def __init__(self, group: EngineGroup, client: RolloutClient, grader: Grader) -> None:
-        self.group, self.client, self.grader = group, client, grader
+    def __init__(
+        self, group: EngineGroup, client: RolloutClient, grader: Grader, data: Data, rollout: RolloutConfig
+    ) -> None:
+        self.client, self.grader = client, grader
+        self._group = group
+        self._told = client.counters
+        self.collector = RolloutCollector(
+            client,
+            data.source,
+            CollectionPlan.of(rollout),
+            SamplingParams.for_rollout(rollout),
+            grade=self.grade,
+            decode=lambda ids: str(data.tokenizer.decode(ids, skip_special_tokens=False)),
+            keep=data.keep,
+        )
 
     async def grade(self, group: SampleGroup) -> None:
         """Grades a complete group."""
         await grade_group(self.grader, group)
+
+    def update_weights(self, trainer: TrainerGroup, version: int) -> None:
+        """Replaces engines that do not answer any more, and sends the policy to all."""
+        self.client.move(self._group.replace_dead())
+        self._group.update_weights(trainer, version)
+
+    def new_counts(self) -> ClientCounters:
+        """What went wrong with engines and was mended since the last call."""
+        before, self._told = self._told, self.client.counters
+        return self._told - before
 
 
 @asynccontextmanager
@@ -257,6 +286,6 @@ async def open_run(resolved: Resolved) -> AsyncIterator[Run]:
                 Grader(data.reward, timeout_s=config.rollout.rm_timeout_s, num_workers=config.rollout.rm_num_workers)
             )
             client = RolloutClient(urls, ClientOptions.of(config.rollout), recover=group.recover)
-            engines = Engines(group, await stack.enter_async_context(client), grader)
+            engines = Engines(group, await stack.enter_async_context(client), grader, data, config.rollout)
         display = stack.enter_context(open_progress(config.rollout.num_rollout, progress.rollouts))
         yield Run(resolved, data, trainer, engines, directory, display, progress)

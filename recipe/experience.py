@@ -5,14 +5,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from recipe.config import Config
-from recipe.data.prompts import Prompt
+from recipe.data.source import Draw
 from recipe.grpo.advantages import group_advantages, penalise_kl
 from recipe.grpo.loss import Metric
 from recipe.grpo.reduction import sequence_weights
-from recipe.messages import FloatArray, StepReport, TrainSample
+from recipe.messages import OLDER_TOKENS, FloatArray, StepReport, TrainSample
+from recipe.mismatch import StepMismatch
 from recipe.rewards.grader import GradeStatus
+from recipe.rollout.client import ClientCounters
 from recipe.rollout.generate import Rollout
 from recipe.rollout.sample import Sample, SampleGroup
 from recipe.run import RolloutMetrics, SampleRecord, TrainMetrics
@@ -27,9 +30,18 @@ def with_advantages(rollout: Rollout, config: Config) -> list[TrainSample]:
             loss_mask=np.array(sample.loss_mask, dtype=np.bool_),
             advantages=np.full(sample.response_length, advantage, dtype=np.float32),
             rollout_log_probs=np.array(sample.rollout_log_probs, dtype=np.float32),
+            sources=_sources(sample, rollout.weight_version),
         )
         for sample, advantage in zip(samples_of(rollout), advantages(rollout, config), strict=True)
     ]
+
+
+def _sources(sample: Sample, version: str) -> NDArray[np.int64]:
+    """[R] see `TrainSample.sources`. The tokens of one rollout are all from one engine; a sample that has none may be
+    from a checkpoint, which does not say from which engine."""
+    newest = OLDER_TOKENS if sample.engine is None else 1 + sample.engine
+    current = np.array([made_under == version for made_under in sample.weight_versions])
+    return np.where(current, newest, OLDER_TOKENS)
 
 
 def samples_of(rollout: Rollout) -> list[Sample]:
@@ -58,15 +70,15 @@ def reward_of(sample: Sample) -> float:
     return sample.reward
 
 
-def from_prompts(prompts: Sequence[Prompt], first_index: int) -> list[TrainSample]:
+def from_prompts(draws: Sequence[Draw]) -> list[TrainSample]:
     """Prompts with their given responses, to be learned by heart (sft)."""
     return [
         TrainSample(
-            index=first_index + number,
-            tokens=np.array([*prompt.ids, *prompt.response_ids], dtype=np.int64),
-            loss_mask=np.ones(len(prompt.response_ids), dtype=np.bool_),
+            index=draw.number,
+            tokens=np.array([*draw.prompt.ids, *draw.prompt.response_ids], dtype=np.int64),
+            loss_mask=np.ones(len(draw.prompt.response_ids), dtype=np.bool_),
         )
-        for number, prompt in enumerate(prompts)
+        for draw in draws
     ]
 
 
@@ -109,8 +121,9 @@ def _weighted(batch: list[TrainSample], *, per_token: bool) -> list[TrainSample]
     return [replace(sample, weight=weight) for sample, weight in zip(batch, weights, strict=True)]
 
 
-def rollout_metrics(rollout_id: int, rollout: Rollout) -> RolloutMetrics:
-    """What is reported of a graded rollout, which was made under the weights of version `rollout_id`."""
+def rollout_metrics(rollout_id: int, rollout: Rollout, engines: ClientCounters) -> RolloutMetrics:
+    """What is reported of a graded rollout, which was made under the weights of version `rollout_id`, and of what went
+    wrong with `engines` since the one before it."""
     samples = samples_of(rollout)
     rewards = [reward_of(sample) for sample in samples]
     return RolloutMetrics(
@@ -124,7 +137,13 @@ def rollout_metrics(rollout_id: int, rollout: Rollout) -> RolloutMetrics:
         grader_failed=sum(
             sample.grade is not None and sample.grade.status is GradeStatus.GRADER_FAILED for sample in samples
         ),
-        engine_restarts=rollout.metrics.restarts,
+        dropped_groups=rollout.sampling.dropped_groups,
+        unused_groups=rollout.sampling.unused_groups,
+        refills=rollout.sampling.refills,
+        stale_token_share=rollout.metrics.stale_share,
+        engine_restarts=engines.restarts,
+        request_retries=engines.retries,
+        retried_tokens=engines.retried_tokens,
     )
 
 
@@ -137,6 +156,7 @@ def train_metrics(samples: Sequence[TrainSample], reports: Sequence[StepReport],
 
     differences = [report.loss.get(Metric.ROLLOUT_LOG_PROB_DIFF_MAX) for report in reports]
     present = [difference for difference in differences if difference is not None]
+    mismatch = StepMismatch.of(reports)
     mtp = [report.mtp for report in reports if report.mtp is not None]
     return TrainMetrics(
         tokens=sum(sample.length for sample in samples),
@@ -149,6 +169,7 @@ def train_metrics(samples: Sequence[TrainSample], reports: Sequence[StepReport],
         kl=mean(Metric.REFERENCE_KL),
         logprob_diff_mean=mean(Metric.ROLLOUT_LOG_PROB_DIFF),
         logprob_diff_max=max(present) if present else None,
+        logprob_diff_older=None if mismatch is None else mismatch.older,
         logprob_kl=mean(Metric.ROLLOUT_KL),
         logprob_beyond_2=mean(Metric.ROLLOUT_BEYOND_2),
         logprob_beyond_10=mean(Metric.ROLLOUT_BEYOND_10),

@@ -6,9 +6,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recipe.grpo.loss import Metric
+from recipe.grpo.loss import Metric, SourceDifference
 
 FloatArray = NDArray[np.float32]
+
+
+OLDER_TOKENS = 0
+"""The source of tokens that were made before the rollout that they are learned with, under older weights."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class TrainSample:
     """[R]; None for supervised training."""
     rollout_log_probs: FloatArray | None = None
     """[R] as the engine reported them."""
+    sources: NDArray[np.int64] | None = None
+    """[R] where each token is from: OLDER_TOKENS, or 1 + the number of the engine that made it."""
     old_log_probs: FloatArray | None = None
     """[R] of the policy that the rollout was made with; None where a rollout has one step."""
     ref_log_probs: FloatArray | None = None
@@ -74,6 +80,8 @@ class StepReport:
     learning_rate: float
     skipped: bool
     """The gradients were not finite, and nothing was changed."""
+    by_source: tuple[SourceDifference, ...] = ()
+    """How far trainer and engines disagree, by the source of the tokens (see `TrainSample.sources`)."""
 
 
 @dataclass(frozen=True)
@@ -89,3 +97,5 @@ class Progress:
     consecutive_skips: int = 0
     data: dict[str, Any] = field(default_factory=dict)
     """State of the prompt source."""
+    waiting: list[dict[str, Any]] = field(default_factory=list)
+    """Groups of samples that the next rollout continues."""

@@ -26,11 +26,10 @@ async def train(resolved: Resolved) -> None:
             await run.evaluate()
             run.record()
         while not run.is_over:
-            prompts = run.prompts.next_batch()
             if config.is_sft:
-                samples = run.given_responses(prompts)
+                samples = run.given_responses()
             else:
-                rollout = await run.generate(prompts)
+                rollout = await run.generate()
                 samples = with_advantages(rollout, config)
             learn(run, samples)
             run.update_weights()

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -13,11 +14,15 @@ from recipe.cluster.calls import get
 from recipe.cluster.placement import Placement
 from recipe.cluster.trainer import TrainerGroup
 from recipe.config import Config, Resolved
+from recipe.errors import UserError
 from recipe.rollout.servers.launch import Launch, launch_embedded, launch_sglang
 from recipe.rollout.servers.process import EngineProcess
 from recipe.seeds import derive
 
 logger = logging.getLogger(__name__)
+
+START_ATTEMPTS = 3
+"""Times that a dead engine is started before the run gives up."""
 
 INITIAL_VERSION = "initial"
 """Of the weights that an engine starts with, before the trainer has sent any."""
@@ -30,6 +35,20 @@ def threads_of_engine(config: Config) -> int:
     return max(1, len(os.sched_getaffinity(0)) // config.num_engines)
 
 
+def start_again(name: str, start: Callable[[], str]) -> str:
+    """The address of an engine that died, from `start`, which is tried START_ATTEMPTS times. Raises UserError, with the
+    end of the engine's log, if it never works."""
+    for attempt in range(1, START_ATTEMPTS):
+        try:
+            return start()
+        except UserError as error:
+            logger.warning("%s does not start (attempt %d of %d): %s", name, attempt, START_ATTEMPTS, error)
+    try:
+        return start()
+    except UserError as error:
+        raise UserError(f"{name} died and could not be started again in {START_ATTEMPTS} attempts: {error}") from error
+
+
 class EngineActor:
     """Owns one server process, which dies with this one."""
 
@@ -39,14 +58,22 @@ class EngineActor:
         self.starts = 0
 
     def start(self) -> str:
-        """Starts the server, ending the one before it, and returns its address once it is healthy."""
-        self.stop()
+        """Starts the server, killing the one before it, and returns its address once it is healthy."""
+        if self.process is not None:
+            self.process.kill()
         self.starts += 1
         logs = self.resolved.config.run_dir.resolve() / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         self.process = EngineProcess(self._launch(), logs / f"engine-{self.number}.{self.starts}.log")
         self.process.wait_healthy(self.resolved.config.rollout.rollout_engine_start_timeout_s)
         return self.process.url
+
+    def keep_alive(self) -> str:
+        """Starts the server again if it has died or does not answer. Returns its address."""
+        if self.process is not None and self.process.answers(self.resolved.config.rollout.rollout_health_check_timeout):
+            return self.process.url
+        logger.warning("engine %d does not answer any more: it is started again", self.number)
+        return self.start()
 
     def _launch(self) -> Launch:
         config = self.resolved.config
@@ -86,6 +113,7 @@ class EngineGroup:
         self._starting: list[ray.ObjectRef] = []
         self._urls: list[str] = []
         self._weights: tuple[TrainerGroup, str] | None = None
+        self._sending = asyncio.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -104,21 +132,31 @@ class EngineGroup:
         self._urls = get(self._starting, self._names)
         return list(self._urls)
 
+    def replace_dead(self) -> list[str]:
+        """Starts engines again that have died or hang, for a time in which nothing is generated: they hold no trained
+        weights then. Returns the addresses of all. Raises UserError if one does not become healthy."""
+        self._urls = get([actor.keep_alive.remote() for actor in self._actors], self._names)
+        return list(self._urls)
+
     def update_weights(self, trainer: TrainerGroup, version: int) -> None:
         """Sends the policy to every engine."""
         self._weights = trainer, str(version)
         trainer.update_weights(self._urls, str(version))
 
     async def recover(self, url: str) -> str:
-        """Replaces the engine at `url` by a new one that holds the current weights. Returns the new address."""
+        """Replaces the engine at `url` by a new one that holds the current weights, which the trainer still has: it
+        does nothing else while something is generated. Returns the new address. Raises UserError if that fails."""
         number = self._urls.index(url)
-        logger.warning("engine %d at %s is dead: it is started again, and its samples are generated again", number, url)
-        [address] = await asyncio.to_thread(get, [self._actors[number].start.remote()], [self._names[number]])
-        self._urls[number] = address
+        logger.warning("engine %d at %s does not generate any more: it is started again", number, url)
+        self._urls[number] = address = await asyncio.to_thread(start_again, self._names[number], self._start(number))
         if self._weights is not None:
             trainer, version = self._weights
-            await asyncio.to_thread(trainer.update_weights, [address], version)
+            async with self._sending:
+                await asyncio.to_thread(trainer.update_weights, [address], version)
         return address
+
+    def _start(self, number: int) -> Callable[[], str]:
+        return lambda: str(get([self._actors[number].start.remote()], [self._names[number]])[0])
 
     @property
     def _names(self) -> list[str]:

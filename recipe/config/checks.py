@@ -87,6 +87,18 @@ def reward_is_named(config: Config, _: Architecture) -> Iterator[str]:
             yield "evaluation needs a reward: give --rm-type or --custom-rm-path, or drop --eval-prompt-data"
 
 
+def sampling_is_enough(config: Config, _: Architecture) -> Iterator[str]:
+    """Enough prompts are drawn, and what is masked is there."""
+    rollout = config.rollout
+    if rollout.draw_size < rollout.rollout_batch_size:
+        yield (
+            f"--over-sampling-batch-size {rollout.over_sampling_batch_size} is below --rollout-batch-size "
+            f"{rollout.rollout_batch_size}: a rollout would have to be drawn in parts"
+        )
+    if rollout.mask_offpolicy_in_partial_rollout and not rollout.partial_rollout:
+        yield "--mask-offpolicy-in-partial-rollout needs --partial-rollout: without it no token is off-policy"
+
+
 def clipping_is_ordered(config: Config, _: Architecture) -> Iterator[str]:
     """The upper clip is no narrower than the lower one, and bounds stand in order."""
     grpo = config.grpo
@@ -175,6 +187,7 @@ RULES: tuple[Rule, ...] = (
     dynamic_batches_are_bounded,
     responses_fit,
     reward_is_named,
+    sampling_is_enough,
     clipping_is_ordered,
     kl_is_asked_for_once,
     schedule_is_ordered,

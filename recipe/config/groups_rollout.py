@@ -62,6 +62,20 @@ class RolloutConfig(Group):
     """Prompts of a rollout."""
     n_samples_per_prompt: PositiveInt = 1
     """Samples of a prompt: the group of GRPO."""
+    over_sampling_batch_size: PositiveInt | None = None
+    """Prompts drawn at a time; with more than `rollout_batch_size` the first groups to finish are kept and the rest is
+    aborted, so that nobody waits for the longest responses; default: `rollout_batch_size`."""
+    dynamic_sampling_filter_path: Annotated[str, Field(pattern=r"^(check_reward_nonzero_std|[\w.]+:\w+)$")] | None = (
+        None
+    )
+    """Which groups are kept: check_reward_nonzero_std (whose rewards differ), or a function of your own, as
+    module:function, from a SampleGroup to a bool. A group that is not is replaced by another prompt's."""
+    dynamic_sampling_max_refills: NonNegativeInt = 10
+    """Times that prompts are drawn again for a rollout before the run stops for want of groups to keep."""
+    partial_rollout: bool = False
+    """Aborted samples wait with their tokens for the next rollout, which goes on with them."""
+    mask_offpolicy_in_partial_rollout: bool = False
+    """Of such samples, train only on the tokens that the current weights made."""
     global_batch_size: PositiveInt | None = None
     """Samples of an optimizer step; default: all samples of a rollout."""
     rollout_max_response_len: PositiveInt
@@ -94,6 +108,23 @@ class RolloutConfig(Group):
     """Times a failed request is sent again."""
     rollout_engine_start_timeout_s: PositiveFloat = 600.0
     """Longest wait for an engine to become healthy, in seconds."""
+    rollout_health_check_interval: PositiveFloat = 30.0
+    """Seconds between two checks that an engine generates, while it does; one that does not is replaced."""
+    rollout_health_check_timeout: PositiveFloat = 30.0
+    """Longest wait for the answer to such a check, in seconds."""
+    rollout_health_check_first_wait: NonNegativeFloat = 0.0
+    """Time after an engine's start in which it is not checked, in seconds; for engines that compile first."""
+
+    @property
+    def draw_size(self) -> int:
+        """Prompts drawn at a time."""
+        return self.over_sampling_batch_size or self.rollout_batch_size
+
+    @property
+    def keeps_in_order(self) -> bool:
+        """Whether the groups of a rollout are the first ones drawn (that pass the filter), and do not depend on which
+        finish first."""
+        return self.draw_size == self.rollout_batch_size and not self.partial_rollout
 
 
 class EvalConfig(Group):

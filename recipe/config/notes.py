@@ -9,7 +9,13 @@ from recipe.config.schema import Config
 
 def notes_of(config: Config, architecture: Architecture) -> tuple[str, ...]:
     """The notes on `config`, a sentence each."""
-    return (*_skipped_passes(config), *_mtp(config, architecture), *_trainer(config), *_engine(config))
+    return (
+        *_skipped_passes(config),
+        *_sampling(config),
+        *_mtp(config, architecture),
+        *_trainer(config),
+        *_engine(config),
+    )
 
 
 def _skipped_passes(config: Config) -> Iterator[str]:
@@ -28,6 +34,28 @@ def _skipped_passes(config: Config) -> Iterator[str]:
             "no old-log-prob pass: with one optimizer step a rollout the policy has not moved, the ratio is 1 and "
             "clipping never bites"
         )
+
+
+def _sampling(config: Config) -> Iterator[str]:
+    rollout = config.rollout
+    if config.is_sft:
+        return
+    if not rollout.keeps_in_order:
+        yield (
+            "the first groups to finish are kept, so two runs of one seed differ; without --over-sampling-batch-size "
+            "and --partial-rollout groups are kept in the order of their prompts"
+        )
+    if rollout.partial_rollout:
+        if rollout.draw_size == rollout.rollout_batch_size and rollout.dynamic_sampling_filter_path is None:
+            yield (
+                "--partial-rollout has no effect: nothing is aborted without --over-sampling-batch-size above "
+                f"{rollout.rollout_batch_size} or --dynamic-sampling-filter-path"
+            )
+        elif not (config.grpo.use_tis or rollout.mask_offpolicy_in_partial_rollout):
+            yield (
+                "tokens that older weights made are learned from as if the current ones had made them; --use-tis "
+                "weighs them, --mask-offpolicy-in-partial-rollout leaves them out"
+            )
 
 
 def _mtp(config: Config, architecture: Architecture) -> Iterator[str]:

@@ -2,7 +2,8 @@
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TypedDict
 
 from recipe.data.prompts import Prompt
@@ -12,45 +13,63 @@ from recipe.seeds import derive
 
 class SourceState(TypedDict):
     drawn: int
-    """Prompts drawn since the start of the run."""
+    """Prompts drawn since the start of the run, those that were put back included."""
+    put_back: list[int]
+    """The draws that were put back and are made again first."""
     digest: str
     """Of the prompts, so that a resumed run notices other data."""
 
 
-class PromptSource:
-    """Draws batches for ever, epoch after epoch, each epoch in its own order if `shuffle`.
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A prompt and the number of its draw, which is unique in the run."""
 
-    Invariants: in every epoch each prompt is drawn once, whatever the batch size; a batch that reaches over the end of
-    an epoch is filled from the next one; the order depends on `seed` and the number of prompts alone, so a source
-    that is loaded with a state goes on exactly as the one that gave it.
+    number: int
+    prompt: Prompt
+
+
+class PromptSource:
+    """Draws prompts for ever, epoch after epoch, each epoch in its own order if `shuffle`.
+
+    Invariants: in every epoch each prompt is drawn once, whatever the sizes of the batches; a batch that reaches over
+    the end of an epoch is filled from the next one; the prompt of a draw depends on `seed`, the number of prompts and
+    the draw's own number alone, so a source that is loaded with a state goes on exactly as the one that gave it. Draws
+    that were put back come again before new ones, the lowest number first.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], batch_size: int, *, shuffle: bool, seed: int) -> None:
+    def __init__(self, prompts: Sequence[Prompt], *, shuffle: bool, seed: int) -> None:
         self._prompts = prompts
-        self._batch_size = batch_size
         self._shuffle = shuffle
         self._seed = seed
         self._drawn = 0
+        self._put_back: list[int] = []
+        self._epoch = 0
         self._order = self._epoch_order(0)
 
-    def next_batch(self) -> list[Prompt]:
-        return [self._next() for _ in range(self._batch_size)]
+    def draw(self, count: int) -> list[Draw]:
+        """The next `count` draws."""
+        again, self._put_back = self._put_back[:count], self._put_back[count:]
+        first, self._drawn = self._drawn, self._drawn + count - len(again)
+        return [Draw(number, self.prompt_of(number)) for number in (*again, *range(first, self._drawn))]
+
+    def put_back(self, numbers: Iterable[int]) -> None:
+        """Undoes the draws of these numbers, whose prompts were not used."""
+        self._put_back = sorted((*self._put_back, *numbers))
 
     def state_dict(self) -> SourceState:
-        return {"drawn": self._drawn, "digest": self._digest()}
+        return {"drawn": self._drawn, "put_back": list(self._put_back), "digest": self._digest()}
 
     def load_state_dict(self, state: SourceState) -> None:
         """Goes to where the state was taken. Raises UserError if that was among other prompts."""
         if state["digest"] != self._digest():
             raise UserError("the prompts of --prompt-data are not those that the checkpoint was written with")
-        self._drawn = state["drawn"]
-        self._order = self._epoch_order(self._drawn // len(self._prompts))
+        self._drawn, self._put_back = state["drawn"], list(state["put_back"])
 
-    def _next(self) -> Prompt:
-        epoch, place = divmod(self._drawn, len(self._prompts))
-        if place == 0:
-            self._order = self._epoch_order(epoch)
-        self._drawn += 1
+    def prompt_of(self, number: int) -> Prompt:
+        """The prompt of a draw."""
+        epoch, place = divmod(number, len(self._prompts))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, self._epoch_order(epoch)
         return self._prompts[self._order[place]]
 
     def _epoch_order(self, epoch: int) -> list[int]:

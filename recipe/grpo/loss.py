@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from recipe.grpo.kl import KLEstimator, approximate_kl, bounded_exp
@@ -44,17 +45,28 @@ class Metric(StrEnum):
 
 
 @dataclass(frozen=True)
+class SourceDifference:
+    """|trainer's log-prob - engine's| over the trained tokens of one source."""
+
+    total: float
+    tokens: int
+
+
+@dataclass(frozen=True)
 class LossMetrics:
     """Detached scalars that combine over microbatches and ranks. What was not measured is absent."""
 
     sums: Mapping[Metric, Tensor]
     maxima: Mapping[Metric, Tensor]
+    by_source: Tensor | None = None
+    """[2, S] |trainer's log-prob - engine's| summed over the trained tokens of each source, and their number."""
 
     def __add__(self, other: "LossMetrics") -> "LossMetrics":
         """The metrics of two parts of a batch together. Both must have measured the same."""
         return LossMetrics(
             {name: value + other.sums[name] for name, value in self.sums.items()},
             {name: torch.maximum(value, other.maxima[name]) for name, value in self.maxima.items()},
+            None if self.by_source is None or other.by_source is None else self.by_source + other.by_source,
         )
 
     def reduced(
@@ -66,6 +78,13 @@ class LossMetrics:
             if part:
                 values.update(zip(part, reduce(torch.stack(list(part.values()))).tolist(), strict=True))
         return values
+
+    def reduced_by_source(self, reduce_sum: Callable[[Tensor], Tensor]) -> tuple[SourceDifference, ...]:
+        """`by_source` summed over the ranks; empty if it was not measured."""
+        if self.by_source is None:
+            return ()
+        totals, tokens = reduce_sum(self.by_source.clone()).tolist()
+        return tuple(SourceDifference(total, int(count)) for total, count in zip(totals, tokens, strict=True))
 
 
 @dataclass(frozen=True)
@@ -88,6 +107,8 @@ class PolicyLossConfig:
     use_tis: bool = False
     tis_clip: float = 2.0
     tis_clip_low: float = 0.0
+    num_sources: int = 0
+    """Of tokens, which `PolicyLossInputs.sources` tells apart; 0: nobody wants to know."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +127,8 @@ class PolicyLossInputs:
     ref_log_probs: Tensor | None = None
     entropy: Tensor | None = None
     """Of the policy being trained, in nats."""
+    sources: Tensor | None = None
+    """Integers below `num_sources`: where a token is from. Only measured."""
 
 
 def policy_loss(inputs: PolicyLossInputs, config: PolicyLossConfig) -> LossOutput:
@@ -134,6 +157,7 @@ def policy_loss(inputs: PolicyLossInputs, config: PolicyLossConfig) -> LossOutpu
     old = log_probs.detach() if inputs.old_log_probs is None else at_trained(inputs.old_log_probs)
     token_loss, sums = _clipped_surrogate(log_probs, old, at_trained(inputs.advantages), config)
     maxima: dict[Metric, Tensor] = {}
+    by_source = None
     if inputs.rollout_log_probs is not None:
         rollout = at_trained(inputs.rollout_log_probs)
         difference = (old - rollout).abs()
@@ -142,6 +166,8 @@ def policy_loss(inputs: PolicyLossInputs, config: PolicyLossConfig) -> LossOutpu
         sums[Metric.ROLLOUT_BEYOND_2] = (difference > math.log(2)).float()
         sums[Metric.ROLLOUT_BEYOND_10] = (difference > math.log(10)).float()
         maxima[Metric.ROLLOUT_LOG_PROB_DIFF_MAX] = difference.max() if len(difference) else difference.new_zeros(())
+        if inputs.sources is not None and config.num_sources:
+            by_source = _by_source(difference.detach(), trained, inputs.sources, config.num_sources)
         if config.use_tis:
             importance = bounded_exp(old - rollout)
             weight = importance.clamp(config.tis_clip_low, config.tis_clip)
@@ -161,13 +187,19 @@ def policy_loss(inputs: PolicyLossInputs, config: PolicyLossConfig) -> LossOutpu
             token_loss = token_loss - config.entropy_coef * entropy
     loss = sum_of(token_loss)
     reported = {Metric.LOSS: loss.detach()} | {name: sum_of(value.detach()) for name, value in sums.items()}
-    return LossOutput(loss, LossMetrics(reported, maxima))
+    return LossOutput(loss, LossMetrics(reported, maxima, by_source))
 
 
 def sft_loss(log_probs: Tensor, weights: Tensor) -> LossOutput:
     """Supervised loss: minus the weighted sum of the log-probs [T] of the given tokens."""
     loss = -(weights * torch.where(weights > 0, log_probs, 0.0)).sum()
     return LossOutput(loss, LossMetrics({Metric.LOSS: loss.detach()}, {}))
+
+
+def _by_source(difference: Tensor, trained: Tensor, sources: Tensor, count: int) -> Tensor:
+    """[2, S]: see `LossMetrics.by_source`."""
+    values = torch.stack([difference, torch.ones_like(difference)]) * trained
+    return values @ F.one_hot(sources, count).to(values.dtype)
 
 
 def _clipped_surrogate(

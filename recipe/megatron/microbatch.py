@@ -50,6 +50,7 @@ class MicroBatch:
     old_log_probs: Tensor | None
     ref_log_probs: Tensor | None
     rollout_log_probs: Tensor | None
+    sources: Tensor | None
     sample_of: IntArray
     """[N] which sample of the pack an asked token belongs to."""
     offset_of: IntArray
@@ -247,7 +248,7 @@ def build_microbatch(samples: Sequence[TrainSample], layout: TokenLayout) -> Mic
         follows = (offset_of > 0) & trained & np.concatenate([[False], trained[:-1]]) & held
         mtp, mtp_weights = _mtp_input(pack, whole, targets, follows), _to_device(weights[follows])
 
-    def aligned(arrays: list[FloatArray | None]) -> Tensor | None:
+    def aligned(arrays: Sequence[FloatArray | IntArray | None]) -> Tensor | None:
         present = [array for array in arrays if array is not None]
         return _to_device(np.concatenate(present)[here]) if present else None
 
@@ -266,6 +267,7 @@ def build_microbatch(samples: Sequence[TrainSample], layout: TokenLayout) -> Mic
         old_log_probs=aligned([sample.old_log_probs for sample in samples]),
         ref_log_probs=aligned([sample.ref_log_probs for sample in samples]),
         rollout_log_probs=aligned([sample.rollout_log_probs for sample in samples]),
+        sources=aligned([sample.sources for sample in samples]),
         sample_of=sample_of[here],
         offset_of=offset_of[here],
     )

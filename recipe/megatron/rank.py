@@ -121,7 +121,7 @@ class TrainerRank:
         if taken := norms.are_finite:
             self.optimization.scheduler.step(increment=1)
         mtp = None if metrics.mtp_loss is None else MtpReport(metrics.mtp_loss, norms.mtp)
-        return StepReport(metrics.loss, norms.policy, mtp, learning_rate, skipped=not taken)
+        return StepReport(metrics.loss, norms.policy, mtp, learning_rate, not taken, metrics.by_source)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every Hugging Face tensor of the policy, in turn; a collective, see `gathered_weights`."""

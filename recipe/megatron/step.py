@@ -14,7 +14,15 @@ from torch import Tensor
 
 from recipe.config import Config
 from recipe.grpo.kl import KLEstimator
-from recipe.grpo.loss import LossMetrics, Metric, PolicyLossConfig, PolicyLossInputs, policy_loss, sft_loss
+from recipe.grpo.loss import (
+    LossMetrics,
+    Metric,
+    PolicyLossConfig,
+    PolicyLossInputs,
+    SourceDifference,
+    policy_loss,
+    sft_loss,
+)
 from recipe.heartbeat import heartbeat
 from recipe.megatron import gradients
 from recipe.megatron.microbatch import MicroBatch, TokenLayout, build_microbatch
@@ -47,6 +55,7 @@ def policy_loss_config(config: Config) -> PolicyLossConfig:
         use_tis=grpo.use_tis,
         tis_clip=grpo.tis_clip,
         tis_clip_low=grpo.tis_clip_low,
+        num_sources=1 + config.num_engines,
     )
 
 
@@ -75,6 +84,7 @@ class LossFunction:
                 rollout_log_probs=batch.rollout_log_probs,
                 ref_log_probs=batch.ref_log_probs,
                 entropy=output.entropy,
+                sources=batch.sources,
             )
             result = policy_loss(inputs, self.config)
         loss, mtp_loss = result.loss, None
@@ -123,6 +133,7 @@ class StepMetrics:
     """Of a whole batch, the same on every rank."""
 
     loss: dict[Metric, float]
+    by_source: tuple[SourceDifference, ...]
     mtp_loss: float | None
 
 
@@ -152,15 +163,17 @@ def _summed_over_ranks(results: list[tuple[LossMetrics, Tensor | None]]) -> Step
         return vector
 
     first, *others = (metrics for metrics, _ in results)
-    loss = sum(others, start=first).reduced(
+    whole = sum(others, start=first)
+    loss = whole.reduced(
         lambda vector: reduce(vector, dist.ReduceOp.SUM), lambda vector: reduce(vector, dist.ReduceOp.MAX)
     )
+    by_source = whole.reduced_by_source(lambda table: reduce(table, dist.ReduceOp.SUM))
     if results[0][1] is None:
-        return StepMetrics(loss, None)
+        return StepMetrics(loss, by_source, None)
     mtp_loss = reduce(
         torch.stack([mtp_loss for _, mtp_loss in results if mtp_loss is not None]).sum(), dist.ReduceOp.SUM
     )
-    return StepMetrics(loss, mtp_loss.item())
+    return StepMetrics(loss, by_source, mtp_loss.item())
 
 
 def response_log_probs(chunks: Sequence[DistributedDataParallel], microbatches: Microbatches) -> dict[int, FloatArray]:

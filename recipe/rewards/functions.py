@@ -1,11 +1,10 @@
 """The named reward functions (`--rm-type`) and custom ones (`--custom-rm-path`)."""
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from recipe.errors import UserError
+from recipe.imports import load_function
 from recipe.rewards.equality import canonical_integer
 from recipe.rewards.extract import Extraction, boxed_after_thinking, boxed_answer, dapo_answer
 
@@ -61,14 +60,4 @@ REWARD_RULES: Mapping[RewardType, RewardRule] = {
 
 def load_custom_reward(path: str) -> CustomReward:
     """The function that "module:function" names. Raises UserError if there is no such function."""
-    module_name, _, function_name = path.partition(":")
-    if not (module_name and function_name):
-        raise UserError(f"--custom-rm-path {path} is not of the form module:function")
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise UserError(f"--custom-rm-path {path}: the module cannot be imported ({error!r})") from error
-    function: object = vars(module).get(function_name)
-    if not callable(function):
-        raise UserError(f"--custom-rm-path {path}: {module_name} has no function {function_name}")
-    return function
+    return load_function("--custom-rm-path", path)

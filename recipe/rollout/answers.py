@@ -16,6 +16,8 @@ class SampleAnswer:
     log_probs: list[float]
     versions: list[str]
     finish_reason: FinishReason
+    matched: int | str | None
+    """The end token or stop string that was found."""
     text: str
 
 
@@ -31,16 +33,20 @@ def read_samples(answer: object, count: int) -> list[SampleAnswer]:
 def read_sample(answer: Mapping[str, Any]) -> SampleAnswer:
     """One item of SGLang's answer. Raises EngineAnswerError if it lacks what a sample needs."""
     try:
-        ids = list(answer["output_ids"])
         meta = answer["meta_info"]
-        log_probs = [entry[0] for entry in meta["output_token_logprobs"]]
         finish_reason = FinishReason(meta["finish_reason"]["type"])
+        if finish_reason is FinishReason.ABORT and not answer.get("output_ids"):
+            # What was aborted before its prompt was read has neither version nor log-probs.
+            return SampleAnswer([], [], [], finish_reason, None, "")
+        ids = list(answer["output_ids"])
+        log_probs = [entry[0] for entry in meta["output_token_logprobs"]]
+        matched = meta["finish_reason"].get("matched")
         versions = _token_versions(meta, len(ids))
     except (KeyError, TypeError, ValueError) as error:
         raise EngineAnswerError(f"the engine's answer is not SGLang's: {error!r}") from error
     if len(log_probs) != len(ids):
         raise EngineAnswerError(f"the engine answered {len(ids)} tokens with {len(log_probs)} log-probs")
-    return SampleAnswer(ids, log_probs, versions, finish_reason, answer.get("text", ""))
+    return SampleAnswer(ids, log_probs, versions, finish_reason, matched, answer.get("text", ""))
 
 
 def _token_versions(meta: Mapping[str, Any], count: int) -> list[str]:

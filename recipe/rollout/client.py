@@ -1,9 +1,9 @@
 """The trainer's side of SGLang's HTTP API: generation with retries and recovery, weights, and memory."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -13,16 +13,16 @@ import aiohttp
 from recipe.config import RolloutConfig
 from recipe.rollout.answers import read_samples
 from recipe.rollout.errors import EngineRefused, EngineUnreachable
-from recipe.rollout.sample import SampleGroup
+from recipe.rollout.fleet import Engine, Fleet, HealthOptions, Recover
+from recipe.rollout.sample import FinishReason, Sample, SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
-
-Recover = Callable[[str], Awaitable[str]]
-"""Replaces the dead engine at a URL by one that holds the current weights; returns the new URL."""
 
 PauseMode = Literal["abort", "retract", "in_place"]
 MemoryTag = Literal["kv_cache", "weights", "cuda_graph"]
 
 HEALTH_TIMEOUT_S = 5.0
+ABORT_AGAIN_S = 0.5
+"""An abort may reach an engine before a request that was sent first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,7 @@ class ClientOptions:
     """Times a request is sent again after the engine did not answer it."""
     backoff_s: float = 0.2
     """Wait before the first retry; doubles with each."""
+    health: HealthOptions = field(default_factory=HealthOptions)
 
     @classmethod
     def of(cls, rollout: RolloutConfig) -> Self:
@@ -43,43 +44,50 @@ class ClientOptions:
             max_concurrency=rollout.rollout_max_concurrency,
             request_timeout_s=rollout.rollout_request_timeout_s,
             max_retries=rollout.rollout_max_retries,
+            health=HealthOptions.of(rollout),
         )
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class ClientCounters:
     """What went wrong and was mended, since the client was made."""
 
     retries: int = 0
+    """Requests that were sent again."""
     restarts: int = 0
+    """Engines that were replaced."""
+    retried_tokens: int = 0
+    """Tokens of the answers to requests that were sent again: at most so many were made twice."""
 
-
-class _Engine:
-    """One server, through all its restarts."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self.load = 0
-        """Samples under way."""
-        self.restarts = 0
-        self.restarting = asyncio.Lock()
+    def __sub__(self, before: "ClientCounters") -> "ClientCounters":
+        """What has happened since they were `before`."""
+        return ClientCounters(
+            self.retries - before.retries,
+            self.restarts - before.restarts,
+            self.retried_tokens - before.retried_tokens,
+        )
 
 
 class RolloutClient:
     """Speaks to all engines of a run. Use as an asynchronous context manager, in one event loop.
 
     A request goes to the engine with the fewest samples under way (the first of several). A request that an engine
-    did not answer is sent again, at most `max_retries` times; if the engine is dead, `recover` first replaces it.
-    Samples are written only from a complete answer, so none is lost or made twice.
+    did not answer is sent again, at most `max_retries` times, to another engine if there is one; an engine that is dead
+    or, while the engines are `watched`, hangs is replaced by `recover`. Samples are written only from a complete
+    answer, so none is lost or made twice.
     """
 
     def __init__(
         self, urls: Sequence[str], options: ClientOptions | None = None, recover: Recover | None = None
     ) -> None:
-        self.counters = ClientCounters()
         self._options = options or ClientOptions()
-        self._engines = [_Engine(url.rstrip("/")) for url in urls]
-        self._recover = recover
+        self._fleet = Fleet(urls, self._is_healthy, recover, self._options.health)
+        self._engines = self._fleet.engines
+        self._draining = False
+        self._generating = 0
+        self._idle = asyncio.Event()
+        self._retries = 0
+        self._retried_tokens = 0
         self._slots = asyncio.Semaphore(self._options.max_concurrency)
         self._session: aiohttp.ClientSession | None = None
 
@@ -93,6 +101,7 @@ class RolloutClient:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        await self._fleet.close()
         if self._session is not None:
             await self._session.close()
             self._session = None
@@ -102,30 +111,103 @@ class RolloutClient:
         """The engines' present addresses."""
         return [engine.url for engine in self._engines]
 
+    @property
+    def counters(self) -> ClientCounters:
+        """Since the client was made."""
+        restarts = sum(engine.restarts for engine in self._engines)
+        return ClientCounters(self._retries, restarts, self._retried_tokens)
+
+    def move(self, urls: Sequence[str]) -> None:
+        """Takes note of engines that somebody else has replaced meanwhile: `urls` are the addresses of all."""
+        for engine, url in zip(self._engines, urls, strict=True):
+            if engine.url != url.rstrip("/"):
+                engine.move(url)
+
+    @asynccontextmanager
+    async def watched(self) -> AsyncIterator[asyncio.TaskGroup]:
+        """Tasks that generate, while every engine is watched. The block is left when all are done and every engine is
+        there; the first failure, also of a replacement, ends the others and is raised."""
+        try:
+            async with asyncio.TaskGroup() as outer:
+                watch = outer.create_task(self._fleet.watch())
+                async with asyncio.TaskGroup() as tasks:
+                    yield tasks
+                await self._fleet.settle()
+                watch.cancel()
+        except ExceptionGroup as failures:
+            failure: Exception = failures
+            while isinstance(failure, ExceptionGroup):
+                failure = failure.exceptions[0]
+            raise failure from None
+
     async def generate(self, group: SampleGroup, sampling: SamplingParams, seeds: Sequence[int]) -> None:
-        """Continues every sample of the group to its end, in one request; `seeds` has one seed a sample.
+        """Continues every unfinished sample of the group to its end, in one request; `seeds` has one seed a sample.
+        While the client is drained they may also be aborted, with or without new tokens.
 
         Raises EngineRefused if the engine finds the request wrong, EngineUnreachable if it never answers,
         EngineAnswerError if its answer is not SGLang's.
         """
-        async with self._slots:
-            for attempt in range(self._options.max_retries + 1):
-                engine = min(self._engines, key=lambda engine: engine.load)
-                restarts = engine.restarts
-                try:
-                    answers = await self._send_group(engine, group, sampling, seeds)
-                except EngineUnreachable:
-                    if attempt == self._options.max_retries:
-                        raise
-                    self.counters.retries += 1
-                    await self._mend(engine, restarts, self._options.backoff_s * 2**attempt)
-                    continue
-                results = read_samples(answers, len(group.samples))
-                for sample, result in zip(group.samples, results, strict=True):
-                    sample.append(result.ids, result.log_probs, result.versions)
-                    sample.finish_reason = result.finish_reason
-                    sample.response += result.text
-                return
+        todo: list[tuple[Sample, int]] = []
+        for sample, seed in zip(group.samples, seeds, strict=True):
+            if not sample.is_finished and sample.response_length >= sampling.max_new_tokens:
+                sample.finish_reason = FinishReason.LENGTH
+            if not sample.is_finished:
+                todo.append((sample, seed))
+        if todo:
+            self._generating += 1
+            self._idle.clear()
+            try:
+                async with self._slots:
+                    await self._generate(todo, sampling)
+            finally:
+                self._generating -= 1
+                if not self._generating:
+                    self._idle.set()
+
+    async def _generate(self, todo: Sequence[tuple[Sample, int]], sampling: SamplingParams) -> None:
+        for attempt in range(self._options.max_retries + 1):
+            engine = await self._fleet.least_loaded()
+            restarts = engine.restarts
+            if self._draining:
+                break
+            try:
+                answers = await self._send(engine, todo, sampling)
+            except EngineUnreachable:
+                if self._draining:
+                    break
+                if attempt == self._options.max_retries:
+                    raise
+                self._retries += 1
+                if await self._fleet.examine(engine, restarts):
+                    await asyncio.sleep(self._options.backoff_s * 2**attempt)
+                continue
+            results = read_samples(answers, len(todo))
+            for (sample, _), result in zip(todo, results, strict=True):
+                sample.append(result.ids, result.log_probs, result.versions)
+                sample.finish_reason, sample.matched = result.finish_reason, result.matched
+                sample.response += result.text
+                sample.engine = engine.number
+                self._retried_tokens += len(result.ids) if attempt else 0
+            return
+        for sample, _ in todo:
+            sample.finish_reason = FinishReason.ABORT
+
+    async def drain(self) -> None:
+        """Aborts what is under way, and what waits for its turn. Returns when every `generate` has what its engine
+        made of it."""
+        self._draining = True
+        try:
+            while self._generating:
+                await asyncio.gather(*(self._abort(engine) for engine in self._engines))
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._idle.wait(), ABORT_AGAIN_S)
+        finally:
+            self._draining = False
+
+    async def _abort(self, engine: Engine) -> None:
+        if engine.replacement is None:
+            with suppress(EngineUnreachable):
+                await engine.answer(self._post(engine, "/abort_request", {"abort_all": True}))
 
     async def abort_all(self) -> None:
         """Ends every request on every engine; each answers with what it has."""
@@ -195,39 +277,22 @@ class RolloutClient:
         """Whether each engine answers."""
         return list(await asyncio.gather(*(self._is_healthy(engine) for engine in self._engines)))
 
-    async def _send_group(
-        self, engine: _Engine, group: SampleGroup, sampling: SamplingParams, seeds: Sequence[int]
-    ) -> object:
+    async def _send(self, engine: Engine, todo: Sequence[tuple[Sample, int]], sampling: SamplingParams) -> object:
         body = {
-            "input_ids": [sample.tokens for sample in group.samples],
-            "sampling_params": [
-                sampling.request(seed, sample.response_length)
-                for sample, seed in zip(group.samples, seeds, strict=True)
-            ],
+            "input_ids": [sample.tokens for sample, _ in todo],
+            "sampling_params": [sampling.request(seed, sample.response_length) for sample, seed in todo],
             "return_logprob": True,
         }
-        engine.load += len(group.samples)
+        engine.load += len(todo)
         try:
-            return await self._post(engine, "/generate", body)
+            return await engine.answer(self._post(engine, "/generate", body))
         finally:
-            engine.load -= len(group.samples)
+            engine.load -= len(todo)
 
-    async def _mend(self, engine: _Engine, restarts: int, backoff_s: float) -> None:
-        """After an unanswered request: replaces the engine if it is dead and nobody has, else waits a little."""
-        async with engine.restarting:
-            if engine.restarts != restarts:
-                return
-            if self._recover is not None and not await self._is_healthy(engine):
-                engine.url = (await self._recover(engine.url)).rstrip("/")
-                engine.restarts += 1
-                self.counters.restarts += 1
-                return
-        await asyncio.sleep(backoff_s)
-
-    async def _is_healthy(self, engine: _Engine) -> bool:
+    async def _is_healthy(self, engine: Engine, timeout_s: float = HEALTH_TIMEOUT_S) -> bool:
         try:
-            timeout = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_S)
-            async with self._connected().get(f"{engine.url}/health", timeout=timeout) as response:
+            timeout = aiohttp.ClientTimeout(total=timeout_s)
+            async with self._connected().get(f"{engine.url}/health_generate", timeout=timeout) as response:
                 return response.status == HTTPStatus.OK
         except (aiohttp.ClientError, TimeoutError):
             return False
@@ -238,10 +303,10 @@ class RolloutClient:
     async def _get_all(self, path: str) -> list[dict[str, Any]]:
         return list(await asyncio.gather(*(self._request(engine, "GET", path, None) for engine in self._engines)))
 
-    async def _post(self, engine: _Engine, path: str, body: dict[str, Any]) -> Any:
+    async def _post(self, engine: Engine, path: str, body: dict[str, Any]) -> Any:
         return await self._request(engine, "POST", path, body)
 
-    async def _request(self, engine: _Engine, method: str, path: str, body: dict[str, Any] | None) -> Any:
+    async def _request(self, engine: Engine, method: str, path: str, body: dict[str, Any] | None) -> Any:
         """The JSON of an answer; None where SGLang answers without one."""
         try:
             async with self._connected().request(method, engine.url + path, json=body) as response:

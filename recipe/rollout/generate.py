@@ -1,14 +1,14 @@
 """Generation of a rollout or an evaluation: prompts in, groups of samples out, in the prompts' order."""
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 from recipe.data.prompts import Prompt
-from recipe.rollout.client import RolloutClient
+from recipe.rollout.client import ClientCounters, RolloutClient
 from recipe.rollout.errors import EngineError, StaleWeights
-from recipe.rollout.sample import FinishReason, SampleGroup
+from recipe.rollout.sample import SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
 from recipe.seeds import derive
 
@@ -30,6 +30,10 @@ class SeedStream:
         """Seed of sample `sample` of the `group`-th prompt."""
         return derive(self.seed, *self.names, group, sample)
 
+    def sample_seeds(self, group: int, count: int) -> tuple[int, ...]:
+        """Seeds of the `count` samples of the `group`-th prompt."""
+        return tuple(self.sample_seed(group, sample) for sample in range(count))
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationMetrics:
@@ -41,9 +45,24 @@ class GenerationMetrics:
     seconds: float
     truncated: int
     """Samples cut at the longest response."""
-    retries: int
-    restarts: int
-    """Engines replaced meanwhile."""
+    counters: ClientCounters
+    """What went wrong with engines meanwhile, and was mended."""
+    stale_tokens: int = 0
+    """Response tokens that were made before this generation, under older weights."""
+
+    @classmethod
+    def of(cls, groups: Sequence[SampleGroup], version: str, seconds: float, counters: ClientCounters) -> Self:
+        """The figures of `groups`, made in `seconds` under the weights of `version`."""
+        samples = [sample for group in groups for sample in group.samples]
+        return cls(
+            samples=len(samples),
+            prompt_tokens=sum(len(group.prompt.ids) for group in groups),
+            response_tokens=sum(sample.response_length for sample in samples),
+            seconds=seconds,
+            truncated=sum(sample.truncated for sample in samples),
+            counters=counters,
+            stale_tokens=sum(made_under != version for sample in samples for made_under in sample.weight_versions),
+        )
 
     @property
     def truncated_share(self) -> float:
@@ -54,8 +73,24 @@ class GenerationMetrics:
         return self.response_tokens / self.samples
 
     @property
+    def stale_share(self) -> float:
+        """Share of the response tokens that were made under older weights."""
+        return self.stale_tokens / self.response_tokens
+
+    @property
     def tokens_per_second(self) -> float:
         return self.response_tokens / self.seconds
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingMetrics:
+    """What became of the prompts that were drawn for a rollout, besides the groups that were kept."""
+
+    dropped_groups: int = 0
+    """By the dynamic sampling filter."""
+    unused_groups: int = 0
+    """Not needed: aborted, or finished too late."""
+    refills: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +98,9 @@ class Rollout:
     """The groups, in the prompts' order, and how they were made."""
 
     groups: list[SampleGroup]
+    weight_version: str
     metrics: GenerationMetrics
+    sampling: SamplingMetrics = SamplingMetrics()
 
 
 async def generate_rollout(
@@ -74,56 +111,49 @@ async def generate_rollout(
     sampling: SamplingParams,
     seeds: SeedStream,
     expected_version: str,
-    first_group: int = 0,
     on_group: OnGroup | None = None,
     progress: Progress | None = None,
 ) -> Rollout:
-    """Samples `n_samples` responses to every prompt; groups are numbered from `first_group`.
+    """Samples `n_samples` responses to every prompt; groups are numbered from 0.
 
     Raises StaleWeights if a token was made under another weight version than `expected_version`, EngineError if a
     sample was aborted or an engine failed for good, and what `on_group` raises. After an error nothing is left running.
     """
-    groups = [SampleGroup.of(prompt, first_group + number, n_samples) for number, prompt in enumerate(prompts)]
+    groups = [SampleGroup.of(prompt, number, n_samples) for number, prompt in enumerate(prompts)]
     done = 0
 
     async def complete(number: int, group: SampleGroup) -> None:
         nonlocal done
-        await client.generate(group, sampling, [seeds.sample_seed(number, i) for i in range(n_samples)])
-        _check(group, expected_version)
+        await client.generate(group, sampling, seeds.sample_seeds(number, n_samples))
+        check_versions(group, expected_version)
+        check_finished(group)
         if on_group is not None:
             await on_group(group)
         done += 1
         if progress is not None:
             progress(done, len(groups))
 
-    retries, restarts = client.counters.retries, client.counters.restarts
-    started = time.monotonic()
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            for number, group in enumerate(groups):
-                tasks.create_task(complete(number, group))
-    except ExceptionGroup as failures:
-        raise failures.exceptions[0] from None
-    samples = [sample for group in groups for sample in group.samples]
-    return Rollout(
-        groups,
-        GenerationMetrics(
-            samples=len(samples),
-            prompt_tokens=sum(len(group.prompt.ids) for group in groups),
-            response_tokens=sum(sample.response_length for sample in samples),
-            seconds=time.monotonic() - started,
-            truncated=sum(sample.truncated for sample in samples),
-            retries=client.counters.retries - retries,
-            restarts=client.counters.restarts - restarts,
-        ),
-    )
+    before, started = client.counters, time.monotonic()
+    async with client.watched() as tasks:
+        for number, group in enumerate(groups):
+            tasks.create_task(complete(number, group))
+    seconds = time.monotonic() - started
+    metrics = GenerationMetrics.of(groups, expected_version, seconds, client.counters - before)
+    return Rollout(groups, expected_version, metrics)
 
 
-def _check(group: SampleGroup, expected_version: str) -> None:
+def check_finished(group: SampleGroup) -> None:
+    """Raises EngineError if a sample was aborted."""
     for sample in group.samples:
-        if sample.finish_reason is FinishReason.ABORT:
+        if not sample.is_finished:
             raise EngineError(f"sample {sample.index} was aborted by its engine before it was complete")
-        stale = set(sample.weight_versions) - {expected_version}
+
+
+def check_versions(group: SampleGroup, expected_version: str, lengths_before: Sequence[int] | None = None) -> None:
+    """Raises StaleWeights if a token was made under other weights than those of `expected_version`. The first tokens
+    of each sample, `lengths_before` many (default: none), are of an earlier rollout."""
+    for sample, length in zip(group.samples, lengths_before or [0] * len(group.samples), strict=True):
+        stale = set(sample.weight_versions[length:]) - {expected_version}
         if stale:
             raise StaleWeights(
                 f"sample {sample.index} was made under weight version {', '.join(sorted(stale))}, but this rollout "

@@ -36,8 +36,12 @@ class Sample:
     weight_versions: list[str] = field(default_factory=list)
     """Version of the weights that made each response token."""
     finish_reason: FinishReason | None = None
+    matched: int | str | None = None
+    """The end token or stop string that ended it."""
     response: str = ""
-    """The response as the engine decoded it."""
+    """The response as text, without what ended it."""
+    engine: int | None = None
+    """Number of the engine that made the newest tokens."""
     grade: Grade | None = None
 
     def append(
@@ -52,6 +56,15 @@ class Sample:
         self.loss_mask.extend([int(trainable)] * len(ids))
         self.rollout_log_probs.extend(log_probs)
         self.weight_versions.extend(versions)
+
+    def cut(self, length: int) -> None:
+        """Drops the response tokens after the first `length`."""
+        for tokens in (self.response_ids, self.loss_mask, self.rollout_log_probs, self.weight_versions):
+            del tokens[length:]
+
+    def mask_response(self) -> None:
+        """Takes the tokens that are there out of training."""
+        self.loss_mask = [0] * len(self.loss_mask)
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:
@@ -70,6 +83,11 @@ class Sample:
     @property
     def response_length(self) -> int:
         return len(self.response_ids)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether there is nothing to continue."""
+        return self.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
 
     @property
     def truncated(self) -> bool:
@@ -95,3 +113,8 @@ class SampleGroup:
         """A group of empty samples, numbered `index * n_samples` and on."""
         first = index * n_samples
         return cls(index, prompt, tuple(Sample(first + i, index, prompt) for i in range(n_samples)))
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all its samples are."""
+        return all(sample.is_finished for sample in self.samples)

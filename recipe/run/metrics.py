@@ -91,8 +91,20 @@ class RolloutMetrics:
     truncated_share: float
     grader_failed: int
     """Samples whose grader failed: neither right nor wrong."""
+    dropped_groups: int
+    """Groups that the dynamic sampling filter dropped."""
+    unused_groups: int
+    """Groups that were not needed: aborted, or finished too late."""
+    refills: int
+    """Times that prompts had to be drawn again."""
+    stale_token_share: float
+    """Share of the response tokens that older weights made (`--partial-rollout`)."""
     engine_restarts: int
-    """Engines that had to be started again since the run began."""
+    """Engines that had to be started again since the last rollout, up to the end of this one."""
+    request_retries: int
+    """Requests that had to be sent again, likewise."""
+    retried_tokens: int
+    """Tokens of the answers to those: at most so many were lost, and made twice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +129,8 @@ class TrainMetrics:
     """Mean absolute difference of the trainer's and the engine's log-probs."""
     logprob_diff_max: float | None = None
     """The largest such difference."""
+    logprob_diff_older: float | None = None
+    """Mean of the difference over the tokens that older weights made; None where there are none."""
     logprob_kl: float | None = None
     """k3 estimate of KL(engine || trainer), in nats a token."""
     logprob_beyond_2: float | None = None

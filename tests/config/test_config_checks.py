@@ -24,6 +24,10 @@ TWO_STAGES = ("--pipeline-model-parallel-size", "2", "--expert-model-parallel-si
             "--rollout-max-response-len 8192 and --rollout-max-prompt-len 1000 do not fit a context of 9000 tokens",
         ),
         (["--eval-max-response-len", "202752"], "leaves no room for a prompt in the model's 202752"),
+        (["--over-sampling-batch-size", "31"], "--over-sampling-batch-size 31 is below --rollout-batch-size 32"),
+        (["--mask-offpolicy-in-partial-rollout"], "--mask-offpolicy-in-partial-rollout needs --partial-rollout"),
+        (["--dynamic-sampling-filter-path", "nonzero_std"], "--dynamic-sampling-filter-path nonzero_std (flag)"),
+        (["--rollout-health-check-interval", "0"], "--rollout-health-check-interval 0 (flag)"),
         (["--eps-clip-high", "0.1"], "--eps-clip-high 0.1 is below --eps-clip 0.2"),
         (["--tis-clip-low", "3"], "--tis-clip-low 3.0 is not below --tis-clip 2.0"),
         (["--no-use-kl-loss", "--kl-loss-coef", "0.1"], "--kl-loss-coef 0.1 has no effect without --use-kl-loss"),
@@ -162,6 +166,15 @@ class TestNotes:
             ([], "the checkpoint's MTP layer is not loaded into the trainer; --mtp-num-layers 1 loads it"),
             ([], "a sample may be longer than --max-tokens-per-gpu 8192"),
             (["--sequence-parallel"], "--sequence-parallel has no effect"),
+            (
+                ["--over-sampling-batch-size", "64"],
+                "the first groups to finish are kept, so two runs of one seed",
+            ),
+            (["--partial-rollout"], "--partial-rollout has no effect: nothing is aborted"),
+            (
+                ["--partial-rollout", "--dynamic-sampling-filter-path", "check_reward_nonzero_std"],
+                "tokens that older weights made are learned from as if",
+            ),
             (["--no-use-dynamic-batch-size"], "--max-tokens-per-gpu has no effect without"),
             (["--lr-decay-iters", "10"], "--lr-decay-iters has no effect with --lr-decay-style constant"),
             (["--sglang-ep-size", "1"], "SGLang shards every expert over the engine's 8 GPUs"),
@@ -178,3 +191,9 @@ class TestNotes:
         assert "reference" not in said
         assert "old-log-prob" not in said
         assert "MTP" not in said
+        assert "first groups to finish" not in said
+
+    def test_older_tokens_that_are_weighed_or_left_out_need_no_note(self, resolve_8gpu: Try) -> None:
+        for remedy in ("--use-tis", "--mask-offpolicy-in-partial-rollout"):
+            notes = resolve_8gpu("--partial-rollout", "--over-sampling-batch-size", "64", remedy).notes
+            assert not any("older weights" in note for note in notes)

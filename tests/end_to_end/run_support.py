@@ -1,5 +1,6 @@
 """Small whole runs as a user starts them: `python -m recipe.train` in a process of its own."""
 
+import itertools
 import json
 import os
 import signal
@@ -32,6 +33,29 @@ def digits_reward(prompt: str, response: str, label: str) -> float:
     return sum(character.isdigit() for character in response) / max(1, len(response))
 
 
+def parity_reward(prompt: str, response: str, label: str) -> float:
+    """A reward that is often the same for all samples of a prompt."""
+    return float(sum(map(ord, response)) % 2)
+
+
+calls = itertools.count(1)
+
+
+def striking_reward(prompt: str, response: str, label: str) -> float:
+    """`digits_reward`, which stops one engine and kills another when it has been called so often that a rollout is
+    under way."""
+    if next(calls) == int(os.environ["STRIKE_AT_CALL"]):
+        first, second = engines(psutil.Process())
+        first.send_signal(signal.SIGSTOP)
+        second.send_signal(signal.SIGKILL)
+    return digits_reward(prompt, response, label)
+
+
+def engines(run: psutil.Process) -> list[psutil.Process]:
+    """The engines of a run."""
+    return [p for p in run.children(recursive=True) if "recipe.rollout.servers.embedded" in " ".join(p.cmdline())]
+
+
 def failing_reward(prompt: str, response: str, label: str) -> float:
     """A reward function with a fault."""
     raise ZeroDivisionError("the reward divides by zero")
@@ -54,9 +78,9 @@ def without_ray() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
 
 
-def start(command: list[str]) -> subprocess.Popen:
-    """Starts a run in a process group of its own, as a shell would."""
-    environment = without_ray() | {"PYTHONPATH": str(HERE), "PYTHONUNBUFFERED": "1"}
+def start(command: list[str], **variables: str) -> subprocess.Popen:
+    """Starts a run in a process group of its own, as a shell would, with more `variables` in its environment."""
+    environment = without_ray() | {"PYTHONPATH": str(HERE), "PYTHONUNBUFFERED": "1"} | variables
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment, start_new_session=True
     )
@@ -80,6 +104,23 @@ def metrics(directory: Path) -> list[dict]:
         {name: value for name, value in line.items() if "seconds_" not in name and not name.endswith("_per_second")}
         for line in lines
     ]
+
+
+def samples(directory: Path) -> list[dict]:
+    """All samples of a run, rollout after rollout."""
+    files = sorted((directory / "rollouts").glob("*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def engine_counts(lines: list[dict]) -> dict[str, int]:
+    """Takes what went wrong with engines out of a run's metrics, and adds it up."""
+    names = ("engine_restarts", "request_retries", "retried_tokens")
+    return {name: sum(line.pop(name, 0) for line in lines) for name in names}
+
+
+def rewind(directory: Path, step: int) -> None:
+    """Makes the run's checkpoint of `step` its newest, as if it had been killed after that."""
+    (directory / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(f"{step}\n")
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:

@@ -18,6 +18,7 @@ EVERYTHING = PolicyLossConfig(
     use_tis=True,
     tis_clip=1.5,
     tis_clip_low=0.5,
+    num_sources=3,
 )
 
 
@@ -39,6 +40,7 @@ def random_inputs(counts=(4, 1, 6, 0, 3), *, per_token=False, seed=0) -> PolicyL
         rollout_log_probs=log_probs.detach() + normal(0.6),
         ref_log_probs=log_probs.detach() + normal(0.3),
         entropy=normal().abs(),
+        sources=torch.arange(total) % 3,
     )
 
 
@@ -73,6 +75,18 @@ def test_loss_metrics_and_gradient_do_not_depend_on_the_microbatches(per_token):
     torch.testing.assert_close(loss, whole.loss)
     torch.testing.assert_close(torch.autograd.grad(loss, inputs.log_probs)[0], gradient)
     assert values(metrics) == pytest.approx(values(whole.metrics))
+    torch.testing.assert_close(metrics.by_source, whole.metrics.by_source)
+
+
+def test_the_mismatch_of_a_source_is_that_of_its_trained_tokens():
+    inputs = random_inputs()
+    found = policy_loss(inputs, EVERYTHING).metrics.reduced_by_source(lambda table: table)
+    for source, difference in enumerate(found):
+        own = (inputs.sources == source) & (inputs.weights > 0)
+        expected = (inputs.old_log_probs - inputs.rollout_log_probs)[own].abs().sum()
+        assert difference.tokens == own.sum()
+        assert difference.total == pytest.approx(expected.item())
+    assert policy_loss(replace(inputs, sources=None), EVERYTHING).metrics.reduced_by_source(lambda table: table) == ()
 
 
 def test_the_two_reductions_are_the_means_of_the_papers():
@@ -141,6 +155,25 @@ def test_tis_weighs_by_the_truncated_ratio_of_trainer_to_engine():
     assert metrics[Metric.TIS_CLIP_FRACTION] == pytest.approx(2 / 3)
 
 
+def test_tis_makes_the_tokens_of_older_weights_worth_what_the_current_ones_give_them():
+    """A response of two versions: the expected gradient under the weights that sampled it, token by token, is that of
+    sampling from the current ones."""
+    generator = torch.Generator().manual_seed(3)
+    older, current = torch.randn(2, 5, generator=generator, dtype=torch.float64).log_softmax(-1)
+    advantages = torch.randn(5, generator=generator, dtype=torch.float64)
+    config = PolicyLossConfig(use_tis=True, tis_clip=100.0)
+
+    def expected_gradient(sampled_from, weighted):
+        log_probs = current.clone().requires_grad_()
+        inputs = PolicyLossInputs(log_probs, advantages, sampled_from.exp(), rollout_log_probs=sampled_from)
+        loss = policy_loss(inputs, config if weighted else PolicyLossConfig()).loss
+        return torch.autograd.grad(loss, log_probs)[0]
+
+    on_policy = expected_gradient(current, weighted=False)
+    torch.testing.assert_close(expected_gradient(older, weighted=True), on_policy)
+    assert not torch.allclose(expected_gradient(older, weighted=False), on_policy)
+
+
 def test_tis_changes_nothing_where_engine_and_trainer_agree():
     inputs = random_inputs()
     inputs = replace(inputs, rollout_log_probs=inputs.old_log_probs)
@@ -198,9 +231,10 @@ def test_garbage_at_untrained_tokens_reaches_neither_loss_nor_gradient(garbage):
         **{
             field.name: torch.where(inputs.weights > 0, getattr(inputs, field.name).detach(), garbage)
             for field in fields(inputs)
-            if field.name != "weights"
+            if field.name not in ("weights", "sources")
         },
         weights=inputs.weights,
+        sources=inputs.sources,
     )
     dirty.log_probs.requires_grad_()
     output = policy_loss(dirty, EVERYTHING)
@@ -208,6 +242,7 @@ def test_garbage_at_untrained_tokens_reaches_neither_loss_nor_gradient(garbage):
     torch.testing.assert_close(output.loss, clean.loss)
     torch.testing.assert_close(gradient, clean_gradient)
     assert values(output.metrics) == pytest.approx(values(clean.metrics))
+    torch.testing.assert_close(output.metrics.by_source, clean.metrics.by_source)
 
 
 @pytest.mark.parametrize("name", ["log_probs", "advantages", "old_log_probs", "ref_log_probs", "entropy"])

@@ -3,14 +3,13 @@
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
-from rollout_support import make_prompt
+from fake_engines import FakeEngine, answers, group_of, serving
 
 from recipe.rollout.client import ClientOptions, RolloutClient
 from recipe.rollout.errors import EngineAnswerError, EngineRefused, EngineUnreachable
@@ -20,71 +19,6 @@ from recipe.rollout.servers.launch import launch_embedded
 from recipe.rollout.servers.process import EngineProcess
 
 SAMPLING = SamplingParams(max_new_tokens=4)
-Handler = Callable[[dict[str, Any]], Awaitable[web.Response]]
-
-
-def _answers(body: dict[str, Any]) -> web.Response:
-    """What an engine would answer: token i + 1 for sample i."""
-    return web.json_response(
-        [
-            {
-                "text": "x",
-                "output_ids": [number + 1],
-                "meta_info": {
-                    "finish_reason": {"type": "stop", "matched": 0},
-                    "weight_version": "1",
-                    "output_token_logprobs": [[-0.5, number + 1, None]],
-                },
-            }
-            for number in range(len(body["input_ids"]))
-        ]
-    )
-
-
-class FakeEngine:
-    """Answers /generate by `handler`; notes what it was asked."""
-
-    def __init__(self, handler: Handler | None = None) -> None:
-        self.handler = handler
-        self.bodies: list[dict[str, Any]] = []
-        self.calls: list[str] = []
-        self.healthy = True
-        self.url = ""
-
-    async def generate(self, request: web.Request) -> web.Response:
-        body = await request.json()
-        self.bodies.append(body)
-        return _answers(body) if self.handler is None else await self.handler(body)
-
-    async def verb(self, request: web.Request) -> web.Response:
-        self.calls.append(request.path)
-        if request.path == "/health":
-            return web.Response(status=200 if self.healthy else 503)
-        if request.path == "/begin_weight_update" and self.handler is not None:
-            return web.Response(status=404)
-        return web.json_response({"success": True, "message": "", "weight_version": "1"})
-
-
-@asynccontextmanager
-async def _serving(*engines: FakeEngine) -> AsyncIterator[list[str]]:
-    runners = []
-    for engine in engines:
-        app = web.Application()
-        app.router.add_post("/generate", engine.generate)
-        app.router.add_route("*", "/{verb}", engine.verb)
-        runner = web.AppRunner(app, shutdown_timeout=0.1)
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        engine.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        runners.append(runner)
-    yield [engine.url for engine in engines]
-    for runner in runners:
-        await runner.cleanup()
-
-
-def _group(index: int = 0, n_samples: int = 2) -> SampleGroup:
-    return SampleGroup.of(make_prompt(index, (5, 6, 7)), index, n_samples)
 
 
 QUICK = ClientOptions(request_timeout_s=5, max_retries=2, backoff_s=0.01)
@@ -92,8 +26,8 @@ QUICK = ClientOptions(request_timeout_s=5, max_retries=2, backoff_s=0.01)
 
 async def test_a_group_is_one_request_with_a_seed_for_each_sample() -> None:
     engine = FakeEngine()
-    async with _serving(engine) as urls, RolloutClient(urls, QUICK) as client:
-        group = _group()
+    async with serving(engine) as urls, RolloutClient(urls, QUICK) as client:
+        group = group_of()
         await client.generate(group, SAMPLING, [11, 12])
     assert len(engine.bodies) == 1
     body = engine.bodies[0]
@@ -105,8 +39,8 @@ async def test_a_group_is_one_request_with_a_seed_for_each_sample() -> None:
 
 async def test_a_sample_goes_on_from_its_response() -> None:
     engine = FakeEngine()
-    async with _serving(engine) as urls, RolloutClient(urls, QUICK) as client:
-        group = _group(n_samples=1)
+    async with serving(engine) as urls, RolloutClient(urls, QUICK) as client:
+        group = group_of(n_samples=1)
         group.samples[0].append([9, 8], [-1.0, -1.0], ["0", "0"])
         await client.generate(group, SAMPLING, [1])
     assert engine.bodies[0]["input_ids"] == [[5, 6, 7, 9, 8]]
@@ -120,13 +54,13 @@ async def test_requests_go_to_the_least_loaded_engine() -> None:
 
     async def wait(body: dict[str, Any]) -> web.Response:
         await gate.wait()
-        return _answers(body)
+        return answers(body)
 
     engines = [FakeEngine(wait), FakeEngine(wait), FakeEngine(wait)]
-    async with _serving(*engines) as urls, RolloutClient(urls, QUICK) as client:
+    async with serving(*engines) as urls, RolloutClient(urls, QUICK) as client:
         tasks = []
         for index, size in enumerate([8, 2, 2, 2, 1]):
-            tasks.append(asyncio.create_task(client.generate(_group(index, size), SAMPLING, [0] * size)))
+            tasks.append(asyncio.create_task(client.generate(group_of(index, size), SAMPLING, [0] * size)))
             await asyncio.sleep(0.05)
         gate.set()
         await asyncio.gather(*tasks)
@@ -142,11 +76,11 @@ async def test_concurrency_is_bounded() -> None:
         peak = max(peak, running)
         await asyncio.sleep(0.02)
         running -= 1
-        return _answers(body)
+        return answers(body)
 
     options = ClientOptions(max_concurrency=3)
-    async with _serving(FakeEngine(count)) as urls, RolloutClient(urls, options) as client:
-        await asyncio.gather(*(client.generate(_group(i), SAMPLING, [0, 0]) for i in range(12)))
+    async with serving(FakeEngine(count)) as urls, RolloutClient(urls, options) as client:
+        await asyncio.gather(*(client.generate(group_of(i), SAMPLING, [0, 0]) for i in range(12)))
     assert peak == 3
 
 
@@ -158,10 +92,10 @@ async def test_a_failing_request_is_sent_again_and_its_sample_made_once() -> Non
         if failures:
             failures -= 1
             return web.Response(status=500)
-        return _answers(body)
+        return answers(body)
 
-    async with _serving(FakeEngine(fail)) as urls, RolloutClient(urls, QUICK) as client:
-        group = _group()
+    async with serving(FakeEngine(fail)) as urls, RolloutClient(urls, QUICK) as client:
+        group = group_of()
         await client.generate(group, SAMPLING, [1, 2])
         assert client.counters.retries == 2
     assert [sample.response_ids for sample in group.samples] == [[1], [2]]
@@ -172,21 +106,21 @@ async def test_retries_end() -> None:
         return web.Response(status=503)
 
     engine = FakeEngine(fail)
-    async with _serving(engine) as urls, RolloutClient(urls, QUICK) as client:
+    async with serving(engine) as urls, RolloutClient(urls, QUICK) as client:
         with pytest.raises(EngineUnreachable, match="503"):
-            await client.generate(_group(), SAMPLING, [1, 2])
+            await client.generate(group_of(), SAMPLING, [1, 2])
     assert len(engine.bodies) == QUICK.max_retries + 1
 
 
 async def test_a_slow_answer_is_a_failure() -> None:
     async def sleep(body: dict[str, Any]) -> web.Response:
         await asyncio.sleep(30)
-        return _answers(body)
+        return answers(body)
 
     options = ClientOptions(request_timeout_s=0.1, max_retries=1, backoff_s=0.01)
-    async with _serving(FakeEngine(sleep)) as urls, RolloutClient(urls, options) as client:
+    async with serving(FakeEngine(sleep)) as urls, RolloutClient(urls, options) as client:
         with pytest.raises(EngineUnreachable, match="did not answer"):
-            await client.generate(_group(), SAMPLING, [1, 2])
+            await client.generate(group_of(), SAMPLING, [1, 2])
 
 
 @pytest.mark.parametrize(
@@ -206,8 +140,8 @@ async def test_what_retrying_cannot_mend_is_raised_at_once(
         return response()
 
     engine = FakeEngine(answer)
-    async with _serving(engine) as urls, RolloutClient(urls, QUICK) as client:
-        group = _group()
+    async with serving(engine) as urls, RolloutClient(urls, QUICK) as client:
+        group = group_of()
         with pytest.raises(error, match=word):
             await client.generate(group, SAMPLING, [1, 2])
     assert len(engine.bodies) == 1
@@ -217,8 +151,8 @@ async def test_what_retrying_cannot_mend_is_raised_at_once(
 async def test_a_dead_engine_is_replaced_once_for_all_its_requests() -> None:
     dead, replacement, recovered = FakeEngine(), FakeEngine(), []
 
-    async with _serving(replacement) as (new_url,):
-        async with _serving(dead) as (old_url,):
+    async with serving(replacement) as (new_url,):
+        async with serving(dead) as (old_url,):
             pass
 
         async def recover(url: str) -> str:
@@ -227,7 +161,7 @@ async def test_a_dead_engine_is_replaced_once_for_all_its_requests() -> None:
             return new_url
 
         async with RolloutClient([old_url], QUICK, recover) as client:
-            groups = [_group(index) for index in range(6)]
+            groups = [group_of(index) for index in range(6)]
             await asyncio.gather(*(client.generate(group, SAMPLING, [1, 2]) for group in groups))
             assert client.urls == [new_url]
             assert client.counters.restarts == 1
@@ -237,7 +171,7 @@ async def test_a_dead_engine_is_replaced_once_for_all_its_requests() -> None:
 
 async def test_verbs_reach_every_engine() -> None:
     engines = [FakeEngine(), FakeEngine()]
-    async with _serving(*engines) as urls, RolloutClient(urls, QUICK) as client:
+    async with serving(*engines) as urls, RolloutClient(urls, QUICK) as client:
         await client.pause_generation("retract")
         await client.abort_all()
         await client.flush_cache()
@@ -261,17 +195,17 @@ async def test_verbs_reach_every_engine() -> None:
         "/update_weights_from_disk",
         "/continue_generation",
         "/model_info",
-        "/health",
+        "/health_generate",
     ]
     assert [engine.calls for engine in engines] == [expected, expected]
 
 
 async def test_servers_without_update_sessions_are_known() -> None:
     async def answer(body: dict[str, Any]) -> web.Response:
-        return _answers(body)
+        return answers(body)
 
     engine = FakeEngine(answer)
-    async with _serving(engine) as urls, RolloutClient(urls, QUICK) as client, client.weight_update():
+    async with serving(engine) as urls, RolloutClient(urls, QUICK) as client, client.weight_update():
         pass
     assert engine.calls == ["/begin_weight_update"]
 
@@ -288,19 +222,19 @@ async def test_an_engine_killed_midway_loses_and_doubles_nothing(checkpoint: Pat
         sampling = SamplingParams(max_new_tokens=40, stop_token_ids=())
         seeds = {index: [100 * index, 100 * index + 1] for index in range(24)}
         async with RolloutClient([second.url], QUICK) as client:
-            expected = [_group(index) for index in seeds]
+            expected = [group_of(index) for index in seeds]
             await asyncio.gather(*(client.generate(group, sampling, seeds[group.index]) for group in expected))
         async with RolloutClient([first.url], QUICK, recover) as client:
-            groups = [_group(index) for index in seeds]
+            groups = [group_of(index) for index in seeds]
             tasks = [asyncio.create_task(client.generate(group, sampling, seeds[group.index])) for group in groups]
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             os.kill(first.pid, signal.SIGKILL)
             await asyncio.gather(*tasks)
             assert client.counters.restarts == 1
-    assert _content(groups) == _content(expected)
+    assert content_of(groups) == content_of(expected)
 
 
-def _content(groups: list[SampleGroup]) -> list[object]:
+def content_of(groups: list[SampleGroup]) -> list[object]:
     return [
         (sample.index, sample.response_ids, sample.rollout_log_probs) for group in groups for sample in group.samples
     ]

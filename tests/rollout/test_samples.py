@@ -67,3 +67,11 @@ def test_every_token_has_the_version_of_its_span() -> None:
 def test_an_answer_that_is_not_sglangs_is_an_error(answer: dict[str, object]) -> None:
     with pytest.raises(EngineAnswerError):
         read_sample(answer)
+
+
+@pytest.mark.parametrize("more", [{}, {"output_ids": []}])
+def test_what_sglang_aborts_before_it_reads_the_prompt_has_no_tokens(more: dict) -> None:
+    meta = {"id": "0", "finish_reason": {"type": "abort", "message": "Abort before prefill"}, "prompt_tokens": 0}
+    result = read_sample({"text": "", "meta_info": meta, **more})
+    assert result.finish_reason is FinishReason.ABORT
+    assert (result.ids, result.log_probs, result.versions) == ([], [], [])

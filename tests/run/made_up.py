@@ -25,7 +25,13 @@ def step_metrics(step: int, seconds: float = 2.0, **evals: float) -> StepMetrics
         response_length=6.0,
         truncated_share=0.0,
         grader_failed=0,
+        dropped_groups=0,
+        unused_groups=0,
+        refills=0,
+        stale_token_share=0.0,
         engine_restarts=0,
+        request_retries=0,
+        retried_tokens=0,
     )
     train = TrainMetrics(tokens=100, loss=1 / 3, grad_norm=0.2, lr=1e-3, skipped_steps=0, entropy=0.7)
     return StepMetrics(

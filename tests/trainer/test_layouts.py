@@ -113,3 +113,6 @@ def test_gradients_and_losses_equal_a_single_process(ranks: int, perf: dict, tmp
         assert ours.loss.keys() == single.loss.keys()
         for metric, value in single.loss.items():
             np.testing.assert_allclose(ours.loss[metric], value, rtol=1e-5, atol=1e-6)
+        for found_one, expected_one in zip(ours.by_source, single.by_source, strict=True):
+            assert found_one.tokens == expected_one.tokens > 0
+            np.testing.assert_allclose(found_one.total, expected_one.total, rtol=1e-5)

@@ -59,6 +59,7 @@ def random_samples(count: int, seed: int, *, trained: bool = True) -> list[Train
                 weight=1 / (count * mask.sum()),
                 advantages=floats[0],
                 rollout_log_probs=-np.abs(floats[1]),
+                sources=np.arange(response) % 2,
             )
         )
     return samples

@@ -70,7 +70,7 @@ class EngineProcess:
     def wait_healthy(self, timeout_s: float) -> None:
         """Returns when the server can generate. Raises UserError, and stops it, if it ends or takes too long."""
         deadline = time.monotonic() + timeout_s
-        while not self._is_healthy():
+        while not self._gets("/health_generate", HEALTH_TIMEOUT_S):
             ended = not self.alive
             if ended or time.monotonic() > deadline:
                 self.stop()
@@ -87,9 +87,17 @@ class EngineProcess:
         if self._signal(signal.SIGTERM):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(GRACE_S)
+        self.kill()
+
+    def kill(self) -> None:
+        """Ends the server at once, also one that hangs or is stopped."""
         self._signal(signal.SIGKILL)
         self._process.wait()
         self._reservation.close()
+
+    def answers(self, timeout_s: float) -> bool:
+        """Whether the server answers anything at all, which it does even while its memory is released."""
+        return self.alive and self._gets("/model_info", timeout_s)
 
     def _signal(self, number: signal.Signals) -> bool:
         """Whether there was anybody in the group."""
@@ -99,10 +107,10 @@ class EngineProcess:
             return False
         return True
 
-    def _is_healthy(self) -> bool:
-        connection = HTTPConnection(self._host, self.port, timeout=HEALTH_TIMEOUT_S)
+    def _gets(self, path: str, timeout_s: float) -> bool:
+        connection = HTTPConnection(self._host, self.port, timeout=timeout_s)
         try:
-            connection.request("GET", "/health_generate")
+            connection.request("GET", path)
             return connection.getresponse().status == HTTPStatus.OK
         except (OSError, HTTPException):
             return False

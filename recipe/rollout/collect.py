@@ -1,0 +1,194 @@
+"""The rollout of a training step: prompts are drawn and sampled until enough groups are worth learning from; what is
+under way then is aborted.
+
+A group that the filter drops is replaced: once it is certain that the groups on their way do not suffice, as many
+prompts as at first are drawn again. Groups that are neither kept nor dropped give their prompts back to the source or,
+with partial rollouts, wait with the tokens they have for the next rollout, which continues them first.
+
+Which groups are kept. Without over-sampling and partial rollouts: the first that pass the filter, in the order in which
+their prompts were drawn. With seeds by name, the rollout is then the same in every run, also in one that was resumed,
+if the engine's samples depend on their seeds alone (the embedded engine's do). With over-sampling or partial rollouts:
+the first to finish, which is a matter of time.
+"""
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+from recipe.config import RolloutConfig
+from recipe.data.source import PromptSource
+from recipe.errors import UserError
+from recipe.rollout.client import RolloutClient
+from recipe.rollout.continuation import Decode, rejoin
+from recipe.rollout.filters import FLAG as FILTER_FLAG
+from recipe.rollout.filters import GroupFilter
+from recipe.rollout.generate import (
+    GenerationMetrics,
+    OnGroup,
+    Rollout,
+    SamplingMetrics,
+    SeedStream,
+    check_finished,
+    check_versions,
+)
+from recipe.rollout.pending import PendingGroup
+from recipe.rollout.sample import SampleGroup
+from recipe.rollout.sampling_params import SamplingParams
+from recipe.rollout.selection import Selection
+
+
+class NothingToLearn(UserError):
+    """Too few groups passed the filter."""
+
+
+@dataclass(frozen=True, slots=True)
+class CollectionPlan:
+    """How many groups are drawn and kept, and what becomes of the others."""
+
+    groups: int
+    """To keep."""
+    n_samples: int
+    draw_size: int
+    """Prompts drawn at first, and by each refill."""
+    in_order: bool = True
+    """Keep the first groups drawn, not the first to finish."""
+    max_refills: int = 10
+    partial: bool = False
+    """Aborted groups go on in the next rollout."""
+    mask_older: bool = False
+    """Tokens of earlier rollouts are not trained on."""
+
+    @classmethod
+    def of(cls, rollout: RolloutConfig) -> Self:
+        return cls(
+            groups=rollout.rollout_batch_size,
+            n_samples=rollout.n_samples_per_prompt,
+            draw_size=rollout.draw_size,
+            in_order=rollout.keeps_in_order,
+            max_refills=rollout.dynamic_sampling_max_refills,
+            partial=rollout.partial_rollout,
+            mask_older=rollout.mask_offpolicy_in_partial_rollout,
+        )
+
+
+class RolloutCollector:
+    """Makes one rollout after another; between them it holds the groups that wait to be continued."""
+
+    def __init__(
+        self,
+        client: RolloutClient,
+        source: PromptSource,
+        plan: CollectionPlan,
+        sampling: SamplingParams,
+        *,
+        grade: OnGroup,
+        decode: Decode,
+        keep: GroupFilter | None = None,
+    ) -> None:
+        self._client, self._source, self._plan, self._sampling = client, source, plan, sampling
+        self._grade, self._decode = grade, decode
+        self._keep: GroupFilter = keep or (lambda _: True)
+        self._waiting: list[PendingGroup] = []
+
+    def state(self) -> list[dict[str, Any]]:
+        """The waiting groups, for a checkpoint."""
+        return [pending.as_json() for pending in self._waiting]
+
+    def load_state(self, state: Sequence[dict[str, Any]]) -> None:
+        """Takes over the waiting groups of a checkpoint, whose source must be loaded."""
+        self._waiting = [PendingGroup.from_json(content, self._source.prompt_of) for content in state]
+
+    async def collect(self, seeds: SeedStream, expected_version: str) -> Rollout:
+        """The next rollout, graded. Raises NothingToLearn if too few groups pass the filter, StaleWeights if an engine
+        does not hold the weights of `expected_version`, EngineError if one failed for good, and what grading raises.
+        After an error nothing is left running."""
+        before, started = self._client.counters, time.monotonic()
+        selection = Selection(self._plan.groups, in_order=self._plan.in_order)
+        groups: list[PendingGroup] = []
+        finished: asyncio.Queue[int] = asyncio.Queue()
+        draws = 0
+
+        async def complete(number: int) -> None:
+            if await self._complete(groups[number], expected_version, selection):
+                finished.put_nowait(number)
+
+        async with self._client.watched() as tasks:
+            while not selection.is_complete:
+                while selection.needs_more:
+                    self._check_refills(draws, selection, groups)
+                    draws += 1
+                    for number, pending in enumerate(self._next_groups(seeds, len(groups)), start=len(groups)):
+                        groups.append(pending)
+                        selection.submit()
+                        tasks.create_task(complete(number))
+                number = await finished.get()
+                selection.decide(number, self._keep(groups[number].group))
+            await self._client.drain()
+        self._put_aside([groups[number] for number in selection.unused])
+        kept = sorted((groups[number].group for number in selection.kept), key=lambda group: group.index)
+        seconds = time.monotonic() - started
+        return Rollout(
+            kept,
+            expected_version,
+            GenerationMetrics.of(kept, expected_version, seconds, self._client.counters - before),
+            SamplingMetrics(len(selection.dropped), len(selection.unused), draws - 1),
+        )
+
+    def _next_groups(self, seeds: SeedStream, first: int) -> list[PendingGroup]:
+        """As many groups as are drawn at a time, those that wait before new ones. They are numbered in this rollout
+        from `first`, which names the seeds of the new ones."""
+        plan = self._plan
+        again, self._waiting = self._waiting[: plan.draw_size], self._waiting[plan.draw_size :]
+        draws = self._source.draw(plan.draw_size - len(again))
+        return again + [
+            PendingGroup(
+                SampleGroup.of(draw.prompt, draw.number, plan.n_samples), seeds.sample_seeds(number, plan.n_samples)
+            )
+            for number, draw in enumerate(draws, start=first + len(again))
+        ]
+
+    async def _complete(self, pending: PendingGroup, expected_version: str, selection: Selection) -> bool:
+        """Samples and grades a group. Whether it came in time: when all that is needed is there it may be aborted, and
+        is not graded."""
+        group = pending.group
+        borders = [sample.response_length for sample in group.samples]
+        continued = [(s, s.response_length) for s in group.samples if s.response_ids and not s.is_finished]
+        if self._plan.mask_older:
+            for sample in group.samples:
+                sample.mask_response()
+        await self._client.generate(group, self._sampling, pending.seeds)
+        check_versions(group, expected_version, borders)
+        for sample, border in continued:
+            rejoin(sample, border, self._sampling.stop, self._decode)
+        if selection.is_complete:
+            return False
+        check_finished(group)
+        await self._grade(group)
+        return True
+
+    def _put_aside(self, unused: Sequence[PendingGroup]) -> None:
+        """Keeps what may be continued. A finished group whose tokens would all be masked teaches nothing."""
+        waits = [
+            pending.is_begun and not (self._plan.mask_older and pending.group.is_finished) and self._plan.partial
+            for pending in unused
+        ]
+        self._source.put_back(p.group.index for p, wait in zip(unused, waits, strict=True) if not wait)
+        self._waiting += [pending for pending, wait in zip(unused, waits, strict=True) if wait]
+        self._waiting.sort(key=lambda pending: pending.group.index)
+
+    def _check_refills(self, draws: int, selection: Selection, groups: Sequence[PendingGroup]) -> None:
+        if draws <= self._plan.max_refills:
+            return
+        dropped = [groups[number].group for number in selection.dropped]
+        rewards = [{sample.reward for sample in group.samples} for group in dropped]
+        equal = Counter(of_group.pop() for of_group in rewards if len(of_group) == 1)
+        alike = ", ".join(f"{count} with reward {reward} throughout" for reward, count in equal.most_common(3))
+        raise NothingToLearn(
+            f"{FILTER_FLAG} dropped {len(dropped)} of {len(groups)} groups ({alike or 'none with equal rewards'}) in "
+            f"{draws} draws of prompts, and {self._plan.groups} were to be kept: the prompts are too easy or too hard "
+            "for the policy, or the reward is not the right one; change --prompt-data or the reward, raise "
+            "--n-samples-per-prompt, or allow more refills with --dynamic-sampling-max-refills"
+        )

@@ -1,0 +1,152 @@
+"""The engines as the client sees them: which of them takes a request, and what becomes of one that is dead or hangs."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar
+
+from recipe.config import RolloutConfig
+from recipe.rollout.errors import EngineUnreachable
+
+T = TypeVar("T")
+
+Recover = Callable[[str], Awaitable[str]]
+"""Replaces the dead engine at a URL by one that holds the current weights; returns the new URL."""
+
+IsHealthy = Callable[["Engine", float], Awaitable[bool]]
+"""Whether an engine generates, found out within so many seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class HealthOptions:
+    """How engines are watched while they generate. One that hangs is found after `interval_s` + `timeout_s`."""
+
+    interval_s: float = 30.0
+    timeout_s: float = 30.0
+    first_wait_s: float = 0.0
+    """Time after its start in which an engine is not asked."""
+
+    @classmethod
+    def of(cls, rollout: RolloutConfig) -> Self:
+        return cls(
+            interval_s=rollout.rollout_health_check_interval,
+            timeout_s=rollout.rollout_health_check_timeout,
+            first_wait_s=rollout.rollout_health_check_first_wait,
+        )
+
+
+class Engine:
+    """One server, through all its replacements."""
+
+    def __init__(self, number: int, url: str) -> None:
+        self.number = number
+        self.url = url
+        self.started = time.monotonic()
+        self.load = 0
+        """Samples under way."""
+        self.restarts = 0
+        self.requests: set[asyncio.Future[Any]] = set()
+        self.replacement: asyncio.Task[None] | None = None
+        """Under way, or failed: meanwhile it takes no requests."""
+
+    def move(self, url: str) -> None:
+        """It was started again, at `url`."""
+        self.url, self.started = url.rstrip("/"), time.monotonic()
+        self.restarts += 1
+
+    async def answer(self, request: Coroutine[Any, Any, T]) -> T:
+        """The result of a request to it. Raises EngineUnreachable if it is found dead meanwhile, though its connections
+        may still be open."""
+        task = asyncio.ensure_future(request)
+        self.requests.add(task)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if task.cancelled() and not _is_cancelled():
+                raise EngineUnreachable(f"{self.url} does not generate any more") from None
+            raise
+        finally:
+            self.requests.discard(task)
+
+
+def _is_cancelled() -> bool:
+    current = asyncio.current_task()
+    return current is not None and current.cancelling() > 0
+
+
+class Fleet:
+    """All engines of a run, in one event loop."""
+
+    def __init__(
+        self, urls: Sequence[str], is_healthy: IsHealthy, recover: Recover | None, options: HealthOptions
+    ) -> None:
+        self.engines = [Engine(number, url.rstrip("/")) for number, url in enumerate(urls)]
+        self._is_healthy = is_healthy
+        self._recover = recover
+        self._options = options
+
+    async def least_loaded(self) -> Engine:
+        """The engine with the fewest samples under way (the first of several), once there is one. Raises what a
+        replacement failed with."""
+        while True:
+            away = [engine.replacement for engine in self.engines if engine.replacement is not None]
+            for replacement in away:
+                if replacement.done():
+                    replacement.result()
+            present = [engine for engine in self.engines if engine.replacement is None]
+            if present:
+                return min(present, key=lambda engine: engine.load)
+            await asyncio.wait(away, return_when=asyncio.FIRST_COMPLETED)
+
+    async def examine(self, engine: Engine, restarts: int) -> bool:
+        """After an unanswered request to `engine` when it had had so many restarts: replaces it if it does not
+        generate. Whether it is the same as before, and well."""
+        if self._recover is None:
+            return True
+        if engine.replacement is None and engine.restarts == restarts:
+            healthy = await self._is_healthy(engine, self._options.timeout_s)
+            if not healthy and engine.replacement is None and engine.restarts == restarts:
+                self._replace(engine)
+        return engine.replacement is None and engine.restarts == restarts
+
+    async def watch(self) -> None:
+        """Asks every engine again and again, for ever, and replaces those that do not generate. Raises what a
+        replacement failed with."""
+        async with asyncio.TaskGroup() as tasks:
+            for engine in self.engines:
+                tasks.create_task(self._watch(engine))
+
+    async def settle(self) -> None:
+        """Returns when no replacement is under way. Raises what one failed with."""
+        for engine in self.engines:
+            if engine.replacement is not None:
+                await engine.replacement
+
+    async def close(self) -> None:
+        """Gives up replacements that are under way."""
+        for engine in self.engines:
+            if engine.replacement is not None:
+                engine.replacement.cancel()
+                with suppress(asyncio.CancelledError, Exception):
+                    await engine.replacement
+
+    async def _watch(self, engine: Engine) -> None:
+        options = self._options
+        while True:
+            if engine.replacement is not None:
+                await engine.replacement
+            wait = engine.started + options.first_wait_s - time.monotonic()
+            await asyncio.sleep(max(wait, options.interval_s))
+            await self.examine(engine, engine.restarts)
+
+    def _replace(self, engine: Engine) -> None:
+        engine.replacement = asyncio.get_running_loop().create_task(self._recovered(engine))
+        for request in engine.requests:
+            request.cancel()
+
+    async def _recovered(self, engine: Engine) -> None:
+        assert self._recover is not None
+        engine.move(await self._recover(engine.url))
+        engine.replacement = None

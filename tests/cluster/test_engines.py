@@ -1,0 +1,99 @@
+"""The owner of an engine: it notices that the engine died or hangs, and says why it cannot be started again."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from recipe.config import Architecture, Config, Resolved
+from recipe.errors import UserError
+from recipe.weights.tiny import write_tiny_checkpoint
+
+BOUND_S = 90.0
+
+
+@pytest.fixture
+def resolved(tmp_path: Path) -> Resolved:
+    write_tiny_checkpoint(tmp_path / "hf", seed=1)
+    config = Config.model_validate(
+        {
+            "model": {"hf_checkpoint": tmp_path / "hf", "bf16": False},
+            "data": {"prompt_data": tmp_path / "prompts"},
+            "rollout": {
+                "engine": "embedded",
+                "num_rollout": 1,
+                "rollout_batch_size": 1,
+                "rollout_max_response_len": 4,
+                "rollout_health_check_timeout": 2,
+            },
+            "optimizer": {"lr": 1e-3},
+            "misc": {"runs_dir": tmp_path},
+        }
+    )
+    return Resolved(config, Architecture.from_checkpoint(tmp_path / "hf"), {}, ())
+
+
+@pytest.fixture
+def owner(resolved: Resolved) -> Iterator[Any]:
+    from recipe.cluster.engines import EngineActor
+
+    owner = EngineActor(resolved, 0)
+    yield owner
+    owner.stop()
+
+
+def test_an_engine_that_does_not_answer_between_two_rollouts_is_started_again(owner: Any) -> None:
+    address = owner.start()
+    pid = owner.process.pid
+    assert owner.keep_alive() == address
+    assert owner.process.pid == pid
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        pid, address = owner.process.pid, owner.process.url
+        os.killpg(pid, number)
+        began = time.monotonic()
+        assert owner.keep_alive() != address
+        assert time.monotonic() - began < BOUND_S
+        assert owner.process.answers(30)
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_an_engine_that_cannot_be_started_again_is_given_up_with_its_log(
+    owner: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from recipe.cluster import engines
+
+    monkeypatch.setattr(engines, "START_ATTEMPTS", 1)
+    (tmp_path / "hf" / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"engine 0 died and could not be started again in 1 attempts: .*config.json"):
+        engines.start_again("engine 0", owner.start)
+
+
+def test_an_engine_is_started_so_often_and_no_oftener() -> None:
+    from recipe.cluster.engines import START_ATTEMPTS, start_again
+
+    def start() -> str:
+        attempts.append(len(attempts))
+        raise UserError("its port was taken")
+
+    attempts: list[int] = []
+    with pytest.raises(UserError, match="in 3 attempts: its port was taken"):
+        start_again("engine 0", start)
+    assert len(attempts) == START_ATTEMPTS
+
+
+def test_an_engine_may_start_at_a_later_attempt() -> None:
+    from recipe.cluster.engines import start_again
+
+    failures = iter(["its port was taken"])
+
+    def start() -> str:
+        for failure in failures:
+            raise UserError(failure)
+        return "http://127.0.0.1:1"
+
+    assert start_again("engine 0", start) == "http://127.0.0.1:1"

@@ -1,0 +1,102 @@
+"""What a user relies on of rollouts in a whole run: engines that fail, groups that are dropped, samples that go on."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from run_support import (
+    TinyInputs,
+    arguments,
+    engine_counts,
+    finish,
+    leaves_no_process,
+    metrics,
+    rewind,
+    run,
+    samples,
+    start,
+)
+
+pytestmark = pytest.mark.slow
+
+BOUND_S = 90.0
+"""For a step in which both engines are lost: a second between two checks, two for an answer, then a start."""
+
+
+def test_one_engine_stopped_and_one_killed_in_mid_rollout_change_nothing(
+    inputs: TinyInputs, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """Two requests are under way at a time and one group is graded: the others are still to be made."""
+    more = (
+        "--custom-rm-path run_support:striking_reward --rollout-max-concurrency 2 --rollout-health-check-interval 1 "
+        "--rollout-health-check-timeout 2"
+    )
+    before = 8 * 4 + 2 * 16
+    with leaves_no_process(str(tmp_path)):
+        command = arguments(inputs, tmp_path, "struck", *more.split())
+        status, output = finish(start(command, STRIKE_AT_CALL=str(before + 1)))
+    assert status == 0, output
+    lines, expected = metrics(tmp_path / "struck"), metrics(uninterrupted)
+    [struck] = [line for line in lines if line.get("engine_restarts")]
+    assert struck["step"] == 3
+    assert struck["request_retries"] > 0
+    assert struck["retried_tokens"] > 0
+    assert engine_counts(lines)["engine_restarts"] == 2
+    engine_counts(expected)
+    assert lines == expected
+    assert samples(tmp_path / "struck") == samples(uninterrupted)
+    steps = [json.loads(line) for line in (tmp_path / "struck" / "metrics.jsonl").read_text().splitlines()]
+    assert steps[3]["seconds_rollout"] < BOUND_S
+
+
+def test_dropped_groups_are_replaced_and_a_resumed_run_repeats_them(inputs: TinyInputs, tmp_path: Path) -> None:
+    command = arguments(inputs, tmp_path, "filtered", "--skip-eval-before-train", "--save-interval", "1")
+    more = (
+        "--num-rollout 3 --n-samples-per-prompt 2 --custom-rm-path run_support:parity_reward "
+        "--dynamic-sampling-filter-path check_reward_nonzero_std"
+    )
+    command += more.split()
+    status, output = run(command)
+    assert status == 0, output
+    lines, made = metrics(tmp_path / "filtered"), samples(tmp_path / "filtered")
+    assert sum(line.get("dropped_groups", 0) for line in lines) > 0
+    rewards: dict[int, set[float]] = {}
+    for sample in made:
+        rewards.setdefault(sample["group_index"], set()).add(sample["reward"])
+    assert list(rewards.values()) == [{0.0, 1.0}] * 12
+    rewind(tmp_path / "filtered", 2)
+    status, output = run([*command, "--load", str(tmp_path / "filtered" / "checkpoints")])
+    assert status == 0, output
+    assert (metrics(tmp_path / "filtered"), samples(tmp_path / "filtered")) == (lines, made)
+
+
+def test_aborted_samples_go_on_in_the_next_rollout_and_after_a_resume(inputs: TinyInputs, tmp_path: Path) -> None:
+    command = arguments(inputs, tmp_path, "partial", "--skip-eval-before-train", "--save-interval", "1")
+    more = (
+        "--num-rollout 4 --rollout-max-response-len 40 --rollout-max-concurrency 3 --save-keep 4 "
+        "--over-sampling-batch-size 8 --partial-rollout --use-tis"
+    )
+    command += more.split()
+    status, output = run(command)
+    assert status == 0, output
+    lines, made = metrics(tmp_path / "partial")[1:], samples(tmp_path / "partial")
+    assert any(line["stale_token_share"] > 0 for line in lines)
+    assert any(len(sample["weight_versions"]) > 1 for sample in made)
+    assert set(Counter(sample["index"] for sample in made).values()) == {1}
+    folder = tmp_path / "partial" / "checkpoints"
+    waiting = {step: waiting_groups(folder, step) for step in (1, 2, 3)}
+    step = next(step for step, groups in waiting.items() if groups)
+    rewind(tmp_path / "partial", step)
+    status, output = run([*command, "--load", str(folder)])
+    assert status == 0, output
+    again = samples(tmp_path / "partial")
+    assert set(Counter(sample["index"] for sample in again).values()) == {1}
+    gone_on = {sample["group_index"] for sample in again if sample["weight_versions"][0] < step}
+    assert waiting[step] & gone_on
+
+
+def waiting_groups(folder: Path, step: int) -> set[int]:
+    """The groups that wait in a checkpoint."""
+    [progress] = (folder / f"iter_{step:07}").glob("*progress*")
+    return {group["index"] for group in json.loads(progress.read_text())["waiting"]}

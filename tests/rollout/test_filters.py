@@ -1,0 +1,64 @@
+"""Which groups are worth learning from: the built-in filter, and the user's own."""
+
+import pytest
+from rollout_support import make_prompt
+
+from recipe.errors import UserError
+from recipe.rewards import Grade
+from recipe.rewards.grader import GradeStatus
+from recipe.rollout.filters import load_filter
+from recipe.rollout.sample import SampleGroup
+
+
+def graded(*rewards: float) -> SampleGroup:
+    group = SampleGroup.of(make_prompt(0, (1,)), 0, len(rewards))
+    for sample, reward in zip(group.samples, rewards, strict=True):
+        sample.grade = Grade(reward, GradeStatus.GRADED, None, "")
+    return group
+
+
+@pytest.mark.parametrize(
+    ("rewards", "kept"),
+    [((0.0, 0.0, 1.0), True), ((0.1, 0.2), True), ((1.0, 1.0, 1.0), False), ((-1.0, -1.0), False), ((0.0,), False)],
+)
+def test_groups_whose_rewards_differ_are_kept(rewards: tuple[float, ...], kept: bool) -> None:
+    assert load_filter("check_reward_nonzero_std")(graded(*rewards)) is kept
+
+
+def mostly_wrong(group: SampleGroup) -> bool:
+    return sum(sample.reward or 0.0 for sample in group.samples) < len(group.samples) / 2
+
+
+def broken(group: SampleGroup) -> bool:
+    raise ZeroDivisionError("by zero")
+
+
+def undecided(group: SampleGroup) -> None:
+    return None
+
+
+def test_a_function_of_the_users_own_decides() -> None:
+    keep = load_filter("test_filters:mostly_wrong")
+    assert keep(graded(0.0, 0.0, 1.0))
+    assert not keep(graded(1.0, 1.0, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("path", "sentence"),
+    [
+        ("no_module_of_this_name:keep", "the module cannot be imported"),
+        ("test_filters:nothing", "test_filters has no function nothing"),
+    ],
+)
+def test_a_filter_that_is_not_there_is_refused_at_once(path: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=f"--dynamic-sampling-filter-path {path}: {sentence}"):
+        load_filter(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [("broken", "failed: ZeroDivisionError: by zero"), ("undecided", "returned None; it must return True")],
+)
+def test_a_filter_with_a_fault_is_named(name: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=f"--dynamic-sampling-filter-path test_filters:{name} {sentence}"):
+        load_filter(f"test_filters:{name}")(graded(1.0, 0.0))

@@ -1,0 +1,199 @@
+"""Engines that die or hang while they generate: found in bounded time, replaced, and nothing is lost."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+from aiohttp import web
+from fake_engines import FakeEngine, answers, group_of, serving
+
+from recipe.errors import UserError
+from recipe.rollout.client import ClientCounters, ClientOptions, RolloutClient
+from recipe.rollout.fleet import HealthOptions, Recover
+from recipe.rollout.sample import FinishReason, SampleGroup
+from recipe.rollout.sampling_params import SamplingParams
+
+SAMPLING = SamplingParams(max_new_tokens=4)
+OPTIONS = ClientOptions(
+    request_timeout_s=30, max_retries=2, backoff_s=0.01, health=HealthOptions(interval_s=0.2, timeout_s=0.2)
+)
+BOUND_S = 10.0
+
+
+class HangingEngine(FakeEngine):
+    """Takes requests and never answers; its connections stay open."""
+
+    def __init__(self) -> None:
+        super().__init__(self._hang)
+
+    async def _hang(self, _: dict[str, Any]) -> web.Response:
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    async def verb(self, request: web.Request) -> web.Response:
+        self.calls.append(request.path)
+        return await self._hang({})
+
+
+async def slow(body: dict[str, Any]) -> web.Response:
+    """An engine at work."""
+    await asyncio.sleep(0.1)
+    return answers(body)
+
+
+@dataclass
+class Recovery:
+    """Replaces engines by the one at `url`, after `seconds`, and notes which."""
+
+    url: str
+    seconds: float = 0.0
+    replaced: list[str] = field(default_factory=list)
+
+    async def __call__(self, url: str) -> str:
+        self.replaced.append(url)
+        await asyncio.sleep(self.seconds)
+        return self.url
+
+
+async def generate(client: RolloutClient, count: int) -> list[SampleGroup]:
+    groups = [group_of(index) for index in range(count)]
+    async with asyncio.timeout(BOUND_S), client.watched() as tasks:
+        for group in groups:
+            tasks.create_task(client.generate(group, SAMPLING, [1, 2]))
+    return groups
+
+
+def made_once(groups: list[SampleGroup]) -> bool:
+    return all([sample.response_ids for sample in group.samples] == [[1], [2]] for group in groups)
+
+
+@asynccontextmanager
+async def opened(urls: list[str], recover: Recover, options: ClientOptions = OPTIONS) -> AsyncIterator[RolloutClient]:
+    async with RolloutClient(urls, options, recover) as client:
+        yield client
+
+
+async def test_a_hanging_engine_is_replaced_and_its_samples_are_made_by_others_meanwhile() -> None:
+    hanging, other, fresh = HangingEngine(), FakeEngine(slow), FakeEngine()
+    async with serving(hanging, other, fresh) as (first, second, third):
+        recovery = Recovery(third, seconds=1.0)
+        async with opened([first, second], recovery) as client:
+            groups = await generate(client, 8)
+            assert client.urls == [third, second]
+            lost = len(hanging.bodies)
+            assert client.counters == ClientCounters(retries=lost, restarts=1, retried_tokens=2 * lost)
+    assert recovery.replaced == [first]
+    assert lost > 0
+    assert made_once(groups)
+    # The other engine took them at once; it did not wait for the replacement.
+    assert len(other.bodies) == 8
+    assert fresh.bodies == []
+
+
+async def test_an_engine_that_hangs_alone_has_its_samples_made_by_its_replacement() -> None:
+    hanging, fresh = HangingEngine(), FakeEngine()
+    async with serving(hanging, fresh) as (first, second), opened([first], Recovery(second, 0.1)) as client:
+        groups = await generate(client, 3)
+        assert client.counters.restarts == 1
+    assert made_once(groups)
+    assert len(fresh.bodies) == 3
+
+
+async def test_a_busy_engine_is_left_alone() -> None:
+    async def busy(body: dict[str, Any]) -> web.Response:
+        await asyncio.sleep(1.5)
+        return answers(body)
+
+    engine = FakeEngine(busy)
+    async with serving(engine) as urls, opened(urls, Recovery("")) as client:
+        assert made_once(await generate(client, 2))
+        assert client.counters == ClientCounters()
+    assert engine.calls.count("/health_generate") >= 2
+
+
+async def test_an_engine_that_has_just_started_is_not_asked() -> None:
+    hanging, fresh = HangingEngine(), FakeEngine()
+    options = replace(OPTIONS, health=replace(OPTIONS.health, first_wait_s=1.5))
+    began = asyncio.get_running_loop().time()
+    async with serving(hanging, fresh) as (first, second), opened([first], Recovery(second), options) as client:
+        assert made_once(await generate(client, 1))
+    assert asyncio.get_running_loop().time() - began > 1.5
+    assert hanging.calls == ["/health_generate"]
+
+
+async def test_an_engine_that_cannot_be_replaced_ends_the_rollout_with_the_reason() -> None:
+    async def recover(_: str) -> str:
+        raise UserError("engine 0 could not be started again")
+
+    hanging, other = HangingEngine(), FakeEngine(slow)
+    async with serving(hanging, other) as urls, opened(urls, recover) as client:
+        with pytest.raises(UserError, match="could not be started again"):
+            await generate(client, 4)
+
+
+async def test_an_engine_replaced_between_two_rollouts_is_counted_and_used() -> None:
+    old, new = FakeEngine(), FakeEngine()
+    async with serving(old, new) as (first, second), opened([first], Recovery("")) as client:
+        client.move([first])
+        assert client.counters.restarts == 0
+        client.move([second])
+        assert client.counters.restarts == 1
+        assert made_once(await generate(client, 1))
+    assert (len(old.bodies), len(new.bodies)) == (0, 1)
+
+
+class StubbornEngine(FakeEngine):
+    """Answers a request when it is told to abort, like an engine; aborts only after the first telling."""
+
+    def __init__(self, deaf: int) -> None:
+        super().__init__(self._wait)
+        self._deaf = deaf
+        self._aborted = asyncio.Event()
+
+    async def _wait(self, body: dict[str, Any]) -> web.Response:
+        await self._aborted.wait()
+        return answers(body, "abort")
+
+    async def verb(self, request: web.Request) -> web.Response:
+        if request.path == "/abort_request":
+            self._deaf -= 1
+            if self._deaf < 0:
+                self._aborted.set()
+        return await super().verb(request)
+
+
+async def drained(client: RolloutClient, count: int, after: Callable[[], Awaitable[None]]) -> list[SampleGroup]:
+    groups = [group_of(index) for index in range(count)]
+    async with asyncio.timeout(BOUND_S), client.watched() as tasks:
+        for group in groups:
+            tasks.create_task(client.generate(group, SAMPLING, [1, 2]))
+        await after()
+        await client.drain()
+    return groups
+
+
+async def test_draining_aborts_until_all_have_answered_and_sends_nothing_more() -> None:
+    engine = StubbornEngine(deaf=1)
+    options = replace(OPTIONS, max_concurrency=2)
+    async with serving(engine) as urls, opened(urls, Recovery(""), options) as client:
+        groups = await drained(client, 5, lambda: asyncio.sleep(0.1))
+    assert len(engine.bodies) == 2
+    lengths = [[sample.response_length for sample in group.samples] for group in groups]
+    assert sorted(lengths) == [[0, 0]] * 3 + [[1, 1]] * 2
+    assert {sample.finish_reason for group in groups for sample in group.samples} == {FinishReason.ABORT}
+
+
+async def test_an_engine_that_hangs_while_it_is_drained_loses_its_samples_only() -> None:
+    hanging, other, fresh = HangingEngine(), StubbornEngine(deaf=0), FakeEngine()
+    async with serving(hanging, other, fresh) as (first, second, third):
+        recovery = Recovery(third)
+        async with opened([first, second], recovery) as client:
+            groups = await drained(client, 4, lambda: asyncio.sleep(0.05))
+            assert client.counters == ClientCounters(restarts=1)
+    assert recovery.replaced == [first]
+    lengths = [[sample.response_length for sample in group.samples] for group in groups]
+    assert sorted(lengths) == [[0, 0]] * 2 + [[1, 1]] * 2
+    assert {sample.finish_reason for group in groups for sample in group.samples} == {FinishReason.ABORT}
