@@ -3,7 +3,7 @@
     python scripts/bench_grading.py [--cores 2] [--characters 60000] [--rounds 3]
 
 The responses are made up: thoughts of so many characters (60,000 are about 16,384 tokens), then an answer as models
-write them, two in three a plain integer, the rest units, fractions and expressions that take algebra; every 20th is cut
+write them, two in three a plain integer, the rest units, fractions and expressions that take algebra; every 8th is cut
 off.
 """
 
@@ -33,7 +33,7 @@ def response(label: int, number: int, characters: int, draw: random.Random) -> d
     thoughts = "".join(draw.choices("abcdefgh {}\\$^_=+0123456789\n", k=characters))
     answer = label if draw.random() < 0.6 else draw.randrange(1000)
     form = draw.choice(PLAIN if number % 3 else WRITTEN).format(answer, 2 * answer, answer * answer)
-    cut = number % 20 == 19
+    cut = number % 8 == 7
     text = thoughts if cut else f"{thoughts}</think>The answer is $\\boxed{{{form}}}$."
     return {"response": text, "label": str(label), "finish_reason": "length" if cut else "stop"}
 
