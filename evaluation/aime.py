@@ -95,7 +95,7 @@ class Evaluation:
         self.directory = EvaluationDirectory(arguments.save, settings)
         self._arguments, self._subject, self._settings = arguments, subject, settings
         seeds = SeedStream(arguments.seed, ("eval", arguments.data.stem))
-        self._plan = Plan(problems, arguments.n_samples, sampling_params(arguments), seeds)
+        self.plan = Plan(problems, arguments.n_samples, sampling_params(arguments), seeds)
         self._problems = {problem.name: problem for problem in problems}
         self._judgements: dict[SampleKey, Judgement] = {}
         self._progress = EvaluationProgress(len(problems) * arguments.n_samples)
@@ -107,10 +107,10 @@ class Evaluation:
             judgements = judge.judge([self._response(sample) for sample in stored])
             for sample, judgement in zip(stored, judgements, strict=True):
                 self._note(sample, judgement, is_new=False)
-            if any(self._plan.missing(self.directory.store)):
+            if any(self.plan.missing(self.directory.store)):
                 with self._server() as url:
                     asyncio.run(self._generate(url, judge))
-        return result_of(self._settings, self._plan, self.directory.store, self._judgements)
+        return result_of(self._settings, self.plan, self.directory.store, self._judgements)
 
     async def _generate(self, url: str, judge: Judge) -> None:
         arguments, store = self._arguments, self.directory.store
@@ -125,7 +125,7 @@ class Evaluation:
         async with RolloutClient([url], options) as client:
             try:
                 await generate_missing(
-                    client, self._plan, store, on_sample, version=version, max_failures=arguments.max_failures
+                    client, self.plan, store, on_sample, version=version, max_failures=arguments.max_failures
                 )
             finally:
                 self.directory.record_session(len(store.samples) - stored, client.counters.retries)
