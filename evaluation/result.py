@@ -157,7 +157,7 @@ def score_notes(settings: Settings, truncated_share: float, grader_failed: int) 
             f"comparable with one taken at {MODEL_CARD_RESPONSE_LEN:,} tokens, such as the model card's."
         )
     if grader_failed:
-        notes.append(f"{grader_failed} samples could not be graded and count as not correct: see their reasons.")
+        notes.append(f"Samples that could not be graded, and count as not correct: {grader_failed}.")
     return tuple(notes)
 
 

@@ -19,7 +19,6 @@ from recipe.errors import UserError
 from recipe.rollout.client import RolloutClient
 from recipe.rollout.servers.launch import Launch, launch_embedded, launch_sglang
 from recipe.rollout.servers.process import EngineProcess
-from recipe.weights.torch_dist import latest
 
 EngineKind = Literal["auto", "sglang", "embedded"]
 
@@ -50,6 +49,8 @@ def identity_of_directory(directory: Path) -> Identity:
 
 def identity_of_checkpoint(directory: Path) -> Identity:
     """Of a torch_dist directory, or the newest of training checkpoints. Raises UserError if there is none."""
+    from recipe.weights.torch_dist import latest
+
     checkpoint = latest(directory) or directory
     if not (checkpoint / ".metadata").is_file():
         raise UserError(f"{directory} is no torch_dist checkpoint: it has no .metadata")
