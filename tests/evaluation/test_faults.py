@@ -80,6 +80,7 @@ def test_a_server_that_dies_ends_the_run_at_once(server: KnownServer, data: Path
         )
     assert time.monotonic() - began < 20
     assert len(lines_of(tmp_path / "out" / "samples.jsonl")) == 9
+    assert len(server.asked) <= 11
 
 
 def test_answers_that_are_none_end_the_run_after_a_few(server: KnownServer, data: Path, tmp_path: Path) -> None:
