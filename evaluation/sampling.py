@@ -50,7 +50,10 @@ class SampleStore:
         self._journal.keep(lambda _: True)
         self.samples: dict[SampleKey, StoredSample] = {}
         for record in self._journal.read():
-            sample = StoredSample(**{**record, "finish_reason": FinishReason(record["finish_reason"])})
+            try:
+                sample = StoredSample(**{**record, "finish_reason": FinishReason(record["finish_reason"])})
+            except (KeyError, TypeError, ValueError) as error:
+                raise UserError(f"{path} holds a line that is no sample ({error!r}); remove the line") from error
             if sample.key in self.samples:
                 raise UserError(
                     f"{path} holds sample {sample.sample} of problem {sample.problem} twice; remove one line"
@@ -135,6 +138,5 @@ async def _make(client: RolloutClient, plan: Plan, place: int, number: int, vers
             f"sample {number} of problem {problem.name} was made under weight version {', '.join(sorted(stale))}, not "
             f"{version} as the others"
         )
-    return StoredSample(
-        problem.name, number, seed, sample.response, sample.finish_reason, sample.response_length, version
-    )
+    response = sample.response.encode(errors="replace").decode()
+    return StoredSample(problem.name, number, seed, response, sample.finish_reason, sample.response_length, version)
