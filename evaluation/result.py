@@ -105,7 +105,7 @@ class Settings(_Part):
     """What the responses depend on. A directory holds the samples of one settings alone."""
 
     model: str
-    """The directory, or the address of the server and what it says of itself."""
+    """The directory, or what the server says of itself."""
     model_sha256: str
     """Of the names, sizes, beginnings and ends of the model's or checkpoint's files; for a server, of what it says."""
     data: str

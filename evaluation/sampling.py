@@ -114,10 +114,11 @@ async def generate_missing(
         async with asyncio.TaskGroup() as tasks:
             for place, number in list(plan.missing(store)):
                 tasks.create_task(make(place, number))
-    except* EngineError as errors:
-        failures.extend(
-            error for error in errors.exceptions if error not in failures and isinstance(error, EngineError)
-        )
+    except ExceptionGroup as group:
+        for error in group.exceptions:
+            if not isinstance(error, EngineError):
+                raise error from None
+            failures.append(error)
     if failures:
         lacking, total = sum(1 for _ in plan.missing(store)), len(plan.problems) * plan.n_samples
         raise UserError(

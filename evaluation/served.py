@@ -80,7 +80,7 @@ def identity_of_server(url: str) -> tuple[Identity, Path | None]:
         raise UserError(f"the server at {url} is no SGLang server: its /model_info has no {error}") from error
     said = json.dumps({"model_path": model, "weight_version": version}, sort_keys=True)
     tokenizer = Path(str(info.get("tokenizer_path") or model))
-    identity = Identity(f"{model} (version {version}) at {url}", hashlib.sha256(said.encode()).hexdigest(), version)
+    identity = Identity(f"{model} (version {version})", hashlib.sha256(said.encode()).hexdigest(), version)
     return identity, tokenizer if (tokenizer / "tokenizer.json").is_file() else None
 
 

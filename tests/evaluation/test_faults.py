@@ -1,11 +1,23 @@
 """Servers that fail, and runs that go on after them: every sample once, counted as what it is."""
 
+import errno
+import os
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from evaluation_support import MAX_TOKENS, N_SAMPLES, QUESTIONS, KnownServer, evaluate, kind_of, lines_of, open_one
+from evaluation_support import (
+    MAX_TOKENS,
+    N_SAMPLES,
+    QUESTIONS,
+    KnownServer,
+    evaluate,
+    kind_of,
+    lines_of,
+    open_one,
+    serving,
+)
 
 from evaluation.grading import Verdict
 from evaluation.result import read_result
@@ -126,3 +138,30 @@ def test_a_line_that_a_crash_cut_off_is_made_again(server: KnownServer, data: Pa
     assert evaluate(*words) == whole
     assert server.asked.total() == 1
     assert len({(line["problem"], line["sample"]) for line in lines_of(samples)}) == len(lines_of(samples)) == TOTAL
+
+
+def test_a_full_disk_is_one_sentence(
+    server: KnownServer, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluation = open_one("--url", server.url, "--data", data, "--save", tmp_path / "out")
+
+    def full(descriptor: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("samples.jsonl"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match=r"the disk is full: .*samples\.jsonl could not be written"):
+        evaluation.complete()
+
+
+def test_a_server_may_go_on_at_another_address_and_a_model_at_another_path(
+    server: KnownServer, data: Path, tmp_path: Path
+) -> None:
+    whole = evaluate("--url", server.url, "--data", data, "--save", tmp_path / "out")
+    with serving(KnownServer(server.labels, server.checkpoint)) as moved:
+        assert evaluate("--url", moved.url, "--data", data, "--save", tmp_path / "out") == whole
+        assert not moved.asked
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.symlink_to(server.checkpoint)
+    for path in (server.checkpoint, elsewhere):
+        open_one("--model", path, "--data", data, "--save", tmp_path / "of model")
