@@ -6,6 +6,9 @@ PYTHON ?=
 ENGINE := embedded
 # The name of train-tiny's run directory, runs/NAME.
 NAME := tiny
+# What `make eval` scores and on which problems; by default the warmed-up tiny model on its held-out sums.
+MODEL = $(TINY)/hf
+DATA = $(TINY)/heldout.jsonl
 # Further arguments for the command a target ends with, as in: make train-tiny ARGS="--num-rollout 20"
 ARGS :=
 
@@ -17,7 +20,7 @@ export PYTHON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install train-tiny test lint lock bench-tiny clean
+.PHONY: help install train-tiny eval test lint lock bench-tiny clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +38,11 @@ endef
 train-tiny: install $(TINY)/torch_dist.done ## the whole pipeline on a tiny model: warm-up, conversion, GRPO, evaluation, plots
 	@$(if $(findstring --load,$(ARGS)),,$(KEEP_EARLIER_RUN))
 	$(RUN) recipe.train --recipe tiny --name $(NAME) --ref-load $(TINY)/torch_dist --rollout-engine $(ENGINE) $(ARGS)
+
+# The tiny model knows bare sums and short answers alone.
+EVAL_TINY := --instruction "" --n-samples 8 --max-response-len 20
+eval: install $(if $(filter $(TINY)/hf,$(MODEL)),$(TINY)/hf.done) ## score a model: make eval MODEL=DIR DATA=aime.jsonl (default: the tiny model)
+	$(RUN) evaluation.aime --model $(MODEL) --data $(DATA) $(if $(filter $(TINY)/hf,$(MODEL)),$(EVAL_TINY)) $(ARGS)
 
 test: install ## run the tests
 	$(RUN) pytest $(ARGS)

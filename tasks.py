@@ -88,3 +88,41 @@ def export(
     command = module("recipe.weights.export", processes or all_cores())
     command += ["--load", load, "--hf-checkpoint", hf_checkpoint, "--save", save, *["--verify"] * verify]
     run(command, args, dry_run)
+
+
+@task(
+    help={
+        "data": "AIME problems, a JSON object a line",
+        "model": "Hugging Face directory; an engine is started",
+        "checkpoint": "or a torch_dist directory, or training checkpoints; with --hf-checkpoint",
+        "url": "or the address of a running server",
+        "hf_checkpoint": "configuration and tokenizer, beside --checkpoint",
+        "profile": "model-card: sampled as for the model card",
+        "save": "directory of the result; an interrupted one goes on",
+        **COMMON,
+    }
+)
+def eval(
+    _: Context,
+    data: str,
+    model: str = "",
+    checkpoint: str = "",
+    url: str = "",
+    hf_checkpoint: str = "",
+    profile: str = "",
+    save: str = "",
+    args: str = "",
+    dry_run: bool = False,
+) -> None:
+    """Score a model on AIME, with intervals and a report."""
+    given = {
+        "--model": model,
+        "--checkpoint": checkpoint,
+        "--url": url,
+        "--hf-checkpoint": hf_checkpoint,
+        "--data": data,
+        "--profile": profile,
+        "--save": save,
+    }
+    flags = [word for flag, value in given.items() if value for word in (flag, value)]
+    run([*module("evaluation.aime"), *flags], args, dry_run)

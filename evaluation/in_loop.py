@@ -1,12 +1,15 @@
 """Evaluation of the weights that the engines hold, between training steps."""
 
+import statistics
 from collections.abc import Mapping, Sequence
 
+from evaluation.grading import Judge, Judgement, Response
+from evaluation.scoring import Judged, score
 from evaluation.statistics import clustered_mean
 from recipe.config import Config
 from recipe.data.prompts import Prompt
 from recipe.rollout.client import RolloutClient
-from recipe.rollout.generate import OnGroup, SeedStream, generate_rollout
+from recipe.rollout.generate import OnGroup, Rollout, SeedStream, generate_rollout
 from recipe.rollout.sample import SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
 from recipe.run import EvalMetrics
@@ -14,19 +17,27 @@ from recipe.run import EvalMetrics
 
 async def evaluate(
     client: RolloutClient,
-    grade: OnGroup,
+    grader: Judge | OnGroup,
     sets: Mapping[str, Sequence[Prompt]],
     config: Config,
     *,
     expected_version: str,
 ) -> dict[str, EvalMetrics]:
-    """The mean score on each set of prompts, by its name, from `--n-samples-per-eval-prompt` samples of each prompt.
+    """The score on each set of prompts, by its name, from `--n-samples-per-eval-prompt` samples of each prompt.
 
-    The same samples' seeds are used at every evaluation, so that two of them differ by the weights alone.
+    With a judge it is the share of right answers, with the verdicts and intervals of `evaluation.aime`; with a custom
+    reward function, which leaves its grades in the samples, the mean reward. The same samples' seeds are used at every
+    evaluation, so that two of them differ by the weights alone.
     """
     sampling = SamplingParams.for_evaluation(config.eval, config.rollout)
     results = {}
     for name, prompts in sets.items():
+        judgements: dict[int, Judgement] = {}
+
+        async def judge(group: SampleGroup, known: dict[int, Judgement] = judgements) -> None:
+            assert isinstance(grader, Judge)
+            known.update(await judged_group(grader, group))
+
         rollout = await generate_rollout(
             client,
             prompts,
@@ -34,19 +45,52 @@ async def evaluate(
             sampling=sampling,
             seeds=SeedStream(config.misc.seed, ("eval", name)),
             expected_version=expected_version,
-            on_group=grade,
+            on_group=judge if isinstance(grader, Judge) else grader,
         )
-        score = clustered_mean([_scores(group) for group in rollout.groups])
-        results[name] = EvalMetrics(
-            reward=score.mean,
-            ci95_low=score.low,
-            ci95_high=score.high,
-            samples=rollout.metrics.samples,
-            response_length=rollout.metrics.mean_response_length,
-            truncated_share=rollout.metrics.truncated_share,
-        )
+        results[name] = _score(rollout, judgements, config.misc.seed) if judgements else _mean_reward(rollout)
     return results
 
 
-def _scores(group: SampleGroup) -> list[float]:
-    return [0.0 if sample.reward is None else sample.reward for sample in group.samples]
+async def judged_group(judge: Judge, group: SampleGroup) -> dict[int, Judgement]:
+    """The judgement of every sample of a complete group, by its index."""
+    prompt = group.prompt
+    responses = [Response(sample.response, prompt.label, sample.truncated, prompt.text) for sample in group.samples]
+    judgements = await judge.judge_async(responses)
+    return {sample.index: judgement for sample, judgement in zip(group.samples, judgements, strict=True)}
+
+
+def _score(rollout: Rollout, judgements: Mapping[int, Judgement], seed: int) -> EvalMetrics:
+    found = score(
+        [
+            [Judged(judgements[sample.index], sample.response_length, sample.truncated) for sample in group.samples]
+            for group in rollout.groups
+        ],
+        seed,
+    )
+    return EvalMetrics(
+        reward=found.avg_at_n.mean,
+        ci95_low=found.avg_at_n.ci95[0],
+        ci95_high=found.avg_at_n.ci95[1],
+        samples=found.samples,
+        response_length=found.tokens.mean,
+        truncated_share=found.truncated_share,
+        no_answer_share=found.no_answer_share,
+        grader_failed_share=found.grader_failed_share,
+        pass_at_n=found.pass_at[max(found.pass_at)].mean,
+        maj_at_n=found.maj_at[max(found.maj_at)].mean,
+    )
+
+
+def _mean_reward(rollout: Rollout) -> EvalMetrics:
+    rewards = [
+        [0.0 if sample.reward is None else sample.reward for sample in group.samples] for group in rollout.groups
+    ]
+    mean = clustered_mean([statistics.fmean(of_prompt) for of_prompt in rewards])
+    return EvalMetrics(
+        reward=mean.mean,
+        ci95_low=mean.low,
+        ci95_high=mean.high,
+        samples=rollout.metrics.samples,
+        response_length=rollout.metrics.mean_response_length,
+        truncated_share=rollout.metrics.truncated_share,
+    )

@@ -6,6 +6,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
+from evaluation.grading import Judge
 from evaluation.in_loop import evaluate
 from recipe.cluster import EngineGroup, TrainerGroup, place, ray_session
 from recipe.config import Config, Resolved, RolloutConfig
@@ -136,7 +137,7 @@ class Run:
         with self.clock.measure(Phase.EVAL):
             self._evals = await evaluate(
                 self._engines.client,
-                self._engines.grade,
+                self._engines.judge or self._engines.grade,
                 self._data.eval_sets,
                 self.config,
                 expected_version=str(self.progress.rollouts),
@@ -227,12 +228,19 @@ class Run:
 
 
 class Engines:
-    """The rollout side: servers, the client that speaks to them, the grader of what they say."""
+    """The rollout side: servers, the client that speaks to them, and the grader of what they say. In evaluations a
+    judge takes its place, but where a custom reward function says what is good."""
 
     def __init__(
-        self, group: EngineGroup, client: RolloutClient, grader: Grader, data: Data, rollout: RolloutConfig
+        self,
+        group: EngineGroup,
+        client: RolloutClient,
+        grader: Grader,
+        judge: Judge | None,
+        data: Data,
+        rollout: RolloutConfig,
     ) -> None:
-        self.client, self.grader = client, grader
+        self.client, self.grader, self.judge = client, grader, judge
         self._group = group
         self._told = client.counters
         self.collector = RolloutCollector(
@@ -282,10 +290,12 @@ async def open_run(resolved: Resolved) -> AsyncIterator[Run]:
         if group is not None:
             assert data.reward is not None
             urls = group.finish_start()
-            grader = stack.enter_context(
-                Grader(data.reward, timeout_s=config.rollout.rm_timeout_s, num_workers=config.rollout.rm_num_workers)
-            )
+            timeout_s, num_workers = config.rollout.rm_timeout_s, config.rollout.rm_num_workers
+            grader = stack.enter_context(Grader(data.reward, timeout_s=timeout_s, num_workers=num_workers))
+            judge = None
+            if isinstance(data.reward, RewardRule):
+                judge = stack.enter_context(Judge(timeout_s=timeout_s, num_workers=num_workers))
             client = RolloutClient(urls, ClientOptions.of(config.rollout), recover=group.recover)
-            engines = Engines(group, await stack.enter_async_context(client), grader, data, config.rollout)
+            engines = Engines(group, await stack.enter_async_context(client), grader, judge, data, config.rollout)
         display = stack.enter_context(open_progress(config.rollout.num_rollout, progress.rollouts))
         yield Run(resolved, data, trainer, engines, directory, display, progress)

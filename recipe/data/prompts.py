@@ -34,6 +34,8 @@ class Prompt:
     """The turn that follows `text`, for supervised training."""
     response_ids: tuple[int, ...] = ()
     """The tokens of `response` and then the tokenizer's end-of-sequence token."""
+    name: str = ""
+    """Of the problem, where the file's problems have names."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,10 @@ class PromptFormat:
     apply_chat_template: bool = False
     label_problem: Callable[[str], str | None] | None = None
     """The reward's check of a label: what keeps it from being an answer, or None."""
+    name_key: str | None = None
+    """If given, problems have names: a text or number, by default the number of the line, counted from 1."""
+    instruction: str = ""
+    """What is added to the last message, unless that asks for a box itself."""
 
 
 def read_prompts(
@@ -106,8 +112,9 @@ class _Line:
 
     def prompt(self, tokenizer: "PreTrainedTokenizerFast") -> Prompt:
         """The prompt without its tokens."""
-        messages = self._messages()
-        return Prompt(self._index, messages, self._render(messages, tokenizer), (), self._label(), self._response())
+        messages = self._instructed(self._messages())
+        text = self._render(messages, tokenizer)
+        return Prompt(self._index, messages, text, (), self._label(), self._response(), name=self._name())
 
     def _field(self, key: str, flag: str) -> Any:
         if key not in self._fields:
@@ -130,6 +137,21 @@ class _Line:
             case {"role": str(role), "content": str(content)}:
                 return Message(role, content)
         raise self.error("a message has no role or no content, or one that is not a text")
+
+    def _instructed(self, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+        *before, last = messages
+        if not self._layout.instruction or "\\boxed" in last.content:
+            return messages
+        return (*before, Message(last.role, f"{last.content}\n\n{self._layout.instruction}"))
+
+    def _name(self) -> str:
+        key = self._layout.name_key
+        if key is None:
+            return ""
+        value = self._fields.get(key, self._index + 1)
+        if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
+            raise self.error(f"{key!r} is neither a text nor a number")
+        return str(value).strip()
 
     def _render(self, messages: tuple[Message, ...], tokenizer: "PreTrainedTokenizerFast") -> str:
         if not self._layout.apply_chat_template:

@@ -29,7 +29,7 @@ def boxed_answer(text: str) -> Extraction:
         return Extraction(None, "no \\boxed{}")
     last = boxes.pop()
     if text[last.end() : last.end() + 1] == "{":
-        content = _braced(text, last.end())
+        content = braced(text, last.end())
         if content is None:
             return Extraction(None, "the last \\boxed{ is never closed")
     else:
@@ -57,7 +57,7 @@ def dapo_answer(text: str) -> Extraction:
     return Extraction(answer) if answer else Extraction(None, 'nothing after "Answer:"')
 
 
-def _braced(text: str, start: int) -> str | None:
+def braced(text: str, start: int) -> str | None:
     r"""What is between the brace at `start` and the one that closes it (`\{` and `\}` are letters, not braces)."""
     depth = 0
     position = start

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from recipe.imports import load_function
-from recipe.rewards.equality import canonical_integer
 from recipe.rewards.extract import Extraction, boxed_after_thinking, boxed_answer, dapo_answer
+from recipe.rewards.integers import canonical_integer
 
 
 class RewardType(StrEnum):

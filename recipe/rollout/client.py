@@ -271,7 +271,11 @@ class RolloutClient:
 
     async def weight_versions(self) -> list[str]:
         """The version of the weights each engine holds."""
-        return [str(info["weight_version"]) for info in await self._get_all("/model_info")]
+        return [str(info["weight_version"]) for info in await self.model_info()]
+
+    async def model_info(self) -> list[dict[str, Any]]:
+        """What each engine says of its model: `model_path`, `tokenizer_path`, `weight_version` and more."""
+        return await self._get_all("/model_info")
 
     async def healthy(self) -> list[bool]:
         """Whether each engine answers."""

@@ -149,7 +149,8 @@ class TrainMetrics:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalMetrics:
-    """One evaluation set: mean reward with its 95% confidence interval."""
+    """One evaluation set: share of right answers (with a custom reward function, mean reward) with its 95% confidence
+    interval. What a custom reward does not tell is None."""
 
     reward: float
     ci95_low: float
@@ -157,6 +158,13 @@ class EvalMetrics:
     samples: int
     response_length: float
     truncated_share: float
+    no_answer_share: float | None = None
+    """Responses that ended by themselves without an answer that can be found."""
+    grader_failed_share: float | None = None
+    pass_at_n: float | None = None
+    """Share of prompts of which at least one of the n samples is right."""
+    maj_at_n: float | None = None
+    """Share of prompts of which the commonest answer is right."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +190,7 @@ class StepMetrics:
         for name, metrics in self.evals.items():
             values = asdict(metrics)
             line[f"eval/{name}"] = values.pop("reward")
-            line |= {f"eval/{name}_{key}": value for key, value in values.items()}
+            line |= {f"eval/{name}_{key}": value for key, value in values.items() if value is not None}
         return {name: _finite(value) for name, value in line.items()} | self._times()
 
     def _times(self) -> dict[str, Scalar]:

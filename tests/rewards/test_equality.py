@@ -2,7 +2,8 @@ import time
 
 import pytest
 
-from recipe.rewards.equality import canonical_integer, plainly_equal
+from recipe.rewards.equality import plainly_equal
+from recipe.rewards.integers import canonical_integer
 
 
 @pytest.mark.parametrize(
@@ -22,6 +23,9 @@ from recipe.rewards.equality import canonical_integer, plainly_equal
         ("12,345,678", "12345678"),
         (" $12$ ", "12"),
         ("12.", "12"),
+        ("204.0", "204"),
+        ("1 000", "1000"),
+        ("12~345", "12345"),
         ("\N{FULLWIDTH DIGIT ONE}\N{FULLWIDTH DIGIT TWO}", "12"),
         ("9" * 900, "9" * 900),
     ],
@@ -33,7 +37,25 @@ def test_plain_integers(text, integer):
 @pytest.mark.parametrize(
     "text",
     [
-        *("", "-", "1,00", "1,0000", ",100", "12,13", "1 2", "204.0", "1e3", "12%", "1/2", "x", "--1", "9" * 1001),
+        *(
+            "",
+            "-",
+            "1,00",
+            "1,0000",
+            ",100",
+            "12,13",
+            "1 2",
+            "0 025",
+            "204.5",
+            "2\u2075",
+            "\u2461",
+            "1e3",
+            "12%",
+            "1/2",
+            "x",
+            "--1",
+            "9" * 1001,
+        ),
         "\N{ARABIC-INDIC DIGIT THREE}",
     ],
 )
@@ -50,7 +72,12 @@ def test_what_is_no_plain_integer(text):
         ("12", "13", False),
         ("-12", "12", False),
         (" x+1 ", "x+1", True),  # the same text
-        ("204.0", "204", None),
+        ("204.0", "204", True),
+        ("12 13", "25", False),  # math-verify would add
+        (r"25_{16}", "25", False),  # and forget the base
+        (r"\ge 25", "25", False),
+        (r"25\text{ or 30}", "25", False),
+        (r"x = 25 \text{ cm}", "25", True),
         (r"\frac{24}{2}", "12", None),
         ("12", r"\frac{24}{2}", None),
         ("hello " * 1000, "12", False),  # too long to be worth algebra

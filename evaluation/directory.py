@@ -1,0 +1,88 @@
+"""The directory of an evaluation.
+
+settings.json    what the responses depend on; the directory takes no others
+samples.jsonl    every finished sample, a line each
+sessions.jsonl   when samples were made: seconds, samples and retries of each command
+result.json      the result (`evaluation.result`)
+report.html      the same to look at, with every response
+engine.log       what the engine said, if one was started
+model/           the exported checkpoint, while samples are missing
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from evaluation.report import render_report
+from evaluation.result import RESULT, Result, Settings
+from evaluation.sampling import SampleStore
+from recipe.errors import UserError
+from recipe.files import atomic_write_text
+from recipe.run.journal import Journal, writing
+
+REPORT = "report.html"
+
+
+class EvaluationDirectory:
+    """Where one evaluation keeps what it has."""
+
+    def __init__(self, path: Path, settings: Settings) -> None:
+        """Creates the directory, or opens it to go on. Raises UserError if it holds samples of other settings."""
+        self._path = path
+        self.engine_log = path / "engine.log"
+        self.exported = path / "model"
+        self._began = time.monotonic()
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+        self._keep(settings)
+        self.store = SampleStore(path / "samples.jsonl")
+
+    def _keep(self, settings: Settings) -> None:
+        path, now = self._path / "settings.json", settings.model_dump(mode="json")
+        if path.exists():
+            self._refuse_unless_equal(_flat(json.loads(path.read_text(encoding="utf-8"))), _flat(now))
+            return
+        if (self._path / "samples.jsonl").exists() or (self._path / RESULT).exists():
+            raise UserError(f"{self._path} holds samples or a result, but no settings.json: choose another --save")
+        with writing(path):
+            atomic_write_text(path, json.dumps(now, indent=1, ensure_ascii=False) + "\n")
+
+    def _refuse_unless_equal(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        """The model may be at another path by now: its hash says whether it is the same."""
+        name = next((name for name, value in now.items() if name != "model" and before.get(name) != value), None)
+        if name is not None:
+            raise UserError(
+                f"{self._path} holds the samples of other settings ({name} was {before.get(name)!r} and is "
+                f"{now[name]!r}): choose another --save"
+            )
+
+    def record_session(self, samples: int, retries: int) -> None:
+        """Takes down what this command generated."""
+        session = {
+            "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - self._began, 1),
+            "samples": samples,
+            "retries": retries,
+        }
+        Journal(self._path / "sessions.jsonl").append(session)
+
+    def finish(self, result: Result) -> Path:
+        """Writes result and report, and removes what was only needed to generate. Returns the report's path."""
+        report = self._path / REPORT
+        with writing(self._path):
+            atomic_write_text(self._path / RESULT, result.model_dump_json(indent=1) + "\n")
+            atomic_write_text(report, render_report(result, self.store.samples))
+            if self.exported.exists():
+                shutil.rmtree(self.exported)
+        return report
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat

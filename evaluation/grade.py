@@ -1,0 +1,73 @@
+"""Grades stored responses.
+
+Usage: python -m evaluation.grade [--timeout-s 5] [--workers N] < responses.jsonl > verdicts.jsonl
+
+A line of the input is {"response": TEXT, "label": TEXT or NUMBER}, and may have "finish_reason" ("length": the engine
+cut it off) and "prompt" (what the model read: it tells whether the response begins in the thinking part). For each a
+line {"verdict", "answer", "reason"} is written; verdict is correct, wrong, no_answer, truncated or grader_failed.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from itertools import islice
+
+from evaluation.grading import Judge, Response
+from recipe.errors import UserError, run_main
+from recipe.rollout.sample import FinishReason
+
+BATCH = 1024
+"""Lines that are graded together, and then written."""
+
+
+def read_response(line: str, number: int) -> Response:
+    """The response on a line; lines are numbered from 1. Raises UserError, with the number, if there is none."""
+    where = f"standard input, line {number}"
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON, perhaps cut off ({error})") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{where}: not a JSON object")
+    for key in ("response", "label"):
+        if key not in fields:
+            raise UserError(f"{where}: there is no {key!r} among {', '.join(map(repr, fields)) or 'its fields'}")
+    response, label, prompt = fields["response"], fields["label"], fields.get("prompt")
+    if not isinstance(response, str):
+        raise UserError(f"{where}: 'response' is not a text")
+    if isinstance(label, bool) or not isinstance(label, str | int | float) or not str(label).strip():
+        raise UserError(f"{where}: the label {json.dumps(label)} is no answer: it is neither a text nor a number")
+    if prompt is not None and not isinstance(prompt, str):
+        raise UserError(f"{where}: 'prompt' is not a text")
+    return Response(response, str(label).strip(), fields.get("finish_reason") == FinishReason.LENGTH, prompt)
+
+
+def grade_lines(lines: Iterable[str], judge: Judge) -> Iterator[str]:
+    """The line of verdict for each line that is not blank, as they are known. Raises UserError for a bad line."""
+    responses = (read_response(line, number) for number, line in enumerate(lines, 1) if line.strip())
+    while batch := list(islice(responses, BATCH)):
+        for judgement in judge.judge(batch):
+            yield json.dumps(asdict(judgement))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m evaluation.grade", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--timeout-s", type=float, default=5.0, help="longest time to compare two answers, in seconds")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that compare (default: the cores)"
+    )
+    arguments = parser.parse_args()
+    if arguments.workers < 1 or not arguments.timeout_s > 0:
+        raise UserError("--workers and --timeout-s must be greater than 0")
+    with Judge(timeout_s=arguments.timeout_s, num_workers=arguments.workers) as judge:
+        for line in grade_lines((line.decode(errors="replace") for line in sys.stdin.buffer), judge):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,131 @@
+"""A user's mistakes, a sentence each."""
+
+import json
+from pathlib import Path
+
+import pytest
+from evaluation_support import KnownServer, evaluate, open_one
+from transformers import AutoTokenizer
+
+from evaluation.aime import main
+from evaluation.result import read_result
+from recipe.errors import UserError, run_main
+
+GOOD = {"id": "1", "prompt": "1+1=", "label": "2"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "problem"),
+    [
+        ([GOOD, {"id": "2", "prompt": "1+2="}], "line 2: there is no field 'label'"),
+        ([GOOD, GOOD | {"id": "2", "prompt": "?", "label": "1/2"}], "line 2: the label '1/2' .* is no integer"),
+        ([GOOD | {"label": "1000"}], "line 1: the label '1000' .* is not between 0 and 999"),
+        ([GOOD | {"label": "-1"}], "line 1: the label '-1' .* is not between 0 and 999"),
+        ([GOOD | {"label": 2.5}], "line 1: the label '2.5' .* is no integer"),
+        ([GOOD | {"label": None}], "line 1: the label null is no answer"),
+        ([GOOD, GOOD | {"prompt": "1+2="}], "lines 1 and 2 have the same 'id', '1'"),
+        ([GOOD, GOOD | {"id": 1, "prompt": "1+2="}], "lines 1 and 2 have the same 'id', '1'"),
+        ([GOOD, GOOD | {"id": "2"}], "lines 1 and 2 ask the same"),
+        ([GOOD | {"id": True}], "line 1: 'id' is neither a text nor a number"),
+        ([{"label": "2"}], "line 1: there is no field 'prompt'"),
+        ([GOOD | {"prompt": "1+" * 40}], "the prompt has .* tokens, but the context leaves room for 52"),
+        ([], "holds no prompts"),
+    ],
+)
+def test_a_bad_file(lines: list[dict], problem: str, checkpoint: Path, tmp_path: Path) -> None:
+    data = tmp_path / "bad.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match=problem):
+        open_one("--model", checkpoint, "--data", data, "--save", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_problems_without_names_are_named_by_their_lines(checkpoint: Path, tmp_path: Path) -> None:
+    data = tmp_path / "plain.jsonl"
+    data.write_text('{"prompt": "1+1=", "label": 2}\n\n{"prompt": "1+2=", "label": "003"}\n')
+    evaluation = open_one("--model", checkpoint, "--data", data, "--save", tmp_path / "out")
+    assert [problem.name for problem in evaluation.plan.problems] == ["1", "3"]
+
+
+def test_a_model_without_a_chat_template(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(bare)
+    for file in checkpoint.iterdir():
+        if file.suffix == ".safetensors" or file.name == "config.json":
+            (bare / file.name).symlink_to(file)
+    with pytest.raises(UserError, match="has no chat template"):
+        open_one("--model", bare, "--data", data, "--save", tmp_path / "out")
+
+
+def test_an_unreachable_server(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no server answers at http://127\.0\.0\.1:9/health"):
+        open_one("--url", "http://127.0.0.1:9", "--data", data, "--save", tmp_path / "out")
+
+
+def test_a_result_of_other_settings(server: KnownServer, data: Path, tmp_path: Path) -> None:
+    words = ("--url", server.url, "--data", data, "--save", tmp_path / "out")
+    evaluate(*words)
+    with pytest.raises(UserError, match=r"sampling.temperature was 1.0 and is 0.5\): choose another --save"):
+        evaluate(*words, "--temperature", 0.5)
+    data.write_text(data.read_text().replace("1+2=", "1+3="))
+    with pytest.raises(UserError, match="data_sha256 was"):
+        evaluate(*words)
+    (tmp_path / "out" / "settings.json").unlink()
+    with pytest.raises(UserError, match=r"no settings\.json"):
+        evaluate(*words)
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--profile", "model-card", "--top-p", "1"], "--top-p 1.0 contradicts --profile model-card"),
+        (["--max-response-len", "64"], "--max-response-len 64 leaves no room for a prompt in a context of 64 tokens"),
+        (["--n-samples", "0"], "--n-samples must be greater than 0"),
+        (["--temperature", "-1"], "--temperature must be at least 0"),
+        (["--hf-checkpoint", "x"], "--hf-checkpoint says nothing beside --model"),
+    ],
+)
+def test_values_that_cannot_be(words: list[str], problem: str, checkpoint: Path, data: Path) -> None:
+    if "--profile" in words:
+        words = [*words, "--max-response-len", "131072"]
+    with pytest.raises(UserError, match=problem):
+        open_one("--model", checkpoint, "--data", data, *words)
+
+
+def test_models_that_are_not_there(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is no Hugging Face checkpoint: it has no config.json"):
+        open_one("--model", tmp_path, "--data", data)
+    with pytest.raises(UserError, match="is no torch_dist checkpoint"):
+        open_one("--checkpoint", tmp_path, "--hf-checkpoint", tmp_path, "--data", data)
+    with pytest.raises(UserError, match="--checkpoint needs --hf-checkpoint"):
+        open_one("--checkpoint", tmp_path, "--data", data)
+
+
+def test_a_mistake_ends_the_command_with_its_sentence(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["aime", "--url", "http://127.0.0.1:9", "--data", str(data)])
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    with pytest.raises(SystemExit) as ended:
+        run_main(main)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: no server answers")
+    assert "Traceback" not in said
+
+
+def test_a_file_that_is_no_result(server: KnownServer, data: Path, tmp_path: Path) -> None:
+    evaluate("--url", server.url, "--data", data, "--save", tmp_path / "out")
+    path = tmp_path / "out" / "result.json"
+    content = json.loads(path.read_text())
+    for changed, problem in [
+        ("[]", "is no result of evaluation.aime"),
+        ("{", "cannot be read"),
+        (json.dumps(content | {"schema_version": 0}), "is no result of evaluation.aime of schema version 1"),
+        (json.dumps(content | {"notes": 5}), "is damaged: notes"),
+    ]:
+        path.write_text(changed)
+        with pytest.raises(UserError, match=problem):
+            read_result(path.parent)

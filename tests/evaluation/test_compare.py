@@ -1,0 +1,74 @@
+"""Comparing two results."""
+
+import json
+from pathlib import Path
+
+import pytest
+from evaluation_support import N_SAMPLES, KnownServer, evaluate, write_questions
+
+from evaluation.compare import compare, describe, main
+from evaluation.result import Result
+from evaluation.statistics import paired_difference
+from recipe.errors import UserError
+
+
+@pytest.fixture
+def pair(server: KnownServer, data: Path, tmp_path: Path) -> tuple[Result, Result]:
+    words = ("--url", server.url, "--data", data)
+    return evaluate(*words, "--save", tmp_path / "a"), evaluate(*words, "--save", tmp_path / "b", "--seed", 5)
+
+
+def with_settings(result: Result, **changed: object) -> Result:
+    sampling = result.settings.sampling.model_copy(update=changed)
+    return result.model_copy(update={"settings": result.settings.model_copy(update={"sampling": sampling})})
+
+
+def test_problems_are_paired_by_name_not_by_place(pair: tuple[Result, Result]) -> None:
+    a, b = pair
+    found = compare(a, b)
+    shares = [[problem.correct_share for problem in result.problems] for result in pair]
+    assert shares[0] != shares[1]
+    assert found.difference == paired_difference(*shares, seed=1234)
+    assert found.difference.estimate.mean == pytest.approx(a.score.avg_at_n.mean - b.score.avg_at_n.mean)
+    shuffled = b.model_copy(update={"problems": b.problems[::-1]})
+    assert compare(a, shuffled) == found
+    assert found.notes == ()
+    assert found.better == sum(x > y for x, y in zip(*shares, strict=True))
+    assert compare(b, a).difference.estimate.mean == pytest.approx(-found.difference.estimate.mean)
+
+
+def test_scores_of_other_lengths_are_not_comparable_and_say_so(pair: tuple[Result, Result]) -> None:
+    a, b = with_settings(pair[0], max_response_len=16_384), with_settings(pair[1], max_response_len=131_072)
+    found = compare(a, b)
+    assert "A was taken at up to 16,384 tokens and B at up to 131,072: they are not comparable" in found.notes[0]
+    assert describe(a, b, found).startswith("note: A was taken at")
+    assert compare(pair[0], with_settings(pair[1], top_p=0.95)).notes == ("top_p was 1 for A and 0.95 for B",)
+
+
+def test_a_short_score_says_that_it_is_not_comparable_with_the_model_cards(pair: tuple[Result, Result]) -> None:
+    assert "not comparable with one taken at 131,072 tokens" in pair[0].notes[0]
+
+
+def test_other_problems_are_refused(server: KnownServer, pair: tuple[Result, Result], tmp_path: Path) -> None:
+    other = write_questions(tmp_path / "other.jsonl", {"a": ("1+2=", 3), "z": ("4+5=", 9)})
+    with pytest.raises(UserError, match=r"different problems, 6 of them only in one, such as b"):
+        compare(pair[0], evaluate("--url", server.url, "--data", other, "--save", tmp_path / "other"))
+    first, *rest = pair[1].problems
+    relabelled = pair[1].model_copy(update={"problems": (first.model_copy(update={"label": "4"}), *rest)})
+    with pytest.raises(UserError, match="different labels for problem a"):
+        compare(pair[0], relabelled)
+
+
+def test_the_command(
+    pair: tuple[Result, Result], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compare", str(tmp_path / "a"), str(tmp_path / "b" / "result.json")]
+    monkeypatch.setattr("sys.argv", words)
+    main()
+    said = capsys.readouterr().out
+    assert f"A: avg@{N_SAMPLES} {pair[0].score.avg_at_n.mean:.1%}" in said
+    assert "95% interval" in said
+    monkeypatch.setattr("sys.argv", [*words, "--json"])
+    main()
+    found = json.loads(capsys.readouterr().out)
+    assert found["difference"]["p_value"] == compare(*pair).difference.p_value

@@ -1,0 +1,148 @@
+"""Verdicts: the conformance suite, hostile responses, and the command."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable
+
+import pytest
+from grading_support import HOSTILE_LABEL, as_response, busy_processes, conformance_cases, hostile_responses
+
+from evaluation.grading import Judge, Judgement, Response, Verdict, aime_label_problem
+from recipe.rewards import REWARD_RULES, Grader, GradeRequest, RewardType
+
+CASES = conformance_cases()
+
+
+def grade(*lines: object, words: Iterable[str] = ()) -> tuple[int, list[dict[str, str]], str]:
+    """What `python -m evaluation.grade` makes of the lines: exit status, verdicts, and what it says."""
+    text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+    ended = subprocess.run(
+        [sys.executable, "-m", "evaluation.grade", *words],
+        input=text.encode("utf-8", "surrogatepass"),
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        timeout=240,
+    )
+    return ended.returncode, [json.loads(line) for line in ended.stdout.splitlines()], ended.stderr.decode()
+
+
+@pytest.fixture(scope="module")
+def judgements() -> list[Judgement]:
+    """Of the whole suite, off the main thread, while eight processes want the cores."""
+    found: list[Judgement] = []
+
+    def judge() -> None:
+        with Judge(timeout_s=10) as judging:
+            found.extend(judging.judge([as_response(case) for case in CASES]))
+
+    thread = threading.Thread(target=judge)
+    with busy_processes(8):
+        thread.start()
+        thread.join(timeout=200)
+    assert not thread.is_alive()
+    return found
+
+
+def test_the_suite_is_large_and_no_case_is_there_twice() -> None:
+    assert len(CASES) >= 500
+    assert len({json.dumps({**case, "why": "", "verdict": ""}) for case in CASES}) == len(CASES)
+    assert set(Counter(case["verdict"] for case in CASES)) == set(Verdict)
+
+
+@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: f"line-{number + 1}")
+def test_conformance(number: int, judgements: list[Judgement]) -> None:
+    case = CASES[number]
+    assert judgements[number].verdict == case["verdict"], (case, judgements[number])
+
+
+def test_training_takes_no_wrong_answer_of_the_suite_for_right() -> None:
+    wrong = [case for case in CASES if case["verdict"] == Verdict.WRONG and "</think>" in case["response"]]
+    with Grader(REWARD_RULES[RewardType.DEEPSCALER]) as grader:
+        grades = grader.grade([GradeRequest("", case["response"], str(case["label"])) for case in wrong])
+    assert len(wrong) > 150
+    assert [case["response"] for case, grade in zip(wrong, grades, strict=True) if grade.reward] == []
+
+
+def test_a_judgement_says_why() -> None:
+    with Judge() as judge:
+        given = judge.judge(
+            [
+                Response(r"\boxed{025}", "25"),
+                Response(r"\boxed{\frac{60}{2}}", "25"),
+                Response(r"a</think>\boxed{", "25", truncated=True),
+                Response(r"\boxed{25}", "25", prompt="<think>"),
+            ]
+        )
+    assert given == [
+        Judgement(Verdict.CORRECT, "025", "025 is 25"),
+        Judgement(Verdict.WRONG, r"\frac{60}{2}", r"\frac{60}{2} is not 25"),
+        Judgement(Verdict.TRUNCATED, None, r"cut off, and the last \boxed{ is never closed"),
+        Judgement(Verdict.NO_ANSWER, None, "the thinking part never ends"),
+    ]
+
+
+def test_a_thousand_hostile_responses() -> None:
+    began = time.monotonic()
+    lines = [{"response": response, "label": HOSTILE_LABEL} for response in hostile_responses(1000)]
+    status, verdicts, said = grade(*lines, words=["--timeout-s", "0.5"])
+    assert (status, said, len(verdicts)) == (0, "", 1000)
+    assert [verdict for verdict in verdicts if verdict["verdict"] == Verdict.CORRECT] == []
+    assert Counter(verdict["verdict"] for verdict in verdicts)[Verdict.GRADER_FAILED] <= 40
+    assert time.monotonic() - began < 120
+
+
+def test_the_command_writes_a_verdict_a_line_in_order() -> None:
+    responses = [
+        {"response": r"a</think>\boxed{025}", "label": 25},
+        {"response": r"a</think>\boxed{30}", "label": "25", "finish_reason": "stop"},
+        "",
+        {"response": "thoughts", "label": "25", "finish_reason": "length"},
+        {"response": r"\boxed{25}", "label": "25", "prompt": "<think>"},
+        {"response": r"\boxed{25!!}", "label": "25"},
+    ]
+    status, verdicts, said = grade(*responses, words=["--timeout-s", "0.5", "--workers", "1"])
+    assert (status, said) == (0, "")
+    assert [verdict["verdict"] for verdict in verdicts] == [
+        "correct",
+        "wrong",
+        "truncated",
+        "no_answer",
+        "grader_failed",
+    ]
+    assert [verdict["answer"] for verdict in verdicts] == ["025", "30", None, None, "25!!"]
+    assert all(verdict["reason"] for verdict in verdicts)
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ({"response": "x"}, "line 2: there is no 'label' among 'response'"),
+        ({"label": "1"}, "line 2: there is no 'response' among 'label'"),
+        ({"response": "x", "label": ""}, 'line 2: the label "" is no answer'),
+        ({"response": "x", "label": None}, "line 2: the label null is no answer"),
+        ({"response": 5, "label": "1"}, "line 2: 'response' is not a text"),
+        ({"response": "x", "label": "1", "prompt": []}, "line 2: 'prompt' is not a text"),
+        ("[]", "line 2: not a JSON object"),
+        ('{"response": "x', "line 2: not valid JSON"),
+        ("[" * 100_000, "line 2: not valid JSON"),
+        ("9" * 5000, "line 2: not valid JSON"),
+    ],
+)
+def test_a_bad_line_is_named(line: object, problem: str) -> None:
+    status, _, said = grade({"response": "x", "label": "1"}, line)
+    assert status == 2
+    assert problem in said
+    assert "Traceback" not in said
+
+
+def test_labels_of_aime() -> None:
+    for label in ("0", "7", "025", "999"):
+        assert aime_label_problem(label) is None
+    assert aime_label_problem("1000") == "is not between 0 and 999"
+    assert aime_label_problem("-1") == "is not between 0 and 999"
+    assert aime_label_problem(r"\frac{1}{2}") == "is no integer"
