@@ -264,8 +264,8 @@ class PerfConfig(Group):
     log_probs_chunk_size: PositiveInt = 8192
     """Tokens whose full-vocabulary logits are held at a time."""
     attention_backend: Literal["auto", "flash", "fused", "unfused"] = "auto"
-    """Attention kernel: torch's variable-length flash kernel (auto, flash), cuDNN's on a padded grid (fused), or plain
-    matrix products with a softmax in fp32 (unfused)."""
+    """Attention kernel: torch's variable-length flash kernel, cuDNN's on padded grids (fused), or plain matrix products
+    with a softmax in fp32 (unfused). auto: fused for long segments of similar length, else flash."""
 
     @property
     def microbatch_multiple(self) -> int:
