@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """The trainer on one GPU at the true widths (1 dense and 5 MoE layers) beside transformers' model in the same run.
 
-One step: forward, backward and optimizer over one pack of tokens, with full recomputation and without. The peer is
-Glm4MoeLiteForCausalLM in bf16 with gradient checkpointing, `grouped_mm` experts, cross-entropy over all tokens and
-torch's fused AdamW. Also the bf16 matrix product's limit in this run, peak memory, and where the GPU's time goes.
+One step: forward, backward and optimizer over one pack of tokens, with full recomputation and without; its parts each
+from a standstill, and whole steps one after the other, as training takes them. The peer is Glm4MoeLiteForCausalLM in
+bf16 with gradient checkpointing, `grouped_mm` experts, cross-entropy over all tokens and torch's fused AdamW. Also the
+bf16 matrix product's limit in this run, peak memory, and where the GPU's time goes.
 
     scripts/bench_trainer.py [--tokens 8192] [--sequences 4] [--moe-layers 5] [--skip-peer] [--parts]
 """
@@ -21,12 +22,12 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from glm_flash import CONFIG, environment, matmul_limit, median_ms, write_config
+from glm_flash import CONFIG, environment, matmul_limit, mean_ms, median_ms, write_config
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from recipe.config import Architecture, resolve
-from recipe.megatron.clipping import clipped_step
+from recipe.megatron.clipping import clipped_step, gradient_norms
 from recipe.megatron.layout import Rendezvous
 from recipe.megatron.rank import TrainerRank
 from recipe.megatron.step import forward_backward
@@ -49,9 +50,11 @@ PARTS = {
 
 @dataclass(frozen=True)
 class Measured:
-    """Median milliseconds of a forward and backward pass, of the optimizer's step, and peak GiB."""
+    """Median milliseconds of a forward and backward pass and of the optimizer's step, each alone; milliseconds of a
+    whole step among others; peak GiB."""
 
     passes_ms: float
+    optimizer_ms: float
     step_ms: float
     peak_gib: float
 
@@ -107,13 +110,15 @@ def measure_ours(folder: Path, pack: list[TrainSample], flags: str, parts: bool)
     def passes() -> None:
         forward_backward(rank.replicas, [pack], rank.loss_function)
 
-    def step() -> None:
-        clipped_step(rank.optimization.optimizer, rank.config.optimizer.clip_grad)
+    def optimizer() -> None:
+        norms = gradient_norms(rank.optimization.optimizer)
+        clipped_step(rank.optimization.optimizer, norms, rank.config.optimizer.clip_grad)
 
-    found = Measured(median_ms(passes), median_ms(step), torch.cuda.max_memory_allocated() / 2**30)
+    times = median_ms(passes), median_ms(optimizer), mean_ms(lambda: rank.train_step([pack]))
+    found = Measured(*times, torch.cuda.max_memory_allocated() / 2**30)
     if parts:
         show_parts(passes)
-        show_parts(step)
+        show_parts(optimizer)
     rank.close()
     return found
 
@@ -136,7 +141,12 @@ def measure_peer(folder: Path, tokens: int, sequences: int) -> Measured:
         optimizer.zero_grad(set_to_none=True)
         model(input_ids=ids, labels=ids).loss.backward()
 
-    return Measured(median_ms(passes), median_ms(optimizer.step), torch.cuda.max_memory_allocated() / 2**30)
+    def step() -> None:
+        passes()
+        optimizer.step()
+
+    times = median_ms(passes), median_ms(optimizer.step), mean_ms(step)
+    return Measured(*times, torch.cuda.max_memory_allocated() / 2**30)
 
 
 def show_environment() -> float:
@@ -195,13 +205,13 @@ def main() -> None:
         flops = options.sequences * sequence_cost(architecture)(options.tokens // options.sequences)
 
         def show(what: str, one: Measured) -> None:
-            rate, whole = options.tokens / one.passes_ms * 1e3, options.tokens / (one.passes_ms + one.step_ms) * 1e3
+            rate, whole = (options.tokens / ms * 1e3 for ms in (one.passes_ms, one.step_ms))
             model = flops / one.passes_ms / 1e9
             passes = (
                 f"{one.passes_ms:6.1f} ms = {rate:7,.0f} tokens/s, {model:3.0f} model TFLOP/s ({model / limit:.0%})"
             )
-            step = f"optimizer {one.step_ms:5.1f} ms; together {whole:7,.0f} tokens/s; peak {one.peak_gib:.1f} GiB"
-            print(f"{what:28} forward+backward {passes}; {step}", flush=True)
+            step = f"whole steps {one.step_ms:6.1f} ms = {whole:7,.0f} tokens/s; peak {one.peak_gib:.1f} GiB"
+            print(f"{what:28} forward+backward {passes}; optimizer {one.optimizer_ms:5.1f} ms; {step}", flush=True)
 
         if not options.skip_peer:
             show("transformers, checkpointing", alone(measure_peer, folder, options.tokens, options.sequences))

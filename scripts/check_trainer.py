@@ -14,6 +14,7 @@
 import argparse
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -230,6 +231,24 @@ def check_options(folder: Path) -> Iterator[tuple[str, bool]]:
         yield f"{flags}: resumed from a checkpoint written beside training, {far:.1e} apart", far < 1e-5
 
 
+def waits(folder: Path) -> list[str]:
+    """Where a forward and backward pass, warmed up, makes the process wait for the GPU, as torch can tell."""
+    rank = trainer(folder, "--moe-permute-fusion", load=True)
+    for _ in range(2):
+        forward_backward(rank.replicas, [samples()], rank.loss_function)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        forward_backward(rank.replicas, [samples()], rank.loss_function)
+        torch.cuda.set_sync_debug_mode("default")
+    return [f"{one.filename}:{one.lineno}" for one in caught if "synchroniz" in str(one.message)]
+
+
+def check_waits(folder: Path) -> Iterator[tuple[str, bool]]:
+    found = alone(waits, folder)
+    yield f"a forward and backward pass waits for the GPU {len(found)} times {sorted(set(found))}", not found
+
+
 def check_experts(_: Path) -> Iterator[tuple[str, bool]]:
     written, added = alone(expert_gradient_distance)
     yield f"experts' weight gradients: {written:.1e} from fp64 written, {added:.1e} added", max(written, added) < 1e-5
@@ -247,6 +266,7 @@ CHECKS = {
     "parity": check_parity,
     "options": check_options,
     "experts": check_experts,
+    "waits": check_waits,
     "adam": check_adam,
     "memory": check_memory,
 }

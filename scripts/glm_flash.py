@@ -85,6 +85,19 @@ def median_ms(work: Callable[[], object], repeats: int = 10, warmup: int = 3) ->
     return statistics.median(times)
 
 
+def mean_ms(work: Callable[[], object], repeats: int = 20, warmup: int = 3) -> float:
+    """Milliseconds of a piece of GPU work that is done again and again: nobody waits between."""
+    for _ in range(warmup):
+        work()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        work()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / repeats
+
+
 def matmul_limit() -> float:
     """TFLOP/s of a bf16 matrix product of 8192 x 8192 x 8192 on random data: what the GPU can do here and now."""
     left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))

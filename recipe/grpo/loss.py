@@ -69,21 +69,24 @@ class LossMetrics:
             None if self.by_source is None or other.by_source is None else self.by_source + other.by_source,
         )
 
-    def reduced(
-        self, reduce_sum: Callable[[Tensor], Tensor], reduce_max: Callable[[Tensor], Tensor]
-    ) -> dict[Metric, float]:
-        """The values after one reduction of all sums and one of all maxima, each a vector, over the ranks."""
-        values: dict[Metric, float] = {}
-        for part, reduce in ((self.sums, reduce_sum), (self.maxima, reduce_max)):
-            if part:
-                values.update(zip(part, reduce(torch.stack(list(part.values()))).tolist(), strict=True))
-        return values
+    def reduced(self, reduce_sum: Callable[[Tensor], Tensor], reduce_max: Callable[[Tensor], Tensor]) -> "LossMetrics":
+        """After one reduction of all sums and one of all maxima, each a vector, over the ranks."""
+        sums, maxima = (
+            dict(zip(part, reduce(torch.stack(list(part.values()))), strict=True)) if part else {}
+            for part, reduce in ((self.sums, reduce_sum), (self.maxima, reduce_max))
+        )
+        return LossMetrics(sums, maxima, None if self.by_source is None else reduce_sum(self.by_source.clone()))
 
-    def reduced_by_source(self, reduce_sum: Callable[[Tensor], Tensor]) -> tuple[SourceDifference, ...]:
-        """`by_source` summed over the ranks; empty if it was not measured."""
+    def values(self) -> dict[Metric, float]:
+        """As numbers: waits for the GPU."""
+        measured = {**self.sums, **self.maxima}
+        return dict(zip(measured, torch.stack(list(measured.values())).tolist(), strict=True)) if measured else {}
+
+    def source_differences(self) -> tuple[SourceDifference, ...]:
+        """`by_source` as numbers; empty if it was not measured. Waits for the GPU."""
         if self.by_source is None:
             return ()
-        totals, tokens = reduce_sum(self.by_source.clone()).tolist()
+        totals, tokens = self.by_source.tolist()
         return tuple(SourceDifference(total, int(count)) for total, count in zip(totals, tokens, strict=True))
 
 

@@ -10,10 +10,13 @@ by.
 from typing import Any
 
 import megatron.core.optimizer as megatron_optimizer
+import numpy as np
 import torch
 from megatron.core.optimizer import distrib_optimizer
+from numpy.typing import NDArray
 from torch import Tensor
 
+from recipe.megatron.device import to_training_device
 from recipe.megatron.fusion import fused, in_rows
 
 SLOT_ELEMENTS = 4 << 20
@@ -137,13 +140,13 @@ def rounding_adamw(
     weights.copy_(stepped)
 
 
-def _numbers(group: dict[str, Any], clip: float, device: torch.device) -> Tensor:
+def _numbers(group: dict[str, Any], clip: float) -> NDArray[np.float32]:
     """What `rounding_adamw` multiplies by in this step, [1, 8] in fp32."""
     (beta1, beta2), step, rate = group["betas"], group["step"], float(group["lr"])
     size, correction = rate / (1 - beta1**step), (1 - beta2**step) ** -0.5
     keep = 1 - rate * group["weight_decay"]
     numbers = [clip, keep, 1 - beta1, beta2, 1 - beta2, size, correction, group["eps"]]
-    return torch.tensor([numbers], dtype=torch.float32).to(device, non_blocking=True)
+    return np.array([numbers], dtype=np.float32)
 
 
 class MasterAdam(Adam):
@@ -193,8 +196,10 @@ class MasterAdam(Adam):
         return parameter.decoupled_grad  # type: ignore[attr-defined]
 
     def _step_group(self, group: dict[str, Any], parameters: list[Tensor], clip: float) -> None:
-        numbers = _numbers(group, clip, parameters[0].device)
-        work = [(parameter, self._gradient(parameter), self.state[parameter]) for parameter in parameters]
+        numbers = to_training_device(_numbers(group, clip))
+        # The largest first: while the GPU is at them the process launches the small ones.
+        by_size = sorted(parameters, key=Tensor.numel, reverse=True)
+        work = [(parameter, self._gradient(parameter), self.state[parameter]) for parameter in by_size]
         for parameter, gradient, state in work:
             if parameter not in self._in_host:
                 master, average, square = state["master_param"], state["exp_avg"], state["exp_avg_sq"]

@@ -7,7 +7,7 @@ V value head size, R size of the rotary part.
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -39,7 +39,6 @@ class PackedSequences(PackedSeqParams):
     beginning up to the chunk's end. The causal mask is aligned at the segment's end.
     """
 
-    device: torch.device = field(default_factory=training_device)
     position_ids: Tensor | None = None
     """[T] position of each token in its own sequence."""
     longest_sequence: int = 0
@@ -58,15 +57,15 @@ class PackedSequences(PackedSeqParams):
         """Takes the segments' keys, one segment after the other; None where a segment's keys are itself."""
         if self.key_rows is None:
             return None
-        return RowGather.of(self.key_rows, self.gathered_rows, self.device)
+        return RowGather.of(self.key_rows, self.gathered_rows)
 
     @cached_property
     def grids(self) -> SegmentGrids:
         """The segments in padded grids."""
         key_rows = np.arange(self.gathered_rows) if self.key_rows is None else self.key_rows
-        on_gpu = self.device.type == "cuda"
+        on_gpu = training_device().type == "cuda"
         lengths = self.query_lengths, self.key_lengths
-        return SegmentGrids(*lengths, key_rows, self.gathered_rows, self.device, few_shapes=on_gpu)
+        return SegmentGrids(*lengths, key_rows, self.gathered_rows, few_shapes=on_gpu)
 
 
 class PackedAttention(MegatronModule):

@@ -37,19 +37,27 @@ class GradientNorms:
         return math.isfinite(self.policy) and math.isfinite(self.mtp)
 
 
-def clipped_step(optimizer: MegatronOptimizer, clip_grad: float) -> GradientNorms:
-    """Clips the gradients to the global norm `clip_grad` (0: not at all) and steps. Returns the norms before clipping;
-    where one is not finite, nothing is changed on any rank."""
+def gradient_norms(optimizer: MegatronOptimizer) -> GradientNorms:
+    """Hands the accumulated gradients to the optimizer. Returns their norms, the same on every rank."""
     optimizer.prepare_grads()
-    norms = _gradient_norms(optimizer)
-    if not norms.are_finite:
-        return norms
+    squares = torch.zeros(2, dtype=torch.float64, device=training_device())
+    for part, group in _groups(optimizer):
+        gradients = _counted_gradients(part, group["params"])
+        if pieces := [piece for gradient in gradients for piece in gradient.view(-1).split(PIECE_ELEMENTS)]:
+            norms = torch._foreach_norm(pieces, 2, dtype=torch.float64)
+            squares[int(group.get(IS_MTP, False))] += torch.stack(norms).square().sum()
+    dist.all_reduce(squares)
+    return GradientNorms(*squares.sqrt().float().tolist())
+
+
+def clipped_step(optimizer: MegatronOptimizer, norms: GradientNorms, clip_grad: float) -> None:
+    """Steps with gradients of these norms, clipped to the global norm `clip_grad` (0: not at all). Returns before the
+    GPU has done so."""
     if clip_grad > 0:
         for _, group in _groups(optimizer):
             norm = norms.mtp if group.get(IS_MTP) else norms.policy
             group["clip"] = min(1.0, clip_grad / (norm + 1e-6))
     optimizer.step_with_ready_grads()
-    return norms
 
 
 def _groups(optimizer: MegatronOptimizer) -> Iterator[tuple[MegatronOptimizer, dict[str, Any]]]:
@@ -60,17 +68,6 @@ def _groups(optimizer: MegatronOptimizer) -> Iterator[tuple[MegatronOptimizer, d
 
 def _is_decoupled(part: MegatronOptimizer) -> bool:
     return part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8
-
-
-def _gradient_norms(optimizer: MegatronOptimizer) -> GradientNorms:
-    squares = torch.zeros(2, dtype=torch.float64, device=training_device())
-    for part, group in _groups(optimizer):
-        gradients = _counted_gradients(part, group["params"])
-        if pieces := [piece for gradient in gradients for piece in gradient.view(-1).split(PIECE_ELEMENTS)]:
-            norms = torch._foreach_norm(pieces, 2, dtype=torch.float64)
-            squares[int(group.get(IS_MTP, False))] += torch.stack(norms).square().sum()
-    dist.all_reduce(squares)
-    return GradientNorms(*squares.sqrt().float().tolist())
 
 
 def _counted_gradients(part: MegatronOptimizer, parameters: Iterable[Any]) -> Iterable[Tensor]:

@@ -13,6 +13,8 @@ from typing import Any
 from unittest import mock
 
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
@@ -21,6 +23,13 @@ CPU = torch.device("cpu")
 def training_device() -> torch.device:
     """The device that parameters and batches of this process live on."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else CPU
+
+
+def to_training_device(array: NDArray[Any]) -> Tensor:
+    """A copy there. The process goes on while it is made, which takes pinned memory: from pageable memory it would wait
+    until the GPU has done all that it was given before."""
+    tensor, device = torch.from_numpy(array), training_device()
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.clone()
 
 
 def communication_backend() -> str:

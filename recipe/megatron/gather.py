@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from recipe.megatron.device import to_training_device
 from recipe.megatron.fusion import fused
 
 IntArray = NDArray[np.int64]
@@ -31,7 +32,7 @@ class RowGather:
     """[repeated, most] all the places that each of these went to, then -1."""
 
     @classmethod
-    def of(cls, index: IntArray, rows: int, device: torch.device) -> "RowGather | None":
+    def of(cls, index: IntArray, rows: int) -> "RowGather | None":
         """Takes `index` [G] of `rows` rows; -1 takes anything, which has no gradient. None if it takes them all in
         their order."""
         if len(index) == rows and (index == np.arange(rows)).all():
@@ -47,7 +48,7 @@ class RowGather:
         inside = column < counts[repeated, None]
         places = np.where(inside, taken[np.where(inside, starts[repeated, None] + column, 0)], -1)
         arrays = (np.maximum(index, 0), place, repeated, places)
-        return cls(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays))
+        return cls(*map(to_training_device, arrays))
 
     def __call__(self, rows: Tensor) -> Tensor:
         """[T, ...] -> [G, ...]."""

@@ -1,7 +1,6 @@
 """Packed segments in the padded grids that torch's dense attention kernels take."""
 
 import numpy as np
-import torch
 
 from recipe.megatron.gather import IntArray, RowGather
 
@@ -25,7 +24,6 @@ class SegmentGrids:
         key_lengths: tuple[int, ...],
         key_rows: IntArray,
         gathered_rows: int,
-        device: torch.device,
         *,
         few_shapes: bool,
     ) -> None:
@@ -41,9 +39,9 @@ class SegmentGrids:
         key_index, query_index = np.full(sum(self.sizes), -1), np.full(sum(self.sizes), -1)
         key_index[places_of_keys] = key_rows
         query_index[places_of_queries] = np.arange(len(places_of_queries))
-        self.query = RowGather.of(query_index, len(places_of_queries), device)
-        self.key = RowGather.of(key_index, gathered_rows, device)
-        self.output = RowGather.of(places_of_queries, sum(self.sizes), device)
+        self.query = RowGather.of(query_index, len(places_of_queries))
+        self.key = RowGather.of(key_index, gathered_rows)
+        self.output = RowGather.of(places_of_queries, sum(self.sizes))
 
 
 def grids_are_faster(query_lengths: tuple[int, ...], key_lengths: tuple[int, ...]) -> bool:

@@ -15,12 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from recipe.megatron.attention import PackedSequences
-from recipe.megatron.device import training_device
+from recipe.megatron.device import to_training_device
 from recipe.megatron.model import ModelInput, MtpInput, NextTokens
 from recipe.messages import FloatArray, TrainSample
 
@@ -187,29 +186,23 @@ def _zigzag(starts: IntArray, padded: IntArray, rank: int, size: int) -> IntArra
 
 
 def _packed_sequences(pack: _Pack) -> PackedSequences:
-    device = training_device()
     return PackedSequences(
         qkv_format="thd",
-        cu_seqlens_q=_cumulative(pack.query_lengths, device),
-        cu_seqlens_kv=_cumulative(pack.key_lengths, device),
+        cu_seqlens_q=_cumulative(pack.query_lengths),
+        cu_seqlens_kv=_cumulative(pack.key_lengths),
         max_seqlen_q=max(pack.query_lengths),
         max_seqlen_kv=max(pack.key_lengths),
-        position_ids=torch.from_numpy(pack.positions).to(device),
+        position_ids=to_training_device(pack.positions),
         longest_sequence=int(pack.positions.max()) + 1,
         query_lengths=pack.query_lengths,
         key_lengths=pack.key_lengths,
         key_rows=pack.key_rows,
         gathered_rows=pack.gathered_rows,
-        device=device,
     )
 
 
-def _cumulative(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32, device=device)
-
-
-def _to_device(array: NDArray) -> Tensor:
-    return torch.from_numpy(array).to(training_device(), non_blocking=True)
+def _cumulative(lengths: tuple[int, ...]) -> Tensor:
+    return to_training_device(np.cumsum((0, *lengths), dtype=np.int32))
 
 
 def _mtp_input(pack: _Pack, whole: _Pack, targets: IntArray, follows: NDArray[np.bool_]) -> MtpInput:
@@ -218,14 +211,14 @@ def _mtp_input(pack: _Pack, whole: _Pack, targets: IntArray, follows: NDArray[np
     rows = None
     if pack.rows_of_sequences is not None:
         padding = np.zeros(len(whole.ids) - len(pack.rows_of_sequences), dtype=np.int64)
-        rows = _to_device(np.concatenate([pack.rows_of_sequences, padding]))
+        rows = to_training_device(np.concatenate([pack.rows_of_sequences, padding]))
     before = np.concatenate([[-1], whole.predicting[:-1]])
     return MtpInput(
         rows=rows,
-        next_ids=_to_device(whole.next_ids[None]),
-        position_ids=_to_device(whole.positions[None]),
+        next_ids=to_training_device(whole.next_ids[None]),
+        position_ids=to_training_device(whole.positions[None]),
         sequences=_packed_sequences(whole),
-        ask=NextTokens(_to_device(before[follows]), _to_device(targets[follows])),
+        ask=NextTokens(to_training_device(before[follows]), to_training_device(targets[follows])),
     )
 
 
@@ -246,22 +239,22 @@ def build_microbatch(samples: Sequence[TrainSample], layout: TokenLayout) -> Mic
         whole = _whole_sequences(samples, layout) if shared else pack
         trained, held = weights > 0, np.concatenate([[False], whole.predicting[:-1] >= 0])
         follows = (offset_of > 0) & trained & np.concatenate([[False], trained[:-1]]) & held
-        mtp, mtp_weights = _mtp_input(pack, whole, targets, follows), _to_device(weights[follows])
+        mtp, mtp_weights = _mtp_input(pack, whole, targets, follows), to_training_device(weights[follows])
 
     def aligned(arrays: Sequence[FloatArray | IntArray | None]) -> Tensor | None:
         present = [array for array in arrays if array is not None]
-        return _to_device(np.concatenate(present)[here]) if present else None
+        return to_training_device(np.concatenate(present)[here]) if present else None
 
     inputs = ModelInput(
-        input_ids=_to_device(pack.ids[None]),
-        position_ids=_to_device(pack.positions[None]),
+        input_ids=to_training_device(pack.ids[None]),
+        position_ids=to_training_device(pack.positions[None]),
         sequences=_packed_sequences(pack),
-        ask=NextTokens(_to_device(pack.predicting[here]), _to_device(targets[here])),
+        ask=NextTokens(to_training_device(pack.predicting[here]), to_training_device(targets[here])),
         mtp=mtp,
     )
     return MicroBatch(
         inputs=inputs,
-        weights=_to_device(weights[here]),
+        weights=to_training_device(weights[here]),
         mtp_weights=mtp_weights,
         advantages=aligned([sample.advantages for sample in samples]),
         old_log_probs=aligned([sample.old_log_probs for sample in samples]),

@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 
 from recipe.config import Architecture, Config
-from recipe.megatron import gradients, permutation
+from recipe.megatron import extensions, gradients, permutation
 from recipe.megatron.attention import LatentAttention, PackedAttention, PackedSequences
 from recipe.megatron.device import training_device
 from recipe.megatron.dispatch import PackedMoELayer
@@ -47,6 +47,7 @@ def _as_allocated(weight: Tensor) -> None:
 
 def transformer_config(config: Config, architecture: Architecture) -> MLATransformerConfig:
     """megatron's configuration of this architecture under this run's layout, precision and recomputation."""
+    extensions.install()
     perf, dtype = config.perf, torch.bfloat16 if config.model.bf16 else torch.float32
     transformer = MLATransformerConfig(
         num_layers=architecture.num_hidden_layers,
@@ -58,10 +59,10 @@ def transformer_config(config: Config, architecture: Architecture) -> MLATransfo
         activation_func=F.silu,
         add_bias_linear=False,
         hidden_dropout=config.misc.hidden_dropout,
-        bias_activation_fusion=False,
+        bias_activation_fusion=True,
         bias_dropout_fusion=False,
         persist_layer_norm=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=True,
         init_method=_as_allocated,
         output_layer_init_method=_as_allocated,
         embedding_init_method=_as_allocated,

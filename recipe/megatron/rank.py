@@ -18,7 +18,7 @@ from recipe.errors import UserError
 from recipe.heartbeat import heartbeat
 from recipe.megatron import checkpoint, layout
 from recipe.megatron.async_save import SaveInFlight
-from recipe.megatron.clipping import clipped_step
+from recipe.megatron.clipping import clipped_step, gradient_norms
 from recipe.megatron.host_memory import host_bytes
 from recipe.megatron.layout import Rendezvous
 from recipe.megatron.model import build_chunks
@@ -113,12 +113,15 @@ class TrainerRank:
                     weight.copy_(policy[name])
 
     def train_step(self, microbatches: Microbatches) -> StepReport:
-        """One optimizer step on this rank's microbatches of a batch."""
+        """One optimizer step on this rank's microbatches of a batch; none, on any rank, where gradients are not finite.
+        Returns while the GPU is still at it: the next batch is prepared meanwhile."""
         learning_rate = self.optimization.learning_rate
-        metrics = forward_backward(self.replicas, microbatches, self.loss_function)
+        metrics_on_device = forward_backward(self.replicas, microbatches, self.loss_function)
         heartbeat.beat()
-        norms = clipped_step(self.optimization.optimizer, self.config.optimizer.clip_grad)
+        norms = gradient_norms(self.optimization.optimizer)
+        metrics = metrics_on_device.read()
         if taken := norms.are_finite:
+            clipped_step(self.optimization.optimizer, norms, self.config.optimizer.clip_grad)
             self.optimization.scheduler.step(increment=1)
         mtp = None if metrics.mtp_loss is None else MtpReport(metrics.mtp_loss, norms.mtp)
         return StepReport(metrics.loss, norms.policy, mtp, learning_rate, not taken, metrics.by_source)

@@ -137,25 +137,42 @@ class StepMetrics:
     mtp_loss: float | None
 
 
+@dataclass(frozen=True)
+class MetricsOnDevice:
+    """Metrics of a whole batch that the GPU is still working on."""
+
+    loss: LossMetrics | None
+    """None on pipeline stages before the last."""
+    mtp_loss: Tensor | None
+
+    def read(self) -> StepMetrics:
+        """Waits for them; every rank has to ask."""
+        told: list[StepMetrics | None] = [None]
+        if self.loss is not None:
+            mtp_loss = None if self.mtp_loss is None else self.mtp_loss.item()
+            told[0] = StepMetrics(self.loss.values(), self.loss.source_differences(), mtp_loss)
+        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+            source = parallel_state.get_pipeline_model_parallel_last_rank()
+            dist.broadcast_object_list(told, src=source, group=parallel_state.get_pipeline_model_parallel_group())
+        assert told[0] is not None
+        return told[0]
+
+
 def forward_backward(
     chunks: Sequence[DistributedDataParallel], microbatches: Microbatches, loss_function: LossFunction
-) -> StepMetrics:
-    """Accumulates the gradients of `microbatches` and sums them over data-parallel ranks."""
+) -> MetricsOnDevice:
+    """Accumulates the gradients of `microbatches` and sums them over data-parallel ranks. Where a rank works alone, it
+    returns before the GPU has."""
     for chunk in chunks:
         gradients.begin(chunk)
     with_mtp = loss_function.mtp_scale is not None
     results = _run(chunks, microbatches, loss_function, forward_only=False, with_mtp=with_mtp)
-    reported: list[StepMetrics | None] = [None]
-    if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
-        reported[0] = _summed_over_ranks(results)
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        source = parallel_state.get_pipeline_model_parallel_last_rank()
-        dist.broadcast_object_list(reported, src=source, group=parallel_state.get_pipeline_model_parallel_group())
-    assert reported[0] is not None
-    return reported[0]
+    if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+        return MetricsOnDevice(None, None)
+    return _summed_over_ranks(results)
 
 
-def _summed_over_ranks(results: list[tuple[LossMetrics, Tensor | None]]) -> StepMetrics:
+def _summed_over_ranks(results: list[tuple[LossMetrics, Tensor | None]]) -> MetricsOnDevice:
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
 
     def reduce(vector: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
@@ -167,13 +184,12 @@ def _summed_over_ranks(results: list[tuple[LossMetrics, Tensor | None]]) -> Step
     loss = whole.reduced(
         lambda vector: reduce(vector, dist.ReduceOp.SUM), lambda vector: reduce(vector, dist.ReduceOp.MAX)
     )
-    by_source = whole.reduced_by_source(lambda table: reduce(table, dist.ReduceOp.SUM))
     if results[0][1] is None:
-        return StepMetrics(loss, by_source, None)
+        return MetricsOnDevice(loss, None)
     mtp_loss = reduce(
         torch.stack([mtp_loss for _, mtp_loss in results if mtp_loss is not None]).sum(), dist.ReduceOp.SUM
     )
-    return StepMetrics(loss, by_source, mtp_loss.item())
+    return MetricsOnDevice(loss, mtp_loss)
 
 
 def response_log_probs(chunks: Sequence[DistributedDataParallel], microbatches: Microbatches) -> dict[int, FloatArray]:

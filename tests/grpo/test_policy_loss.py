@@ -49,7 +49,7 @@ def part(inputs: PolicyLossInputs, tokens: slice) -> PolicyLossInputs:
 
 
 def values(metrics: LossMetrics) -> dict[Metric, float]:
-    return metrics.reduced(lambda sums: sums, lambda maxima: maxima)
+    return metrics.values()
 
 
 def one_token(ratio: float, advantage: float, config: PolicyLossConfig) -> tuple[float, float]:
@@ -80,13 +80,13 @@ def test_loss_metrics_and_gradient_do_not_depend_on_the_microbatches(per_token):
 
 def test_the_mismatch_of_a_source_is_that_of_its_trained_tokens():
     inputs = random_inputs()
-    found = policy_loss(inputs, EVERYTHING).metrics.reduced_by_source(lambda table: table)
+    found = policy_loss(inputs, EVERYTHING).metrics.source_differences()
     for source, difference in enumerate(found):
         own = (inputs.sources == source) & (inputs.weights > 0)
         expected = (inputs.old_log_probs - inputs.rollout_log_probs)[own].abs().sum()
         assert difference.tokens == own.sum()
         assert difference.total == pytest.approx(expected.item())
-    assert policy_loss(replace(inputs, sources=None), EVERYTHING).metrics.reduced_by_source(lambda table: table) == ()
+    assert policy_loss(replace(inputs, sources=None), EVERYTHING).metrics.source_differences() == ()
 
 
 def test_the_two_reductions_are_the_means_of_the_papers():
@@ -285,13 +285,14 @@ def test_a_term_without_its_input_is_an_error(config, missing):
 
 def test_metrics_are_reduced_by_one_sum_and_one_maximum_over_ranks():
     inputs = random_inputs()
-    ranks = [policy_loss(part(inputs, tokens), EVERYTHING).metrics for tokens in (slice(0, 9), slice(9, None))]
+    parts = (part(inputs, tokens) for tokens in (slice(0, 9), slice(9, None)))
+    ranks = [replace(policy_loss(one, EVERYTHING).metrics, by_source=None) for one in parts]
     others = {
         "sum": torch.stack(list(ranks[1].sums.values())),
         "max": torch.stack(list(ranks[1].maxima.values())),
     }
     reduced = ranks[0].reduced(lambda mine: mine + others["sum"], lambda mine: torch.maximum(mine, others["max"]))
-    assert reduced == pytest.approx(values(policy_loss(inputs, EVERYTHING).metrics))
+    assert reduced.values() == pytest.approx(values(policy_loss(inputs, EVERYTHING).metrics))
 
 
 def test_sft_loss_ignores_what_is_not_trained_on():

@@ -31,7 +31,6 @@ def pack_of(groups: list[tuple[int, list[int]]]) -> PackedSequences:
             keys.append(np.concatenate([prompt_rows, np.arange(end, end + length)]))
             end += length
     return PackedSequences(
-        device=CPU,
         query_lengths=tuple(queries),
         key_lengths=tuple(map(len, keys)),
         key_rows=np.concatenate(keys),
@@ -76,7 +75,7 @@ def test_cudnn_meets_few_shapes() -> None:
 @given(st.lists(st.integers(-1, 5), min_size=1, max_size=30))
 def test_rows_taken_by_index_have_index_selects_gradient(index: list[int]) -> None:
     rows = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
-    gather = RowGather.of(np.array(index, dtype=np.int64), 6, CPU)
+    gather = RowGather.of(np.array(index, dtype=np.int64), 6)
     weights = torch.randn(len(index), 3, dtype=torch.float64)
     taken = rows if gather is None else gather(rows)
     taken_by_torch = rows[torch.tensor(index, dtype=torch.int64).clamp(min=0)]
