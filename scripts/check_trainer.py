@@ -241,7 +241,7 @@ def waits(folder: Path) -> list[str]:
         torch.cuda.set_sync_debug_mode("warn")
         forward_backward(rank.replicas, [samples()], rank.loss_function)
         torch.cuda.set_sync_debug_mode("default")
-    return [f"{one.filename}:{one.lineno}" for one in caught if "synchroniz" in str(one.message)]
+    return [f"{one.filename}:{one.lineno}" for one in caught if "called a synchronizing" in str(one.message)]
 
 
 def check_waits(folder: Path) -> Iterator[tuple[str, bool]]:

@@ -111,8 +111,10 @@ class PackedAttention(MegatronModule):
         if self.context_parallel_group.size() > 1:
             key, value = self._gather(key), self._gather(value)
         # The kernels want one head size for queries, keys and values.
-        padded = F.pad(value, (0, query.shape[-1] - value.shape[-1]))
-        return self._kernel(query, pack)(query, key, padded, pack)[..., : value.shape[-1]].flatten(1)
+        if missing := query.shape[-1] - value.shape[-1]:
+            padded = F.pad(value, (0, missing))
+            return self._kernel(query, pack)(query, key, padded, pack)[..., : value.shape[-1]].flatten(1)
+        return self._kernel(query, pack)(query, key, value, pack).flatten(1)
 
     def _kernel(
         self, query: Tensor, pack: PackedSequences

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
-from megatron.core.optimizer.optimizer import MegatronOptimizer
+from megatron.core.optimizer.optimizer import MegatronOptimizer, MixedPrecisionOptimizer
 from megatron.core.transformer.module import param_is_not_shared
 from torch import Tensor
 
@@ -50,6 +50,7 @@ def gradient_norms(optimizer: MegatronOptimizer) -> GradientNorms:
     return GradientNorms(*squares.sqrt().float().tolist())
 
 
+@torch.no_grad()
 def clipped_step(optimizer: MegatronOptimizer, norms: GradientNorms, clip_grad: float) -> None:
     """Steps with gradients of these norms, clipped to the global norm `clip_grad` (0: not at all). Returns before the
     GPU has done so."""
@@ -57,13 +58,25 @@ def clipped_step(optimizer: MegatronOptimizer, norms: GradientNorms, clip_grad: 
         for _, group in _groups(optimizer):
             norm = norms.mtp if group.get(IS_MTP) else norms.policy
             group["clip"] = min(1.0, clip_grad / (norm + 1e-6))
-    optimizer.step_with_ready_grads()
+    # The largest first: while the GPU is at it the process launches the small ones. Weights are gathered once, where
+    # megatron's chained step gathers all of them after each part.
+    for part in sorted(_parts(optimizer), key=_elements, reverse=True):
+        MixedPrecisionOptimizer.step_with_ready_grads(part)
+    for chunk in optimizer.model_chunks:
+        chunk.start_param_sync()
+
+
+def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    return [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
+
+
+def _elements(part: MegatronOptimizer) -> int:
+    return sum(parameter.numel() for group in part.optimizer.param_groups for parameter in group["params"])
 
 
 def _groups(optimizer: MegatronOptimizer) -> Iterator[tuple[MegatronOptimizer, dict[str, Any]]]:
-    for part in optimizer.chained_optimizers:
-        if not part.is_stub_optimizer:
-            yield from ((part, group) for group in part.optimizer.param_groups)
+    for part in _parts(optimizer):
+        yield from ((part, group) for group in part.optimizer.param_groups)
 
 
 def _is_decoupled(part: MegatronOptimizer) -> bool:

@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel import layers
 from megatron.core.tensor_parallel.mappings import (
@@ -17,8 +16,8 @@ from megatron.core.tensor_parallel.mappings import (
 from megatron.core.transformer import mlp
 from torch import Tensor
 
-from recipe.megatron.fusion import fused
 from recipe.megatron.gradients import WeightGradient, add_product, write_directly
+from recipe.megatron.swiglu import swiglu
 
 
 def add_weight_gradient(rows: Tensor, grad: Tensor, main_grad: Tensor) -> None:
@@ -26,16 +25,10 @@ def add_weight_gradient(rows: Tensor, grad: Tensor, main_grad: Tensor) -> None:
     add_product(main_grad, grad.t(), rows, overwrite=False)
 
 
-@fused
-def _swiglu(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-def swiglu(gate_up: Tensor, bias: None, *_: Any) -> Tensor:
-    """[T, 1, 2F] -> [T, 1, F] (SwiGLU: arXiv:2002.05202) in one pass each way; megatron's bias_swiglu_impl."""
+def bias_swiglu(gate_up: Tensor, bias: None, *_: Any) -> Tensor:
+    """[T, 1, 2F] -> [T, 1, F]: megatron's bias_swiglu_impl, without a bias."""
     assert bias is None
-    return _swiglu(gate_up)
+    return swiglu(gate_up.flatten(0, 1)).unflatten(0, gate_up.shape[:2])
 
 
 class _Embed(torch.autograd.Function):
@@ -88,5 +81,5 @@ def install() -> None:
     layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(
         wgrad_gemm_accum_fp32=add_weight_gradient, wgrad_gemm_accum_fp16=add_weight_gradient
     )
-    mlp.bias_swiglu_impl = swiglu
+    mlp.bias_swiglu_impl = bias_swiglu
     tensor_parallel.VocabParallelEmbedding = TokenEmbedding

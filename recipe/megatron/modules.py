@@ -21,8 +21,8 @@ from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
-from recipe.megatron.fusion import fused
 from recipe.megatron.gradients import WeightGradient, add_product, write_directly
+from recipe.megatron.swiglu import swiglu
 
 LATENT_NORM_EPSILON = 1e-6
 """The epsilon of q_a_layernorm and kv_a_layernorm, which transformers fixes apart from rms_norm_eps."""
@@ -112,13 +112,6 @@ def grouped_linear(rows: Tensor, parameter: Tensor, spread: RowCounts) -> Tensor
     return output
 
 
-@fused
-def weighted_swiglu(gate_up: Tensor, probs: Tensor) -> Tensor:
-    """[R, 2F] and the router's weight of each row [R] -> [R, F] (SwiGLU: arXiv:2002.05202)."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return (F.silu(gate) * up * probs.unsqueeze(-1)).to(gate_up.dtype)
-
-
 class GroupedExperts(MegatronModule):
     """All SwiGLU experts of a rank in two tensors, run by torch's grouped matrix product.
 
@@ -150,7 +143,7 @@ class GroupedExperts(MegatronModule):
         """rows [R, H] sorted by expert, tokens_per_expert [E], probs [R] -> [R, H], no bias."""
         spread = RowCounts.of(tokens_per_expert, rows.device)
         gate_up = grouped_linear(rows, self.linear_fc1, spread)
-        return grouped_linear(weighted_swiglu(gate_up, probs), self.linear_fc2, spread), None
+        return grouped_linear(swiglu(gate_up, probs), self.linear_fc2, spread), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

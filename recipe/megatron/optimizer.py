@@ -27,10 +27,16 @@ def wrap_data_parallel(
         overlap_grad_reduce=False,
         overlap_param_gather=False,
     )
-    return [
+    replicas = [
         DistributedDataParallel(transformer, ddp_config, chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(chunks)
     ]
+    for replica in replicas:
+        # A rank alone has nothing to exchange; NCCL would copy its buffers onto themselves.
+        for name in ("bucket_groups", "expert_parallel_bucket_groups"):
+            exchanged = [one for one in getattr(replica, name) if one.intra_distributed_optimizer_instance_size > 1]
+            setattr(replica, name, exchanged)
+    return replicas
 
 
 @dataclass(frozen=True)
