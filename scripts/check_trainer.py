@@ -25,6 +25,7 @@ from glm_flash import CONFIG, environment, write_synthetic
 from recipe.megatron.adam import SLOT_ELEMENTS, MasterAdam
 from recipe.megatron.log_probs import VocabularyShard, chunked_log_probs
 from recipe.megatron.step import forward_backward
+from recipe.megatron.swiglu import swiglu
 from recipe.megatron.weights import named_weights
 from recipe.messages import Progress, TrainSample
 from recipe.weights.table import placements
@@ -135,6 +136,33 @@ def expert_gradient_distance() -> tuple[float, float]:
         add_grouped_products(total, grad, rows, offsets, overwrite=times == 1)
         found.append(((total - times * exact).norm() / (times * exact).norm()).item())
     return found[0], found[1]
+
+
+def swiglu_distance() -> float:
+    """SwiGLU of bf16 rows and its gradients, weighted and not, beside fp64: largest relative difference."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    found = []
+    for rows, width, weighted in ((1001, 1536, True), (1001, 1536, False), (77, 10240, False)):
+        gate_up, grad = (
+            torch.randn(rows, size, device="cuda", generator=generator).bfloat16() for size in (2 * width, width)
+        )
+        inputs = [gate_up.requires_grad_()]
+        if weighted:
+            inputs.append(torch.rand(rows, device="cuda", generator=generator).requires_grad_())
+        output = swiglu(*inputs)
+        exact_inputs = [one.detach().double().requires_grad_() for one in inputs]
+        gate, up = exact_inputs[0].chunk(2, dim=-1)
+        exact = torch.nn.functional.silu(gate) * up * (exact_inputs[1][:, None] if weighted else 1)
+        pairs = [
+            (output, exact),
+            *zip(
+                torch.autograd.grad(output, inputs, grad),
+                torch.autograd.grad(exact, exact_inputs, grad.double()),
+                strict=True,
+            ),
+        ]
+        found += [((one - right).norm() / right.norm()).item() for one, right in pairs]
+    return max(found)
 
 
 def adam_distance(offloaded: float) -> tuple[float, float]:
@@ -252,6 +280,8 @@ def check_waits(folder: Path) -> Iterator[tuple[str, bool]]:
 def check_experts(_: Path) -> Iterator[tuple[str, bool]]:
     written, added = alone(expert_gradient_distance)
     yield f"experts' weight gradients: {written:.1e} from fp64 written, {added:.1e} added", max(written, added) < 1e-5
+    far = alone(swiglu_distance)
+    yield f"SwiGLU and its gradients: {far:.1e} from fp64", far < 3e-3
 
 
 def check_memory(_: Path) -> Iterator[tuple[str, bool]]:
