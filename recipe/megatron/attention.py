@@ -155,7 +155,9 @@ class PackedAttention(MegatronModule):
         outputs = []
         kernel = sdpa_kernel(SDPBackend.CUDNN_ATTENTION) if query.is_cuda else nullcontext()
         with kernel:
-            for shape, *parts in zip(grids.shapes, *(one.split(grids.sizes) for one in rows), strict=True):
+            # A split into one would cost a copy of its gradient.
+            pieces = [one.split(grids.sizes) if len(grids.sizes) > 1 else (one,) for one in rows]
+            for shape, *parts in zip(grids.shapes, *pieces, strict=True):
                 q, k, v = (part.unflatten(0, shape).transpose(1, 2) for part in parts)
                 output = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
                 outputs.append(output.transpose(1, 2).flatten(0, 1))

@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from recipe.megatron.fusion import fused
 from recipe.megatron.gradients import WeightGradient, add_product
 
 
@@ -35,28 +34,33 @@ class VocabularyShard:
         return tensor
 
 
-@fused
-def _largest(logits: Tensor, temperature: float) -> Tensor:
-    """Of each row of logits [C, V]: [C]."""
-    return logits.amax(dim=-1).float() / temperature
+def _row_sums(logits: Tensor, temperature: float, column: Tensor) -> Tensor:
+    """[4, C] of logits [C, V]: each row's largest scaled logit m, and with z the row's scaled logits less m the sums of
+    exp(z) and of exp(z) z, and z of the target if it lies in this shard."""
+    if logits.is_cuda:
+        from recipe.megatron import log_probs_kernel  # needs Triton, which is there with CUDA
 
-
-@fused
-def _sums(logits: Tensor, temperature: float, largest: Tensor, column: Tensor) -> Tensor:
-    """[3, C] sums over this shard, with z the row's scaled logits less the row's largest: of exp(z), of exp(z) z, and z
-    of the target if it lies here."""
-    shifted = logits.float() / temperature - largest[:, None]
+        return log_probs_kernel.row_sums(logits, temperature, column)
+    scaled = logits.float() / temperature
+    largest = scaled.amax(dim=-1)
+    shifted = scaled - largest[:, None]
     exponential = shifted.exp()
-    return torch.stack(
-        [
-            exponential.sum(-1),
-            (exponential * shifted).sum(-1),
-            torch.where(_at(column, logits), shifted, 0.0).sum(-1),
-        ]
-    )
+    at_target = torch.where(_at(column, logits), shifted, 0.0)
+    return torch.stack([largest, exponential.sum(-1), (exponential * shifted).sum(-1), at_target.sum(-1)])
 
 
-@fused
+def _over_shards(own: Tensor, column: Tensor, vocabulary: int, shard: VocabularyShard) -> Tensor:
+    """[4, C] of this shard -> of the whole vocabulary."""
+    if shard.is_whole:
+        return own
+    largest = shard.reduce(own[0].clone(), dist.ReduceOp.MAX)
+    fallen = own[0] - largest
+    kept = fallen.exp()
+    target = torch.where((column >= 0) & (column < vocabulary), own[3] + fallen, 0.0)
+    sums = torch.stack([kept * own[1], kept * (own[2] + fallen * own[1]), target])
+    return torch.cat([largest[None], shard.reduce(sums)])
+
+
 def _replace_by_gradient(
     logits: Tensor,
     temperature: float,
@@ -66,7 +70,13 @@ def _replace_by_gradient(
     entropy: Tensor,
     grad_entropy: Tensor,
 ) -> None:
-    """Logits [C, V], in place: d log p_t / d z_j = [j = t] - p_j; dH / d z_j = -p_j (log p_j + H)."""
+    """Logits [C, V], in place; the others [C]: d log p_t / d z_j = [j = t] - p_j; dH / d z_j = -p_j (log p_j + H)."""
+    if logits.is_cuda:
+        from recipe.megatron import log_probs_kernel
+
+        rows = (log_sum, column, grad_log_prob, entropy, grad_entropy)
+        log_probs_kernel.replace_by_gradient(logits, temperature, *(one.contiguous() for one in rows))
+        return
     log_probability = logits.float() / temperature - log_sum[:, None]
     spread = grad_log_prob[:, None] + grad_entropy[:, None] * (log_probability + entropy[:, None])
     gradient = torch.where(_at(column, logits), grad_log_prob[:, None], 0.0) - log_probability.exp() * spread
@@ -75,8 +85,7 @@ def _replace_by_gradient(
 
 def _at(column: Tensor, logits: Tensor) -> Tensor:
     """[C, V] True at each row's column, if it lies in this shard."""
-    columns = torch.arange(logits.shape[1], dtype=torch.int32, device=logits.device)
-    return columns == column.to(torch.int32)[:, None]
+    return torch.arange(logits.shape[1], device=logits.device) == column[:, None]
 
 
 def _chunks(count: int, size: int) -> list[slice]:
@@ -101,8 +110,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         for part in parts:
             del logits
             logits = torch.mm(hidden[part], weight.t())
-            largest = shard.reduce(_largest(logits, temperature), dist.ReduceOp.MAX)
-            sums.append(torch.cat([largest[None], shard.reduce(_sums(logits, temperature, largest, column[part]))]))
+            sums.append(_over_shards(_row_sums(logits, temperature, column[part]), column[part], len(weight), shard))
         largest, exponential, weighted, target = torch.cat(sums, dim=1)
         log_sum = exponential.log()
         entropy = log_sum - weighted / exponential
