@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 4096
-WARPS = 8
+WARPS = 16
 
 
 @triton.jit
