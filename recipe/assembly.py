@@ -256,7 +256,9 @@ async def open_run(resolved: Resolved) -> AsyncIterator[Run]:
             grader = stack.enter_context(
                 Grader(data.reward, timeout_s=config.rollout.rm_timeout_s, num_workers=config.rollout.rm_num_workers)
             )
-            client = RolloutClient(urls, ClientOptions.of(config.rollout), recover=group.recover)
+            client = RolloutClient(
+                urls, ClientOptions.of(config.rollout, resolved.architecture.vocab_size), recover=group.recover
+            )
             engines = Engines(group, await stack.enter_async_context(client), grader)
         display = stack.enter_context(open_progress(config.rollout.num_rollout, progress.rollouts))
         yield Run(resolved, data, trainer, engines, directory, display, progress)
