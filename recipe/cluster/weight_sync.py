@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal, Self, TypeVar
 
 import torch
-from torch import Tensor
 
 from recipe.config import Architecture, Config
 from recipe.config.sglang_rules import EngineLayout
@@ -22,6 +21,7 @@ from recipe.rollout.weights_payload import NamedTensor, serialize_named_tensors,
 T = TypeVar("T")
 
 GROUP = "weight_update_group"
+FUSED_ON_LOADING = (".self_attn.q_a_proj.weight", ".self_attn.kv_a_proj_with_mqa.weight")
 _SHOWN = 3
 """Tensors that differ are named up to this number."""
 
@@ -108,16 +108,20 @@ def load_from_disk(folder: Path, urls: Sequence[str], version: str) -> None:
     asyncio.run(load())
 
 
-def buckets(weights: Iterable[NamedTensor], limit: int) -> Iterator[list[tuple[str, Tensor]]]:
-    """Consecutive tensors whose bytes add up to at most `limit` (or a single larger one)."""
-    pending: list[tuple[str, Tensor]] = []
+def buckets(weights: Iterable[NamedTensor], limit: int) -> Iterator[list[NamedTensor]]:
+    """Consecutive tensors whose bytes add up to at most `limit` (or a single larger one). Only where SGLang fuses two
+    tensors as it loads them, and drops without a word what comes without its partner, a bucket waits for both."""
+    pending: list[NamedTensor] = []
     size = 0
+    lonely: set[str] = set()
     for name, tensor in weights:
-        if pending and size + tensor.nbytes > limit:
+        if pending and not lonely and size + tensor.nbytes > limit:
             yield pending
             pending, size = [], 0
         pending.append((name, tensor))
         size += tensor.nbytes
+        if name.endswith(FUSED_ON_LOADING):
+            lonely ^= {name.rpartition(".self_attn.")[0]}
     if pending:
         yield pending
 
