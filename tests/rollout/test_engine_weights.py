@@ -19,6 +19,7 @@ from torch import Tensor
 
 from recipe.cluster.weight_sync import WeightSync
 from recipe.errors import UserError
+from recipe.rollout.answers import read_sample
 from recipe.rollout.weights_checksum import EngineChecksums
 
 PROMPT = [7, 3, 9, 11, 4]
@@ -249,7 +250,7 @@ def test_an_update_waits_for_running_requests_and_new_ones_wait_for_it(
 
 def test_tokens_know_the_version_they_were_made_under(engine: EngineUnderTest, other_checkpoint: Path) -> None:
     answers: list[Any] = []
-    long = {"max_new_tokens": 58, "ignore_eos": True, "temperature": 0}
+    long = {"max_new_tokens": 56, "ignore_eos": True, "temperature": 0}
     expected = engine.generate(PROMPT, **long)["output_ids"]
     while True:
         thread = threading.Thread(target=lambda: answers.append(engine.generate(PROMPT, **long)))
@@ -263,7 +264,8 @@ def test_tokens_know_the_version_they_were_made_under(engine: EngineUnderTest, o
             break
         engine.load(engine.checkpoint, "1")
     cut = spans[0]["end"]
-    assert spans == [{"version": "1", "start": 0, "end": cut}, {"version": "2", "start": cut, "end": 58}]
+    assert spans == [{"version": "1", "start": 0, "end": cut}, {"version": "2", "start": cut, "end": 56}]
+    assert read_sample(answers[-1]).versions == ["1"] * cut + ["2"] * (56 - cut)
     assert answers[-1]["meta_info"]["weight_version"] == "2"
     assert answers[-1]["output_ids"][:cut] == expected[:cut]
 

@@ -2,7 +2,8 @@
 
 Differences from SGLang 0.5.21, all on the side of leniency or safety: a tensor update needs no session; an empty
 prompt in a batch, an out-of-vocabulary input id and weights of a wrong shape are refused (SGLang's server dies);
-sampling parameters it does not know, or of a wrong type, are errors (SGLang answers 500); and seeds always decide.
+sampling parameters it does not know, or of a wrong type, are errors (SGLang answers 500); prompt and response may fill
+the context (SGLang cuts them two tokens short of it, without a word); and seeds always decide.
 """
 
 import asyncio
