@@ -206,8 +206,55 @@ def test_of_many_exceptions_the_one_that_began_it_is_told(tmp_path: Path) -> Non
         process.wait_healthy(30)
 
 
+SGLANG_PARENT = """
+import sys, time
+from pathlib import Path
+from recipe.rollout.servers.launch import Launch
+from recipe.rollout.servers.process import EngineProcess
+print(EngineProcess(Launch(tuple(sys.argv[2:])), Path(sys.argv[1])).pid, flush=True)
+time.sleep(600)
+"""
+
+
+def _group(leader: int) -> set[int]:
+    """The living processes of a group."""
+    return {pid for pid in psutil.pids() if _alive(pid) and _group_of(pid) == leader}
+
+
+def _group_of(pid: int) -> int | None:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return None
+
+
 @pytest.mark.sglang
-def test_sglang_dies_with_its_owner_and_speaks_locally(shared_sglang: EngineUnderTest) -> None:
+@pytest.mark.slow
+def test_sglang_that_loses_its_owner_while_it_starts_leaves_nothing(
+    shared_sglang: EngineUnderTest, tmp_path: Path
+) -> None:
+    command = psutil.Process(shared_sglang.process.pid).cmdline()
+    words = command[: command.index("--host")]
+    owner = subprocess.Popen(
+        [sys.executable, "-c", SGLANG_PARENT, str(tmp_path / "log"), *words], stdout=subprocess.PIPE, text=True
+    )
+    assert owner.stdout is not None
+    server = int(owner.stdout.readline())
+    deadline = time.monotonic() + 120
+    # The server, multiprocessing's tracker, scheduler and detokenizer.
+    while len(_group(server)) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    owner.kill()
+    owner.wait()
+    owner.stdout.close()
+    while _group(server):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.sglang
+def test_sglang_is_one_group_and_speaks_locally(shared_sglang: EngineUnderTest) -> None:
     server = psutil.Process(shared_sglang.process.pid)
     assert os.getpgid(server.pid) == server.pid
     assert all(os.getpgid(child.pid) == server.pid for child in server.children(recursive=True))

@@ -2,10 +2,12 @@
 
 import base64
 import dataclasses
+import itertools
 import os
 import pickle
 import sys
 import threading
+import time
 import types
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -252,9 +254,10 @@ def test_tokens_know_the_version_they_were_made_under(engine: EngineUnderTest, o
     answers: list[Any] = []
     long = {"max_new_tokens": 56, "ignore_eos": True, "temperature": 0}
     expected = engine.generate(PROMPT, **long)["output_ids"]
-    while True:
+    for attempt in itertools.count():
         thread = threading.Thread(target=lambda: answers.append(engine.generate(PROMPT, **long)))
         thread.start()
+        time.sleep(0.002 * (attempt % 20))
         engine.post("/pause_generation", {"mode": "in_place"})
         engine.update(_weights(other_checkpoint), flush_cache=False)
         engine.post("/continue_generation")

@@ -5,14 +5,19 @@ makes up for that and then starts SGLang's own server. It runs in SGLang's envir
 project; SGLang's own processes, which multiprocessing spawns, import it too and so are prepared in the same way.
 """
 
+import ctypes
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import multiprocessing
 import os
+import signal
 import sys
 import types
 from collections.abc import Callable, Sequence
 from typing import NoReturn
+
+_PR_SET_PDEATHSIG = 1
 
 
 class _Absent(type):
@@ -100,6 +105,17 @@ def prepare() -> None:
     sys.meta_path[:0] = [_AbsentPackage(), _Mending()]
 
 
+def end_with_parent() -> None:
+    """Ends this process of SGLang's when the server ends. SGLang asks for the same, but only when all is imported: a
+    server that is killed while it starts would leave its processes behind."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent.pid:
+        os._exit(1)
+
+
 def main() -> None:
     """What `python -m sglang.launch_server` does. Run by that name, SGLang's processes would import it and not this."""
     from sglang.launch_server import run_server
@@ -114,6 +130,7 @@ def main() -> None:
         kill_process_tree(os.getpid(), include_parent=False)
 
 
+end_with_parent()
 prepare()
 if __name__ == "__main__":
     main()
