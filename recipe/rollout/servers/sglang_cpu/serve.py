@@ -9,7 +9,6 @@ import ctypes
 import importlib.abc
 import importlib.machinery
 import importlib.util
-import multiprocessing
 import os
 import signal
 import sys
@@ -17,7 +16,11 @@ import types
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+_SPAWNED = "__mp_main__"
+"""This module's name in the processes that multiprocessing spawns."""
 _PR_SET_PDEATHSIG = 1
+_INIT = 1
+"""The parent of processes that have lost theirs."""
 
 
 class _Absent(type):
@@ -108,11 +111,8 @@ def prepare() -> None:
 def end_with_parent() -> None:
     """Ends this process of SGLang's when the server ends. SGLang asks for the same, but only when all is imported: a
     server that is killed while it starts would leave its processes behind."""
-    parent = multiprocessing.parent_process()
-    if parent is None:
-        return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent.pid:
+    if os.getppid() == _INIT:
         os._exit(1)
 
 
@@ -130,7 +130,8 @@ def main() -> None:
         kill_process_tree(os.getpid(), include_parent=False)
 
 
-end_with_parent()
+if __name__ == _SPAWNED:
+    end_with_parent()
 prepare()
 if __name__ == "__main__":
     main()
