@@ -15,7 +15,7 @@ from recipe.cluster.placement import Placement
 from recipe.cluster.trainer import TrainerGroup
 from recipe.config import Config, Resolved
 from recipe.errors import UserError
-from recipe.rollout.servers.launch import Launch, launch_embedded, launch_sglang
+from recipe.rollout.servers.launch import Launch, SglangServer, launch_embedded, launch_sglang
 from recipe.rollout.servers.process import EngineProcess
 from recipe.seeds import derive
 
@@ -29,7 +29,7 @@ INITIAL_VERSION = "initial"
 
 
 def threads_of_engine(config: Config) -> int:
-    """CPU threads of an embedded engine: as configured, or the machine's cores shared by the engines."""
+    """CPU threads of an engine without a GPU: as configured, or the machine's cores shared by the engines."""
     if config.cluster.num_cpus_per_engine is not None:
         return max(1, int(config.cluster.num_cpus_per_engine))
     return max(1, len(os.sched_getaffinity(0)) // config.num_engines)
@@ -52,8 +52,8 @@ def start_again(name: str, start: Callable[[], str]) -> str:
 class EngineActor:
     """Owns one server process, which dies with this one."""
 
-    def __init__(self, resolved: Resolved, number: int) -> None:
-        self.resolved, self.number = resolved, number
+    def __init__(self, resolved: Resolved, number: int, on_gpus: bool) -> None:
+        self.resolved, self.number, self.on_gpus = resolved, number, on_gpus
         self.process: EngineProcess | None = None
         self.starts = 0
 
@@ -81,8 +81,9 @@ class EngineActor:
         if config.rollout.engine == "sglang":
             return launch_sglang(
                 model,
-                config.sglang,
+                SglangServer.of(config, self.on_gpus),
                 weight_version=INITIAL_VERSION,
+                threads=threads_of_engine(config),
                 context_length=self.resolved.max_context_len,
                 random_seed=seed,
             )
@@ -107,7 +108,9 @@ class EngineGroup:
     def __init__(self, resolved: Resolved, placement: Placement) -> None:
         actor: Any = ray.remote(EngineActor)
         self._actors: list[ActorHandle] = [
-            actor.options(name=f"engine {number}", **placement.for_engine(number)).remote(resolved, number)
+            actor.options(name=f"engine {number}", **placement.for_engine(number)).remote(
+                resolved, number, placement.on_gpus
+            )
             for number in range(resolved.config.num_engines)
         ]
         self._starting: list[ray.ObjectRef] = []

@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import shutil
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
@@ -95,11 +96,19 @@ class RankActor:
 
     def update_weights(self, urls: Sequence[str], version: str) -> None:
         """Sends the policy to the engines; a collective, in which rank 0 speaks."""
-        from recipe.cluster.weight_sync import send_weights
+        from recipe.cluster.weight_sync import WeightSync, load_from_disk
 
+        sync = WeightSync.of(self.config, self.architecture, ray.util.get_node_ip_address())
+        if sync.transfer == "disk":
+            folder = self.config.run_dir.resolve() / "weights-on-their-way"
+            self.trainer.export_hugging_face(folder)
+            if self.rank == 0:
+                load_from_disk(folder, urls, version)
+                shutil.rmtree(folder)
+            return
         weights = self.trainer.weights()
         if self.rank == 0:
-            send_weights(weights, urls, version)
+            sync.send(weights, urls, version)
         else:
             for _ in weights:
                 pass

@@ -56,6 +56,9 @@ class RolloutConfig(Group):
 
     engine: Annotated[Literal["sglang", "embedded"], Spelling(name="--rollout-engine")] = "sglang"
     """sglang: SGLang servers; embedded: a small server of the same API over transformers, for CPUs."""
+    rollout_engine_python: Path | None = None
+    """Python of the environment that SGLang is installed in; default: the trainer's own if it has SGLang, else that of
+    .venv-sglang."""
     num_rollout: PositiveInt
     """Rollouts of the run."""
     rollout_batch_size: PositiveInt
@@ -114,6 +117,13 @@ class RolloutConfig(Group):
     """Longest wait for the answer to such a check, in seconds."""
     rollout_health_check_first_wait: NonNegativeFloat = 0.0
     """Time after an engine's start in which it is not checked, in seconds; for engines that compile first."""
+    update_weight_transfer: Literal["tensor", "distributed", "disk"] | None = None
+    """How weights reach the engines: tensor (shared memory, or CUDA IPC where they are colocated), distributed (a
+    broadcast group), disk; default: distributed to engines with GPUs of their own, else tensor."""
+    update_weight_buffer_size: PositiveInt = 512 << 20
+    """Bytes of weights that are on their way to the engines at once."""
+    check_weight_update_equal: bool = False
+    """After each update, compare the checksum of every tensor in the engines with the trainer's."""
 
     @property
     def draw_size(self) -> int:

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import aiohttp
 
@@ -14,8 +14,12 @@ from recipe.config import RolloutConfig
 from recipe.rollout.answers import read_samples
 from recipe.rollout.errors import EngineRefused, EngineUnreachable
 from recipe.rollout.fleet import Engine, Fleet, HealthOptions, Recover
+from recipe.rollout.prompt_check import check_prompt
 from recipe.rollout.sample import FinishReason, Sample, SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from recipe.rollout.weights_broadcast import Meeting, TensorHeader
 
 PauseMode = Literal["abort", "retract", "in_place"]
 MemoryTag = Literal["kv_cache", "weights", "cuda_graph"]
@@ -37,10 +41,13 @@ class ClientOptions:
     backoff_s: float = 0.2
     """Wait before the first retry; doubles with each."""
     health: HealthOptions = field(default_factory=HealthOptions)
+    vocab_size: int | None = None
+    """Token ids beyond it are refused here, for SGLang ends at one; None: whatever comes is sent."""
 
     @classmethod
-    def of(cls, rollout: RolloutConfig) -> Self:
+    def of(cls, rollout: RolloutConfig, vocab_size: int) -> Self:
         return cls(
+            vocab_size=vocab_size,
             max_concurrency=rollout.rollout_max_concurrency,
             request_timeout_s=rollout.rollout_request_timeout_s,
             max_retries=rollout.rollout_max_retries,
@@ -145,8 +152,9 @@ class RolloutClient:
         While the client is drained they may also be aborted, with or without new tokens.
 
         Raises EngineRefused if the engine finds the request wrong, EngineUnreachable if it never answers,
-        EngineAnswerError if its answer is not SGLang's.
+        EngineAnswerError if its answer is not SGLang's, UserError for a prompt that no engine may be sent.
         """
+        check_prompt(group.prompt, self._options.vocab_size)
         todo: list[tuple[Sample, int]] = []
         for sample, seed in zip(group.samples, seeds, strict=True):
             if not sample.is_finished and sample.response_length >= sampling.max_new_tokens:
@@ -268,6 +276,51 @@ class RolloutClient:
         """Every engine reads the Hugging Face checkpoint in `model_path`."""
         body = {"model_path": model_path, "flush_cache": True, "weight_version": weight_version}
         await self._post_all("/update_weights_from_disk", body)
+
+    async def init_weights_update_group(self, meeting: "Meeting", ranks_per_engine: int) -> None:
+        """Has every engine join the broadcast group, one after the other behind the trainer, which is rank 0."""
+        bodies = [
+            {
+                "master_address": meeting.address,
+                "master_port": meeting.port,
+                "rank_offset": 1 + number * ranks_per_engine,
+                "world_size": meeting.world_size,
+                "group_name": meeting.name,
+                "backend": meeting.backend,
+            }
+            for number in range(len(self._engines))
+        ]
+        await asyncio.gather(
+            *(
+                self._post(engine, "/init_weights_update_group", body)
+                for engine, body in zip(self._engines, bodies, strict=True)
+            )
+        )
+
+    async def update_weights_from_distributed(
+        self, headers: Sequence["TensorHeader"], group_name: str, *, weight_version: str
+    ) -> None:
+        """Has every engine receive these tensors, in this order, as one broadcast of their bytes."""
+        body = {
+            "names": [header.name for header in headers],
+            "dtypes": [header.dtype for header in headers],
+            "shapes": [list(header.shape) for header in headers],
+            "group_name": group_name,
+            "load_format": "flattened_bucket",
+            "flush_cache": True,
+            "weight_version": weight_version,
+        }
+        await self._post_all("/update_weights_from_distributed", body)
+
+    async def destroy_weights_update_group(self, group_name: str) -> None:
+        await self._post_all("/destroy_weights_update_group", {"group_name": group_name})
+
+    async def weights_checksums(self) -> list[dict[str, str]]:
+        """Checksum by SGLang's name of every tensor, for each engine; of its first GPU, if it has several."""
+        answers = await asyncio.gather(
+            *(self._post(engine, "/weights_checker", {"action": "checksum"}) for engine in self._engines)
+        )
+        return [answer["ranks"][0]["checksums"] for answer in answers]
 
     async def weight_versions(self) -> list[str]:
         """The version of the weights each engine holds."""

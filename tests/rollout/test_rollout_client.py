@@ -1,6 +1,7 @@
 """The client: least-loaded engines, bounded retries, recovery of dead engines, each sample exactly once."""
 
 import asyncio
+import dataclasses
 import os
 import signal
 from collections.abc import Callable
@@ -10,7 +11,9 @@ from typing import Any
 import pytest
 from aiohttp import web
 from fake_engines import FakeEngine, answers, group_of, serving
+from rollout_support import make_prompt
 
+from recipe.errors import UserError
 from recipe.rollout.client import ClientOptions, RolloutClient
 from recipe.rollout.errors import EngineAnswerError, EngineRefused, EngineUnreachable
 from recipe.rollout.sample import SampleGroup
@@ -238,3 +241,21 @@ def content_of(groups: list[SampleGroup]) -> list[object]:
     return [
         (sample.index, sample.response_ids, sample.rollout_log_probs) for group in groups for sample in group.samples
     ]
+
+
+@pytest.mark.parametrize(
+    ("ids", "sentence"),
+    [
+        ((5, 8), "prompt 3 has the token id 8, outside the model's vocabulary of 8: the tokenizer is not the model's"),
+        ((-1, 5), "prompt 3 has the token id -1, outside"),
+        ((), "prompt 3 has no tokens"),
+    ],
+)
+async def test_a_prompt_that_would_end_sglang_is_never_sent(ids: tuple[int, ...], sentence: str) -> None:
+    engine = FakeEngine()
+    options = dataclasses.replace(QUICK, vocab_size=8)
+    async with serving(engine) as urls, RolloutClient(urls, options) as client:
+        with pytest.raises(UserError, match=sentence):
+            await client.generate(SampleGroup.of(make_prompt(3, ids), 0, 2), SAMPLING, [1, 2])
+        await client.generate(SampleGroup.of(make_prompt(3, (0, 7)), 0, 1), SAMPLING, [1])
+    assert [body["input_ids"] for body in engine.bodies] == [[[0, 7]]]

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -25,6 +26,8 @@ GRACE_S = 5.0
 
 _PR_SET_PDEATHSIG = 1
 _SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIALS")
+_HIT = "hit an exception"
+_EXCEPTION = re.compile(r"[\w.]*(Error|Exception): ")
 _libc = ctypes.CDLL(None)
 
 
@@ -79,7 +82,9 @@ class EngineProcess:
                     if ended
                     else f"never became healthy in {timeout_s:g} s"
                 )
-                raise UserError(f"the engine at {self.url} {what}; its log {self._log} ends: {self._last_line()}")
+                raise UserError(
+                    f"the engine at {self.url} {what}; its log {self._log} says: {_telling_line(self._log)}"
+                )
             time.sleep(POLL_S)
 
     def stop(self) -> None:
@@ -117,10 +122,6 @@ class EngineProcess:
         finally:
             connection.close()
 
-    def _last_line(self) -> str:
-        lines = self._log.read_text(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "(empty)")
-
 
 def reserve_port(host: str = LOCAL) -> socket.socket:
     """A socket bound to a free port. While it is open the kernel gives the port to nobody who asks for just any, but a
@@ -129,6 +130,16 @@ def reserve_port(host: str = LOCAL) -> socket.socket:
     reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     reservation.bind((host, 0))
     return reservation
+
+
+def _telling_line(log: Path) -> str:
+    """What ended a server: its last line; if that is an exception, the first one told after a process of SGLang's said
+    that it hit one, for the others only follow from it."""
+    text = log.read_text(errors="replace")
+    lines = [line.strip() for line in text.rpartition(_HIT)[2].splitlines() if line.strip()] or ["(empty)"]
+    if not _EXCEPTION.match(lines[-1]) and _HIT not in text:
+        return lines[-1]
+    return next((line for line in lines if _EXCEPTION.match(line)), lines[-1])
 
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:

@@ -17,7 +17,8 @@ from recipe.rollout.servers.embedded.forward import RowModel
 from recipe.rollout.servers.embedded.generation import Generation
 from recipe.rollout.servers.embedded.protocol import RequestError
 from recipe.rollout.servers.embedded.sequence import Request, Sequence
-from recipe.rollout.servers.embedded.weights import NamedTensor, WeightTable
+from recipe.rollout.servers.embedded.weights import WeightTable
+from recipe.rollout.weights_payload import NamedTensor
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +137,10 @@ class Engine:
     async def load_weights(self, folder: Path, version: str | None) -> None:
         """`update_weights` with those of a checkpoint, which must be complete."""
         await self._call(lambda: self._update(lambda: self._weights.replace_all(folder), version), exclusive=True)
+
+    async def weight_checksums(self) -> dict[str, str]:
+        """Checksum of every tensor, by SGLang's name."""
+        return await self._call(self._weights.checksums)
 
     async def open_session(self) -> bool:
         """Opens a weight update of several parts; False if one is open."""
