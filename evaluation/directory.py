@@ -34,7 +34,8 @@ class EvaluationDirectory:
         """Creates the directory, or opens it to go on. Raises UserError if it holds samples of other settings."""
         self._path = path
         self.engine_log = path / "engine.log"
-        self.exported = path / "model"
+        self.exported = path / f".exported-{settings.model_sha256[:12]}"
+        """Where a checkpoint is exported to; removed in the end."""
         self._began = time.monotonic()
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)

@@ -55,6 +55,7 @@ class Engine:
         """It was started again, at `url`."""
         self.url, self.started = url.rstrip("/"), time.monotonic()
         self.restarts += 1
+        self.replacement = None
 
     async def answer(self, request: Coroutine[Any, Any, T]) -> T:
         """The result of a request to it. Raises EngineUnreachable if it is found dead meanwhile, though its connections
@@ -120,9 +121,8 @@ class Fleet:
 
     async def settle(self) -> None:
         """Returns when no replacement is under way. Raises what one failed with."""
-        for engine in self.engines:
-            if engine.replacement is not None:
-                await engine.replacement
+        while away := [engine.replacement for engine in self.engines if engine.replacement is not None]:
+            await asyncio.gather(*map(asyncio.shield, away))
 
     async def close(self) -> None:
         """Gives up replacements that are under way."""
@@ -136,7 +136,7 @@ class Fleet:
         options = self._options
         while True:
             if engine.replacement is not None:
-                await engine.replacement
+                await asyncio.shield(engine.replacement)  # who ends the watch does not end the replacement
             wait = engine.started + options.first_wait_s - time.monotonic()
             await asyncio.sleep(max(wait, options.interval_s))
             await self.examine(engine, engine.restarts)
@@ -149,4 +149,3 @@ class Fleet:
     async def _recovered(self, engine: Engine) -> None:
         assert self._recover is not None
         engine.move(await self._recover(engine.url))
-        engine.replacement = None

@@ -12,7 +12,7 @@ from fake_engines import FakeEngine, answers, group_of, serving
 
 from recipe.errors import UserError
 from recipe.rollout.client import ClientCounters, ClientOptions, RolloutClient
-from recipe.rollout.fleet import HealthOptions, Recover
+from recipe.rollout.fleet import Engine, Fleet, HealthOptions, Recover
 from recipe.rollout.sample import FinishReason, SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
 
@@ -197,3 +197,49 @@ async def test_an_engine_that_hangs_while_it_is_drained_loses_its_samples_only()
     lengths = [[sample.response_length for sample in group.samples] for group in groups]
     assert sorted(lengths) == [[0, 0]] * 2 + [[1, 1]] * 2
     assert {sample.finish_reason for group in groups for sample in group.samples} == {FinishReason.ABORT}
+
+
+async def test_an_engine_that_dies_while_another_is_replaced_is_waited_for_too() -> None:
+    sick, begun = {1}, {"http://a": asyncio.Event(), "http://b": asyncio.Event()}
+
+    async def is_healthy(engine: Engine, _: float) -> bool:
+        return engine.number not in sick
+
+    async def recover(url: str) -> str:
+        begun[url].set()
+        await asyncio.sleep(0.3)
+        return url + "/new"
+
+    fleet = Fleet(list(begun), is_healthy, recover, HealthOptions(interval_s=0.02, timeout_s=1))
+    watch = asyncio.create_task(fleet.watch())
+    async with asyncio.timeout(BOUND_S):
+        await begun["http://b"].wait()
+        settled = asyncio.create_task(fleet.settle())
+        sick.symmetric_difference_update({0, 1})
+        await begun["http://a"].wait()
+        sick.clear()
+        await settled
+        watch.cancel()
+        assert [engine.url for engine in fleet.engines] == ["http://a/new", "http://b/new"]
+        await fleet.least_loaded()
+
+
+async def test_who_ends_the_watch_ends_no_replacement() -> None:
+    """The next rollout would wait for it for ever."""
+    begun = asyncio.Event()
+
+    async def is_healthy(_: Engine, __: float) -> bool:
+        return False
+
+    async def recover(url: str) -> str:
+        begun.set()
+        await asyncio.sleep(0.2)
+        return url + "/new"
+
+    fleet = Fleet(["http://a"], is_healthy, recover, HealthOptions(interval_s=0.02, timeout_s=1))
+    watch = asyncio.create_task(fleet.watch())
+    async with asyncio.timeout(BOUND_S):
+        await begun.wait()
+        await asyncio.sleep(0.05)
+        watch.cancel()
+        assert (await fleet.least_loaded()).url == "http://a/new"
