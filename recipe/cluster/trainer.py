@@ -96,7 +96,7 @@ class RankActor:
 
     def update_weights(self, urls: Sequence[str], version: str) -> None:
         """Sends the policy to the engines; a collective, in which rank 0 speaks."""
-        from recipe.cluster.weight_sync import WeightSync, load_from_disk
+        from recipe.rollout.weights_sync import WeightSync, load_from_disk
 
         sync = WeightSync.of(self.config, self.architecture, ray.util.get_node_ip_address())
         if sync.transfer == "disk":

@@ -252,14 +252,14 @@ class RolloutClient:
         await self._post_all("/end_weight_update", {})
 
     async def update_weights_from_tensor(
-        self, payloads: Sequence[Sequence[str]], *, load_format: str | None = None, weight_version: str | None = None
+        self, payloads: Sequence[Sequence[str]], *, weight_version: str | None = None
     ) -> None:
-        """Gives engine i the tensors of `payloads[i]`: a string of `weights_payload.serialize_named_tensors` for each
-        tensor-parallel rank. A string can be read once, so nothing is sent twice."""
+        """Gives engine i the tensors of `payloads[i]`: a `weights_payload.Bucket.payload` for each tensor-parallel
+        rank. A payload can be read once, so nothing is sent twice."""
         bodies = [
             {
                 "serialized_named_tensors": list(payload),
-                "load_format": load_format,
+                "load_format": "flattened_bucket",
                 "flush_cache": True,
                 "weight_version": weight_version,
             }

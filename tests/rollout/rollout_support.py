@@ -13,7 +13,7 @@ from transformers import Glm4MoeLiteForCausalLM
 
 from recipe.data.prompts import Prompt
 from recipe.rollout.servers.process import EngineProcess
-from recipe.rollout.weights_payload import serialize_named_tensors, stage
+from recipe.rollout.weights_payload import Bucket
 from recipe.weights.tiny import write_tiny_checkpoint
 
 CONTEXT = 64
@@ -65,10 +65,10 @@ class EngineUnderTest:
 
     def update(self, weights: dict[str, torch.Tensor], version: str | None = "2", **more: object) -> tuple[int, Any]:
         """The answer to a tensor update, in a session of its own."""
-        payload = serialize_named_tensors(stage(list(weights.items())))
+        payload = Bucket.of(list(weights.items())).payload()
         self.post("/begin_weight_update")
-        body = {"serialized_named_tensors": [payload], "weight_version": version, **more}
-        answer = self.request("POST", "/update_weights_from_tensor", body)
+        body = {"serialized_named_tensors": [payload], "load_format": "flattened_bucket", "weight_version": version}
+        answer = self.request("POST", "/update_weights_from_tensor", body | more)
         self.post("/end_weight_update")
         return answer
 

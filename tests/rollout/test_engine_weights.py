@@ -19,10 +19,10 @@ from rollout_support import EngineUnderTest, Kind, load_reference, log_probs_of,
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from recipe.cluster.weight_sync import WeightSync
 from recipe.errors import UserError
 from recipe.rollout.answers import read_sample
 from recipe.rollout.weights_checksum import EngineChecksums
+from recipe.rollout.weights_sync import WeightSync
 
 PROMPT = [7, 3, 9, 11, 4]
 GREEDY = {"max_new_tokens": 16, "ignore_eos": True, "temperature": 0}
@@ -141,10 +141,10 @@ def test_bfloat16_weights_are_taken_exactly(engine: EngineUnderTest) -> None:
     assert _same(_result(engine), by_bfloat16)
 
 
-def test_a_flattened_bucket_is_taken(
+def test_a_bucket_with_a_table_of_sglangs_is_taken(
     engine: EngineUnderTest, other_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SGLang's form for many tensors at once: their bytes in one, and a table of SGLang's own class."""
+    """As other trainers send it: with a table of SGLang's own class."""
     weights = _weights(other_checkpoint)
     engine.update(weights)
     expected = _result(engine)
@@ -224,11 +224,13 @@ class _Evil:
         return os.system, ("touch /tmp/owned",)
 
 
-@pytest.mark.parametrize("content", [_Evil(), [("lm_head.weight", "text")], {"a": 1}, 5])
+@pytest.mark.parametrize(
+    "content", [_Evil(), {"flattened_tensor": "text", "metadata": []}, [("lm_head.weight", "text")], {"a": 1}, 5]
+)
 def test_a_payload_of_anything_but_tensors_is_refused(embedded: EngineUnderTest, content: object) -> None:
     payload = base64.b64encode(pickle.dumps(content)).decode()
     for text in (payload, "?", base64.b64encode(b"junk").decode()):
-        body = {"serialized_named_tensors": [text]}
+        body = {"serialized_named_tensors": [text], "load_format": "flattened_bucket"}
         status, answer = embedded.request("POST", "/update_weights_from_tensor", body)
         assert (status, answer["success"]) == (400, False)
     assert not Path("/tmp/owned").exists()

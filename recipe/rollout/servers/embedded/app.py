@@ -31,7 +31,7 @@ from recipe.rollout.servers.embedded.sequence import Sequence
 from recipe.rollout.servers.embedded.weights import WeightError
 from recipe.rollout.weights_broadcast import BroadcastGroup, Meeting, TensorHeader
 from recipe.rollout.weights_checksum import overall
-from recipe.rollout.weights_payload import PayloadError, deserialize_named_tensors
+from recipe.rollout.weights_payload import PayloadError, read_payload
 
 CLIENT_CLOSED_REQUEST = 499
 
@@ -54,7 +54,7 @@ class Service:
 class TensorUpdateBody(BaseModel):
     serialized_named_tensors: list[str]
     """One for each tensor-parallel rank; this engine is one rank."""
-    load_format: str | None = None
+    load_format: Literal["flattened_bucket"]
     flush_cache: bool = True
     abort_all_requests: bool = False
     weight_version: str | None = None
@@ -181,7 +181,7 @@ async def update_weights_from_tensor(body: TensorUpdateBody, service: Ready) -> 
     if body.abort_all_requests:
         await service.engine.abort(None)
     try:
-        weights = deserialize_named_tensors(body.serialized_named_tensors[0], body.load_format)
+        weights = read_payload(body.serialized_named_tensors[0])
         await service.engine.update_weights(weights, body.weight_version)
     except (PayloadError, WeightError) as error:
         return _outcome(False, str(error))

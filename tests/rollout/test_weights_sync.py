@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipe.cluster.weight_sync import buckets
+from recipe.rollout.weights_sync import buckets
 
 LAYER = (
     "self_attn.q_a_proj",

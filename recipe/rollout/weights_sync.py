@@ -16,7 +16,7 @@ from recipe.errors import UserError
 from recipe.rollout.client import RolloutClient
 from recipe.rollout.weights_broadcast import BroadcastGroup, Meeting, TensorHeader, open_meeting
 from recipe.rollout.weights_checksum import EngineChecksums
-from recipe.rollout.weights_payload import NamedTensor, serialize_named_tensors, stage
+from recipe.rollout.weights_payload import Bucket, NamedTensor
 
 T = TypeVar("T")
 
@@ -73,8 +73,8 @@ class WeightSync:
                 await self._broadcast(client, weights, version)
                 return
             for bucket in buckets(weights, self.bucket_bytes):
-                staged = stage(bucket)
-                payloads = [[serialize_named_tensors(staged) for _ in range(self.ranks_per_engine)] for _ in urls]
+                staged = Bucket.of(bucket)
+                payloads = [[staged.payload() for _ in range(self.ranks_per_engine)] for _ in urls]
                 await client.update_weights_from_tensor(payloads, weight_version=version)
 
     async def _broadcast(self, client: RolloutClient, weights: Iterable[NamedTensor], version: str) -> None:
