@@ -62,6 +62,12 @@ unused.load_dataset = None
 sys.modules["datasets"] = unused
 runpy.run_module("sglang.bench_serving", run_name="__main__", alter_sys=True)
 """
+FEWER = (
+    ("--disable-prefill-cuda-graph",),
+    ("--disable-prefill-cuda-graph", "--disable-decode-cuda-graph", "--disable-shared-experts-fusion"),
+)
+"""Of SGLang's features, in turn, until it starts."""
+START_LIMIT_S = 180.0
 FIRST = "initial"
 """Version of the weights that an engine starts with."""
 PROBES, PROBE_TOKENS = 8, 24
@@ -154,12 +160,36 @@ class Bench:
             try:
                 yield process
             except Exception:
-                print(f"        the end of {log}:\n" + "\n".join(log.read_text(errors="replace").splitlines()[-40:]))
+                self._show_end(log)
                 raise
 
-    def wait_healthy(self, part: str, engine: EngineProcess, started: float, **figures: object) -> None:
-        engine.wait_healthy(self.left)
-        self.tell(part, "started", seconds=time.monotonic() - started, gpu_gib=self.gpu_gib(), **figures)
+    @staticmethod
+    def _show_end(log: Path) -> None:
+        print(f"the end of {log}:", *log.read_text(errors="replace").splitlines()[-40:], sep="\n", flush=True)
+
+    @contextmanager
+    def started(
+        self, part: str, name: str, folder: Path, *arguments: str, environment: Mapping[str, str] | None = None
+    ) -> Iterator[EngineProcess]:
+        """SGLang, healthy; with fewer of its features if it does not start with all."""
+        for attempt, without in enumerate(FEWER if self.on_gpu else [()]):
+            started = time.monotonic()
+            log = f"{name}.{attempt}" if attempt else name
+            with ExitStack() as stack:
+                try:
+                    engine = stack.enter_context(
+                        self.engine(log, folder, *arguments, *without, environment=environment)
+                    )
+                    engine.wait_healthy(min(self.left, START_LIMIT_S))
+                except UserError as error:
+                    print(f"{part:7} {log} does not start ({' '.join(without)}): {error}", flush=True)
+                    self._show_end(self.results / f"{log}.log")
+                    continue
+                seconds = time.monotonic() - started
+                self.tell(part, f"{log} started", seconds=seconds, gpu_gib=self.gpu_gib(), without=" ".join(without))
+                yield engine
+                return
+        raise UserError("the engine does not start")
 
     def gpu_gib(self) -> float | None:
         """Memory in use on the GPU, by whomever."""
@@ -314,9 +344,7 @@ def run_main_engine(bench: Bench, parts: Sequence[str], limited: Callable[[str],
     folder, architecture = bench.model("model", bench.layers)
     vocabulary = architecture.vocab_size
     first = limited(parts[0])
-    started = time.monotonic()
-    with first.engine("engine", folder, *full_size_arguments(first)) as engine:
-        first.wait_healthy(parts[0], engine, started, layers=architecture.num_hidden_layers)
+    with first.started(parts[0], "engine", folder, *full_size_arguments(first)) as engine:
         work: dict[str, Callable[[Bench], None]] = {
             "speed": lambda part: compare_speed(part, "speed", engine.url, folder, vocabulary),
             "memory": lambda part: measure_memory(part, engine.url),
@@ -382,10 +410,7 @@ def measure_equal(bench: Bench) -> None:
         for seed, folder in enumerate((old, new)):
             trainer.draw(seed, bench.left)
             trainer.write(folder, bench.left)
-            engines[folder] = stack.enter_context(bench.engine(f"equal-{folder.name}", folder, *arguments))
-        started = time.monotonic()
-        for engine in engines.values():
-            bench.wait_healthy("equal", engine, started)
+            engines[folder] = stack.enter_context(bench.started("equal", folder.name, folder, *arguments))
         before = probe(bench, engines[old].url, vocabulary, FIRST)
         fresh = probe(bench, engines[new].url, vocabulary, FIRST)
         bench.tell("equal", "other weights", **difference(before, fresh))
@@ -434,11 +459,8 @@ def measure_eagle(bench: Bench) -> None:
         "SGLANG_SIMULATE_ACC_LEN": str(bench.accept_length),
         "SGLANG_SIMULATE_ACC_TOKEN_MODE": "real-draft-token",
     }
-    started = time.monotonic()
-    with bench.engine(
-        "eagle", folder, *full_size_arguments(bench), *EAGLE, *arguments, environment=environment
-    ) as engine:
-        bench.wait_healthy("eagle", engine, started, accept_length=bench.accept_length)
+    arguments += [*full_size_arguments(bench), *EAGLE]
+    with bench.started("eagle", "eagle", folder, *arguments, environment=environment) as engine:
         compare_speed(bench, "eagle", engine.url, folder, architecture.vocab_size)
 
 
