@@ -260,7 +260,7 @@ class Engines:
     def update_weights(self, trainer: TrainerGroup, version: int) -> None:
         """Replaces engines that do not answer any more, and sends the policy to all."""
         self.client.move(self._group.replace_dead())
-        self._group.update_weights(trainer, version)
+        self.client.move(self._group.update_weights(trainer, version))
 
     def new_counts(self) -> ClientCounters:
         """What went wrong with engines and was mended since the last call."""

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -17,6 +17,7 @@ from recipe.config import Config, Resolved
 from recipe.errors import UserError
 from recipe.rollout.servers.launch import Launch, SglangServer, launch_embedded, launch_sglang
 from recipe.rollout.servers.process import EngineProcess
+from recipe.rollout.weights_sync import Delivery
 from recipe.seeds import derive
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,31 @@ def start_again(name: str, start: Callable[[], str]) -> str:
         return start()
     except UserError as error:
         raise UserError(f"{name} died and could not be started again in {START_ATTEMPTS} attempts: {error}") from error
+
+
+def deliver(
+    numbers: Sequence[int],
+    send: Callable[[Sequence[int]], Delivery],
+    urls: Sequence[str],
+    start_again: Callable[[int], None],
+) -> None:
+    """Sends weights by `send` to engines `numbers`, of which those that fail over it are started again, which changes
+    `urls`, and get them again with those that have not got all. Raises UserError if that goes on for START_ATTEMPTS."""
+    for _ in range(START_ATTEMPTS):
+        delivery = send(numbers)
+        if not delivery.failed:
+            return
+        failed = [number for number in numbers if urls[number] in delivery.failed]
+        incomplete = [number for number in numbers if urls[number] in delivery.incomplete]
+        reasons = [delivery.failed[urls[number]] for number in failed]
+        for number, reason in zip(failed, reasons, strict=True):
+            logger.warning("engine %d failed while it was sent weights (%s): it is started again", number, reason)
+            start_again(number)
+        numbers = sorted([*failed, *incomplete])
+    raise UserError(
+        f"engine {failed[0]} failed in {START_ATTEMPTS} attempts to send it the weights, the last time since "
+        f"{reasons[0]}; see its log"
+    )
 
 
 class EngineActor:
@@ -141,22 +167,36 @@ class EngineGroup:
         self._urls = get([actor.keep_alive.remote() for actor in self._actors], self._names)
         return list(self._urls)
 
-    def update_weights(self, trainer: TrainerGroup, version: int) -> None:
-        """Sends the policy to every engine."""
+    def update_weights(self, trainer: TrainerGroup, version: int) -> list[str]:
+        """Sends the policy to every engine; one that fails over it is started again. Returns the addresses of all."""
         self._weights = trainer, str(version)
-        trainer.update_weights(self._urls, str(version))
+        self._deliver(range(len(self._urls)))
+        return list(self._urls)
 
     async def recover(self, url: str) -> str:
         """Replaces the engine at `url` by a new one that holds the current weights, which the trainer still has: it
         does nothing else while something is generated. Returns the new address. Raises UserError if that fails."""
         number = self._urls.index(url)
         logger.warning("engine %d at %s does not generate any more: it is started again", number, url)
-        self._urls[number] = address = await asyncio.to_thread(start_again, self._names[number], self._start(number))
+        await asyncio.to_thread(self._start_again, number)
         if self._weights is not None:
-            trainer, version = self._weights
             async with self._sending:
-                await asyncio.to_thread(trainer.update_weights, [address], version)
-        return address
+                await asyncio.to_thread(self._deliver, [number])
+        return self._urls[number]
+
+    def _deliver(self, numbers: Iterable[int]) -> None:
+        """Sends the current weights to these engines."""
+        assert self._weights is not None
+        trainer, version = self._weights
+        deliver(
+            list(numbers),
+            lambda some: trainer.update_weights([self._urls[number] for number in some], version),
+            self._urls,
+            self._start_again,
+        )
+
+    def _start_again(self, number: int) -> None:
+        self._urls[number] = start_again(self._names[number], self._start(number))
 
     def _start(self, number: int) -> Callable[[], str]:
         return lambda: str(get([self._actors[number].start.remote()], [self._names[number]])[0])

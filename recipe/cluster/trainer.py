@@ -28,6 +28,7 @@ from recipe.weights.cost import sequence_cost
 
 if TYPE_CHECKING:
     from recipe.megatron.rank import TrainerRank
+    from recipe.rollout.weights_sync import Delivery
 
 logger = logging.getLogger(__name__)
 
@@ -94,24 +95,25 @@ class RankActor:
         own = self.trainer.own_shard(pickle.loads(shards))
         return self.trainer.reference_log_probs(own) if of_reference else self.trainer.log_probs(own)
 
-    def update_weights(self, urls: Sequence[str], version: str) -> None:
-        """Sends the policy to the engines; a collective, in which rank 0 speaks."""
-        from recipe.rollout.weights_sync import WeightSync, load_from_disk
+    def update_weights(self, urls: Sequence[str], version: str) -> "Delivery | None":
+        """Sends the policy to the engines; a collective, in which rank 0 speaks, and tells what became of it."""
+        from recipe.rollout.weights_sync import WeightSync
 
         sync = WeightSync.of(self.config, self.architecture, ray.util.get_node_ip_address())
         if sync.transfer == "disk":
             folder = self.config.run_dir.resolve() / "weights-on-their-way"
             self.trainer.export_hugging_face(folder)
-            if self.rank == 0:
-                load_from_disk(folder, urls, version)
-                shutil.rmtree(folder)
-            return
+            if self.rank:
+                return None
+            delivery = sync.load_from_disk(folder, urls, version)
+            shutil.rmtree(folder)
+            return delivery
         weights = self.trainer.weights()
         if self.rank == 0:
-            sync.send(weights, urls, version)
-        else:
-            for _ in weights:
-                pass
+            return sync.send(weights, urls, version)
+        for _ in weights:
+            pass
+        return None
 
     def save(self, directory: Path, progress: Progress) -> None:
         """Writes a checkpoint or, with `--async-save`, begins to."""
@@ -182,9 +184,10 @@ class TrainerGroup:
             found |= part
         return found
 
-    def update_weights(self, urls: Sequence[str], version: str) -> None:
-        """Sends the policy to the engines at `urls`, as `version`."""
-        self._all("update_weights", list(urls), version)
+    def update_weights(self, urls: Sequence[str], version: str) -> "Delivery":
+        """Sends the policy to the engines at `urls`, as `version`. Returns what became of it."""
+        delivery: Delivery = self._all("update_weights", list(urls), version)[0]
+        return delivery
 
     def save(self, directory: Path, progress: Progress) -> None:
         """Writes a checkpoint or, with `--async-save`, begins to. Raises UserError if it, or the one before it, cannot

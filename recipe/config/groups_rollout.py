@@ -122,6 +122,8 @@ class RolloutConfig(Group):
     broadcast group), disk; default: distributed to engines with GPUs of their own, else tensor."""
     update_weight_buffer_size: PositiveInt = 512 << 20
     """Bytes of weights that are on their way to the engines at once."""
+    update_weight_timeout: PositiveFloat = 120.0
+    """Seconds an engine has to take a bucket of weights; one that does not is ended, started again, and gets them."""
     check_weight_update_equal: bool = False
     """After each update, compare the checksum of every tensor in the engines with the trainer's."""
 

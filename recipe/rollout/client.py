@@ -1,4 +1,4 @@
-"""The trainer's side of SGLang's HTTP API: generation with retries and recovery, weights, and memory."""
+"""The trainer's side of SGLang's HTTP API: generation with retries and recovery, and memory."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -6,20 +6,18 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 import aiohttp
 
 from recipe.config import RolloutConfig
 from recipe.rollout.answers import read_samples
-from recipe.rollout.errors import EngineRefused, EngineUnreachable
+from recipe.rollout.errors import EngineUnreachable
 from recipe.rollout.fleet import Engine, Fleet, HealthOptions, Recover
+from recipe.rollout.http import ask
 from recipe.rollout.prompt_check import check_prompt
 from recipe.rollout.sample import FinishReason, Sample, SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
-
-if TYPE_CHECKING:
-    from recipe.rollout.weights_broadcast import Meeting, TensorHeader
 
 PauseMode = Literal["abort", "retract", "in_place"]
 MemoryTag = Literal["kv_cache", "weights", "cuda_graph"]
@@ -238,90 +236,6 @@ class RolloutClient:
     async def resume_memory_occupation(self, tags: Sequence[MemoryTag] | None = None) -> None:
         await self._post_all("/resume_memory_occupation", {"tags": tags})
 
-    @asynccontextmanager
-    async def weight_update(self) -> AsyncIterator[None]:
-        """The session in which SGLang 0.5.19 and later take `update_weights_from_tensor`; older ones know none."""
-        try:
-            await self._post_all("/begin_weight_update", {})
-        except EngineRefused as error:
-            if error.status != HTTPStatus.NOT_FOUND:
-                raise
-            yield
-            return
-        yield
-        await self._post_all("/end_weight_update", {})
-
-    async def update_weights_from_tensor(
-        self, payloads: Sequence[Sequence[str]], *, weight_version: str | None = None
-    ) -> None:
-        """Gives engine i the tensors of `payloads[i]`: a `weights_payload.Bucket.payload` for each tensor-parallel
-        rank. A payload can be read once, so nothing is sent twice."""
-        bodies = [
-            {
-                "serialized_named_tensors": list(payload),
-                "load_format": "flattened_bucket",
-                "flush_cache": True,
-                "weight_version": weight_version,
-            }
-            for payload in payloads
-        ]
-        await asyncio.gather(
-            *(
-                self._post(engine, "/update_weights_from_tensor", body)
-                for engine, body in zip(self._engines, bodies, strict=True)
-            )
-        )
-
-    async def update_weights_from_disk(self, model_path: str, *, weight_version: str) -> None:
-        """Every engine reads the Hugging Face checkpoint in `model_path`."""
-        body = {"model_path": model_path, "flush_cache": True, "weight_version": weight_version}
-        await self._post_all("/update_weights_from_disk", body)
-
-    async def init_weights_update_group(self, meeting: "Meeting", ranks_per_engine: int) -> None:
-        """Has every engine join the broadcast group, one after the other behind the trainer, which is rank 0."""
-        bodies = [
-            {
-                "master_address": meeting.address,
-                "master_port": meeting.port,
-                "rank_offset": 1 + number * ranks_per_engine,
-                "world_size": meeting.world_size,
-                "group_name": meeting.name,
-                "backend": meeting.backend,
-            }
-            for number in range(len(self._engines))
-        ]
-        await asyncio.gather(
-            *(
-                self._post(engine, "/init_weights_update_group", body)
-                for engine, body in zip(self._engines, bodies, strict=True)
-            )
-        )
-
-    async def update_weights_from_distributed(
-        self, headers: Sequence["TensorHeader"], group_name: str, *, weight_version: str
-    ) -> None:
-        """Has every engine receive these tensors, in this order, as one broadcast of their bytes."""
-        body = {
-            "names": [header.name for header in headers],
-            "dtypes": [header.dtype for header in headers],
-            "shapes": [list(header.shape) for header in headers],
-            "group_name": group_name,
-            "load_format": "flattened_bucket",
-            "flush_cache": True,
-            "weight_version": weight_version,
-        }
-        await self._post_all("/update_weights_from_distributed", body)
-
-    async def destroy_weights_update_group(self, group_name: str) -> None:
-        await self._post_all("/destroy_weights_update_group", {"group_name": group_name})
-
-    async def weights_checksums(self) -> list[dict[str, str]]:
-        """Checksum by SGLang's name of every tensor, for each engine; of its first GPU, if it has several."""
-        answers = await asyncio.gather(
-            *(self._post(engine, "/weights_checker", {"action": "checksum"}) for engine in self._engines)
-        )
-        return [answer["ranks"][0]["checksums"] for answer in answers]
-
     async def weight_versions(self) -> list[str]:
         """The version of the weights each engine holds."""
         return [str(info["weight_version"]) for info in await self.model_info()]
@@ -364,16 +278,7 @@ class RolloutClient:
         return await self._request(engine, "POST", path, body)
 
     async def _request(self, engine: Engine, method: str, path: str, body: dict[str, Any] | None) -> Any:
-        """The JSON of an answer; None where SGLang answers without one."""
-        try:
-            async with self._connected().request(method, engine.url + path, json=body) as response:
-                if response.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-                    raise EngineUnreachable(f"{engine.url}{path} answered {response.status}")
-                if response.status >= HTTPStatus.BAD_REQUEST:
-                    raise EngineRefused(engine.url + path, response.status, await response.text())
-                return await response.json() if response.content_type == "application/json" else None
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise EngineUnreachable(f"{engine.url}{path} did not answer: {error or type(error).__name__}") from error
+        return await ask(self._connected(), method, engine.url + path, body)
 
     def _connected(self) -> aiohttp.ClientSession:
         if self._session is None:

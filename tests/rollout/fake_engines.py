@@ -49,7 +49,7 @@ class FakeEngine:
         self.calls.append(request.path)
         if request.path == "/health_generate":
             return web.Response(status=200 if self.healthy else 503)
-        if request.path == "/begin_weight_update" and self.handler is not None:
+        if request.path.endswith("_weight_update") and self.handler is not None:
             return web.Response(status=404)
         return web.json_response({"success": True, "message": "", "weight_version": "1"})
 

@@ -54,9 +54,9 @@ class Collectors:
 
 
 @pytest.fixture
-async def collectors(engine: EngineUnderTest) -> AsyncIterator[Collectors]:
-    async with RolloutClient([engine.url]) as client:
-        yield Collectors(client, engine.checkpoint)
+async def collectors(embedded: EngineUnderTest) -> AsyncIterator[Collectors]:
+    async with RolloutClient([embedded.url]) as client:
+        yield Collectors(client, embedded.checkpoint)
 
 
 def seeds(rollout: int) -> SeedStream:
@@ -135,10 +135,10 @@ LONG = SamplingParams(max_new_tokens=55, stop_token_ids=())
 
 
 @asynccontextmanager
-async def cut_short(engine: EngineUnderTest, group: SampleGroup, sampling: SamplingParams = LONG) -> AsyncIterator:
+async def cut_short(embedded: EngineUnderTest, group: SampleGroup, sampling: SamplingParams = LONG) -> AsyncIterator:
     """A client that has made a part of the group's responses, whose seeds are 5, 6, ..."""
     seeds = range(5, 5 + len(group.samples))
-    async with RolloutClient([engine.url]) as client:
+    async with RolloutClient([embedded.url]) as client:
         for _ in range(20):
             await client.pause_generation("in_place")
             task = asyncio.create_task(client.generate(group, sampling, seeds))
@@ -157,10 +157,10 @@ async def cut_short(engine: EngineUnderTest, group: SampleGroup, sampling: Sampl
         yield client
 
 
-async def test_a_continued_sample_is_what_it_would_be_without_the_pause(engine: EngineUnderTest) -> None:
+async def test_a_continued_sample_is_what_it_would_be_without_the_pause(embedded: EngineUnderTest) -> None:
     sampling = replace(LONG, max_new_tokens=50)
     whole, parts = (SampleGroup.of(PROMPTS[0], 0, 4) for _ in range(2))
-    async with cut_short(engine, parts, sampling) as client:
+    async with cut_short(embedded, parts, sampling) as client:
         await client.generate(parts, sampling, range(5, 9))
         await client.generate(whole, sampling, range(5, 9))
     assert [s.response_ids for s in parts.samples] == [s.response_ids for s in whole.samples]
@@ -170,14 +170,14 @@ async def test_a_continued_sample_is_what_it_would_be_without_the_pause(engine: 
 
 
 async def test_tokens_keep_the_log_probs_and_versions_of_the_weights_that_made_them(
-    engine: EngineUnderTest, other_checkpoint: Path
+    embedded: EngineUnderTest, other_checkpoint: Path
 ) -> None:
     group = SampleGroup.of(PROMPTS[0], 0, 2)
-    async with cut_short(engine, group) as client:
+    async with cut_short(embedded, group) as client:
         borders = [sample.response_length for sample in group.samples]
-        await client.update_weights_from_disk(str(other_checkpoint), weight_version="2")
+        embedded.load(other_checkpoint, "2")
         await client.generate(group, LONG, range(5, 7))
-    models = engine.reference, load_reference(other_checkpoint)
+    models = embedded.reference, load_reference(other_checkpoint)
     for sample, border in zip(group.samples, borders, strict=True):
         assert sample.weight_versions == ["1"] * border + ["2"] * (sample.response_length - border)
         first, second = (log_probs_of(model, sample.tokens)[len(sample.prompt_ids) - 1 :] for model in models)
@@ -214,10 +214,12 @@ async def continued(collectors: Collectors, waiting: list[dict], **plan: bool) -
 
 
 @pytest.fixture
-async def updated(collectors: Collectors, other_checkpoint: Path) -> tuple[list[int], list[dict]]:
+async def updated(
+    collectors: Collectors, embedded: EngineUnderTest, other_checkpoint: Path
+) -> tuple[list[int], list[dict]]:
     """Draws that were kept under the first weights, and the groups that wait. The engine has the second weights."""
     rollout, waiting = await waiting_groups(collectors)
-    await collectors.client.update_weights_from_disk(str(other_checkpoint), weight_version="2")
+    embedded.load(other_checkpoint, "2")
     return [group.index for group in rollout.groups], waiting
 
 

@@ -20,9 +20,9 @@ from recipe.rollout.sample import SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
 from recipe.rollout.servers.launch import launch_embedded
 from recipe.rollout.servers.process import EngineProcess
+from recipe.rollout.weights_client import WeightsClient
 
 SAMPLING = SamplingParams(max_new_tokens=4)
-
 
 QUICK = ClientOptions(request_timeout_s=5, max_retries=2, backoff_s=0.01)
 
@@ -180,9 +180,6 @@ async def test_verbs_reach_every_engine() -> None:
         await client.flush_cache()
         await client.release_memory_occupation(["kv_cache"])
         await client.resume_memory_occupation(["kv_cache"])
-        async with client.weight_update():
-            await client.update_weights_from_tensor([["a"], ["b"]], weight_version="2")
-        await client.update_weights_from_disk("/model", weight_version="3")
         await client.continue_generation()
         assert await client.weight_versions() == ["1", "1"]
         assert await client.healthy() == [True, True]
@@ -192,10 +189,6 @@ async def test_verbs_reach_every_engine() -> None:
         "/flush_cache",
         "/release_memory_occupation",
         "/resume_memory_occupation",
-        "/begin_weight_update",
-        "/update_weights_from_tensor",
-        "/end_weight_update",
-        "/update_weights_from_disk",
         "/continue_generation",
         "/model_info",
         "/health_generate",
@@ -208,9 +201,10 @@ async def test_servers_without_update_sessions_are_known() -> None:
         return answers(body)
 
     engine = FakeEngine(answer)
-    async with serving(engine) as urls, RolloutClient(urls, QUICK) as client, client.weight_update():
-        pass
-    assert engine.calls == ["/begin_weight_update"]
+    async with serving(engine) as [url], WeightsClient(url, 5) as client:
+        await client.begin_weight_update()
+        await client.end_weight_update()
+    assert engine.calls == ["/begin_weight_update", "/end_weight_update"]
 
 
 async def test_an_engine_killed_midway_loses_and_doubles_nothing(checkpoint: Path, tmp_path: Path) -> None:
