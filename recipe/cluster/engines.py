@@ -95,11 +95,13 @@ class EngineActor:
         return self.process.url
 
     def keep_alive(self) -> str:
-        """Starts the server again if it has died or does not answer. Returns its address."""
-        if self.process is not None and self.process.answers(self.resolved.config.rollout.rollout_health_check_timeout):
+        """Starts the server again if it has died or does not generate. Returns its address. Raises UserError if that
+        fails for good."""
+        timeout_s = self.resolved.config.rollout.rollout_health_check_timeout
+        if self.process is not None and self.process.generates(timeout_s):
             return self.process.url
-        logger.warning("engine %d does not answer any more: it is started again", self.number)
-        return self.start()
+        logger.warning("engine %d does not generate any more: it is started again", self.number)
+        return start_again(f"engine {self.number}", self.start)
 
     def _launch(self) -> Launch:
         config = self.resolved.config

@@ -46,7 +46,7 @@ def owner(resolved: Resolved) -> Iterator[Any]:
     owner.stop()
 
 
-def test_an_engine_that_does_not_answer_between_two_rollouts_is_started_again(owner: Any) -> None:
+def test_an_engine_that_does_not_generate_between_two_rollouts_is_started_again(owner: Any) -> None:
     address = owner.start()
     pid = owner.process.pid
     assert owner.keep_alive() == address
@@ -57,7 +57,7 @@ def test_an_engine_that_does_not_answer_between_two_rollouts_is_started_again(ow
         began = time.monotonic()
         assert owner.keep_alive() != address
         assert time.monotonic() - began < BOUND_S
-        assert owner.process.answers(30)
+        assert owner.process.generates(30)
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
 

@@ -1,5 +1,6 @@
 """Engines that answer what a test wants."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -38,11 +39,15 @@ class FakeEngine:
         self.bodies: list[dict[str, Any]] = []
         self.calls: list[str] = []
         self.healthy = True
+        self.busy = asyncio.Event()
+        """It has had two requests."""
         self.url = ""
 
     async def generate(self, request: web.Request) -> web.Response:
         body = await request.json()
         self.bodies.append(body)
+        if len(self.bodies) > 1:
+            self.busy.set()
         return answers(body) if self.handler is None else await self.handler(body)
 
     async def verb(self, request: web.Request) -> web.Response:

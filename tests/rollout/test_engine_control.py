@@ -115,6 +115,8 @@ def test_released_memory_refuses_to_generate_until_it_is_resumed(embedded: Engin
     expected = embedded.generate(PROMPT, **LONG)["output_ids"]
     embedded.post("/release_memory_occupation", {"tags": ["kv_cache"]})
     assert "released" in embedded.refuse("/generate", {"input_ids": PROMPT})
+    assert embedded.request("GET", "/health_generate")[0] == 503
+    assert embedded.request("GET", "/model_info")[0] == 200
     assert "weights" in embedded.refuse("/resume_memory_occupation", {"tags": ["weights"]})
     embedded.post("/resume_memory_occupation", {"tags": ["kv_cache"]})
     assert embedded.generate(PROMPT, **LONG)["output_ids"] == expected

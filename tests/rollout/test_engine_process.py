@@ -164,7 +164,8 @@ def test_secrets_and_rays_variables_are_not_passed_on() -> None:
 @pytest.mark.parametrize("on_gpus", [True, False])
 def test_sglangs_command_line_has_the_users_arguments_last(checkpoint: Path, on_gpus: bool) -> None:
     flags = ["--rollout-engine", "sglang", "--rollout-engine-python", sys.executable, "--colocate"]
-    resolved = resolve(["--recipe", "tiny", "--hf-checkpoint", str(checkpoint), *flags])
+    limits = ["--rollout-health-check-timeout", "45.5"]
+    resolved = resolve(["--recipe", "tiny", "--hf-checkpoint", str(checkpoint), *flags, *limits])
     sglang = SglangConfig(args={"mem_fraction_static": 0.5, "attention_backend": "triton", "disable_radix_cache": True})
     config = resolved.config.model_copy(update={"sglang": sglang})
     started = launch_sglang(
@@ -182,13 +183,36 @@ def test_sglangs_command_line_has_the_users_arguments_last(checkpoint: Path, on_
         assert words[words.index(f"--{name}") + 1] == value
     assert ("--enable-memory-saver" in words) == on_gpus
     assert ("cpu" in words) != on_gpus
-    assert started.environment == ({} if on_gpus else {"OMP_NUM_THREADS": "3"})
+    # Else SGLang's own limit, 20 s, would rule.
+    limit = {"SGLANG_HEALTH_CHECK_TIMEOUT": "46"}
+    assert started.environment == (limit if on_gpus else limit | {"OMP_NUM_THREADS": "3"})
 
 
 def test_without_sglang_the_user_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "find_sglang_python", lambda named: None)
     with pytest.raises(UserError, match="`make install-sglang`"):
         sglang_python(None)
+
+
+STUCK = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    answers = iter(ANSWERS)
+    def do_GET(self):
+        self.send_response(next(self.answers) if self.path == "/health_generate" else 200)
+        self.end_headers()
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+@pytest.mark.parametrize(("answers", "generates"), [([503, 200], True), ([503, 503], False)])
+def test_a_server_that_answers_and_does_not_generate_is_found_by_asking_twice(
+    tmp_path: Path, answers: list[int], generates: bool
+) -> None:
+    with EngineProcess(_python(STUCK.replace("ANSWERS", str([200, *answers]))), tmp_path / "log") as process:
+        process.wait_healthy(30)
+        assert process.generates(5) is generates
 
 
 CHILD_FAILS = """

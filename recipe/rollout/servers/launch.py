@@ -1,5 +1,6 @@
 """How the two kinds of server are started."""
 
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -63,6 +64,8 @@ class SglangServer:
     tp_size: int = 1
     releases_memory: bool = False
     """Whether its GPUs are a trainer's too."""
+    health_timeout_s: float = 20.0
+    """After so long without a token /health_generate tells that it does not generate."""
 
     @classmethod
     def of(cls, config: Config, on_gpus: bool) -> Self:
@@ -74,6 +77,7 @@ class SglangServer:
             dtype="bfloat16" if config.model.bf16 else "float32",
             tp_size=EngineLayout.of(config).tp,
             releases_memory=config.cluster.colocate,
+            health_timeout_s=config.rollout.rollout_health_check_timeout,
         )
 
 
@@ -96,9 +100,10 @@ def launch_sglang(
         *("--tp-size", str(server.tp_size)),
     ]
     python = str(server.python)
+    environment = {"SGLANG_HEALTH_CHECK_TIMEOUT": str(math.ceil(server.health_timeout_s))}
     if server.on_gpus:
         saver = ["--enable-memory-saver"] if server.releases_memory else []
-        return Launch((python, "-m", "sglang.launch_server", *arguments, *saver, *server.arguments))
+        return Launch((python, "-m", "sglang.launch_server", *arguments, *saver, *server.arguments), environment)
     tokens = min(CPU_RUNNING_REQUESTS * context_length, CPU_CACHE_TOKENS)
     arguments += [
         *("--device", "cpu"),
@@ -109,10 +114,8 @@ def launch_sglang(
         "--disable-overlap-schedule",
         "--disable-cuda-graph",
     ]
-    return Launch(
-        (python, str(SERVE_ON_CPU), *arguments, *server.arguments),
-        {"OMP_NUM_THREADS": str(threads)},
-    )
+    environment["OMP_NUM_THREADS"] = str(threads)
+    return Launch((python, str(SERVE_ON_CPU), *arguments, *server.arguments), environment)
 
 
 def sglang_python(named: Path | None) -> Path:

@@ -100,9 +100,9 @@ class EngineProcess:
         self._process.wait()
         self._reservation.close()
 
-    def answers(self, timeout_s: float) -> bool:
-        """Whether the server answers anything at all, which it does even while its memory is released."""
-        return self.alive and self._gets("/model_info", timeout_s)
+    def generates(self, timeout_s: float) -> bool:
+        """Whether the server generates a token. It is asked twice, so that one lost answer ends no engine."""
+        return any(self.alive and self._gets("/health_generate", timeout_s) for _ in range(2))
 
     def _signal(self, number: signal.Signals) -> bool:
         """Whether there was anybody in the group."""

@@ -289,8 +289,7 @@ async def resume_memory_occupation(service: Ready, body: MemoryBody | None = Non
 
 
 async def health(service: Ready) -> Response:
-    await service.engine.answer()
-    return Response()
+    return Response(status_code=HTTPStatus.OK if await service.engine.generates() else HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 async def model_info(service: Ready) -> dict[str, Any]:

@@ -175,9 +175,9 @@ class Engine:
 
         await self._call(resume)
 
-    async def answer(self) -> None:
-        """Returns when the engine's thread is between two batches: it is alive."""
-        await self._call(lambda: None)
+    async def generates(self) -> bool:
+        """Whether it can: answered by the thread that does, between two batches."""
+        return await self._call(lambda: not self._released)
 
     async def _call(self, run: Callable[[], T], *, exclusive: bool = False) -> T:
         return await asyncio.wrap_future(self._tell(run, exclusive=exclusive))
