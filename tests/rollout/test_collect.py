@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -13,6 +14,7 @@ from rollout_support import EngineUnderTest, load_reference, log_probs_of, make_
 
 from recipe.data.source import PromptSource
 from recipe.data.tokenizer import load_tokenizer
+from recipe.errors import UserError
 from recipe.rewards import Grade
 from recipe.rewards.grader import GradeStatus
 from recipe.rollout.client import RolloutClient
@@ -249,11 +251,31 @@ async def test_waiting_groups_survive_a_checkpoint_and_go_on_first(
             assert whole.response == text_of(whole, collectors.decode)
             stale += border
     assert rollout.metrics.stale_tokens == stale > 0
+    made_now = rollout.metrics.response_tokens - stale
+    assert rollout.metrics.tokens_per_second == pytest.approx(made_now / rollout.metrics.seconds)
 
 
 def text_of(sample: Sample, decode: Callable) -> str:
     ends = isinstance(sample.matched, int)
     return decode(sample.response_ids[:-1] if ends else sample.response_ids)
+
+
+async def test_a_resume_with_other_groups_than_those_that_wait_is_refused(collectors: Collectors) -> None:
+    """Their samples' numbers would be others' too."""
+    _, waiting = await waiting_groups(collectors)
+    collector = collectors.make(replace(FIRST_OF_FOUR, n_samples=2), VARIED, keep=None)
+    with pytest.raises(
+        UserError, match=r"\d groups of 4 samples wait .* --n-samples-per-prompt is 2: resume with .* 4"
+    ):
+        collector.load_state(waiting)
+
+
+async def test_a_filter_does_not_stop_the_rest_of_the_rollout(collectors: Collectors) -> None:
+    """Engines are watched meanwhile, and may be replaced."""
+    goes_on = threading.Event()
+    asyncio.get_running_loop().call_later(0.05, goes_on.set)
+    rollout = await collectors.make(keep=lambda _: goes_on.wait(5)).collect(seeds(0), "1")
+    assert rollout.sampling.dropped_groups == 0
 
 
 async def test_older_tokens_can_be_left_out_of_training(
@@ -300,7 +322,7 @@ async def test_a_stop_string_over_the_border_ends_a_continued_response(collector
     [sample] = part.samples
     sample.append(ids[:border], source.rollout_log_probs[:border], ["0"] * border)
     sample.finish_reason = FinishReason.ABORT
-    collector = collectors.make(replace(FIRST_OF_FOUR, draw_size=1), sampling, keep=None)
+    collector = collectors.make(replace(FIRST_OF_FOUR, draw_size=1, n_samples=1), sampling, keep=None)
     collector.load_state([json.loads(json.dumps(PendingGroup(part, (seed,)).as_json()))])
     rollout = await collector.collect(seeds(1), "1")
     [continued_sample], [one_piece] = rollout.groups[0].samples, expected.samples
