@@ -73,8 +73,9 @@ class RankActor:
         )
         return address, port
 
-    def start(self, address: str, port: int, threads: int) -> Progress:
-        """Builds the rank, with the others that meet at `address` and `port`, and loads its weights."""
+    def start(self, address: str, port: int, threads: int) -> Progress | None:
+        """Builds the rank, with the others that meet at `address` and `port`, and loads its weights. Rank 0 tells how
+        far the run has come."""
         torch.set_num_threads(threads)
         heartbeat.follow_this_thread()
         from recipe.megatron.layout import Rendezvous
@@ -84,7 +85,8 @@ class RankActor:
         store = self.store or dist.TCPStore(address, port)
         rendezvous = Rendezvous(self.rank, local_rank, self.config.world_size, store)
         self.trainer = TrainerRank(self.config, self.architecture, rendezvous)
-        return self.trainer.load()
+        progress = self.trainer.load()
+        return progress if self.rank == 0 else None
 
     def train_step(self, shards: bytes) -> StepReport:
         """One optimizer step; `shards` holds the microbatches of every data-parallel rank."""
@@ -171,7 +173,8 @@ class TrainerGroup:
 
     def finish_start(self) -> Progress:
         """Waits for `begin_start`. Returns how far the run has come."""
-        return self._results(self._starting)[0]
+        progress: Progress = self._results(self._starting)[0]
+        return progress
 
     def train_step(self, samples: Sequence[TrainSample]) -> StepReport:
         """One optimizer step on `samples`."""
@@ -230,7 +233,7 @@ class TrainerGroup:
         return pickle.dumps([[[samples[i] for i in pack] for pack in rank] for rank in plan])
 
     def _all(self, verb: str, *arguments: Any) -> list[Any]:
-        shared = [ray.put(argument) if isinstance(argument, bytes) else argument for argument in arguments]
+        shared = [ray.put(argument) if isinstance(argument, bytes | Progress) else argument for argument in arguments]
         return self._results([getattr(rank, verb).remote(*shared) for rank in self._ranks])
 
     def _results(self, references: Sequence[ray.ObjectRef]) -> list[Any]:
