@@ -140,6 +140,7 @@ def rollout_metrics(rollout_id: int, rollout: Rollout, engines: ClientCounters) 
         dropped_groups=rollout.sampling.dropped_groups,
         unused_groups=rollout.sampling.unused_groups,
         refills=rollout.sampling.refills,
+        rollout_tokens_per_second=rollout.metrics.tokens_per_second,
         stale_token_share=rollout.metrics.stale_share,
         engine_restarts=engines.restarts,
         request_retries=engines.retries,

@@ -105,8 +105,9 @@ class RolloutConfig(Group):
     """Grading processes."""
     rollout_max_concurrency: PositiveInt = 256
     """Requests in flight at most."""
-    rollout_request_timeout_s: PositiveFloat = 600.0
-    """Longest wait for one request, in seconds."""
+    rollout_request_timeout_s: PositiveFloat | None = None
+    """Longest wait for one response, its queueing in the engine included, in seconds; default: as long as the engine
+    passes its health checks."""
     rollout_max_retries: NonNegativeInt = 3
     """Times a failed request is sent again."""
     rollout_engine_start_timeout_s: PositiveFloat = 600.0

@@ -23,6 +23,8 @@ PauseMode = Literal["abort", "retract", "in_place"]
 MemoryTag = Literal["kv_cache", "weights", "cuda_graph"]
 
 HEALTH_TIMEOUT_S = 5.0
+VERB_TIMEOUT_S = 600.0
+"""Of whatever else than generation an engine is told to do."""
 ABORT_AGAIN_S = 0.5
 """An abort may reach an engine before a request that was sent first."""
 
@@ -33,7 +35,8 @@ class ClientOptions:
 
     max_concurrency: int = 256
     """Generation requests in flight at most."""
-    request_timeout_s: float = 600.0
+    request_timeout_s: float | None = None
+    """Of generation; None: as long as it takes."""
     max_retries: int = 3
     """Times a request is sent again after the engine did not answer it."""
     backoff_s: float = 0.2
@@ -97,10 +100,7 @@ class RolloutClient:
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
-            timeout=aiohttp.ClientTimeout(total=self._options.request_timeout_s),
-        )
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
         return self
 
     async def __aexit__(
@@ -256,7 +256,8 @@ class RolloutClient:
         }
         engine.load += len(todo)
         try:
-            return await engine.answer(self._post(engine, "/generate", body))
+            request = self._request(engine, "POST", "/generate", body, self._options.request_timeout_s)
+            return await engine.answer(request)
         finally:
             engine.load -= len(todo)
 
@@ -272,13 +273,16 @@ class RolloutClient:
         await asyncio.gather(*(self._post(engine, path, body) for engine in self._engines))
 
     async def _get_all(self, path: str) -> list[dict[str, Any]]:
-        return list(await asyncio.gather(*(self._request(engine, "GET", path, None) for engine in self._engines)))
+        requests = (self._request(engine, "GET", path, None, VERB_TIMEOUT_S) for engine in self._engines)
+        return list(await asyncio.gather(*requests))
 
     async def _post(self, engine: Engine, path: str, body: dict[str, Any]) -> Any:
-        return await self._request(engine, "POST", path, body)
+        return await self._request(engine, "POST", path, body, VERB_TIMEOUT_S)
 
-    async def _request(self, engine: Engine, method: str, path: str, body: dict[str, Any] | None) -> Any:
-        return await ask(self._connected(), method, engine.url + path, body)
+    async def _request(
+        self, engine: Engine, method: str, path: str, body: dict[str, Any] | None, timeout_s: float | None
+    ) -> Any:
+        return await ask(self._connected(), method, engine.url + path, body, timeout_s=timeout_s)
 
     def _connected(self) -> aiohttp.ClientSession:
         if self._session is None:

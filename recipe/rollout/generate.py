@@ -79,7 +79,8 @@ class GenerationMetrics:
 
     @property
     def tokens_per_second(self) -> float:
-        return self.response_tokens / self.seconds
+        """Tokens made now; what was made for groups that were not kept is not counted."""
+        return (self.response_tokens - self.stale_tokens) / self.seconds
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,11 +8,19 @@ import aiohttp
 from recipe.rollout.errors import EngineRefused, EngineUnreachable
 
 
-async def ask(session: aiohttp.ClientSession, method: str, address: str, body: dict[str, Any] | None = None) -> Any:
+async def ask(
+    session: aiohttp.ClientSession,
+    method: str,
+    address: str,
+    body: dict[str, Any] | None = None,
+    *,
+    timeout_s: float | None,
+) -> Any:
     """The JSON of an answer; None where SGLang answers without one. Raises EngineRefused if the engine finds the
-    request wrong, EngineUnreachable if it does not answer, or not as one that works."""
+    request wrong, EngineUnreachable if it does not answer in time, or not as one that works."""
+    timeout = aiohttp.ClientTimeout(total=timeout_s)
     try:
-        async with session.request(method, address, json=body) as response:
+        async with session.request(method, address, json=body, timeout=timeout) as response:
             if response.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
                 raise EngineUnreachable(f"{address} answered {response.status}")
             if response.status >= HTTPStatus.BAD_REQUEST:

@@ -21,10 +21,10 @@ class WeightsClient:
 
     def __init__(self, url: str, timeout_s: float) -> None:
         self.url = url
-        self._timeout = aiohttp.ClientTimeout(total=timeout_s)
+        self._timeout_s = timeout_s
 
     async def __aenter__(self) -> Self:
-        self._session = aiohttp.ClientSession(timeout=self._timeout)
+        self._session = aiohttp.ClientSession()
         return self
 
     async def __aexit__(
@@ -92,7 +92,7 @@ class WeightsClient:
         return checksums
 
     async def _post(self, path: str, body: dict[str, Any]) -> Any:
-        return await ask(self._session, "POST", self.url + path, body)
+        return await ask(self._session, "POST", self.url + path, body, timeout_s=self._timeout_s)
 
     async def _post_if_known(self, path: str) -> None:
         try:

@@ -97,6 +97,8 @@ class RolloutMetrics:
     """Groups that were not needed: aborted, or finished too late."""
     refills: int
     """Times that prompts had to be drawn again."""
+    rollout_tokens_per_second: float
+    """Tokens of these samples that the current weights made, a second of the rollout, grading included."""
     stale_token_share: float
     """Share of the response tokens that older weights made (`--partial-rollout`)."""
     engine_restarts: int

@@ -75,3 +75,15 @@ def test_what_sglang_aborts_before_it_reads_the_prompt_has_no_tokens(more: dict)
     result = read_sample({"text": "", "meta_info": meta, **more})
     assert result.finish_reason is FinishReason.ABORT
     assert (result.ids, result.log_probs, result.versions) == ([], [], [])
+
+
+@pytest.mark.parametrize(("told", "kept"), [(0, 0), (2, 2), (3, 3)])
+def test_of_an_aborted_sample_the_tokens_are_kept_whose_log_probs_are_known(told: int, kept: int) -> None:
+    meta: dict[str, object] = {"finish_reason": {"type": "abort", "message": "Abort"}, "weight_version": "4"}
+    if told:
+        meta["output_token_logprobs"] = [[-0.5, token, None] for token in (5, 6, 7)[:told]]
+    result = read_sample({"text": "abc", "output_ids": [5, 6, 7], "meta_info": meta})
+    assert result.ids == [5, 6, 7][:kept]
+    assert result.log_probs == [-0.5] * kept
+    assert result.versions == ["4"] * kept
+    assert result.text == ("abc" if kept == 3 else "")
