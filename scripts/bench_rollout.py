@@ -39,7 +39,7 @@ from recipe.rollout.client import ClientOptions, RolloutClient
 from recipe.rollout.generate import Rollout, SeedStream, generate_rollout
 from recipe.rollout.sample import Sample
 from recipe.rollout.sampling_params import SamplingParams
-from recipe.rollout.servers.launch import SERVE_ON_CPU, Launch, SglangServer, launch_sglang
+from recipe.rollout.servers.launch import SERVE_ON_CPU, SglangServer, launch_sglang
 from recipe.rollout.servers.process import EngineProcess
 
 LIMITS = {"speed": 330.0, "memory": 60.0, "sync": 150.0, "equal": 200.0, "eagle": 330.0}
@@ -154,7 +154,7 @@ class Bench:
             threads=os.cpu_count() or 1,
             context_length=4096 if self.on_gpu else 1024,
         )
-        launch = Launch(launch.arguments, {**launch.environment, **(environment or {})})
+        launch = replace(launch, environment={**launch.environment, **(environment or {})})
         log = self.results / f"{name}.log"
         with EngineProcess(launch, log) as process:
             try:

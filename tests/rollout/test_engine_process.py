@@ -131,13 +131,16 @@ def test_a_server_dies_with_its_parent(tmp_path: Path) -> None:
     os.kill(_child_in(tmp_path / "log"), signal.SIGKILL)
 
 
-def test_the_engine_listens_on_the_loopback_only(embedded: EngineUnderTest) -> None:
+def test_the_engine_listens_on_the_loopback_only(engine: EngineUnderTest) -> None:
+    server = psutil.Process(engine.process.pid)
     listening = [
-        connection.laddr.ip
-        for connection in psutil.Process(embedded.process.pid).net_connections()
+        connection.laddr
+        for process in (server, *server.children(recursive=True))
+        for connection in process.net_connections()
         if connection.status == psutil.CONN_LISTEN
     ]
-    assert listening == ["127.0.0.1"]
+    assert {ip for ip, _ in listening} == {"127.0.0.1"}
+    assert engine.process.port in {port for _, port in listening}
 
 
 def test_a_reserved_port_is_only_for_a_server_that_was_told_of_it() -> None:
@@ -184,7 +187,7 @@ def test_sglangs_command_line_has_the_users_arguments_last(checkpoint: Path, on_
     assert ("--enable-memory-saver" in words) == on_gpus
     assert ("cpu" in words) != on_gpus
     # Else SGLang's own limit, 20 s, would rule.
-    limit = {"SGLANG_HEALTH_CHECK_TIMEOUT": "46"}
+    limit = {"SGLANG_HEALTH_CHECK_TIMEOUT": "46", "GLOO_SOCKET_IFNAME": "lo"}
     assert started.environment == (limit if on_gpus else limit | {"OMP_NUM_THREADS": "3"})
 
 

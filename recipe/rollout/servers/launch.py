@@ -14,6 +14,9 @@ from recipe.errors import UserError
 SERVE_ON_CPU = Path(__file__).parent / "sglang_cpu" / "serve.py"
 """Starts SGLang where there is no GPU; it is run by path, in SGLang's own environment."""
 
+RENDEZVOUS = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
+"""Where SGLang's processes meet; by default at a port that is open on every address, whatever its --host says."""
+
 CPU_RUNNING_REQUESTS = 128
 """Sequences that SGLang generates at once on a CPU."""
 CPU_CACHE_TOKENS = 1 << 18
@@ -26,6 +29,8 @@ class Launch:
 
     arguments: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
+    rendezvous: str | None = None
+    """The variable that names, as a URL, a file in which the server's own processes meet."""
 
 
 def launch_embedded(
@@ -100,10 +105,15 @@ def launch_sglang(
         *("--tp-size", str(server.tp_size)),
     ]
     python = str(server.python)
-    environment = {"SGLANG_HEALTH_CHECK_TIMEOUT": str(math.ceil(server.health_timeout_s))}
+    # An engine's processes are on one machine: they need no door to others.
+    environment = {
+        "SGLANG_HEALTH_CHECK_TIMEOUT": str(math.ceil(server.health_timeout_s)),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
     if server.on_gpus:
         saver = ["--enable-memory-saver"] if server.releases_memory else []
-        return Launch((python, "-m", "sglang.launch_server", *arguments, *saver, *server.arguments), environment)
+        words = (python, "-m", "sglang.launch_server", *arguments, *saver, *server.arguments)
+        return Launch(words, environment, RENDEZVOUS)
     tokens = min(CPU_RUNNING_REQUESTS * context_length, CPU_CACHE_TOKENS)
     arguments += [
         *("--device", "cpu"),
@@ -115,7 +125,7 @@ def launch_sglang(
         "--disable-cuda-graph",
     ]
     environment["OMP_NUM_THREADS"] = str(threads)
-    return Launch((python, str(SERVE_ON_CPU), *arguments, *server.arguments), environment)
+    return Launch((python, str(SERVE_ON_CPU), *arguments, *server.arguments), environment, RENDEZVOUS)
 
 
 def sglang_python(named: Path | None) -> Path:

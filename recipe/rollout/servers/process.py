@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -41,6 +42,10 @@ class EngineProcess:
         self.url = f"http://{host}:{self.port}"
         self._host = host
         self._log = log
+        self._scratch = tempfile.TemporaryDirectory(prefix="engine-")
+        environment = without_secrets(os.environ) | dict(launch.environment)
+        if launch.rendezvous is not None:
+            environment[launch.rendezvous] = f"file://{self._scratch.name}/rendezvous"
         parent = os.getpid()
         with log.open("ab") as output:
             self._process = subprocess.Popen(
@@ -48,7 +53,7 @@ class EngineProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=without_secrets(os.environ) | dict(launch.environment),
+                env=environment,
                 start_new_session=True,
                 preexec_fn=lambda: _die_with(parent),
             )
@@ -99,6 +104,7 @@ class EngineProcess:
         self._signal(signal.SIGKILL)
         self._process.wait()
         self._reservation.close()
+        self._scratch.cleanup()
 
     def generates(self, timeout_s: float) -> bool:
         """Whether the server generates a token. It is asked twice, so that one lost answer ends no engine."""
