@@ -142,6 +142,8 @@ def rollout_metrics(rollout_id: int, rollout: Rollout, engines: ClientCounters) 
         refills=rollout.sampling.refills,
         rollout_tokens_per_second=rollout.metrics.tokens_per_second,
         stale_token_share=rollout.metrics.stale_share,
+        draft_accept_length=rollout.metrics.accept_length,
+        draft_accept_rates=rollout.metrics.accept_rates,
         engine_restarts=engines.restarts,
         request_retries=engines.retries,
         retried_tokens=engines.retried_tokens,

@@ -166,6 +166,9 @@ class SglangConfig(Group):
 
     rollout_num_gpus_per_engine: PositiveInt = 1
     """GPUs of one server."""
+    speculative_max_batch: PositiveInt | None = None
+    """Sequences at once up to which an engine speculates; beyond, where drafts cost more than they bring, it does not.
+    Default: it always does. Measure it with scripts/bench_rollout.py."""
     args: Mapping[str, SglangValue] = {}
     """SGLang's own arguments, by name without the prefix: mem_fraction_static = 0.7."""
 

@@ -174,6 +174,24 @@ def speculation_has_a_draft(config: Config, architecture: Architecture) -> Itera
         )
 
 
+def speculation_can_be_limited(config: Config, _: Architecture) -> Iterator[str]:
+    """SGLang changes the number of draft tokens by batch size for EAGLE with one chain, without DP attention."""
+    args = config.sglang.args
+    if config.sglang.speculative_max_batch is None:
+        return
+    if args.get("speculative_algorithm") not in ("EAGLE", "NEXTN"):
+        yield "--speculative-max-batch limits --sglang-speculative-algorithm EAGLE, which is not given"
+    if args.get("speculative_eagle_topk", 1) != 1:
+        yield "--speculative-max-batch needs --sglang-speculative-eagle-topk 1: SGLang turns only chains of drafts off"
+    if EngineLayout.of(config).dp_attention:
+        yield (
+            "--speculative-max-batch and --sglang-enable-dp-attention do not go together: the engine's DP ranks would "
+            "decide differently; leave one of the two out"
+        )
+    if "speculative_adaptive" in args or "speculative_adaptive_config" in args:
+        yield "--speculative-max-batch says what --sglang-speculative-adaptive-config says; leave one of the two out"
+
+
 def sglang_accepts_them(config: Config, _: Architecture) -> Iterator[str]:
     """Names and values pass SGLang's own parser, where SGLang is installed."""
     words, python = config.sglang.command_line(), find_sglang_python(config.rollout.rollout_engine_python)
@@ -232,6 +250,7 @@ RULES = (
     attention_heads_divide,
     experts_divide,
     speculation_has_a_draft,
+    speculation_can_be_limited,
     checksums_are_comparable,
     transfer_fits_the_engines,
     sglang_accepts_them,

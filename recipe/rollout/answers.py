@@ -1,6 +1,6 @@
 """Reads SGLang's answer to /generate."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ class SampleAnswer:
     matched: int | str | None
     """The end token or stop string that was found."""
     text: str
+    accepted_drafts: Sequence[int] = ()
+    """Steps by the number of draft tokens that were accepted, from 0; empty where nothing was drafted."""
 
 
 def read_samples(answer: object, count: int) -> list[SampleAnswer]:
@@ -45,7 +47,8 @@ def read_sample(answer: Mapping[str, Any]) -> SampleAnswer:
         raise EngineAnswerError(f"the engine's answer is not SGLang's: {error!r}") from error
     if len(log_probs) != len(ids):
         raise EngineAnswerError(f"the engine answered {len(ids)} tokens with {len(log_probs)} log-probs")
-    return SampleAnswer(ids, log_probs, versions, finish_reason, matched, answer.get("text", ""))
+    drafts = meta.get("spec_correct_drafts_histogram") or ()
+    return SampleAnswer(ids, log_probs, versions, finish_reason, matched, answer.get("text", ""), drafts)
 
 
 def _aborted(answer: Mapping[str, Any]) -> SampleAnswer:
@@ -57,7 +60,8 @@ def _aborted(answer: Mapping[str, Any]) -> SampleAnswer:
     text = answer.get("text", "") if len(log_probs) == len(ids) else ""
     known = min(len(ids), len(log_probs))
     versions = _token_versions(meta, known) if known else []
-    return SampleAnswer(ids[:known], log_probs[:known], versions, FinishReason.ABORT, None, text)
+    drafts = meta.get("spec_correct_drafts_histogram") or ()
+    return SampleAnswer(ids[:known], log_probs[:known], versions, FinishReason.ABORT, None, text, drafts)
 
 
 def _token_versions(meta: Mapping[str, Any], count: int) -> list[str]:

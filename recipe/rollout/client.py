@@ -192,6 +192,7 @@ class RolloutClient:
                 sample.append(result.ids, result.log_probs, result.versions)
                 sample.finish_reason, sample.matched = result.finish_reason, result.matched
                 sample.response += result.text
+                sample.count_drafts(result.accepted_drafts)
                 sample.engine = engine.number
                 self._retried_tokens += len(result.ids) if attempt else 0
             return

@@ -36,6 +36,15 @@ from recipe.errors import UserError
             ["--recipe", "glm4.7-flash-8gpu-eagle", "--sglang-speculative-num-draft-tokens", "4"],
             "a chain has 3 tokens (steps + 1)",
         ),
+        (["--speculative-max-batch", "16"], "limits --sglang-speculative-algorithm EAGLE, which is not given"),
+        (
+            ["--recipe", "glm4.7-flash-8gpu-eagle", "--speculative-max-batch", "16"],
+            "--speculative-max-batch and --sglang-enable-dp-attention do not go together",
+        ),
+        (
+            ["--speculative-max-batch", "16", "--sglang-speculative-eagle-topk", "2"],
+            "needs --sglang-speculative-eagle-topk 1",
+        ),
     ],
 )
 def test_engines_sglang_would_refuse(refusal: Refusal, flags: list[str], sentence: str) -> None:

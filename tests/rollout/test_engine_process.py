@@ -187,8 +187,29 @@ def test_sglangs_command_line_has_the_users_arguments_last(checkpoint: Path, on_
     assert ("--enable-memory-saver" in words) == on_gpus
     assert ("cpu" in words) != on_gpus
     # Else SGLang's own limit, 20 s, would rule.
-    limit = {"SGLANG_HEALTH_CHECK_TIMEOUT": "46", "GLOO_SOCKET_IFNAME": "lo"}
-    assert started.environment == (limit if on_gpus else limit | {"OMP_NUM_THREADS": "3"})
+    assert started.environment["SGLANG_HEALTH_CHECK_TIMEOUT"] == "46"
+    assert started.environment.get("OMP_NUM_THREADS") == (None if on_gpus else "3")
+
+
+def test_an_engine_speculates_up_to_a_number_of_sequences(checkpoint: Path, tmp_path: Path) -> None:
+    """By a file of SGLang's form, which lies in the server's own folder and goes with it."""
+    flags = ["--rollout-engine", "sglang", "--rollout-engine-python", sys.executable, "--colocate"]
+    config = resolve(["--recipe", "tiny", "--hf-checkpoint", str(checkpoint), *flags]).config
+    args = {"speculative_algorithm": "EAGLE", "speculative_num_steps": 2}
+    for limit, expected in ((None, {}), (32, {"1": {"candidate_steps": [2]}, "33": {"candidate_steps": [0]}})):
+        sglang = SglangConfig(args=args, speculative_max_batch=limit)
+        server = SglangServer.of(config.model_copy(update={"sglang": sglang}), on_gpus=True)
+        assert server.speculation == expected
+        assert not server.keeps_draft  # the tiny recipe trains the MTP layer
+    started = launch_sglang(Path("/model"), server, weight_version="7", threads=1, context_length=64)
+    assert "--speculative-adaptive" in started.arguments
+    path = started.arguments[started.arguments.index("--speculative-adaptive-config") + 1]
+    program = "import os, sys; print(os.environ['FOLDER']); sys.exit(open(sys.argv[1]).read())"
+    environment = {"FOLDER": launch.SCRATCH}
+    process = EngineProcess(Launch((sys.executable, "-c", program, path), environment, started.files), tmp_path / "log")
+    with pytest.raises(UserError, match=r'says: {"1": {"candidate_steps": \[2\]}, "33": {"candidate_steps": \[0\]}}'):
+        process.wait_healthy(30)
+    assert not Path((tmp_path / "log").read_text().split()[0]).exists()
 
 
 def test_without_sglang_the_user_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

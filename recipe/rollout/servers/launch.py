@@ -1,21 +1,26 @@
 """How the two kinds of server are started."""
 
+import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-from recipe.config import Config
+from recipe.config import Config, SglangConfig
 from recipe.config.sglang_rules import EngineLayout, find_sglang_python
 from recipe.errors import UserError
 
 SERVE_ON_CPU = Path(__file__).parent / "sglang_cpu" / "serve.py"
 """Starts SGLang where there is no GPU; it is run by path, in SGLang's own environment."""
 
+SCRATCH = "{scratch}"
 RENDEZVOUS = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
 """Where SGLang's processes meet; by default at a port that is open on every address, whatever its --host says."""
+
+DEFAULT_DRAFT_STEPS = 3
+"""SGLang's --speculative-num-steps for this architecture."""
 
 CPU_RUNNING_REQUESTS = 128
 """Sequences that SGLang generates at once on a CPU."""
@@ -29,8 +34,9 @@ class Launch:
 
     arguments: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
-    rendezvous: str | None = None
-    """The variable that names, as a URL, a file in which the server's own processes meet."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """What lies in the server's own folder when it starts, by name. SCRATCH in its arguments and environment stands for
+    this folder."""
 
 
 def launch_embedded(
@@ -69,6 +75,13 @@ class SglangServer:
     tp_size: int = 1
     releases_memory: bool = False
     """Whether its GPUs are a trainer's too."""
+    keeps_draft: bool = False
+    """Whether it drafts with weights that no trainer sends, and that must outlive a release of its memory."""
+    names_tensors: bool = False
+    """Whether its tensors are to be those that `weights_checksum` knows."""
+    speculation: Mapping[str, Mapping[str, Sequence[int]]] = field(default_factory=dict)
+    """SGLang's `speculative_adaptive_config`, by the least batch size that each part is for; empty: it always
+    speculates as its arguments say."""
     health_timeout_s: float = 20.0
     """After so long without a token /health_generate tells that it does not generate."""
 
@@ -82,8 +95,20 @@ class SglangServer:
             dtype="bfloat16" if config.model.bf16 else "float32",
             tp_size=EngineLayout.of(config).tp,
             releases_memory=config.cluster.colocate,
+            keeps_draft="speculative_algorithm" in config.sglang.args and not config.mtp.mtp_num_layers,
+            names_tensors=config.rollout.check_weight_update_equal,
+            speculation=_speculation(config.sglang),
             health_timeout_s=config.rollout.rollout_health_check_timeout,
         )
+
+
+def _speculation(sglang: SglangConfig) -> Mapping[str, Mapping[str, Sequence[int]]]:
+    """As many draft tokens as ever up to `--speculative-max-batch` sequences at once, and none beyond."""
+    if sglang.speculative_max_batch is None:
+        return {}
+    steps = sglang.args.get("speculative_num_steps", DEFAULT_DRAFT_STEPS)
+    assert isinstance(steps, int)
+    return {"1": {"candidate_steps": [steps]}, str(sglang.speculative_max_batch + 1): {"candidate_steps": [0]}}
 
 
 def launch_sglang(
@@ -109,11 +134,12 @@ def launch_sglang(
     environment = {
         "SGLANG_HEALTH_CHECK_TIMEOUT": str(math.ceil(server.health_timeout_s)),
         "GLOO_SOCKET_IFNAME": "lo",
+        RENDEZVOUS: f"file://{SCRATCH}/rendezvous",
     }
     if server.on_gpus:
-        saver = ["--enable-memory-saver"] if server.releases_memory else []
-        words = (python, "-m", "sglang.launch_server", *arguments, *saver, *server.arguments)
-        return Launch(words, environment, RENDEZVOUS)
+        files = {"speculation.json": json.dumps(server.speculation)} if server.speculation else {}
+        words = (python, "-m", "sglang.launch_server", *arguments, *_on_gpus(server), *server.arguments)
+        return Launch(words, environment, files)
     tokens = min(CPU_RUNNING_REQUESTS * context_length, CPU_CACHE_TOKENS)
     arguments += [
         *("--device", "cpu"),
@@ -125,7 +151,20 @@ def launch_sglang(
         "--disable-cuda-graph",
     ]
     environment["OMP_NUM_THREADS"] = str(threads)
-    return Launch((python, str(SERVE_ON_CPU), *arguments, *server.arguments), environment, RENDEZVOUS)
+    return Launch((python, str(SERVE_ON_CPU), *arguments, *server.arguments), environment)
+
+
+def _on_gpus(server: SglangServer) -> list[str]:
+    arguments = []
+    if server.releases_memory:
+        arguments.append("--enable-memory-saver")
+        if server.keeps_draft:
+            arguments.append("--enable-draft-weights-cpu-backup")
+    if server.names_tensors:
+        arguments.append("--disable-shared-experts-fusion")
+    if server.speculation:
+        arguments += ["--speculative-adaptive", "--speculative-adaptive-config", f"{SCRATCH}/speculation.json"]
+    return arguments
 
 
 def sglang_python(named: Path | None) -> Path:

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from recipe.errors import UserError
-from recipe.rollout.servers.launch import Launch
+from recipe.rollout.servers.launch import SCRATCH, Launch
 
 LOCAL = "127.0.0.1"
 POLL_S = 0.1
@@ -43,20 +43,24 @@ class EngineProcess:
         self._host = host
         self._log = log
         self._scratch = tempfile.TemporaryDirectory(prefix="engine-")
-        environment = without_secrets(os.environ) | dict(launch.environment)
-        if launch.rendezvous is not None:
-            environment[launch.rendezvous] = f"file://{self._scratch.name}/rendezvous"
+        for name, content in launch.files.items():
+            Path(self._scratch.name, name).write_text(content)
+        arguments = [self._filled_in(word) for word in launch.arguments]
+        environment = {name: self._filled_in(value) for name, value in launch.environment.items()}
         parent = os.getpid()
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                [*launch.arguments, "--host", host, "--port", str(self.port)],
+                [*arguments, "--host", host, "--port", str(self.port)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env=without_secrets(os.environ) | environment,
                 start_new_session=True,
                 preexec_fn=lambda: _die_with(parent),
             )
+
+    def _filled_in(self, word: str) -> str:
+        return word.replace(SCRATCH, self._scratch.name)
 
     def __enter__(self) -> Self:
         return self
