@@ -2,7 +2,7 @@
 
 # The interpreter to build the virtual environment with; empty: the first of python3.11, python3.12, python3 that suits.
 PYTHON ?=
-# Where train-tiny generates: embedded (in the trainer's own environment) or sglang.
+# Where train-tiny generates: embedded (in the trainer's own environment) or sglang (in .venv-sglang).
 ENGINE := embedded
 # The name of train-tiny's run directory, runs/NAME.
 NAME := tiny
@@ -20,7 +20,7 @@ export PYTHON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install train-tiny eval test lint lock bench-tiny clean
+.PHONY: help install install-sglang train-tiny eval test lint lock bench-tiny clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,7 +35,10 @@ if [ -e runs/$(NAME) ]; then \
 fi
 endef
 
-train-tiny: install $(TINY)/torch_dist.done ## the whole pipeline on a tiny model: warm-up, conversion, GRPO, evaluation, plots
+install-sglang: ## create .venv-sglang with SGLang for a machine without a GPU
+	@scripts/install.sh .venv-sglang sglang-cpu
+
+train-tiny: install $(if $(filter sglang,$(ENGINE)),install-sglang) $(TINY)/torch_dist.done ## the whole pipeline on a tiny model: warm-up, conversion, GRPO, evaluation, plots
 	@$(if $(findstring --load,$(ARGS)),,$(KEEP_EARLIER_RUN))
 	$(RUN) recipe.train --recipe tiny --name $(NAME) --ref-load $(TINY)/torch_dist --rollout-engine $(ENGINE) $(ARGS)
 
@@ -53,11 +56,12 @@ lint: install ## ruff and mypy
 	$(BIN)/mypy
 
 UV_LOCK := $(BIN)/uv pip compile --quiet --no-config --universal --fork-strategy fewest --python-version 3.11 \
-	--generate-hashes --no-emit-index-url --no-header --no-emit-package torch --excludes requirements/excludes.txt $(ARGS)
+	--generate-hashes --no-emit-index-url --no-header --no-emit-package torch $(ARGS)
 
 lock: install ## resolve requirements/*.in into requirements/*.lock (pinned versions stay; ARGS=--upgrade renews them)
-	$(UV_LOCK) --output-file requirements/cpu.lock requirements/cpu.in requirements/dev.in >/dev/null
-	$(UV_LOCK) --output-file requirements/bench-trl.lock requirements/bench-trl.in >/dev/null
+	$(UV_LOCK) --excludes requirements/excludes.txt -o requirements/cpu.lock requirements/cpu.in requirements/dev.in >/dev/null
+	$(UV_LOCK) --excludes requirements/excludes.txt -o requirements/bench-trl.lock requirements/bench-trl.in >/dev/null
+	$(UV_LOCK) --excludes requirements/excludes-sglang-cpu.txt -o requirements/sglang-cpu.lock requirements/sglang-cpu.in >/dev/null
 
 bench-tiny: install $(TINY)/torch_dist.done ## compare with TRL's GRPOTrainer on the tiny model (samples/s, time to held-out reward 0.9)
 	$(BIN)/python scripts/bench_tiny.py $(ARGS)

@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import importlib.util
 import json
 import os
 import shlex
@@ -14,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from recipe.config import SglangConfig
+import torch
+
+from recipe.config.sglang_rules import find_sglang_python
 from recipe.errors import UserError
 from recipe.rollout.client import RolloutClient
-from recipe.rollout.servers.launch import Launch, launch_embedded, launch_sglang
+from recipe.rollout.servers.launch import Launch, SglangServer, launch_embedded, launch_sglang, sglang_python
 from recipe.rollout.servers.process import EngineProcess
 
 EngineKind = Literal["auto", "sglang", "embedded"]
@@ -112,25 +113,27 @@ def export_checkpoint(checkpoint: Path, origin: Path, target: Path) -> None:
 
 
 def engine_launch(kind: EngineKind, model: Path, arguments: str, context_length: int, seed: int) -> Launch:
-    """How the engine is started; auto: SGLang where it is installed."""
+    """How the engine is started; auto: SGLang where it is installed. Raises UserError if the one asked for is not."""
     if kind == "auto":
-        kind = "sglang" if importlib.util.find_spec("sglang") else "embedded"
+        kind = "embedded" if find_sglang_python(None) is None else "sglang"
+    threads, seed = len(os.sched_getaffinity(0)), seed % 2**31
     if kind == "sglang":
-        launch = launch_sglang(
+        server = SglangServer(sglang_python(None), torch.cuda.is_available(), tuple(shlex.split(arguments)))
+        return launch_sglang(
             model,
-            SglangConfig(),
+            server,
             weight_version=INITIAL_VERSION,
+            threads=threads,
             context_length=context_length,
-            random_seed=seed % 2**31,
+            random_seed=seed,
         )
-    else:
-        launch = launch_embedded(
-            model,
-            weight_version=INITIAL_VERSION,
-            threads=len(os.sched_getaffinity(0)),
-            context_length=context_length,
-            random_seed=seed % 2**31,
-        )
+    launch = launch_embedded(
+        model,
+        weight_version=INITIAL_VERSION,
+        threads=threads,
+        context_length=context_length,
+        random_seed=seed,
+    )
     return Launch((*launch.arguments, *shlex.split(arguments)), launch.environment)
 
 

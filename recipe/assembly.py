@@ -260,7 +260,7 @@ class Engines:
     def update_weights(self, trainer: TrainerGroup, version: int) -> None:
         """Replaces engines that do not answer any more, and sends the policy to all."""
         self.client.move(self._group.replace_dead())
-        self._group.update_weights(trainer, version)
+        self.client.move(self._group.update_weights(trainer, version))
 
     def new_counts(self) -> ClientCounters:
         """What went wrong with engines and was mended since the last call."""
@@ -295,7 +295,8 @@ async def open_run(resolved: Resolved) -> AsyncIterator[Run]:
             judge = None
             if isinstance(data.reward, RewardRule):
                 judge = stack.enter_context(Judge(timeout_s=timeout_s, num_workers=num_workers))
-            client = RolloutClient(urls, ClientOptions.of(config.rollout), recover=group.recover)
+            options = ClientOptions.of(config.rollout, resolved.architecture.vocab_size)
+            client = RolloutClient(urls, options, recover=group.recover)
             engines = Engines(group, await stack.enter_async_context(client), grader, judge, data, config.rollout)
         display = stack.enter_context(open_progress(config.rollout.num_rollout, progress.rollouts))
         yield Run(resolved, data, trainer, engines, directory, display, progress)

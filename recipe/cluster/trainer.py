@@ -3,6 +3,7 @@
 import logging
 import os
 import pickle
+import shutil
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
@@ -27,6 +28,7 @@ from recipe.weights.cost import sequence_cost
 
 if TYPE_CHECKING:
     from recipe.megatron.rank import TrainerRank
+    from recipe.rollout.weights_sync import Delivery
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +73,9 @@ class RankActor:
         )
         return address, port
 
-    def start(self, address: str, port: int, threads: int) -> Progress:
-        """Builds the rank, with the others that meet at `address` and `port`, and loads its weights."""
+    def start(self, address: str, port: int, threads: int) -> Progress | None:
+        """Builds the rank, with the others that meet at `address` and `port`, and loads its weights. Rank 0 tells how
+        far the run has come."""
         torch.set_num_threads(threads)
         heartbeat.follow_this_thread()
         from recipe.megatron.layout import Rendezvous
@@ -82,7 +85,8 @@ class RankActor:
         store = self.store or dist.TCPStore(address, port)
         rendezvous = Rendezvous(self.rank, local_rank, self.config.world_size, store)
         self.trainer = TrainerRank(self.config, self.architecture, rendezvous)
-        return self.trainer.load()
+        progress = self.trainer.load()
+        return progress if self.rank == 0 else None
 
     def train_step(self, shards: bytes) -> StepReport:
         """One optimizer step; `shards` holds the microbatches of every data-parallel rank."""
@@ -93,16 +97,25 @@ class RankActor:
         own = self.trainer.own_shard(pickle.loads(shards))
         return self.trainer.reference_log_probs(own) if of_reference else self.trainer.log_probs(own)
 
-    def update_weights(self, urls: Sequence[str], version: str) -> None:
-        """Sends the policy to the engines; a collective, in which rank 0 speaks."""
-        from recipe.cluster.weight_sync import send_weights
+    def update_weights(self, urls: Sequence[str], version: str) -> "Delivery | None":
+        """Sends the policy to the engines; a collective, in which rank 0 speaks, and tells what became of it."""
+        from recipe.rollout.weights_sync import WeightSync
 
+        sync = WeightSync.of(self.config, self.architecture, ray.util.get_node_ip_address())
+        if sync.transfer == "disk":
+            folder = self.config.run_dir.resolve() / "weights-on-their-way"
+            self.trainer.export_hugging_face(folder)
+            if self.rank:
+                return None
+            delivery = sync.load_from_disk(folder, urls, version)
+            shutil.rmtree(folder)
+            return delivery
         weights = self.trainer.weights()
         if self.rank == 0:
-            send_weights(weights, urls, version)
-        else:
-            for _ in weights:
-                pass
+            return sync.send(weights, urls, version)
+        for _ in weights:
+            pass
+        return None
 
     def save(self, directory: Path, progress: Progress) -> None:
         """Writes a checkpoint or, with `--async-save`, begins to."""
@@ -160,7 +173,8 @@ class TrainerGroup:
 
     def finish_start(self) -> Progress:
         """Waits for `begin_start`. Returns how far the run has come."""
-        return self._results(self._starting)[0]
+        progress: Progress = self._results(self._starting)[0]
+        return progress
 
     def train_step(self, samples: Sequence[TrainSample]) -> StepReport:
         """One optimizer step on `samples`."""
@@ -173,9 +187,10 @@ class TrainerGroup:
             found |= part
         return found
 
-    def update_weights(self, urls: Sequence[str], version: str) -> None:
-        """Sends the policy to the engines at `urls`, as `version`."""
-        self._all("update_weights", list(urls), version)
+    def update_weights(self, urls: Sequence[str], version: str) -> "Delivery":
+        """Sends the policy to the engines at `urls`, as `version`. Returns what became of it."""
+        delivery: Delivery = self._all("update_weights", list(urls), version)[0]
+        return delivery
 
     def save(self, directory: Path, progress: Progress) -> None:
         """Writes a checkpoint or, with `--async-save`, begins to. Raises UserError if it, or the one before it, cannot
@@ -218,7 +233,7 @@ class TrainerGroup:
         return pickle.dumps([[[samples[i] for i in pack] for pack in rank] for rank in plan])
 
     def _all(self, verb: str, *arguments: Any) -> list[Any]:
-        shared = [ray.put(argument) if isinstance(argument, bytes) else argument for argument in arguments]
+        shared = [ray.put(argument) if isinstance(argument, bytes | Progress) else argument for argument in arguments]
         return self._results([getattr(rank, verb).remote(*shared) for rank in self._ranks])
 
     def _results(self, references: Sequence[ray.ObjectRef]) -> list[Any]:

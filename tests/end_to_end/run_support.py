@@ -45,10 +45,14 @@ def striking_reward(prompt: str, response: str, label: str) -> float:
     """`digits_reward`, which stops one engine and kills another when it has been called so often that a rollout is
     under way."""
     if next(calls) == int(os.environ["STRIKE_AT_CALL"]):
-        first, second = engines(psutil.Process())
-        first.send_signal(signal.SIGSTOP)
-        second.send_signal(signal.SIGKILL)
+        strike(*engines(psutil.Process()))
     return digits_reward(prompt, response, label)
+
+
+def strike(first: psutil.Process, second: psutil.Process) -> None:
+    """Stops one engine and kills another."""
+    first.send_signal(signal.SIGSTOP)
+    second.send_signal(signal.SIGKILL)
 
 
 def engines(run: psutil.Process) -> list[psutil.Process]:

@@ -50,6 +50,26 @@ def test_one_engine_stopped_and_one_killed_in_mid_rollout_change_nothing(
     assert steps[3]["seconds_rollout"] < BOUND_S
 
 
+def test_one_engine_stopped_and_one_killed_while_weights_are_sent_change_nothing(
+    inputs: TinyInputs, uninterrupted: Path, tmp_path: Path
+) -> None:
+    more = "--num-rollout 3 --update-weight-timeout 2 --update-weight-transfer distributed"
+    command = arguments(inputs, tmp_path, "struck", *more.split())
+    command[command.index("recipe.train")] = "struck_update"
+    with leaves_no_process(str(tmp_path)):
+        status, output = finish(start(command))
+    assert status == 0, output
+    assert "failed while it was sent weights" in output
+    lines, expected = metrics(tmp_path / "struck"), metrics(uninterrupted)[:4]
+    assert [line.get("engine_restarts", 0) for line in lines] == [0, 0, 2, 0]
+    engine_counts(lines)
+    engine_counts(expected)
+    assert lines == expected
+    assert samples(tmp_path / "struck") == samples(uninterrupted)[: 3 * 16]
+    steps = [json.loads(line) for line in (tmp_path / "struck" / "metrics.jsonl").read_text().splitlines()]
+    assert steps[2]["seconds_update_weights"] < BOUND_S
+
+
 def test_dropped_groups_are_replaced_and_a_resumed_run_repeats_them(inputs: TinyInputs, tmp_path: Path) -> None:
     command = arguments(inputs, tmp_path, "filtered", "--skip-eval-before-train", "--save-interval", "1")
     more = (

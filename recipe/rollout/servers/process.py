@@ -3,9 +3,11 @@
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -15,7 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from recipe.errors import UserError
-from recipe.rollout.servers.launch import Launch
+from recipe.rollout.servers.launch import SCRATCH, Launch
 
 LOCAL = "127.0.0.1"
 POLL_S = 0.1
@@ -25,6 +27,8 @@ GRACE_S = 5.0
 
 _PR_SET_PDEATHSIG = 1
 _SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIALS")
+_HIT = "hit an exception"
+_EXCEPTION = re.compile(r"[\w.]*(Error|Exception): ")
 _libc = ctypes.CDLL(None)
 
 
@@ -38,17 +42,25 @@ class EngineProcess:
         self.url = f"http://{host}:{self.port}"
         self._host = host
         self._log = log
+        self._scratch = tempfile.TemporaryDirectory(prefix="engine-")
+        for name, content in launch.files.items():
+            Path(self._scratch.name, name).write_text(content)
+        arguments = [self._filled_in(word) for word in launch.arguments]
+        environment = {name: self._filled_in(value) for name, value in launch.environment.items()}
         parent = os.getpid()
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                [*launch.arguments, "--host", host, "--port", str(self.port)],
+                [*arguments, "--host", host, "--port", str(self.port)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=without_secrets(os.environ) | dict(launch.environment),
+                env=without_secrets(os.environ) | environment,
                 start_new_session=True,
                 preexec_fn=lambda: _die_with(parent),
             )
+
+    def _filled_in(self, word: str) -> str:
+        return word.replace(SCRATCH, self._scratch.name)
 
     def __enter__(self) -> Self:
         return self
@@ -79,7 +91,9 @@ class EngineProcess:
                     if ended
                     else f"never became healthy in {timeout_s:g} s"
                 )
-                raise UserError(f"the engine at {self.url} {what}; its log {self._log} ends: {self._last_line()}")
+                raise UserError(
+                    f"the engine at {self.url} {what}; its log {self._log} says: {_telling_line(self._log)}"
+                )
             time.sleep(POLL_S)
 
     def stop(self) -> None:
@@ -94,10 +108,11 @@ class EngineProcess:
         self._signal(signal.SIGKILL)
         self._process.wait()
         self._reservation.close()
+        self._scratch.cleanup()
 
-    def answers(self, timeout_s: float) -> bool:
-        """Whether the server answers anything at all, which it does even while its memory is released."""
-        return self.alive and self._gets("/model_info", timeout_s)
+    def generates(self, timeout_s: float) -> bool:
+        """Whether the server generates a token. It is asked twice, so that one lost answer ends no engine."""
+        return any(self.alive and self._gets("/health_generate", timeout_s) for _ in range(2))
 
     def _signal(self, number: signal.Signals) -> bool:
         """Whether there was anybody in the group."""
@@ -117,10 +132,6 @@ class EngineProcess:
         finally:
             connection.close()
 
-    def _last_line(self) -> str:
-        lines = self._log.read_text(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "(empty)")
-
 
 def reserve_port(host: str = LOCAL) -> socket.socket:
     """A socket bound to a free port. While it is open the kernel gives the port to nobody who asks for just any, but a
@@ -129,6 +140,16 @@ def reserve_port(host: str = LOCAL) -> socket.socket:
     reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     reservation.bind((host, 0))
     return reservation
+
+
+def _telling_line(log: Path) -> str:
+    """What ended a server: its last line; if that is an exception, the first one told after a process of SGLang's said
+    that it hit one, for the others only follow from it."""
+    text = log.read_text(errors="replace")
+    lines = [line.strip() for line in text.rpartition(_HIT)[2].splitlines() if line.strip()] or ["(empty)"]
+    if not _EXCEPTION.match(lines[-1]) and _HIT not in text:
+        return lines[-1]
+    return next((line for line in lines if _EXCEPTION.match(line)), lines[-1])
 
 
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
