@@ -12,7 +12,6 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from itertools import islice
 
 from evaluation.grading import Judge, Response
@@ -50,7 +49,7 @@ def grade_lines(lines: Iterable[str], judge: Judge) -> Iterator[str]:
     responses = (read_response(line, number) for number, line in enumerate(lines, 1) if line.strip())
     while batch := list(islice(responses, BATCH)):
         for judgement in judge.judge(batch):
-            yield json.dumps(asdict(judgement))
+            yield json.dumps({"verdict": judgement.verdict, "answer": judgement.answer, "reason": judgement.reason})
 
 
 def main() -> None:

@@ -57,6 +57,8 @@ class Judgement:
     """The content of the box that counts; None if there is none."""
     reason: str
     """Why the verdict is what it is, as half a sentence."""
+    value: str | None = None
+    """The answer in the form that all its spellings share (`recipe.rewards.Grade.value`): what it votes for."""
 
 
 def answer_after_thinking(text: str) -> Extraction:
@@ -123,13 +125,13 @@ def _judgement(grade: Grade, response: Response) -> Judgement:
         case GradeStatus.GRADED:
             assert grade.answer is not None
             verdict = Verdict.CORRECT if grade.reward == _CORRECT else Verdict.WRONG
-            return Judgement(verdict, grade.answer, _comparison(grade.answer, response.label, verdict))
+            return Judgement(verdict, grade.answer, _comparison(grade.answer, response.label, verdict), grade.value)
         case GradeStatus.NO_ANSWER:
             return Judgement(Verdict.NO_ANSWER, None, grade.reason)
         case GradeStatus.TRUNCATED:
             return Judgement(Verdict.TRUNCATED, None, f"cut off, and {grade.reason}")
         case GradeStatus.GRADER_FAILED:
-            return Judgement(Verdict.GRADER_FAILED, grade.answer, grade.reason)
+            return Judgement(Verdict.GRADER_FAILED, grade.answer, grade.reason, grade.value)
 
 
 def _comparison(answer: str, label: str, verdict: Verdict) -> str:

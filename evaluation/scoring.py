@@ -28,7 +28,6 @@ from evaluation.statistics import (
     powers_of_two,
 )
 from recipe.data.prompts import Prompt
-from recipe.rewards.integers import canonical_integer
 
 _RIGHT = "\0"
 """Stands for all spellings of the right answer in a vote."""
@@ -124,14 +123,14 @@ def majority_answer(samples: Sequence[Judged], label: str) -> str | None:
 
 
 def _votes(samples: Sequence[Judged]) -> Counter[str]:
-    """How often each answer was given; spellings of one integer are one answer."""
+    """How often each answer was given; all spellings of a value are one answer, of wrong ones as of the right one."""
     votes: Counter[str] = Counter()
     for sample in samples:
         judgement = sample.judgement
         if judgement.verdict is Verdict.CORRECT:
             votes[_RIGHT] += 1
         elif judgement.answer is not None:
-            votes[canonical_integer(judgement.answer) or judgement.answer] += 1
+            votes[judgement.answer if judgement.value is None else judgement.value] += 1
     return votes
 
 
