@@ -1,8 +1,8 @@
 r"""Arithmetic in TeX, made explicit.
 
 math-verify reads factors that stand side by side as a mixed number and adds them: `7(3)` is 10 to it, `2\binom{5}{2}`
-is 12. So every product is written out before it sees an expression, and what is no expression by the grammar below never
-reaches it.
+is 12. So every product is written out before it sees an expression, and what is no expression by the grammar below does
+not reach it.
 """
 
 import re

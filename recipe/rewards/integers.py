@@ -84,8 +84,8 @@ def canonical_integer(text: str) -> str | None:
 def read_answer(answer: str) -> Reading:
     """What an answer of at most MAX_ANSWER_CHARACTERS says; without numbers if that is nothing but a text.
 
-    Of an equation every side is a value but for names of what was asked for (`m+n`, `f(3)`), on either side; a side that
-    is neither makes the whole a text.
+    Of an equation every side is a value but for names of what was asked for (`m+n`, `f(3)`), on either side; a side
+    that is neither makes the whole a text.
     """
     bare = _without_ornaments(_plain(answer))
     integers: list[str] = []

@@ -23,11 +23,11 @@ _CHANGES_THE_VALUE = re.compile(
 
 
 def is_name(text: str) -> bool:
-    r"""Whether one side of an equation only names its value: a letter, a word, a value of a function (`f(3)`), or a sum,
-    difference, product or fraction of those, as `m+n` in "find m+n".
+    r"""Whether one side of an equation only names its value: a letter, a word, a value of a function (`f(3)`), or a
+    sum, difference, product or fraction of those, as `m+n` in "find m+n".
 
-    A name has no digits but in subscripts and arguments: `N-1 = 25` says that N is 26, `2x = 25` and `x^2 = 25` that x is
-    something else again, and a reader cannot know which of them was asked for.
+    A name has no digits but in subscripts and arguments: `N-1 = 25` says that N is 26, `2x = 25` and `x^2 = 25` that x
+    is something else again, and a reader cannot know which of them was asked for.
     """
     text = _FONTS.sub(r" \1 ", text)
     text = _ARGUMENTS.sub("", _SUBSCRIPT.sub("", text))
