@@ -21,7 +21,7 @@ from evaluation.result import (
 from evaluation.sampling import Plan, SampleKey, SampleStore, StoredSample
 from evaluation.statistics import (
     Estimate,
-    bootstrap_mean,
+    bootstrap_share,
     clustered_share,
     majority_at_k,
     pass_at_k,
@@ -63,7 +63,7 @@ def score(problems: Sequence[Sequence[Judged]], seed: int) -> Score:
         problems=len(problems),
         samples=len(samples),
         avg_at_n=_interval(clustered_share(shares)),
-        avg_at_n_bootstrap=_interval(bootstrap_mean(shares, seed)),
+        avg_at_n_bootstrap=_interval(bootstrap_share(shares, seed)),
         pass_at=at_each_k(lambda number, k: pass_at_k(count, correct[number], k)),
         maj_at=at_each_k(lambda number, k: _majority(votes[number], count, k)),
         verdicts={verdict: verdicts[verdict] for verdict in Verdict},

@@ -81,7 +81,7 @@ class Worker:
 
 
 class WorkerPool:
-    """At most `size` workers for `target` ("module:function", texts -> bool or text), each started when first needed."""
+    """At most `size` workers for `target` ("module:function", texts to a bool or text), started when needed."""
 
     def __init__(self, target: str, *, size: int, timeout_s: float) -> None:
         self._target = target

@@ -12,7 +12,7 @@ import aiohttp
 
 from recipe.config import RolloutConfig
 from recipe.rollout.answers import read_samples
-from recipe.rollout.errors import EngineRefused, EngineUnreachable
+from recipe.rollout.errors import EngineAnswerError, EngineRefused, EngineUnreachable
 from recipe.rollout.fleet import Engine, Fleet, HealthOptions, Recover
 from recipe.rollout.prompt_check import check_prompt
 from recipe.rollout.sample import FinishReason, Sample, SampleGroup
@@ -330,6 +330,10 @@ class RolloutClient:
         """What each engine says of its model: `model_path`, `tokenizer_path`, `weight_version` and more."""
         return await self._get_all("/model_info")
 
+    async def server_info(self) -> list[dict[str, Any]]:
+        """What each engine says of its settings."""
+        return await self._get_all("/server_info")
+
     async def healthy(self) -> list[bool]:
         """Whether each engine answers."""
         return list(await asyncio.gather(*(self._is_healthy(engine) for engine in self._engines)))
@@ -358,13 +362,17 @@ class RolloutClient:
         await asyncio.gather(*(self._post(engine, path, body) for engine in self._engines))
 
     async def _get_all(self, path: str) -> list[dict[str, Any]]:
-        return list(await asyncio.gather(*(self._request(engine, "GET", path, None) for engine in self._engines)))
+        answers = list(await asyncio.gather(*(self._request(engine, "GET", path, None) for engine in self._engines)))
+        for engine, answer in zip(self._engines, answers, strict=True):
+            if not isinstance(answer, dict):
+                raise EngineAnswerError(f"{engine.url}{path} did not answer with a JSON object: it is no SGLang server")
+        return answers
 
     async def _post(self, engine: Engine, path: str, body: dict[str, Any]) -> Any:
         return await self._request(engine, "POST", path, body)
 
     async def _request(self, engine: Engine, method: str, path: str, body: dict[str, Any] | None) -> Any:
-        """The JSON of an answer; None where SGLang answers without one."""
+        """The JSON of an answer; None where SGLang answers without one. Raises EngineAnswerError if it is none."""
         try:
             async with self._connected().request(method, engine.url + path, json=body) as response:
                 if response.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
@@ -374,6 +382,8 @@ class RolloutClient:
                 return await response.json() if response.content_type == "application/json" else None
         except (aiohttp.ClientError, TimeoutError) as error:
             raise EngineUnreachable(f"{engine.url}{path} did not answer: {error or type(error).__name__}") from error
+        except ValueError as error:
+            raise EngineAnswerError(f"{engine.url}{path} answered with damaged JSON: {error}") from error
 
     def _connected(self) -> aiohttp.ClientSession:
         if self._session is None:

@@ -123,6 +123,8 @@ def test_the_command_writes_a_verdict_a_line_in_order() -> None:
         {"response": r"a</think>\boxed{30}", "label": "25", "finish_reason": "stop"},
         "",
         {"response": "thoughts", "label": "25", "finish_reason": "length"},
+        {"response": "thoughts", "label": "25", "finish_reason": {"type": "length", "length": 16384}},
+        {"response": "a</think>", "label": "25", "finish_reason": {"type": "stop", "matched": 7}},
         {"response": r"\boxed{25}", "label": "25", "prompt": "<think>"},
         {"response": r"\boxed{25!!}", "label": "25"},
     ]
@@ -132,10 +134,13 @@ def test_the_command_writes_a_verdict_a_line_in_order() -> None:
         "correct",
         "wrong",
         "truncated",
+        "truncated",
+        "no_answer",
         "no_answer",
         "grader_failed",
     ]
-    assert [verdict["answer"] for verdict in verdicts] == ["025", "30", None, None, "25!!"]
+    assert [verdict["answer"] for verdict in verdicts] == ["025", "30", None, None, None, None, "25!!"]
+    assert all(list(verdict) == ["verdict", "answer", "reason"] for verdict in verdicts)
     assert all(verdict["reason"] for verdict in verdicts)
 
 
@@ -148,6 +153,10 @@ def test_the_command_writes_a_verdict_a_line_in_order() -> None:
         ({"response": "x", "label": None}, "line 2: the label null is no answer"),
         ({"response": 5, "label": "1"}, "line 2: 'response' is not a text"),
         ({"response": "x", "label": "1", "prompt": []}, "line 2: 'prompt' is not a text"),
+        (
+            {"response": "x", "label": "1", "finish_reason": []},
+            "line 2: 'finish_reason' is neither a text nor an object",
+        ),
         ("[]", "line 2: not a JSON object"),
         ('{"response": "x', "line 2: not valid JSON"),
         ("[" * 100_000, "line 2: not valid JSON"),
