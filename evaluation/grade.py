@@ -2,9 +2,10 @@
 
 Usage: python -m evaluation.grade [--timeout-s 5] [--workers N] < responses.jsonl > verdicts.jsonl
 
-A line of the input is {"response": TEXT, "label": TEXT or NUMBER}, and may have "finish_reason" ("length": the engine
-cut it off) and "prompt" (what the model read: it tells whether the response begins in the thinking part). For each a
-line {"verdict", "answer", "reason"} is written; verdict is correct, wrong, no_answer, truncated or grader_failed.
+A line of the input is {"response": TEXT, "label": TEXT or NUMBER}, and may have "finish_reason" ("length", or SGLang's
+{"type": "length"}: the engine cut it off) and "prompt" (what the model read: it tells whether the response begins in
+the thinking part). For each a line {"verdict", "answer", "reason"} is written; verdict is correct, wrong, no_answer,
+truncated or grader_failed.
 """
 
 import argparse
@@ -12,10 +13,10 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from itertools import islice
 
 from evaluation.grading import Judge, Response
+from evaluation.options import finite
 from recipe.errors import UserError, run_main
 from recipe.rollout.sample import FinishReason
 
@@ -42,7 +43,16 @@ def read_response(line: str, number: int) -> Response:
         raise UserError(f"{where}: the label {json.dumps(label)} is no answer: it is neither a text nor a number")
     if prompt is not None and not isinstance(prompt, str):
         raise UserError(f"{where}: 'prompt' is not a text")
-    return Response(response, str(label).strip(), fields.get("finish_reason") == FinishReason.LENGTH, prompt)
+    return Response(response, str(label).strip(), _is_cut_off(fields.get("finish_reason"), where), prompt)
+
+
+def _is_cut_off(reason: object, where: str) -> bool:
+    match reason:
+        case None | str():
+            return reason == FinishReason.LENGTH
+        case {"type": str(kind)}:
+            return kind == FinishReason.LENGTH
+    raise UserError(f"{where}: 'finish_reason' is neither a text nor an object with a type")
 
 
 def grade_lines(lines: Iterable[str], judge: Judge) -> Iterator[str]:
@@ -50,14 +60,14 @@ def grade_lines(lines: Iterable[str], judge: Judge) -> Iterator[str]:
     responses = (read_response(line, number) for number, line in enumerate(lines, 1) if line.strip())
     while batch := list(islice(responses, BATCH)):
         for judgement in judge.judge(batch):
-            yield json.dumps(asdict(judgement))
+            yield json.dumps({"verdict": judgement.verdict, "answer": judgement.answer, "reason": judgement.reason})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m evaluation.grade", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--timeout-s", type=float, default=5.0, help="longest time to compare two answers, in seconds")
+    parser.add_argument("--timeout-s", type=finite, default=5.0, help="longest time to compare two answers, in seconds")
     parser.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that compare (default: the cores)"
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from evaluation.grading import Judge
-from evaluation.in_loop import evaluate
+from evaluation.in_loop import evaluate, open_judge, read_sets
 from recipe.cluster import EngineGroup, TrainerGroup, place, ray_session
 from recipe.config import Config, Resolved, RolloutConfig
 from recipe.data.prompts import Prompt, PromptFormat, read_prompts
@@ -60,14 +60,9 @@ class Data:
             label_problem=reward.label_problem if isinstance(reward, RewardRule) else None,
         )
         prompts = read_prompts(config.data.prompt_data, tokenizer, form, max_tokens=resolved.max_prompt_len)
-        eval_form = PromptFormat(form.input_key, form.label_key, None, form.apply_chat_template, form.label_problem)
-        sets = {
-            data.name: read_prompts(data.path, tokenizer, eval_form, max_tokens=resolved.max_prompt_len)
-            for data in config.eval.eval_prompt_data
-        }
         source = PromptSource(prompts, shuffle=config.data.rollout_shuffle, seed=config.misc.seed)
         keep = config.rollout.dynamic_sampling_filter_path
-        return cls(source, sets, reward, load_filter(keep) if keep is not None else None, tokenizer)
+        return cls(source, read_sets(resolved), reward, load_filter(keep) if keep is not None else None, tokenizer)
 
 
 def _reward(config: Config) -> Reward | None:
@@ -294,7 +289,7 @@ async def open_run(resolved: Resolved) -> AsyncIterator[Run]:
             grader = stack.enter_context(Grader(data.reward, timeout_s=timeout_s, num_workers=num_workers))
             judge = None
             if isinstance(data.reward, RewardRule):
-                judge = stack.enter_context(Judge(timeout_s=timeout_s, num_workers=num_workers))
+                judge = stack.enter_context(open_judge(config))
             options = ClientOptions.of(config.rollout, resolved.architecture.vocab_size)
             client = RolloutClient(urls, options, recover=group.recover)
             engines = Engines(group, await stack.enter_async_context(client), grader, judge, data, config.rollout)

@@ -147,6 +147,15 @@ class EvalConfig(Group):
     """Evaluate after every this many rollouts; default: before the first and after the last."""
     eval_prompt_data: EvalPromptDataPairs = ()
     """Held-out prompt files, as NAME PATH pairs."""
+    eval_input_key: Annotated[str, Field(min_length=1)] | None = None
+    """Key of the prompt in them; default: `input_key`."""
+    eval_label_key: Annotated[str, Field(min_length=1)] | None = None
+    """Key of the right answer in them; default: `label_key`."""
+    eval_instruction: str | None = None
+    """Added to questions that do not ask for a box, none if empty; default: that of `evaluation.aime`, but none with
+    the rewards that look for another form of answer (`rm_type` dapo and custom ones)."""
+    eval_labels: Literal["aime", "any"] = "aime"
+    """Right answers that are taken: integers from 0 to 999, or any that the reward can grade."""
     n_samples_per_eval_prompt: PositiveInt = 1
     """Samples of an evaluation prompt."""
     eval_max_response_len: PositiveInt | None = None

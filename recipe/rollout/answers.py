@@ -43,6 +43,9 @@ def read_sample(answer: Mapping[str, Any]) -> SampleAnswer:
         log_probs = [entry[0] for entry in meta["output_token_logprobs"]]
         matched = meta["finish_reason"].get("matched")
         versions = _token_versions(meta, len(ids))
+        text = answer.get("text", "")
+        if not isinstance(text, str):
+            raise TypeError(f"the text is {text!r}")
     except (KeyError, TypeError, ValueError) as error:
         raise EngineAnswerError(f"the engine's answer is not SGLang's: {error!r}") from error
     if len(log_probs) != len(ids):

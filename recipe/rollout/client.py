@@ -12,7 +12,7 @@ import aiohttp
 
 from recipe.config import RolloutConfig
 from recipe.rollout.answers import read_samples
-from recipe.rollout.errors import EngineUnreachable
+from recipe.rollout.errors import EngineAnswerError, EngineUnreachable
 from recipe.rollout.fleet import Engine, Fleet, HealthOptions, Recover
 from recipe.rollout.http import ask
 from recipe.rollout.prompt_check import check_prompt
@@ -245,6 +245,10 @@ class RolloutClient:
         """What each engine says of its model: `model_path`, `tokenizer_path`, `weight_version` and more."""
         return await self._get_all("/model_info")
 
+    async def server_info(self) -> list[dict[str, Any]]:
+        """What each engine says of its settings."""
+        return await self._get_all("/server_info")
+
     async def healthy(self) -> list[bool]:
         """Whether each engine answers."""
         return list(await asyncio.gather(*(self._is_healthy(engine) for engine in self._engines)))
@@ -275,7 +279,11 @@ class RolloutClient:
 
     async def _get_all(self, path: str) -> list[dict[str, Any]]:
         requests = (self._request(engine, "GET", path, None, VERB_TIMEOUT_S) for engine in self._engines)
-        return list(await asyncio.gather(*requests))
+        answers = list(await asyncio.gather(*requests))
+        for engine, answer in zip(self._engines, answers, strict=True):
+            if not isinstance(answer, dict):
+                raise EngineAnswerError(f"{engine.url}{path} did not answer with a JSON object: it is no SGLang server")
+        return answers
 
     async def _post(self, engine: Engine, path: str, body: dict[str, Any]) -> Any:
         return await self._request(engine, "POST", path, body, VERB_TIMEOUT_S)

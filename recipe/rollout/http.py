@@ -5,7 +5,7 @@ from typing import Any
 
 import aiohttp
 
-from recipe.rollout.errors import EngineRefused, EngineUnreachable
+from recipe.rollout.errors import EngineAnswerError, EngineRefused, EngineUnreachable
 
 
 async def ask(
@@ -17,7 +17,8 @@ async def ask(
     timeout_s: float | None,
 ) -> Any:
     """The JSON of an answer; None where SGLang answers without one. Raises EngineRefused if the engine finds the
-    request wrong, EngineUnreachable if it does not answer in time, or not as one that works."""
+    request wrong, EngineUnreachable if it does not answer in time, or not as one that works, EngineAnswerError if its
+    JSON is damaged."""
     timeout = aiohttp.ClientTimeout(total=timeout_s)
     try:
         async with session.request(method, address, json=body, timeout=timeout) as response:
@@ -28,3 +29,5 @@ async def ask(
             return await response.json() if response.content_type == "application/json" else None
     except (aiohttp.ClientError, TimeoutError) as error:
         raise EngineUnreachable(f"{address} did not answer: {error or type(error).__name__}") from error
+    except ValueError as error:
+        raise EngineAnswerError(f"{address} answered with damaged JSON: {error}") from error
