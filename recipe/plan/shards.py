@@ -222,7 +222,9 @@ def _chunk(held: list[Placement], layout: Layout, trains_mtp: bool) -> ChunkShar
     buffers, optimizer = [], 0
     for is_expert, sizes in trained.items():
         replicas = layout.expert_replicas if is_expert else layout.dense_replicas
-        padded = _round_up(sum(_round_up(size, PARAMETER_MULTIPLE) for size in sizes), math.lcm(replicas, BUFFER_MULTIPLE))
+        padded = _round_up(
+            sum(_round_up(size, PARAMETER_MULTIPLE) for size in sizes), math.lcm(replicas, BUFFER_MULTIPLE)
+        )
         buffers.append(padded)
         optimizer += min(sum(sizes), padded // replicas)
     return ChunkShard(elements, tuple(buffers), optimizer, frozen, biases)

@@ -1,0 +1,124 @@
+"""What an SGLang engine takes on each of its GPUs (0.5.21; its own reserve formulas where it has some)."""
+
+from dataclasses import dataclass
+
+from recipe.config import Architecture, Config
+from recipe.config.sglang_rules import EngineLayout
+from recipe.plan import constants
+from recipe.plan.hardware import Gpu
+from recipe.plan.shards import Part, part_of
+from recipe.weights.table import placements
+
+BF16, FP32 = 2, 4
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """Bytes of one GPU of an engine that generates. The cache takes what `mem_fraction_static` leaves of the free
+    memory after the weights."""
+
+    weights: int
+    kv_cache: int
+    cuda_graphs: int
+    activations: int
+    tokens: int
+    """Tokens that the cache holds, of the sequences of this GPU."""
+    needed_tokens: int
+    """Tokens of as many of the longest sequences as run at once on this GPU."""
+
+
+@dataclass(frozen=True)
+class EngineModel:
+    """One engine's GPUs, which are all alike."""
+
+    architecture: Architecture
+    config: Config
+    longest_sample: int
+
+    @property
+    def layout(self) -> EngineLayout:
+        return EngineLayout.of(self.config)
+
+    @property
+    def is_speculative(self) -> bool:
+        return "speculative_algorithm" in self.config.sglang.args
+
+    @property
+    def attention_groups(self) -> int:
+        """Groups of GPUs that hold different sequences."""
+        return self.layout.dp if self.layout.dp_attention else 1
+
+    def weights(self) -> int:
+        """Bytes of weights: experts over all GPUs (whole ones over EP, the rest by width), attention, embedding and
+        output head over the GPUs that share sequences, dense MLPs as --sglang-moe-dense-tp-size says."""
+        layout, args = self.layout, self.config.sglang.args
+        attention_tp = layout.tp // self.attention_groups
+        head_tp = attention_tp if args.get("enable_dp_lm_head") else layout.tp
+        dense_tp = args.get("moe_dense_tp_size", layout.tp)
+        assert isinstance(dense_tp, int)
+        copies = {Part.ROUTER: 1, Part.NORMS: 1, Part.OUTPUT_HEAD: head_tp, Part.DENSE_MLP: dense_tp}
+        copies |= {Part.ATTENTION: attention_tp, Part.EMBEDDING: attention_tp, Part.SHARED_EXPERTS: layout.tp}
+        total = 0.0
+        for placement in placements(self.architecture, with_mtp=self.is_speculative).values():
+            part = part_of(placement.name)
+            size = self._elements(placement.hf_shape, len(placement.hf_names))
+            if placement.is_expert:
+                experts = self.architecture.n_routed_experts
+                total += size * (experts + layout.redundant_experts) / experts / layout.tp
+            elif part is Part.MTP:
+                total += size / (attention_tp if "self_attention" in placement.name else 1)
+            else:
+                total += size / copies[part]
+        return int(total / layout.pp) * BF16
+
+    @staticmethod
+    def _elements(shape: tuple[int, ...], count: int) -> int:
+        for length in shape:
+            count *= length
+        return count
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Of all layers: the latent and the rotary key, whole on every GPU (DeepSeek-V2, arXiv:2405.04434)."""
+        a = self.architecture
+        layers = a.num_hidden_layers + (a.num_nextn_predict_layers if self.is_speculative else 0)
+        return layers // self.layout.pp * (a.kv_lora_rank + a.qk_rope_head_dim) * BF16
+
+    def running(self) -> int:
+        """Sequences that generate at once on one GPU."""
+        limit = self.config.sglang.args.get("max_running_requests")
+        share = -(-self.config.samples_per_rollout // max(1, self.config.num_engines))
+        whole = min(limit, share) if isinstance(limit, int) else share
+        return -(-whole // self.attention_groups)
+
+    def static_fraction(self) -> float:
+        """mem_fraction_static."""
+        given = self.config.sglang.args.get("mem_fraction_static", constants.SGLANG_FRACTION)
+        return float(given) if isinstance(given, int | float) else constants.SGLANG_FRACTION
+
+    def memory(self, gpu: Gpu) -> EngineMemory:
+        """On a GPU that has nothing else when the engine starts."""
+        layout, args = self.layout, self.config.sglang.args
+        chunk = args.get("chunked_prefill_size", constants.SGLANG_CHUNK)
+        assert isinstance(chunk, int)
+        chunk = max(chunk // self.attention_groups, constants.SGLANG_LEAST_CHUNK)
+        activations = constants.SGLANG_META + chunk * constants.SGLANG_PER_TOKEN
+        activations += layout.tp * layout.pp * constants.SGLANG_PER_8_GPUS // 8
+        if self.is_speculative:
+            activations += constants.SGLANG_DRAFT
+        batch = args.get("cuda_graph_max_bs_decode", args.get("cuda_graph_max_bs", constants.SGLANG_GRAPH_BATCH))
+        assert isinstance(batch, int)
+        graphs = constants.SGLANG_GRAPHS + batch * constants.SGLANG_GRAPHS_PER_SEQUENCE
+        if args.get("disable_cuda_graph"):
+            graphs = 0
+        weights = self.weights()
+        static = int(self.static_fraction() * (gpu.memory - constants.CUDA_CONTEXT))
+        cache = max(0, static - weights)
+        return EngineMemory(
+            weights=weights,
+            kv_cache=cache,
+            cuda_graphs=graphs,
+            activations=activations,
+            tokens=cache // self.cache_bytes_per_token,
+            needed_tokens=self.running() * self.longest_sample,
+        )
