@@ -6,8 +6,7 @@ from recipe.config import Architecture, Config
 from recipe.config.sglang_rules import EngineLayout
 from recipe.plan import constants
 from recipe.plan.hardware import Gpu
-from recipe.plan.shards import Part, part_of
-from recipe.weights.table import placements
+from recipe.plan.shards import Part, part_of, table_of
 
 BF16, FP32 = 2, 4
 
@@ -59,9 +58,9 @@ class EngineModel:
         copies = {Part.ROUTER: 1, Part.NORMS: 1, Part.OUTPUT_HEAD: head_tp, Part.DENSE_MLP: dense_tp}
         copies |= {Part.ATTENTION: attention_tp, Part.EMBEDDING: attention_tp, Part.SHARED_EXPERTS: layout.tp}
         total = 0.0
-        for placement in placements(self.architecture, with_mtp=self.is_speculative).values():
+        for placement in table_of(self.architecture, self.is_speculative).values():
             part = part_of(placement.name)
-            size = self._elements(placement.hf_shape, len(placement.hf_names))
+            size = placement.elements
             if placement.is_expert:
                 experts = self.architecture.n_routed_experts
                 total += size * (experts + layout.redundant_experts) / experts / layout.tp
@@ -70,12 +69,6 @@ class EngineModel:
             else:
                 total += size / copies[part]
         return int(total / layout.pp) * BF16
-
-    @staticmethod
-    def _elements(shape: tuple[int, ...], count: int) -> int:
-        for length in shape:
-            count *= length
-        return count
 
     @property
     def cache_bytes_per_token(self) -> int:

@@ -5,13 +5,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
+from typing import Self
 
 from recipe.config import Resolved
 from recipe.plan import constants
 from recipe.plan.activations import ActivationModel, Pack, microbatches_in_flight
 from recipe.plan.engine import EngineMemory, EngineModel
-from recipe.plan.hardware import Gpu, Machine
-from recipe.plan.shards import Layout, StageShard, stage_shards
+from recipe.plan.hardware import Machine
+from recipe.plan.shards import Layout, StageShard, stage_shards, table_of
+from recipe.weights.table import Placement
 
 FP32, BF16 = 4, 2
 SLOT_ELEMENTS = 4 << 20
@@ -74,7 +76,7 @@ def longest_sample(resolved: Resolved) -> int:
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """The memory of one run. With `machine.gpu` None everything lies in host memory."""
+    """The memory of one run. Without GPUs everything lies in host memory."""
 
     resolved: Resolved
     machine: Machine
@@ -82,13 +84,18 @@ class MemoryModel:
     pack: Pack
 
     @classmethod
-    def of(cls, resolved: Resolved, machine: Machine, on_gpu: bool) -> "MemoryModel":
+    def of(cls, resolved: Resolved, machine: Machine, on_gpu: bool) -> Self:
         return cls(resolved, machine, on_gpu, Pack.largest(resolved.config, longest_sample(resolved)))
 
     @cached_property
     def shards(self) -> list[StageShard]:
         """What the ranks of each pipeline stage hold."""
         return stage_shards(self.resolved.config, self.resolved.architecture)
+
+    @property
+    def table(self) -> Mapping[str, Placement]:
+        """The trainer's parameters."""
+        return table_of(self.resolved.architecture, bool(self.resolved.config.mtp.mtp_num_layers))
 
     @cached_property
     def layout(self) -> Layout:
@@ -197,8 +204,9 @@ class GpuModel(MemoryModel):
 
     def phase(self, phase: Phase, shard: StageShard, engine: EngineMemory | None) -> PhaseMemory:
         """One rank's GPU in one phase; on GPUs of its own, an engine's GPU in rollouts."""
-        trainer = [self.held(shard), self.processes()]
-        parts: list[Mapping[Use, int]] = [] if phase is Phase.ROLLOUT and not self.shares else trainer
+        parts: list[Mapping[Use, int]] = []
+        if self.shares or phase is not Phase.ROLLOUT:
+            parts += [self.held(shard), self.processes()]
         if phase is Phase.TRAINING:
             computing = self.computing(shard)
             spare = int(constants.FRAGMENTATION * sum(computing.values()))

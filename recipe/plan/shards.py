@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Self
 
 from recipe.config import Architecture, Config
@@ -74,6 +74,12 @@ def chunk_layers(config: Config, architecture: Architecture) -> list[list[range]
         [range(start, start + per_chunk) for start in ((c * stages + s) * per_chunk for c in range(chunks))]
         for s in range(stages)
     ]
+
+
+@cache
+def table_of(architecture: Architecture, with_mtp: bool) -> Mapping[str, Placement]:
+    """The weight table, made once."""
+    return placements(architecture, with_mtp)
 
 
 @dataclass(frozen=True)
@@ -176,7 +182,7 @@ class Layout:
 
 def stage_shards(config: Config, architecture: Architecture) -> list[StageShard]:
     """What a rank of each pipeline stage holds."""
-    table = placements(architecture, with_mtp=bool(config.mtp.mtp_num_layers))
+    table = table_of(architecture, bool(config.mtp.mtp_num_layers))
     layout, stages = Layout.of(config), chunk_layers(config, architecture)
     shards = []
     for stage, ranges in enumerate(stages):
