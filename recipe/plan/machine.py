@@ -1,4 +1,4 @@
-"""The machine that this process runs on: GPUs by nvidia-smi, memory, disk, and the limits of the container around it."""
+"""The machine that this process runs on: GPUs by nvidia-smi, memory, disk, and its container's limits."""
 
 import re
 import resource
