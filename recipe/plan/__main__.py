@@ -7,13 +7,20 @@ Ends with 2 if the run cannot fit. `python -m recipe.plan --schema` explains the
 """
 
 import argparse
+import sys
+from pathlib import Path
 
-from recipe.config import resolve
+from recipe.config import Resolved, resolve
+from recipe.config.flags import parse_command_line
+from recipe.config.loading import read_settings
 from recipe.errors import USER_ERROR_STATUS, run_main
 from recipe.plan.hardware import DEFAULT_GPU, GPUS, Machine
 from recipe.plan.plan import make_plan
 from recipe.plan.report import SCHEMA, as_json, page
 from recipe.plan.suggest import suggestion
+
+PUBLISHED = Path(__file__).parent / "published"
+"""Holds the config.json of zai-org/GLM-4.7-Flash."""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,12 +39,22 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def resolve_without_weights(flags: list[str]) -> Resolved:
+    """The configuration. Where the model is not downloaded yet, with the config.json that it is published with."""
+    command_line = parse_command_line(flags)
+    setting = read_settings(command_line).get("model.hf_checkpoint")
+    if setting is None or (Path(str(setting.value)) / "config.json").exists():
+        return resolve(flags)
+    print(f"note: {setting.value} is not there yet: planned with GLM-4.7-Flash as published", file=sys.stderr)
+    return resolve([*flags, "--hf-checkpoint", str(PUBLISHED)])
+
+
 def main() -> int:
     options, flags = _parser().parse_known_args()
     if options.schema:
         print("\n".join(f"{name}: {meaning}" for name, meaning in SCHEMA.items()))
         return 0
-    resolved = resolve(flags)
+    resolved = resolve_without_weights(flags)
     cluster = resolved.config.cluster
     machine = Machine.described(
         options.gpu, cluster.actor_num_gpus_per_node, options.host_memory, options.disk, options.price

@@ -103,11 +103,14 @@ class ActivationModel:
         latents = self._norm(inner * a.q_lora_rank) + self._norm(inner * a.kv_lora_rank)
         latents += inner * a.qk_rope_head_dim * self.width
         queries, keys = tokens * heads * head * self.width, self.pack.keys * heads * head * self.width
-        kept = 2 * queries + 2 * keys + tokens * heads * FP32
-        if a.v_head_dim != head:
-            kept += tokens * heads * a.v_head_dim * self.width
+        values = tokens * heads * a.v_head_dim * self.width
+        kept = queries + 2 * keys
         if self.config.perf.attention_backend == "unfused":
-            kept += heads * tokens * self.pack.longest * (FP32 + self.width + 1)
+            rounded = self.width < FP32
+            scores = heads * (FP32 + rounded * self.width) + 1
+            kept += tokens * self.pack.longest * scores + values + rounded * 2 * (queries + keys)
+        else:
+            kept += queries + tokens * heads * FP32 + (values if a.v_head_dim != head else 0)
         rotary = tokens * a.qk_rope_head_dim * FP32
         return self._norm(inner * a.hidden_size) + latents + kept + rotary
 
@@ -148,12 +151,11 @@ class ActivationModel:
         return 2 * self.hidden + max(attention, mlp)
 
     def log_probs(self) -> int:
-        """The last norm's output, the asked rows and their gradient, and a chunk's logits."""
+        """Kept for the log-probabilities: the asked rows, and a chunk's logits."""
         a, asked = self.architecture, self.pack.asked
         chunk = min(asked, self.config.perf.log_probs_chunk_size)
         vocabulary = a.vocab_size // self.layout.tp
-        rows = 2 * asked * a.hidden_size * self.width
-        return self.hidden + rows + chunk * vocabulary * self.width + asked * 8 * FP32
+        return (asked * a.hidden_size + chunk * vocabulary) * self.width + asked * 4 * FP32
 
     def kept_by(self, layers: tuple[int, ...]) -> int:
         """Kept by a stage's layers of one microbatch."""
@@ -185,10 +187,11 @@ class ActivationModel:
     def of_stage(self, shard: StageShard, in_flight: int) -> Activations:
         """At the worst moment of a rank of this stage, with so many microbatches in flight."""
         kept = in_flight * (self.kept_by(shard.layers) // len(shard.chunks))
-        log_probs = 0
+        log_probs, width = 0, self.architecture.hidden_size * self.width
         if shard.is_last:
             kept += self._norm(self.hidden // self.width) - self.hidden
-            log_probs = self.log_probs() + self.mtp()
+            # The gradient of the asked rows, or before it the last norm's output.
+            log_probs = self.log_probs() + self.mtp() + max(self.hidden, self.pack.asked * width)
         return Activations(kept=kept, log_probs=log_probs, layer=self._recomputed(shard.layers))
 
 

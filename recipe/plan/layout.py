@@ -37,7 +37,9 @@ def divisions(resolved: Resolved) -> Iterator[Division]:
     yield _even("experts", a.n_routed_experts, "EP", ep, world)
     stages = stage_lengths(config, a)
     lengths = "+".join(map(str, stages))
-    yield Division("layers", a.num_hidden_layers, "PP", len(stages), lengths, divisors(gcd(a.num_hidden_layers, world)))
+    # Any number of stages: --decoder-last-pipeline-num-layers takes an uneven rest.
+    deepest = tuple(stages for stages in divisors(world) if stages <= a.num_hidden_layers)
+    yield Division("layers", a.num_hidden_layers, "PP", len(stages), lengths, deepest)
     batch, ranks = config.global_batch_size, config.data_parallel_size
     yield Division("samples a step", batch, "DP", ranks, str(batch // ranks), divisors(gcd(batch, world)))
     if config.rollout.engine == "sglang" and config.needs_engine:
