@@ -19,7 +19,7 @@ from recipe.plan.plan import make_plan
 from recipe.plan.report import SCHEMA, as_json, page
 from recipe.plan.suggest import suggestion
 
-PUBLISHED = Path(__file__).parent / "published"
+PUBLISHED = Path(__file__).parent / "published" / "GLM-4.7-Flash"
 """Holds the config.json of zai-org/GLM-4.7-Flash."""
 
 
@@ -43,9 +43,10 @@ def resolve_without_weights(flags: list[str]) -> Resolved:
     """The configuration. Where the model is not downloaded yet, with the config.json that it is published with."""
     command_line = parse_command_line(flags)
     setting = read_settings(command_line).get("model.hf_checkpoint")
-    if setting is None or (Path(str(setting.value)) / "config.json").exists():
+    folder = None if setting is None else Path(str(setting.value))
+    if folder is None or folder.name != PUBLISHED.name or (folder / "config.json").exists():
         return resolve(flags)
-    print(f"note: {setting.value} is not there yet: planned with GLM-4.7-Flash as published", file=sys.stderr)
+    print(f"note: {folder} is not there yet: planned with GLM-4.7-Flash as published", file=sys.stderr)
     return resolve([*flags, "--hf-checkpoint", str(PUBLISHED)])
 
 

@@ -76,3 +76,5 @@ MANY_CHECKPOINTS = 4
 """More of them at once than this are worth a word, where the disk is not known."""
 OBJECT_STORE, SHARED_MEMORY_PER_GPU = 256 << 20, 128 << 20
 """Of /dev/shm: Ray's object store, and NCCL's buffers and the engines' queues for a GPU. Assumed but for the first."""
+TIGHT = 0.03
+"""A margin below this share of the memory is worth a word."""

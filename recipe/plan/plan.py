@@ -1,5 +1,6 @@
 """The plan of a run: everything that it takes, what does not fit, and the smallest change that would."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from recipe.config import Resolved
@@ -95,8 +96,21 @@ def _problems(plan: Plan) -> list[str]:
     return problems
 
 
+def _tightest(plan: Plan) -> Iterator[tuple[PhaseMemory, int, str]]:
+    """The phase with the smallest margin, on a GPU and on a machine."""
+    if plan.gpu is not None:
+        yield min(plan.gpu.phases, key=lambda one: one.margin), GIB, "GiB of a GPU are left"
+    yield min(plan.host, key=lambda one: one.margin), GB, "GB of host memory are left"
+
+
 def _warnings(plan: Plan) -> list[str]:
     warnings = []
+    for one, unit, name in _tightest(plan):
+        if 0 <= one.margin < constants.TIGHT * one.capacity:
+            warnings.append(
+                f"in {one.phase} {one.margin / unit:.1f} {name}, under {constants.TIGHT:.0%}: some parts of the plan "
+                "are assumed, and may take that"
+            )
     engine = plan.gpu.engine if plan.gpu is not None else None
     if engine is not None and plan.longest_sample <= engine.tokens < engine.needed_tokens:
         warnings.append(

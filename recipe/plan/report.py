@@ -23,7 +23,8 @@ SCHEMA = {
     "divisions": "what the layout divides: what, size, over, parts, each, and the valid values of parts",
     "gpu": "the fullest GPU by phase: bytes by use, total, capacity, margin; null without GPUs",
     "host": "the fullest machine by phase, in the same form",
-    "cache_tokens": "tokens that the engine's cache holds on a GPU, and needed_cache_tokens; null without an engine",
+    "cache_tokens": "tokens that the engine's cache holds on a GPU; null without an engine",
+    "needed_cache_tokens": "tokens of all that runs at once on a GPU, were it as long as can be",
     "disk": "bytes: checkpoint, needed, free (null: not known); saves and kept are numbers of checkpoints",
     "time": "seconds of a step by phase, step_s, tokens_per_s, hours, dollars_a_step, dollars; null without GPUs",
 }

@@ -89,7 +89,7 @@ class SpeedModel:
         passes = config.needs_old_log_probs + config.needs_reference
         if passes:
             seconds[Work.LOG_PROBS] = passes * self.train() / 3
-        if config.needs_engine and not config.is_sft:
+        if config.rollout.engine == "sglang" and config.needs_engine and not config.is_sft:
             seconds |= {Work.ROLLOUT: self.rollout(), Work.UPDATE_WEIGHTS: self.update_weights()}
         seconds[Work.SAVE] = self.save()
         samples = config.samples_per_rollout
