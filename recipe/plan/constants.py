@@ -14,7 +14,7 @@ NCCL_COMMUNICATOR = 192 << 20
 """Buffers of one NCCL communicator, which a process has for each group that it communicates in. Assumed."""
 FRAGMENTATION = 0.06
 """Of what torch's allocator holds and cannot use, over activations. Assumed."""
-SGLANG_META, SGLANG_PER_TOKEN, SGLANG_PER_8_GPUS = 512 << 20, 3 << 19, 1 << 30
+SGLANG_META, SGLANG_PER_TOKEN, SGLANG_PER_8_GPUS = 512 << 20, int(1.5 * 2**20), GIB
 """SGLang's own reserve for activations (0.5.21, `pre_capture_activation_reserve_mb`): 512 MB, 1.5 MB a token of a
 prefill chunk, 1 GB for every 8 GPUs of an engine."""
 SGLANG_LEAST_CHUNK = 2048

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from recipe.config import Architecture, Config
-from recipe.config.sglang_rules import EngineLayout
+from recipe.config.sglang_rules import EngineLayout, size_of
+from recipe.errors import UserError
 from recipe.plan import constants
 from recipe.plan.hardware import Gpu
 from recipe.plan.shards import Part, part_of, table_of
@@ -24,6 +25,15 @@ class EngineMemory:
     """Tokens that the cache holds, of the sequences of this GPU."""
     needed_tokens: int
     """Tokens of as many of the longest sequences as run at once on this GPU."""
+
+
+def static_fraction(config: Config) -> float:
+    """mem_fraction_static: the share of a GPU's free memory that weights and cache get. Raises UserError if it is no
+    share."""
+    given = config.sglang.args.get("mem_fraction_static", constants.SGLANG_FRACTION)
+    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 < given < 1:
+        raise UserError(f"--sglang-mem-fraction-static must be a share between 0 and 1, not {given!r}")
+    return float(given)
 
 
 @dataclass(frozen=True)
@@ -53,8 +63,7 @@ class EngineModel:
         layout, args = self.layout, self.config.sglang.args
         attention_tp = layout.tp // self.attention_groups
         head_tp = attention_tp if args.get("enable_dp_lm_head") else layout.tp
-        dense_tp = args.get("moe_dense_tp_size", layout.tp)
-        assert isinstance(dense_tp, int)
+        dense_tp = size_of(self.config, "moe_dense_tp_size", default=layout.tp)
         copies = {Part.ROUTER: 1, Part.NORMS: 1, Part.OUTPUT_HEAD: head_tp, Part.DENSE_MLP: dense_tp}
         copies |= {Part.ATTENTION: attention_tp, Part.EMBEDDING: attention_tp, Part.SHARED_EXPERTS: layout.tp}
         total = 0.0
@@ -84,28 +93,21 @@ class EngineModel:
         whole = min(limit, share) if isinstance(limit, int) else share
         return -(-whole // self.attention_groups)
 
-    def static_fraction(self) -> float:
-        """mem_fraction_static."""
-        given = self.config.sglang.args.get("mem_fraction_static", constants.SGLANG_FRACTION)
-        return float(given) if isinstance(given, int | float) else constants.SGLANG_FRACTION
-
     def memory(self, gpu: Gpu) -> EngineMemory:
         """On a GPU that has nothing else when the engine starts."""
         layout, args = self.layout, self.config.sglang.args
-        chunk = args.get("chunked_prefill_size", constants.SGLANG_CHUNK)
-        assert isinstance(chunk, int)
+        chunk = size_of(self.config, "chunked_prefill_size", default=constants.SGLANG_CHUNK)
         chunk = max(chunk // self.attention_groups, constants.SGLANG_LEAST_CHUNK)
         activations = constants.SGLANG_META + chunk * constants.SGLANG_PER_TOKEN
         activations += layout.tp * layout.pp * constants.SGLANG_PER_8_GPUS // 8
         if self.is_speculative:
             activations += constants.SGLANG_DRAFT
-        batch = args.get("cuda_graph_max_bs_decode", args.get("cuda_graph_max_bs", constants.SGLANG_GRAPH_BATCH))
-        assert isinstance(batch, int)
+        batch = size_of(self.config, "cuda_graph_max_bs_decode", default=constants.SGLANG_GRAPH_BATCH)
         graphs = constants.SGLANG_GRAPHS + batch * constants.SGLANG_GRAPHS_PER_SEQUENCE
         if args.get("disable_cuda_graph"):
             graphs = 0
         weights = self.weights()
-        static = int(self.static_fraction() * (gpu.memory - constants.CUDA_CONTEXT))
+        static = int(static_fraction(self.config) * (gpu.memory - constants.CUDA_CONTEXT))
         cache = max(0, static - weights)
         return EngineMemory(
             weights=weights,

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from recipe.plan.hardware import GB, GIB
 from recipe.plan.memory import PhaseMemory, Use
 from recipe.plan.plan import Plan
+from recipe.plan.speed import Work
 from recipe.plan.suggest import Change
 
 SCHEMA_VERSION = 1
@@ -160,7 +161,7 @@ def _rest(plan: Plan) -> Iterator[str]:
 def _rates(plan: Plan) -> Iterator[tuple[str, float]]:
     assert plan.time is not None
     for work in plan.time.seconds:
-        if work in ("rollout", "log-probs", "train"):
+        if work in (Work.ROLLOUT, Work.LOG_PROBS, Work.TRAIN):
             yield work, plan.time.tokens_per_s(work)
 
 

@@ -7,9 +7,12 @@ from dataclasses import dataclass, replace
 from recipe.config import Config
 from recipe.config.layout_rules import RULES
 from recipe.config.schema import Group
+from recipe.plan.engine import static_fraction
 from recipe.plan.plan import Plan, make_plan
 
 MOST_CHANGES = 3
+LEAST_FRACTION, FRACTION_STEP, MOST_FRACTION = 0.2, 0.05, 0.95
+"""Of `mem_fraction_static`."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +106,9 @@ def _full_recomputation() -> tuple[tuple[str, object], ...]:
 
 def _static_fractions(config: Config, up: bool) -> Iterator[Change]:
     args = dict(config.sglang.args)
-    given = args.get("mem_fraction_static", 0.85)
-    start = round(float(given), 2) if isinstance(given, int | float) else 0.85
+    start = static_fraction(config)
     for step in range(1, 10):
-        value = round(start + (0.05 if up else -0.05) * step, 2)
-        if 0.2 <= value <= 0.95:
+        value = round(start + (FRACTION_STEP if up else -FRACTION_STEP) * step, 2)
+        if LEAST_FRACTION <= value <= MOST_FRACTION:
             flags = f"--sglang-mem-fraction-static {value}"
             yield Change(flags, "sglang", (("args", args | {"mem_fraction_static": value}),))
