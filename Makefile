@@ -20,7 +20,7 @@ export PYTHON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-sglang train-tiny eval test lint lock bench-tiny clean
+.PHONY: help install install-sglang train-tiny eval plan test lint lock bench-tiny clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,11 @@ train-tiny: install $(if $(filter sglang,$(ENGINE)),install-sglang) $(TINY)/torc
 EVAL_TINY := --instruction "" --n-samples 8 --max-response-len 20
 eval: install $(if $(filter $(TINY)/hf,$(MODEL)),$(TINY)/hf.done) ## score a model: make eval MODEL=DIR DATA=aime.jsonl (default: the tiny model)
 	$(RUN) evaluation.aime --model $(MODEL) --data $(DATA) $(if $(filter $(TINY)/hf,$(MODEL)),$(EVAL_TINY)) $(ARGS)
+
+# What `make plan` plans for.
+RECIPE := glm4.7-flash-8gpu
+plan: install ## memory, disk, time and money of a run: make plan RECIPE=glm4.7-flash-16gpu ARGS="--gpu H200 --price 3"
+	$(RUN) recipe.plan --recipe $(RECIPE) $(ARGS)
 
 test: install ## run the tests
 	$(RUN) pytest $(ARGS)

@@ -126,3 +126,28 @@ def eval(
     }
     flags = [word for flag, value in given.items() if value for word in (flag, value)]
     run([*module("evaluation.aime"), *flags], args, dry_run)
+
+
+@task(
+    help={
+        "recipe": f"to plan (default: {RECIPE})",
+        "gpu": "H100-80GB, H200-141GB, A100-80GB, A100-40GB, or one with other memory in GiB: H100=94",
+        "host_memory": "of a machine",
+        "price": "dollars a GPU and hour",
+        "json": "JSON instead of a page",
+        **COMMON,
+    }
+)
+def plan(
+    _: Context,
+    recipe: str = RECIPE,
+    gpu: str = "H100-80GB",
+    host_memory: str = "1TB",
+    price: float = 2.5,
+    json: bool = False,
+    args: str = "",
+    dry_run: bool = False,
+) -> None:
+    """Say what a run takes, before anything is launched: memory, disk, time and money."""
+    machine = ["--gpu", gpu, "--host-memory", host_memory, "--price", f"{price:g}"]
+    run([*module("recipe.plan"), "--recipe", recipe, *machine, *["--json"] * json], args, dry_run)

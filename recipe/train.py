@@ -1,6 +1,6 @@
 """GRPO, from prompts to new weights: the loop of the whole recipe.
 
-python -m recipe.train --recipe NAME [flags]            trains
+python -m recipe.train --recipe NAME [flags]            trains, if the run fits this machine (--force: in any case)
 python -m recipe.train --recipe NAME [flags] --check    resolves and validates everything, starts nothing
 """
 
@@ -12,9 +12,10 @@ from recipe.config import Resolved, help_text, resolve
 from recipe.errors import run_main
 from recipe.experience import optimizer_batches, with_advantages, with_log_probs
 from recipe.messages import TrainSample
+from recipe.plan.preflight import preflight
 from recipe.run import Phase
 
-CHECK, HELP = "--check", "--help"
+CHECK, FORCE, HELP = "--check", "--force", "--help"
 
 
 async def train(resolved: Resolved) -> None:
@@ -60,12 +61,13 @@ def main() -> None:
     if HELP in arguments:
         print(help_text())
         return
-    resolved = resolve([word for word in arguments if word != CHECK])
+    resolved = resolve([word for word in arguments if word not in (CHECK, FORCE)])
     if CHECK in arguments:
         print(resolved.describe())
         return
     for note in resolved.notes:
         print(f"note: {note}")
+    preflight(resolved, force=FORCE in arguments)
     asyncio.run(train(resolved))
 
 

@@ -54,7 +54,7 @@ class EngineLayout:
     @classmethod
     def of(cls, config: Config) -> Self:
         """Reads the sizes from `--sglang-*`. Raises UserError where one is no whole number, or makes none."""
-        pp, gpus = _size(config, "pp_size", default=1), config.sglang.rollout_num_gpus_per_engine
+        pp, gpus = size_of(config, "pp_size", default=1), config.sglang.rollout_num_gpus_per_engine
         if gpus % pp:
             raise UserError(f"--sglang-pp-size {pp} does not divide --rollout-num-gpus-per-engine {gpus}")
         tp = gpus // pp
@@ -62,14 +62,15 @@ class EngineLayout:
         return cls(
             tp=tp,
             pp=pp,
-            dp=_size(config, "dp_size", default=1),
-            ep=tp if spreads_by_backend else _size(config, "ep_size", default=1),
-            redundant_experts=_size(config, "ep_num_redundant_experts", default=0, least=0),
+            dp=size_of(config, "dp_size", default=1),
+            ep=tp if spreads_by_backend else size_of(config, "ep_size", default=1),
+            redundant_experts=size_of(config, "ep_num_redundant_experts", default=0, least=0),
             dp_attention=config.sglang.args.get("enable_dp_attention", False) is True,
         )
 
 
-def _size(config: Config, name: str, default: int, least: int = 1) -> int:
+def size_of(config: Config, name: str, default: int, least: int = 1) -> int:
+    """The whole number of `--sglang-NAME`, or the default. Raises UserError if it is none, or below `least`."""
     value = config.sglang.args.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UserError(f"{spell(f'{SGLANG_KEY}.{name}')} must be a whole number of at least {least}, not {value!r}")
