@@ -55,13 +55,17 @@ lint: install ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-UV_LOCK := $(BIN)/uv pip compile --quiet --no-config --universal --fork-strategy fewest --python-version 3.11 \
-	--generate-hashes --no-emit-index-url --no-header --no-emit-package torch $(ARGS)
+UV_LOCK := $(BIN)/uv pip compile --quiet --no-config --generate-hashes --no-emit-index-url --no-header $(ARGS)
+# torch is installed apart where there may be no GPU.
+UV_LOCK_CPU := $(UV_LOCK) --universal --fork-strategy fewest --python-version 3.11 --no-emit-package torch
+# The image's platform: Ubuntu 24.04's Python, and a glibc that is new enough for SGLang's wheels.
+UV_LOCK_GPU := $(UV_LOCK) --python-version 3.12 --python-platform x86_64-manylinux_2_35 --only-binary :all:
 
 lock: install ## resolve requirements/*.in into requirements/*.lock (pinned versions stay; ARGS=--upgrade renews them)
-	$(UV_LOCK) --excludes requirements/excludes.txt -o requirements/cpu.lock requirements/cpu.in requirements/dev.in >/dev/null
-	$(UV_LOCK) --excludes requirements/excludes.txt -o requirements/bench-trl.lock requirements/bench-trl.in >/dev/null
-	$(UV_LOCK) --excludes requirements/excludes-sglang-cpu.txt -o requirements/sglang-cpu.lock requirements/sglang-cpu.in >/dev/null
+	$(UV_LOCK_CPU) --excludes requirements/excludes.txt -o requirements/cpu.lock requirements/cpu.in requirements/dev.in >/dev/null
+	$(UV_LOCK_CPU) --excludes requirements/excludes.txt -o requirements/bench-trl.lock requirements/bench-trl.in >/dev/null
+	$(UV_LOCK_CPU) --excludes requirements/excludes-sglang-cpu.txt -o requirements/sglang-cpu.lock requirements/sglang-cpu.in >/dev/null
+	$(UV_LOCK_GPU) --constraints requirements/cpu.lock --overrides requirements/overrides-gpu.txt -o requirements/gpu.lock requirements/cpu.in requirements/gpu.in requirements/dev.in >/dev/null
 
 bench-tiny: install $(TINY)/torch_dist.done ## compare with TRL's GRPOTrainer on the tiny model (samples/s, time to held-out reward 0.9)
 	$(BIN)/python scripts/bench_tiny.py $(ARGS)

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-LOCKS = {"cpu.lock": ("cpu.in", "dev.in"), "bench-trl.lock": ("bench-trl.in",)}
+LOCKS = {
+    "cpu.lock": ("cpu.in", "dev.in"),
+    "bench-trl.lock": ("bench-trl.in",),
+    "sglang-cpu.lock": ("sglang-cpu.in",),
+    "gpu.lock": ("cpu.in", "gpu.in", "dev.in"),
+}
+LOCKED_TOGETHER = ("cpu.lock", "gpu.lock")
+GPU_LOCK = "gpu.lock"
+"""The only one with torch and CUDA packages."""
 PINNED = re.compile(r"^([a-z0-9-]+)==(\S+)", re.MULTILINE)
 
 
@@ -21,7 +29,7 @@ def requirements(name: str) -> dict[str, str]:
     found = {}
     for line in (ROOT / "requirements" / name).read_text().splitlines():
         if line and not line.startswith("#"):
-            match = re.fullmatch(r"([A-Za-z0-9_.-]+)(?:\[[\w,]+\])?(?:==(\S+))?", line)
+            match = re.fullmatch(r"([A-Za-z0-9_.-]+)(?:\[[\w,]+\])?(?:==(\S+)|<\S+)?", line)
             assert match, line
             found[re.sub(r"[-_.]+", "-", match[1]).lower()] = match[2] or ""
     return found
@@ -42,7 +50,7 @@ def test_a_lock_covers_its_inputs_with_hashes(lock):
     assert text.count("--hash=sha256:") >= len(pinned)
     for source in LOCKS[lock]:
         for package, version in requirements(source).items():
-            if package != "torch":  # installed apart
+            if package != "torch" or lock == GPU_LOCK:  # elsewhere it is installed apart
                 assert pinned[package] == (version or pinned[package])
 
 
@@ -50,7 +58,15 @@ def test_a_lock_covers_its_inputs_with_hashes(lock):
 def test_a_lock_names_no_place_and_no_cuda_package(lock):
     text = (ROOT / "requirements" / lock).read_text()
     assert not re.search(r"://|--(index|extra|find|trusted)|@ |(^|\s)/", text)
-    assert not re.search(r"^(torch|triton|nvidia-|cuda-)", text, re.MULTILINE)
+    if lock != GPU_LOCK:
+        assert not re.search(r"^(torch==|nvidia-|cuda-)", text, re.MULTILINE)
+
+
+def test_the_image_has_the_versions_that_are_tested_without_a_gpu():
+    tested, installed = (dict(PINNED.findall((ROOT / "requirements" / name).read_text())) for name in LOCKED_TOGETHER)
+    windows = {"colorama", "pywin32"}
+    assert tested.items() - installed.items() == {(name, tested[name]) for name in windows}
+    assert installed["sglang"] == requirements("sglang-cpu.in")["sglang"]
 
 
 def test_every_hash_line_belongs_to_a_pinned_package():
