@@ -12,7 +12,11 @@ DATA = $(TINY)/heldout.jsonl
 # Further arguments for the command a target ends with, as in: make train-tiny ARGS="--num-rollout 20"
 ARGS :=
 
-BIN := .venv/bin
+# What the tiny model's warm-up gets besides, as in WARMUP_ARGS="--num-rollout 2" for a quick look.
+WARMUP_ARGS :=
+
+IN_IMAGE := $(wildcard /opt/recipe/provenance.json)
+BIN := $(if $(IN_IMAGE),/opt/venv/bin,.venv/bin)
 RUN := $(BIN)/python -m
 TINY := build/tiny
 SEED := 1234
@@ -26,7 +30,7 @@ help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: ## create .venv with the pinned packages (the other targets do this themselves)
-	@scripts/install.sh .venv cpu project
+	@$(if $(IN_IMAGE),:,scripts/install.sh .venv cpu project)
 
 # A new run never overwrites an old one: the old directory gets the time of its last change as a suffix.
 define KEEP_EARLIER_RUN
@@ -86,7 +90,7 @@ $(TINY)/init.done: recipe/weights/tiny.py recipe/data/tiny_tokenizer.py | instal
 
 $(TINY)/hf.done: $(TINY)/data.done $(TINY)/init.done recipe/config/recipes/tiny-sft.toml
 	rm -rf runs/tiny-sft $(TINY)/hf
-	$(RUN) recipe.train --recipe tiny-sft --hf-checkpoint $(TINY)/init --save-hf $(TINY)/hf
+	$(RUN) recipe.train --recipe tiny-sft --hf-checkpoint $(TINY)/init --save-hf $(TINY)/hf $(WARMUP_ARGS)
 	@touch $@
 
 $(TINY)/torch_dist.done: $(TINY)/hf.done

@@ -19,7 +19,12 @@ from recipe.container.run import ContainerRun, run_in_image
 from recipe.errors import USER_ERROR_STATUS, UserError
 
 COMMON = {"dry_run": "print the command and stop", "args": "further arguments, passed on as they are"}
-IN_IMAGE = {"image": "name of the image, where it runs in one", "base_dir": "folder of model and data", **COMMON}
+IN_IMAGE = {
+    "image": "name of the image, where it runs in one",
+    "base_dir": "folder of model and data",
+    "work_dir": "gets the folders runs/ and build/",
+    **COMMON,
+}
 RECIPE = "glm4.7-flash-8gpu"
 BASE_DIR = "data"
 LAUNCH_ONE_NODE, LAUNCH_NODES = "scripts/run-glm4.7-30B-A3B-8gpus.sh", "scripts/run-glm4.7-30B-A3B.sh"
@@ -34,7 +39,13 @@ def run(command: list[str], args: str, dry_run: bool) -> None:
 
 
 def run_with_gpus(
-    command: list[str], args: str, dry_run: bool, image: str, base_dir: str, several_nodes: bool = False
+    command: list[str],
+    args: str,
+    dry_run: bool,
+    image: str,
+    base_dir: str,
+    work_dir: str,
+    several_nodes: bool = False,
 ) -> None:
     """`run`, in the image on this machine's GPUs, or right here if this is the image."""
     os.environ["BASE_DIR"] = base_dir
@@ -42,7 +53,8 @@ def run_with_gpus(
         run(command, args, dry_run)
         return
     command += shlex.split(args)
-    run_container(ContainerRun(command, image, data=Path(base_dir), several_nodes=several_nodes), dry_run)
+    container = ContainerRun(command, image, True, Path(base_dir), Path(work_dir), several_nodes)
+    run_container(container, dry_run)
 
 
 def run_container(container: ContainerRun, dry_run: bool) -> None:
@@ -101,9 +113,7 @@ def image(
         "command": "to run instead of a shell",
         "gpus": "--no-gpus leaves them out",
         "several_nodes": "use this machine's network, so that other machines reach it",
-        "image": IN_IMAGE["image"],
-        "base_dir": IN_IMAGE["base_dir"],
-        "dry_run": COMMON["dry_run"],
+        **{name: IN_IMAGE[name] for name in ("image", "base_dir", "work_dir", "dry_run")},
     }
 )
 def shell(
@@ -111,42 +121,70 @@ def shell(
     command: str = "",
     image: str = IMAGE,
     base_dir: str = BASE_DIR,
+    work_dir: str = ".",
     gpus: bool = True,
     several_nodes: bool = False,
     dry_run: bool = False,
 ) -> None:
     """Open a shell in the image, or run one command in it."""
-    run_container(ContainerRun(shlex.split(command), image, gpus, Path(base_dir), several_nodes), dry_run)
+    container = ContainerRun(shlex.split(command), image, gpus, Path(base_dir), Path(work_dir), several_nodes)
+    run_container(container, dry_run)
 
 
 @task(help=IN_IMAGE)
-def train_8gpu(_: Context, image: str = IMAGE, base_dir: str = BASE_DIR, args: str = "", dry_run: bool = False) -> None:
+def train_8gpu(
+    _: Context,
+    image: str = IMAGE,
+    base_dir: str = BASE_DIR,
+    work_dir: str = ".",
+    args: str = "",
+    dry_run: bool = False,
+) -> None:
     """Train on one node of 8 GPUs."""
-    run_with_gpus([LAUNCH_ONE_NODE], args, dry_run, image, base_dir)
+    run_with_gpus([LAUNCH_ONE_NODE], args, dry_run, image, base_dir, work_dir)
 
 
 @task(help=IN_IMAGE)
 def train_8gpu_mtp(
-    _: Context, image: str = IMAGE, base_dir: str = BASE_DIR, args: str = "", dry_run: bool = False
+    _: Context,
+    image: str = IMAGE,
+    base_dir: str = BASE_DIR,
+    work_dir: str = ".",
+    args: str = "",
+    dry_run: bool = False,
 ) -> None:
     """Train on one node of 8 GPUs, the MTP layer too, and draft with it."""
-    run_with_gpus([LAUNCH_ONE_NODE, "--recipe", "glm4.7-flash-8gpu-mtp"], args, dry_run, image, base_dir)
+    run_with_gpus([LAUNCH_ONE_NODE, "--recipe", "glm4.7-flash-8gpu-mtp"], args, dry_run, image, base_dir, work_dir)
 
 
 @task(help=IN_IMAGE)
 def train_16gpu(
-    _: Context, image: str = IMAGE, base_dir: str = BASE_DIR, args: str = "", dry_run: bool = False
+    _: Context,
+    image: str = IMAGE,
+    base_dir: str = BASE_DIR,
+    work_dir: str = ".",
+    args: str = "",
+    dry_run: bool = False,
 ) -> None:
     """Train on two nodes of 8 GPUs; MASTER_ADDR names this one, the other has joined by `invoke join`."""
-    run_with_gpus([LAUNCH_NODES, "--recipe", "glm4.7-flash-16gpu"], args, dry_run, image, base_dir, several_nodes=True)
+    run_with_gpus(
+        [LAUNCH_NODES, "--recipe", "glm4.7-flash-16gpu"], args, dry_run, image, base_dir, work_dir, several_nodes=True
+    )
 
 
 @task(help=IN_IMAGE)
 def train_24gpu(
-    _: Context, image: str = IMAGE, base_dir: str = BASE_DIR, args: str = "", dry_run: bool = False
+    _: Context,
+    image: str = IMAGE,
+    base_dir: str = BASE_DIR,
+    work_dir: str = ".",
+    args: str = "",
+    dry_run: bool = False,
 ) -> None:
     """Train on three nodes of 8 GPUs; MASTER_ADDR names this one, the others have joined by `invoke join`."""
-    run_with_gpus([LAUNCH_NODES, "--recipe", "glm4.7-flash-24gpu"], args, dry_run, image, base_dir, several_nodes=True)
+    run_with_gpus(
+        [LAUNCH_NODES, "--recipe", "glm4.7-flash-24gpu"], args, dry_run, image, base_dir, work_dir, several_nodes=True
+    )
 
 
 @task(help={"base_dir": "gets GLM-4.7-Flash/, dapo-math-17k/ and aime-2024/", **COMMON})

@@ -103,7 +103,7 @@ def build_image(build: Build) -> str:
 def _progress(event: dict[str, object]) -> str:
     """Of a layer of the base image that is being fetched: the beginning and the end, not every step."""
     status = str(event.get("status", ""))
-    return "" if not status or "progressDetail" in event and event["progressDetail"] else f"{status}\n"
+    return "" if not status or event.get("progressDetail") else f"{status}\n"
 
 
 def default_base_image() -> str:

@@ -28,7 +28,7 @@ SHARED_MEMORY_BYTES = 64 << 30
 ULIMITS = {"memlock": -1, "stack": 64 << 20, "nofile": 1 << 20}
 """Pinned memory for the optimizer and the bus, deep stacks of compiled kernels, a connection a sample."""
 WRITABLE = (Path("runs"), Path("build"))
-"""Folders of the repository that commands write to."""
+"""Folders that commands write to."""
 SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
 PASSED = (*SECRETS, "BASE_DIR", "MASTER_ADDR", "NODE_ADDR", "HF_ENDPOINT", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG")
 """Variables that go along, by name: no value is ever on a command line."""
@@ -46,6 +46,8 @@ class ContainerRun:
     """All of them; or none."""
     data: Path | None = None
     """A folder besides runs/ and build/ that the command sees under the same name, if it exists."""
+    work_dir: Path = ROOT
+    """Holds the folders runs/ and build/ that the command writes to."""
     several_nodes: bool = False
     """Whether processes on other machines must reach it: it has this machine's network then."""
 
@@ -97,12 +99,12 @@ class ContainerRun:
 
     def folders(self) -> list[Path]:
         """What the command writes to."""
-        return [ROOT / folder for folder in WRITABLE]
+        return [self.work_dir.resolve() / folder for folder in WRITABLE]
 
     def _mounts(self) -> Iterator[tuple[Path, PurePosixPath]]:
         """Folders under the name they have here, so that a command means the same inside and outside."""
-        for folder in WRITABLE:
-            yield ROOT / folder, WORKSPACE / folder
+        for folder in self.folders():
+            yield folder, WORKSPACE / folder.name
         if self.data is not None and (ROOT / self.data).is_dir():
             yield (ROOT / self.data).resolve(), WORKSPACE / self.data
 
