@@ -8,6 +8,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,8 +33,9 @@ def ray_session(config: Config) -> Iterator[None]:
     """Ray for this run: the cluster that submitted this job if there is one (RAY_ADDRESS), or a local one of our own,
     whose processes end with this block and die with this process."""
     if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=True, logging_level=logging.getLevelNamesMapping()[config.misc.log_level.upper()])
         try:
+            with _own_signals():
+                ray.init(log_to_driver=True, logging_level=_level(config))
             yield
         finally:
             ray.shutdown()
@@ -74,13 +76,28 @@ def _start_local(config: Config) -> None:
 
 def _init_local(config: Config) -> None:
     processes = config.world_size + config.num_engines
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, processes),
-        dashboard_host=LOOPBACK,
-        include_dashboard=True,
-        object_store_memory=OBJECT_STORE_BYTES,
-        log_to_driver=True,
-        logging_level=logging.getLevelNamesMapping()[config.misc.log_level.upper()],
-        _node_ip_address=LOOPBACK,
-    )
+    with _own_signals():
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, processes),
+            dashboard_host=LOOPBACK,
+            include_dashboard=True,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=True,
+            logging_level=_level(config),
+            _node_ip_address=LOOPBACK,
+        )
+
+
+def _level(config: Config) -> int:
+    return logging.getLevelNamesMapping()[config.misc.log_level.upper()]
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keeps the program's answer to SIGTERM, which `ray.init` replaces by one of its own."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
