@@ -49,7 +49,7 @@ LABEL org.opencontainers.image.title="glm-flash-grpo" \
       org.opencontainers.image.revision="${GIT_COMMIT}" \
       org.opencontainers.image.created="${BUILD_DATE}"
 
-USER recipe
+USER 10001
 HEALTHCHECK --interval=60s --timeout=30s --start-period=30s --retries=3 \
     CMD ["python", "-m", "recipe.container.health"]
 CMD ["make", "help"]

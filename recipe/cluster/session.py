@@ -6,7 +6,6 @@ environment; the token is on no command line.
 
 import logging
 import os
-import secrets
 import shutil
 import signal
 import tempfile
@@ -16,16 +15,14 @@ from pathlib import Path
 
 import ray
 
+from recipe.cluster.meeting import write_token
+from recipe.cluster.node import LOOPBACK, OBJECT_STORE_BYTES, TOKEN_PATH
 from recipe.config import Config
 from recipe.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-LOOPBACK = "127.0.0.1"
 _START_ATTEMPTS = 2
-_TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
-OBJECT_STORE_BYTES = 256 << 20
-"""Enough for the samples of a rollout; weights never pass through Ray."""
 
 
 @contextmanager
@@ -42,20 +39,14 @@ def ray_session(config: Config) -> Iterator[None]:
         return
     secret = Path(tempfile.mkdtemp(prefix="recipe-ray-"))
     try:
-        _set_token(secret / "token")
+        write_token(secret / "token")
+        os.environ |= {TOKEN_PATH: str(secret / "token"), "RAY_USAGE_STATS_ENABLED": "0"}
         _start_local(config)
         yield
     finally:
         ray.shutdown()
-        os.environ.pop(_TOKEN_PATH, None)
+        os.environ.pop(TOKEN_PATH, None)
         shutil.rmtree(secret)
-
-
-def _set_token(path: Path) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secrets.token_hex(32))
-    os.environ |= {_TOKEN_PATH: str(path), "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def _start_local(config: Config) -> None:

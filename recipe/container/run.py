@@ -134,7 +134,7 @@ def _attend(client: "DockerClient", container: "Container", run: ContainerRun) -
     else:
         # Attached before it starts: no word of it is lost.
         output = container.attach(stream=True, logs=False)
-        with _passing_signals_on(lambda name: client.api.kill(container.id, name)):
+        with _passing_signals_on(lambda name: client.api.kill(str(container.id), name)):
             container.start()
             for chunk in output:
                 sys.stdout.buffer.write(chunk)

@@ -25,7 +25,7 @@ def attach_terminal(client: "DockerClient", container: "Container") -> None:
     where there is no terminal."""
     if not sys.stdin.isatty():
         raise UserError("a shell needs a terminal; for a single command: invoke shell --command 'make test'")
-    connection = client.api.attach_socket(container.id, {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1})
+    connection = client.api.attach_socket(str(container.id), {"stdin": 1, "stdout": 1, "stderr": 1, "stream": 1})
     channel = getattr(connection, "_sock", connection)  # docker wraps local sockets, and only those
     container.start()
 

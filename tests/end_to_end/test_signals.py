@@ -1,10 +1,8 @@
 """Signals to a run, and to each of its processes: nothing stays behind, and the last checkpoint is whole."""
 
 import json
-import re
 import signal
 import socket
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
