@@ -187,6 +187,51 @@ def train_24gpu(
     )
 
 
+@task(help=IN_IMAGE)
+def join(
+    _: Context,
+    image: str = IMAGE,
+    base_dir: str = BASE_DIR,
+    work_dir: str = ".",
+    args: str = "",
+    dry_run: bool = False,
+) -> None:
+    """Join the run whose first node is MASTER_ADDR; BASE_DIR is the storage that all nodes share."""
+    command = ["python", "-m", "recipe.cluster.join"]
+    run_with_gpus(command, args, dry_run, image, base_dir, work_dir, several_nodes=True)
+
+
+@task(help=IN_IMAGE)
+def bench(
+    _: Context,
+    image: str = IMAGE,
+    base_dir: str = BASE_DIR,
+    work_dir: str = ".",
+    args: str = "",
+    dry_run: bool = False,
+) -> None:
+    """Measure the trainer on one GPU beside transformers."""
+    run_with_gpus(["python", "scripts/bench_trainer.py"], args, dry_run, image, base_dir, work_dir)
+
+
+@task(help={"name": "of the run", **COMMON})
+def report(_: Context, name: str = "tiny", args: str = "", dry_run: bool = False) -> None:
+    """Show what a run achieved, and where its time went."""
+    run([*module("recipe.run.report"), f"runs/{name}"], args, dry_run)
+
+
+@task(name="test", help=COMMON)
+def run_tests(_: Context, args: str = "", dry_run: bool = False) -> None:
+    """Run the tests."""
+    run(module("pytest"), args, dry_run)
+
+
+@task(help={"dry_run": COMMON["dry_run"]})
+def lint(_: Context, dry_run: bool = False) -> None:
+    """ruff, mypy, shellcheck and hadolint."""
+    run(["make", "lint"], "", dry_run)
+
+
 @task(help={"base_dir": "gets GLM-4.7-Flash/, dapo-math-17k/ and aime-2024/", **COMMON})
 def download(_: Context, base_dir: str = "data", args: str = "", dry_run: bool = False) -> None:
     """Download the model and the data sets, pinned and verified (about 60 GB)."""

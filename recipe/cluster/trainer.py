@@ -246,8 +246,8 @@ class TrainerGroup:
 
 
 def socket_interfaces(address: str) -> dict[str, str]:
-    """Variables that bind gloo and NCCL to the interface with this machine's `address`: by themselves they take what the
-    host's name resolves to, which often is an address that no other machine reaches. What the user has set stays."""
+    """Variables that bind gloo and NCCL to the interface with this machine's `address`: by themselves they take what
+    the host's name resolves to, often an address that no other machine reaches. What the user has set stays."""
     interfaces = (name for name, entries in psutil.net_if_addrs().items() if address in (e.address for e in entries))
     names = {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"} - os.environ.keys()
     return dict.fromkeys(names, next(interfaces)) if names else {}
