@@ -77,3 +77,44 @@ def test_a_notice_saves_and_the_run_goes_on_as_if_it_had_never_come(
     assert status == 0, output
     assert metrics(tmp_path / "noticed") == metrics(uninterrupted)
     assert samples(tmp_path / "noticed") == samples(uninterrupted)
+
+
+VICTIMS = {
+    "rank": "ray::RankActor",
+    "engine actor": "ray::EngineActor",
+    "raylet": "raylet/raylet",
+    "gcs": "gcs_server",
+    "grader": "recipe.rewards.serve",
+}
+"""Kinds of process of a run, by what their command line has. Engines are replaced: `test_runs` kills one."""
+
+
+@pytest.mark.parametrize("victim", [*VICTIMS, "run itself"])
+def test_a_run_that_loses_a_process_leaves_nothing_behind_and_its_checkpoint_is_whole(
+    victim: str, inputs: TinyInputs, tmp_path: Path
+) -> None:
+    directory = tmp_path / "struck"
+    command = arguments(inputs, tmp_path, "struck", "--num-rollout", "1000", "--save-interval", "1", "--save-keep", "2")
+    with leaves_nothing(str(tmp_path)) as ports:
+        process = start(command)
+        wait_for_step(process, directory, 2)
+        processes = family(process)
+        ports |= listening_ports(processes)
+        chosen = [p for p in processes if VICTIMS.get(victim, "recipe.train") in " ".join(p.cmdline())][0]
+        chosen.kill()
+        if victim == "grader":
+            wait_for_step(process, directory, 8)
+            process.send_signal(signal.SIGINT)
+        status, output = finish(process, 120)
+    assert status != 0
+    assert "Traceback" not in output, output
+    if victim == "run itself":
+        assert status == -signal.SIGKILL
+    elif victim == "grader":
+        assert status == 128 + signal.SIGINT, output
+    elif victim != "rank":
+        assert status == 2, output
+    latest = int((directory / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+    resumed = arguments(inputs, tmp_path, "struck", "--num-rollout", str(latest + 1))
+    status, output = run([*resumed, "--load", str(directory / "checkpoints")])
+    assert status == 0, output

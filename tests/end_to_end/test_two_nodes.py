@@ -63,7 +63,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 
 def test_two_hosts_take_the_steps_of_one(pair: Pair, inputs: TinyInputs, tmp_path: Path) -> None:
-    flags = ("--num-rollout", str(STEPS))
+    flags = ("--num-rollout", str(STEPS), "--num-cpus-per-rank", "1", "--num-cpus-per-engine", "1")
     status, output = run([*arguments(inputs, tmp_path, "one", *flags), "--rollout-num-gpus", "1"])
     assert status == 0, output
     launched, joining = pair.begin(arguments(inputs, pair.base, "two", *flags))
