@@ -44,7 +44,7 @@ class Pair:
         """Returns when the run has recorded `step`, or is over."""
         path = self.base / name / "metrics.jsonl"
         wait_until(
-            lambda: launched.poll() is not None or (path.exists() and path.read_bytes().count(b"\n") > step), 100
+            lambda: launched.poll() is not None or (path.exists() and path.read_bytes().count(b"\n") > step), 240
         )
 
     def log(self, name: str) -> str:
@@ -67,7 +67,7 @@ def test_two_hosts_take_the_steps_of_one(pair: Pair, inputs: TinyInputs, tmp_pat
     status, output = run([*arguments(inputs, tmp_path, "one", *flags), "--rollout-num-gpus", "1"])
     assert status == 0, output
     launched, joining = pair.begin(arguments(inputs, pair.base, "two", *flags))
-    assert launched.wait(180) == 0, pair.log("head")
+    assert launched.wait(300) == 0, pair.log("head")
     assert joining.wait(60) == 0, pair.log("join")
     assert metrics(pair.base / "two") == metrics(tmp_path / "one")
     assert samples(pair.base / "two") == samples(tmp_path / "one")

@@ -1,7 +1,9 @@
 """What a user meets first: `make help`, the lock files, the installer's refusals."""
 
 import re
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,6 +76,31 @@ def test_every_hash_line_belongs_to_a_pinned_package():
         lines = (ROOT / "requirements" / lock).read_text().splitlines()
         allowed = re.compile(r"[a-z0-9-]+==\S+( ; .+)? \\|    --hash=sha256:[0-9a-f]{64}( \\)?| *#.*|")
         assert [line for line in lines if not allowed.fullmatch(line)] == []
+
+
+def test_the_locks_are_those_of_their_inputs():
+    """`make lock` records both: whoever edits an input, or a lock by hand, is told."""
+    check = subprocess.run(
+        ["sha256sum", "--check", "--strict", "--quiet", "SHA256SUMS"],
+        cwd=ROOT / "requirements",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert check.returncode == 0, f"run `make lock`: {check.stdout}"
+    recorded = {line.split()[1] for line in (ROOT / "requirements" / "SHA256SUMS").read_text().splitlines()}
+    assert recorded == {path.name for path in (ROOT / "requirements").iterdir()} - {"SHA256SUMS"}
+
+
+@pytest.mark.slow
+def test_make_lock_gives_the_same_bytes_again(tmp_path):
+    shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    command = ["make", "-o", "install", "lock", f"BIN={Path(sys.executable).parent}"]
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    assert again.returncode == 0, again.stderr
+    for path in (ROOT / "requirements").iterdir():
+        assert (tmp_path / "requirements" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_an_unsuitable_python_is_one_sentence(tmp_path):
