@@ -92,6 +92,8 @@ class Run:
         self._data, self._engines, self._directory, self._display = data, engines, directory, display
         self._rollout: Rollout | None = None
         self._reports: list[StepReport] = []
+        self._learned: Sequence[TrainSample] = ()
+        self._saved_rollouts = progress.rollouts
         self._evals: dict[str, EvalMetrics] = {}
         self._mismatch = MismatchWatch(resolved.config.misc.mismatch_warn)
         if progress.rollouts:
@@ -155,8 +157,9 @@ class Run:
                 "the last checkpoint with --load, with a lower --lr or a smaller --clip-grad"
             )
 
-    def finish_rollout(self) -> None:
+    def finish_rollout(self, samples: Sequence[TrainSample]) -> None:
         """The samples of a rollout are learned: the policy is the next version."""
+        self._learned = samples
         waiting = self._engines.collector.state() if self._engines is not None else []
         self.progress = replace(
             self.progress,
@@ -189,10 +192,10 @@ class Run:
     def _is_due(self, interval: int | None) -> bool:
         return self.is_over or (interval is not None and self.progress.rollouts % interval == 0)
 
-    def record(self, samples: Sequence[TrainSample] = ()) -> None:
-        """Writes the step's line and samples to the run directory, and shows it. Without samples: the evaluation before
-        the first step."""
-        done = self.progress.rollouts
+    def record(self) -> None:
+        """Writes the step's line and samples to the run directory, and shows it. Before the first step: only the
+        evaluation."""
+        done, samples = self.progress.rollouts, self._learned
         train = train_metrics(samples, self._reports, self.progress.skipped_steps) if samples else None
         rollout = None
         if self._rollout is not None:
@@ -205,16 +208,26 @@ class Run:
         if (mismatch := StepMismatch.of(self._reports)) is not None:
             for sentence in self._mismatch.warnings(mismatch):
                 logger.warning("step %d: %s", done, sentence)
-        self._rollout, self._reports, self._evals = None, [], {}
+        self._rollout, self._reports, self._learned, self._evals = None, [], (), {}
 
     def save(self) -> None:
         """Writes a checkpoint that a resumed run goes on from, losing nothing, and what `--save-hf` asks for. With
         `--async-save` only begins to write the checkpoint, after the one before it is written."""
+        self._saved_rollouts = self.progress.rollouts
         with self.clock.measure(Phase.SAVE):
             self.trainer.save(self.config.save_dir, self.progress)
             self._directory.record_host_memory(self.trainer.host_memory())
             if (target := self.config.checkpoint.hugging_face_target(self.progress.rollouts, self.is_over)) is not None:
                 self.trainer.export_hugging_face(target)
+
+    def save_what_is_done(self) -> None:
+        """Leaves a checkpoint of the last finished rollout, for a run that ends early. What is under way of the next
+        one is given up, and so is an evaluation."""
+        if self._learned:
+            self.record()
+        if self.progress.rollouts > self._saved_rollouts:
+            self.save()
+        self.finish_save()
 
     def finish_save(self) -> None:
         """Waits for a checkpoint that is still being written. Raises UserError if it cannot be."""

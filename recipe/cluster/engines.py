@@ -90,7 +90,8 @@ class EngineActor:
         self.starts += 1
         logs = self.resolved.config.run_dir.resolve() / "logs"
         logs.mkdir(parents=True, exist_ok=True)
-        self.process = EngineProcess(self._launch(), logs / f"engine-{self.number}.{self.starts}.log")
+        log = logs / f"engine-{self.number}.{self.starts}.log"
+        self.process = EngineProcess(self._launch(), log, host=ray.util.get_node_ip_address())
         self.process.wait_healthy(self.resolved.config.rollout.rollout_engine_start_timeout_s)
         return self.process.url
 

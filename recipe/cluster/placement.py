@@ -15,6 +15,9 @@ PLACEMENT_TIMEOUT_S = 300
 TRAINER_SHARE, ENGINE_SHARE = 0.6, 0.3
 """Shares of a GPU where trainer and engines take turns on it: Ray's bookkeeping, not a limit."""
 
+_NODE_SHARE = 0.001
+"""Of the resource by which Ray names a node: enough to ask for the node."""
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -54,8 +57,10 @@ def place(config: Config) -> Placement:
     """Reserves what the run needs. Raises UserError if the cluster does not have it."""
     on_gpus = uses_gpus(config)
     engines = 0 if config.cluster.colocate or not config.needs_engine else config.rollout_gpus
-    bundle = {"CPU": 1, "GPU": 1} if on_gpus else {"CPU": 1}
+    bundle: dict[str, float] = {"CPU": 1, "GPU": 1} if on_gpus else {"CPU": 1}
     count = config.world_size + engines
+    if config.cluster.actor_num_nodes > 1:
+        return _place_on_nodes(config, bundle, engines, on_gpus)
     group = placement_group([bundle] * count, strategy="PACK")
     if not group.wait(PLACEMENT_TIMEOUT_S):
         have = {name: ray.cluster_resources().get(name, 0) for name in bundle}
@@ -66,3 +71,26 @@ def place(config: Config) -> Placement:
         )
     node_of = placement_group_table(group)["bundles_to_node_id"]
     return Placement(group, sorted(node_of, key=lambda number: (node_of[number], number)), on_gpus, config)
+
+
+def _place_on_nodes(config: Config, bundle: dict[str, float], engines: int, on_gpus: bool) -> Placement:
+    """Every node gets its share of consecutive ranks, so that groups of ranks that fit into a node (expert parallelism)
+    lie within one; the first node is the one at `--master-addr`, where the ranks meet."""
+    nodes, per_node = config.cluster.actor_num_nodes, config.cluster.actor_num_gpus_per_node
+    kind = "GPU" if on_gpus else "CPU"
+    fit = [n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"] and n["Resources"].get(kind, 0) >= per_node]
+    fit.sort(key=lambda address: (address != config.cluster.master_addr, address))
+    if len(fit) < nodes:
+        raise UserError(
+            f"--actor-num-nodes {nodes} with {per_node} x {kind} each, but the Ray cluster has only {len(fit)} such "
+            f"nodes ({', '.join(fit) or 'none'}): let the others join (make join)"
+        )
+    chosen = [address for address in fit[:nodes] for _ in range(per_node)]
+    chosen += [fit[number // per_node % nodes] for number in range(engines)]
+    group = placement_group([{**bundle, f"node:{address}": _NODE_SHARE} for address in chosen])
+    if not group.wait(PLACEMENT_TIMEOUT_S):
+        raise UserError(
+            f"the run needs {config.world_size} training ranks and {engines} engine slots on the nodes "
+            f"{', '.join(fit[:nodes])}, which are busy or too small"
+        )
+    return Placement(group, list(range(len(chosen))), on_gpus, config)

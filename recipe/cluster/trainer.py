@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+import psutil
 import ray
 import torch
 import torch.distributed as dist
@@ -77,6 +78,7 @@ class RankActor:
         """Builds the rank, with the others that meet at `address` and `port`, and loads its weights. Rank 0 tells how
         far the run has come."""
         torch.set_num_threads(threads)
+        os.environ.update(socket_interfaces(ray.util.get_node_ip_address()))
         heartbeat.follow_this_thread()
         from recipe.megatron.layout import Rendezvous
         from recipe.megatron.rank import TrainerRank
@@ -247,6 +249,14 @@ class TrainerGroup:
     @property
     def _names(self) -> list[str]:
         return [f"training rank {rank}" for rank in range(len(self._ranks))]
+
+
+def socket_interfaces(address: str) -> dict[str, str]:
+    """Variables that bind gloo and NCCL to the interface with this machine's `address`: by themselves they take what
+    the host's name resolves to, often an address that no other machine reaches. What the user has set stays."""
+    interfaces = (name for name, entries in psutil.net_if_addrs().items() if address in (e.address for e in entries))
+    names = {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"} - os.environ.keys()
+    return dict.fromkeys(names, next(interfaces)) if names else {}
 
 
 def threads_per_rank(config: Config) -> int:

@@ -216,6 +216,8 @@ class MiscConfig(Group):
     """Weights & Biases project."""
     wandb_group: str | None = None
     """Weights & Biases group."""
+    sigterm_grace_s: PositiveFloat = 100.0
+    """Time to finish the step and save after a SIGTERM, in seconds; most spot nodes are taken away after 30 to 120."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """What is logged."""
     mismatch_warn: PositiveFloat = 0.05

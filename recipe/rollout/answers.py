@@ -51,7 +51,7 @@ def read_sample(answer: Mapping[str, Any]) -> SampleAnswer:
     if len(log_probs) != len(ids):
         raise EngineAnswerError(f"the engine answered {len(ids)} tokens with {len(log_probs)} log-probs")
     drafts = meta.get("spec_correct_drafts_histogram") or ()
-    return SampleAnswer(ids, log_probs, versions, finish_reason, matched, answer.get("text", ""), drafts)
+    return SampleAnswer(ids, log_probs, versions, finish_reason, matched, text, drafts)
 
 
 def _aborted(answer: Mapping[str, Any]) -> SampleAnswer:

@@ -33,6 +33,12 @@ def digits_reward(prompt: str, response: str, label: str) -> float:
     return sum(character.isdigit() for character in response) / max(1, len(response))
 
 
+def slow_reward(prompt: str, response: str, label: str) -> float:
+    """`digits_reward`, which takes its time."""
+    time.sleep(0.1)
+    return digits_reward(prompt, response, label)
+
+
 def parity_reward(prompt: str, response: str, label: str) -> float:
     """A reward that is often the same for all samples of a prompt."""
     return float(sum(map(ord, response)) % 2)

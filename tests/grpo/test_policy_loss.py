@@ -9,6 +9,8 @@ from recipe.grpo.kl import KLEstimator
 from recipe.grpo.loss import LossMetrics, Metric, PolicyLossConfig, PolicyLossInputs, policy_loss, sft_loss
 from recipe.grpo.reduction import sequence_weights
 
+pytestmark = pytest.mark.smoke
+
 EVERYTHING = PolicyLossConfig(
     eps_clip=0.2,
     eps_clip_high=0.28,

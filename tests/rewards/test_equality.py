@@ -5,6 +5,8 @@ import pytest
 from recipe.rewards.equality import plainly_equal
 from recipe.rewards.integers import canonical_integer
 
+pytestmark = pytest.mark.smoke
+
 
 @pytest.mark.parametrize(
     ("text", "integer"),

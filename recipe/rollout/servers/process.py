@@ -56,7 +56,7 @@ class EngineProcess:
                 stderr=subprocess.STDOUT,
                 env=without_secrets(os.environ) | environment,
                 start_new_session=True,
-                preexec_fn=lambda: _die_with(parent),
+                preexec_fn=lambda: die_with(parent),
             )
 
     def _filled_in(self, word: str) -> str:
@@ -161,7 +161,7 @@ def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """In the child, before the server runs: end when the parent does."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

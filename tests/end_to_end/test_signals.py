@@ -1,0 +1,120 @@
+"""Signals to a run, and to each of its processes: nothing stays behind, and the last checkpoint is whole."""
+
+import json
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from run_support import (
+    TinyInputs,
+    arguments,
+    family,
+    finish,
+    leaves_no_process,
+    metrics,
+    run,
+    samples,
+    start,
+    wait_for_step,
+)
+
+from recipe.notice import SAVED_STATUS
+
+pytestmark = pytest.mark.slow
+
+SHARED_MEMORY = Path("/dev/shm")
+SURVIVORS = ("log_monitor", "dashboard", "runtime_env/agent", "RuntimeEnvAgent", "ray-dashboard", "DashboardAgent")
+"""Ray's helpers, without which a run goes on."""
+
+
+@contextmanager
+def leaves_nothing(marker: str) -> Iterator[set[int]]:
+    """Afterwards no process of the run lives, nobody listens on the ports put into the set, and /dev/shm holds no more
+    than before."""
+    before = set(SHARED_MEMORY.iterdir())
+    ports: set[int] = set()
+    with leaves_no_process(marker):
+        yield ports
+    for port in ports:
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(("127.0.0.1", port))
+    assert {path for path in SHARED_MEMORY.iterdir() if path not in before} == set()
+
+
+def listening_ports(processes: list[psutil.Process]) -> set[int]:
+    """Ports that the processes listen on."""
+    found = set()
+    for process in processes:
+        for connection in process.net_connections(kind="tcp"):
+            if connection.status == psutil.CONN_LISTEN:
+                found.add(connection.laddr.port)
+    return found
+
+
+def test_a_notice_saves_and_the_run_goes_on_as_if_it_had_never_come(
+    inputs: TinyInputs, uninterrupted: Path, tmp_path: Path
+) -> None:
+    command = arguments(inputs, tmp_path, "noticed", "--save-interval", "1000")
+    with leaves_nothing(str(tmp_path)) as ports:
+        process = start([*command, "--custom-rm-path", "run_support:slow_reward"])
+        wait_for_step(process, tmp_path / "noticed", 1)
+        ports |= listening_ports(family(process))
+        process.send_signal(signal.SIGTERM)
+        status, output = finish(process, 90)
+    assert status == SAVED_STATUS, output
+    assert "SIGTERM received: saving what is done" in output
+    assert "Traceback" not in output
+    summary = json.loads((tmp_path / "noticed" / "summary.json").read_text())
+    assert summary["outcome"] == "interrupted"
+    latest = (tmp_path / "noticed" / "checkpoints" / "latest_checkpointed_iteration.txt").read_text()
+    assert int(latest) in (1, 2), "it was to end in mid rollout"
+    status, output = run([*command, "--load", str(tmp_path / "noticed" / "checkpoints")])
+    assert status == 0, output
+    assert metrics(tmp_path / "noticed") == metrics(uninterrupted)
+    assert samples(tmp_path / "noticed") == samples(uninterrupted)
+
+
+VICTIMS = {
+    "rank": "ray::RankActor",
+    "engine actor": "ray::EngineActor",
+    "raylet": "raylet/raylet",
+    "gcs": "gcs_server",
+    "grader": "recipe.rewards.serve",
+}
+"""Kinds of process of a run, by what their command line has. Engines are replaced: `test_runs` kills one."""
+
+
+@pytest.mark.parametrize("victim", [*VICTIMS, "run itself"])
+def test_a_run_that_loses_a_process_leaves_nothing_behind_and_its_checkpoint_is_whole(
+    victim: str, inputs: TinyInputs, tmp_path: Path
+) -> None:
+    directory = tmp_path / "struck"
+    command = arguments(inputs, tmp_path, "struck", "--num-rollout", "1000", "--save-interval", "1", "--save-keep", "2")
+    with leaves_nothing(str(tmp_path)) as ports:
+        process = start(command)
+        wait_for_step(process, directory, 2)
+        processes = family(process)
+        ports |= listening_ports(processes)
+        chosen = [p for p in processes if VICTIMS.get(victim, "recipe.train") in " ".join(p.cmdline())][0]
+        chosen.kill()
+        if victim == "grader":
+            wait_for_step(process, directory, 8)
+            process.send_signal(signal.SIGINT)
+        status, output = finish(process, 120)
+    assert status != 0
+    assert "Traceback" not in output, output
+    if victim == "run itself":
+        assert status == -signal.SIGKILL
+    elif victim == "grader":
+        assert status == 128 + signal.SIGINT, output
+    elif victim != "rank":
+        assert status == 2, output
+    latest = int((directory / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
+    resumed = arguments(inputs, tmp_path, "struck", "--num-rollout", str(latest + 1))
+    status, output = run([*resumed, "--load", str(directory / "checkpoints")])
+    assert status == 0, output
