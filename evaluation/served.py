@@ -118,7 +118,9 @@ def engine_launch(kind: EngineKind, model: Path, arguments: str, context_length:
         kind = "embedded" if find_sglang_python(None) is None else "sglang"
     threads, seed = len(os.sched_getaffinity(0)), seed % 2**31
     if kind == "sglang":
-        server = SglangServer(sglang_python(None), torch.cuda.is_available(), tuple(shlex.split(arguments)))
+        server = SglangServer(
+            sglang_python(None), () if torch.cuda.is_available() else None, tuple(shlex.split(arguments))
+        )
         return launch_sglang(
             model,
             server,

@@ -83,8 +83,9 @@ def deliver(
 class EngineActor:
     """Owns one server process, which dies with this one."""
 
-    def __init__(self, resolved: Resolved, number: int, on_gpus: bool) -> None:
-        self.resolved, self.number, self.on_gpus = resolved, number, on_gpus
+    def __init__(self, resolved: Resolved, number: int, gpus: Sequence[int]) -> None:
+        """`gpus`: the numbers of its GPUs on its machine, if it has any."""
+        self.resolved, self.number, self.gpus = resolved, number, gpus
         self.process: EngineProcess | None = None
         self.starts = 0
         self.released: set[str] = set()
@@ -142,7 +143,7 @@ class EngineActor:
         if config.rollout.engine == "sglang":
             return launch_sglang(
                 model,
-                SglangServer.of(config, self.on_gpus),
+                SglangServer.of(config, self.gpus),
                 weight_version=INITIAL_VERSION,
                 threads=threads_of_engine(config),
                 context_length=self.resolved.max_context_len,
@@ -170,7 +171,7 @@ class EngineGroup:
         actor: Any = ray.remote(EngineActor)
         self._actors: list[ActorHandle] = [
             actor.options(name=f"engine {number}", **placement.for_engine(number)).remote(
-                resolved, number, placement.on_gpus
+                resolved, number, placement.gpus_of_engine(number)
             )
             for number in range(resolved.config.num_engines)
         ]
@@ -242,7 +243,7 @@ class EngineGroup:
         trainer, version = self._weights
         deliver(
             list(numbers),
-            lambda some: trainer.update_weights([self._urls[number] for number in some], version),
+            lambda some: trainer.update_weights({number: self._urls[number] for number in some}, version),
             self._urls,
             self._start_again,
         )

@@ -42,7 +42,7 @@ def resolved(tmp_path: Path) -> Resolved:
 def owner(resolved: Resolved) -> Iterator[Any]:
     from recipe.cluster.engines import EngineActor
 
-    owner = EngineActor(resolved, 0, on_gpus=False)
+    owner = EngineActor(resolved, 0, gpus=())
     yield owner
     owner.stop()
 
