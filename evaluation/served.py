@@ -52,7 +52,7 @@ def engine_launch(kind: EngineKind, model: Path, arguments: Sequence[str], conte
     """How the engine is started. Raises UserError if the one asked for is not installed."""
     threads, seed = len(os.sched_getaffinity(0)), seed % 2**31
     if engine_kind(kind) == "sglang":
-        server = SglangServer(sglang_python(None), torch.cuda.is_available(), tuple(arguments))
+        server = SglangServer(sglang_python(None), () if torch.cuda.is_available() else None, tuple(arguments))
         return launch_sglang(
             model,
             server,

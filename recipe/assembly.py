@@ -113,6 +113,7 @@ class Run:
         with self.clock.measure(Phase.ROLLOUT):
             try:
                 self._rollout = await engines.collector.collect(seeds, str(rollout_id))
+                engines.release_memory()
             except NothingToLearn:
                 # A grader that always fails gives equal rewards too, and says so better.
                 engines.grader.collect_counts()
@@ -265,6 +266,10 @@ class Engines:
         """Grades a complete group."""
         await grade_group(self.grader, group)
 
+    def release_memory(self) -> None:
+        """Nothing is generated until the next `update_weights`: engines on the trainer's GPUs make room for it."""
+        self._group.release_memory()
+
     def update_weights(self, trainer: TrainerGroup, version: int) -> None:
         """Replaces engines that do not answer any more, and sends the policy to all."""
         self.client.move(self._group.replace_dead())
@@ -290,6 +295,10 @@ async def open_run(resolved: Resolved) -> AsyncIterator[Run]:
         group = stack.enter_context(EngineGroup(resolved, placement)) if config.needs_engine else None
         if group is not None:
             group.begin_start()
+            if config.cluster.colocate:
+                # SGLang sizes its cache by the memory that is free when it starts.
+                group.finish_start()
+                group.release_memory()
         trainer.begin_start()
         progress = trainer.finish_start()
         directory.start(progress.rollouts)

@@ -142,7 +142,7 @@ class Bench:
         """SGLang, not yet healthy. If the block fails, the end of the engine's log is printed."""
         server = SglangServer(
             python=self.python,
-            on_gpus=self.on_gpu,
+            gpus=() if self.on_gpu else None,
             arguments=(*(ON_GPU if self.on_gpu else ()), *arguments, *self.engine_args),
             dtype=str(self.dtype).removeprefix("torch."),
             releases_memory=True,

@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 START_ATTEMPTS = 3
 """Times that a dead engine is started before the run gives up."""
 
+WEIGHTS, THE_REST = ("weights",), ("kv_cache", "cuda_graph")
+"""The memory that an engine takes again before it is sent weights, and after it."""
+
 INITIAL_VERSION = "initial"
 """Of the weights that an engine starts with, before the trainer has sent any."""
 
@@ -58,6 +61,8 @@ def deliver(
 ) -> None:
     """Sends weights by `send` to engines `numbers`, of which those that fail over it are started again, which changes
     `urls`, and get them again with those that have not got all. Raises UserError if that goes on for START_ATTEMPTS."""
+    if not numbers:
+        return
     for _ in range(START_ATTEMPTS):
         delivery = send(numbers)
         if not delivery.failed:
@@ -78,16 +83,20 @@ def deliver(
 class EngineActor:
     """Owns one server process, which dies with this one."""
 
-    def __init__(self, resolved: Resolved, number: int, on_gpus: bool) -> None:
-        self.resolved, self.number, self.on_gpus = resolved, number, on_gpus
+    def __init__(self, resolved: Resolved, number: int, gpus: Sequence[int]) -> None:
+        """`gpus`: the numbers of its GPUs on its machine, if it has any."""
+        self.resolved, self.number, self.gpus = resolved, number, gpus
         self.process: EngineProcess | None = None
         self.starts = 0
+        self.released: set[str] = set()
+        """What memory the server has given back, by SGLang's tags."""
 
     def start(self) -> str:
         """Starts the server, killing the one before it, and returns its address once it is healthy."""
         if self.process is not None:
             self.process.kill()
         self.starts += 1
+        self.released.clear()
         logs = self.resolved.config.run_dir.resolve() / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         log = logs / f"engine-{self.number}.{self.starts}.log"
@@ -96,12 +105,37 @@ class EngineActor:
         return self.process.url
 
     def keep_alive(self) -> str:
-        """Starts the server again if it has died or does not generate. Returns its address. Raises UserError if that
-        fails for good."""
+        """Starts the server again if it has died or does not generate, which it cannot be asked for while its memory is
+        released. Returns its address. Raises UserError if that fails for good."""
         timeout_s = self.resolved.config.rollout.rollout_health_check_timeout
-        if self.process is not None and self.process.generates(timeout_s):
-            return self.process.url
+        if self.process is not None:
+            asks = self.process.answers if self.released else self.process.generates
+            if asks(timeout_s):
+                return self.process.url
         logger.warning("engine %d does not generate any more: it is started again", self.number)
+        return start_again(f"engine {self.number}", self.start)
+
+    def release_memory(self) -> None:
+        """Has the server give back all its memory. One that does not is ended: it is in the trainer's way."""
+        assert self.process is not None
+        tags = (*WEIGHTS, *THE_REST)
+        if self.process.release_memory(tags, self.resolved.config.rollout.update_weight_timeout):
+            self.released.update(tags)
+        elif self.process.alive:
+            logger.warning("engine %d does not give its memory back: it is ended", self.number)
+            self.process.kill()
+
+    def resume_memory(self, tags: Sequence[str]) -> str:
+        """Has the server take memory again that it gave back; one that fails over it is started again, and holds no
+        trained weights then. Returns its address. Raises UserError if that fails for good."""
+        assert self.process is not None
+        again = [tag for tag in tags if tag in self.released]
+        if not again:
+            return self.process.url
+        if self.process.resume_memory(again, self.resolved.config.rollout.update_weight_timeout):
+            self.released.difference_update(again)
+            return self.process.url
+        logger.warning("engine %d does not take its memory again: it is started again", self.number)
         return start_again(f"engine {self.number}", self.start)
 
     def _launch(self) -> Launch:
@@ -110,7 +144,7 @@ class EngineActor:
         if config.rollout.engine == "sglang":
             return launch_sglang(
                 model,
-                SglangServer.of(config, self.on_gpus),
+                SglangServer.of(config, self.gpus),
                 weight_version=INITIAL_VERSION,
                 threads=threads_of_engine(config),
                 context_length=self.resolved.max_context_len,
@@ -138,10 +172,11 @@ class EngineGroup:
         actor: Any = ray.remote(EngineActor)
         self._actors: list[ActorHandle] = [
             actor.options(name=f"engine {number}", **placement.for_engine(number)).remote(
-                resolved, number, placement.on_gpus
+                resolved, number, placement.gpus_of_engine(number)
             )
             for number in range(resolved.config.num_engines)
         ]
+        self._shares_gpus = resolved.config.cluster.colocate
         self._starting: list[ray.ObjectRef] = []
         self._urls: list[str] = []
         self._weights: tuple[TrainerGroup, str] | None = None
@@ -164,6 +199,12 @@ class EngineGroup:
         self._urls = get(self._starting, self._names)
         return list(self._urls)
 
+    def release_memory(self) -> None:
+        """Has idle engines that share the trainer's GPUs give back their memory; `update_weights` has them take it
+        again."""
+        if self._shares_gpus:
+            get([actor.release_memory.remote() for actor in self._actors], self._names)
+
     def replace_dead(self) -> list[str]:
         """Starts engines again that have died or hang, for a time in which nothing is generated: they hold no trained
         weights then. Returns the addresses of all. Raises UserError if one does not become healthy."""
@@ -173,8 +214,18 @@ class EngineGroup:
     def update_weights(self, trainer: TrainerGroup, version: int) -> list[str]:
         """Sends the policy to every engine; one that fails over it is started again. Returns the addresses of all."""
         self._weights = trainer, str(version)
+        self._resume_memory(WEIGHTS)
         self._deliver(range(len(self._urls)))
+        self._deliver(self._resume_memory(THE_REST))
         return list(self._urls)
+
+    def _resume_memory(self, tags: Sequence[str]) -> list[int]:
+        """The numbers of the engines that had to be started again for it."""
+        if not self._shares_gpus:
+            return []
+        before = self._urls
+        self._urls = get([actor.resume_memory.remote(tags) for actor in self._actors], self._names)
+        return [number for number, url in enumerate(before) if url != self._urls[number]]
 
     async def recover(self, url: str) -> str:
         """Replaces the engine at `url` by a new one that holds the current weights, which the trainer still has: it
@@ -193,7 +244,7 @@ class EngineGroup:
         trainer, version = self._weights
         deliver(
             list(numbers),
-            lambda some: trainer.update_weights([self._urls[number] for number in some], version),
+            lambda some: trainer.update_weights({number: self._urls[number] for number in some}, version),
             self._urls,
             self._start_again,
         )

@@ -25,7 +25,9 @@ class Placement:
 
     group: PlacementGroup
     bundles: list[int]
-    """Bundle numbers, machine by machine, so that neighbouring ranks share one."""
+    """Bundle numbers, machine by machine and GPU by GPU, so that neighbouring ranks share one."""
+    gpus: list[int]
+    """The number of each bundle's GPU on its machine, in the same order; empty without GPUs."""
     on_gpus: bool
     config: Config
 
@@ -35,10 +37,16 @@ class Placement:
 
     def for_engine(self, engine: int) -> dict[str, Any]:
         """Options of the actor that owns an engine: it sits at the first of the engine's bundles."""
+        return self._options(self._first_of_engine(engine), ENGINE_SHARE)
+
+    def gpus_of_engine(self, engine: int) -> tuple[int, ...]:
+        """The numbers of its GPUs on its machine. Ray would show its actor the first one only."""
+        first, each = self._first_of_engine(engine), self.config.sglang.rollout_num_gpus_per_engine
+        return tuple(self.gpus[first : first + each])
+
+    def _first_of_engine(self, engine: int) -> int:
         first = engine * self.config.sglang.rollout_num_gpus_per_engine
-        if not self.config.cluster.colocate:
-            first += self.config.world_size
-        return self._options(first, ENGINE_SHARE)
+        return first if self.config.cluster.colocate else first + self.config.world_size
 
     def _options(self, position: int, gpu_share: float) -> dict[str, Any]:
         strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=self.bundles[position])
@@ -70,7 +78,9 @@ def place(config: Config) -> Placement:
             "--rollout-num-gpus"
         )
     node_of = placement_group_table(group)["bundles_to_node_id"]
-    return Placement(group, sorted(node_of, key=lambda number: (node_of[number], number)), on_gpus, config)
+    gpu_of = gpu_numbers(group, count) if on_gpus else dict.fromkeys(node_of, 0)
+    bundles = sorted(node_of, key=lambda number: (node_of[number], gpu_of[number], number))
+    return Placement(group, bundles, [gpu_of[number] for number in bundles] if on_gpus else [], on_gpus, config)
 
 
 def _place_on_nodes(config: Config, bundle: dict[str, float], engines: int, on_gpus: bool) -> Placement:
@@ -93,4 +103,23 @@ def _place_on_nodes(config: Config, bundle: dict[str, float], engines: int, on_g
             f"the run needs {config.world_size} training ranks and {engines} engine slots on the nodes "
             f"{', '.join(fit[:nodes])}, which are busy or too small"
         )
-    return Placement(group, list(range(len(chosen))), on_gpus, config)
+    gpu_of = gpu_numbers(group, len(chosen)) if on_gpus else dict.fromkeys(range(len(chosen)), 0)
+    bundles = sorted(gpu_of, key=lambda number: (number // per_node, gpu_of[number], number))
+    return Placement(group, bundles, [gpu_of[number] for number in bundles] if on_gpus else [], on_gpus, config)
+
+
+
+def gpu_numbers(group: PlacementGroup, count: int) -> dict[int, int]:
+    """The number of the GPU of each of the group's `count` bundles on its machine."""
+    number: Any = ray.remote(_own_gpu)
+
+    def ask(bundle: int) -> ray.ObjectRef:
+        strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+        reference: ray.ObjectRef = number.options(scheduling_strategy=strategy, num_cpus=0, num_gpus=0.01).remote()
+        return reference
+
+    return dict(enumerate(ray.get([ask(bundle) for bundle in range(count)])))
+
+
+def _own_gpu() -> int:
+    return int(ray.get_gpu_ids()[0])

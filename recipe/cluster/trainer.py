@@ -5,7 +5,7 @@ import os
 import pickle
 import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -99,25 +99,32 @@ class RankActor:
         own = self.trainer.own_shard(pickle.loads(shards))
         return self.trainer.reference_log_probs(own) if of_reference else self.trainer.log_probs(own)
 
-    def update_weights(self, urls: Sequence[str], version: str) -> "Delivery | None":
-        """Sends the policy to the engines; a collective, in which rank 0 speaks, and tells what became of it."""
-        from recipe.rollout.weights_sync import WeightSync
+    def update_weights(self, engines: Mapping[int, str], version: str) -> "Delivery":
+        """Sends the policy to the engines at these addresses, by number, and tells what became of it; a collective.
+        Rank 0 speaks to all of them, or each rank to those that begin on its GPU, which can open its memory."""
+        from recipe.rollout.weights_sync import Delivery, WeightSync
 
         sync = WeightSync.of(self.config, self.architecture, ray.util.get_node_ip_address())
         if sync.transfer == "disk":
             folder = self.config.run_dir.resolve() / "weights-on-their-way"
             self.trainer.export_hugging_face(folder)
             if self.rank:
-                return None
-            delivery = sync.load_from_disk(folder, urls, version)
+                return Delivery()
+            delivery = sync.load_from_disk(folder, list(engines.values()), version)
             shutil.rmtree(folder)
             return delivery
+        urls = [url for number, url in engines.items() if self._speaks_to(number)]
         weights = self.trainer.weights()
-        if self.rank == 0:
+        if urls:
             return sync.send(weights, urls, version)
         for _ in weights:
             pass
-        return None
+        return Delivery()
+
+    def _speaks_to(self, engine: int) -> bool:
+        if not self.config.cluster.colocate:
+            return self.rank == 0
+        return self.rank == engine * self.config.sglang.rollout_num_gpus_per_engine % self.config.world_size
 
     def save(self, directory: Path, progress: Progress) -> None:
         """Writes a checkpoint or, with `--async-save`, begins to."""
@@ -189,9 +196,10 @@ class TrainerGroup:
             found |= part
         return found
 
-    def update_weights(self, urls: Sequence[str], version: str) -> "Delivery":
-        """Sends the policy to the engines at `urls`, as `version`. Returns what became of it."""
-        delivery: Delivery = self._all("update_weights", list(urls), version)[0]
+    def update_weights(self, engines: Mapping[int, str], version: str) -> "Delivery":
+        """Sends the policy, as `version`, to the engines at these addresses, by number. Returns what became of it."""
+        first, *others = self._all("update_weights", dict(engines), version)
+        delivery: Delivery = sum(others, first)
         return delivery
 
     def save(self, directory: Path, progress: Progress) -> None:

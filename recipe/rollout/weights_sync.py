@@ -41,6 +41,10 @@ class Delivery:
     incomplete: tuple[str, ...] = ()
     """Engines that are well but have not got everything, since another one failed in a broadcast."""
 
+    def __add__(self, other: "Delivery") -> "Delivery":
+        """To different engines."""
+        return Delivery({**self.failed, **other.failed}, (*self.incomplete, *other.incomplete))
+
 
 @dataclass(frozen=True, slots=True)
 class WeightSync:

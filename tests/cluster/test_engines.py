@@ -29,6 +29,7 @@ def resolved(tmp_path: Path) -> Resolved:
                 "rollout_batch_size": 1,
                 "rollout_max_response_len": 4,
                 "rollout_health_check_timeout": 2,
+                "update_weight_timeout": 2,
             },
             "optimizer": {"lr": 1e-3},
             "misc": {"runs_dir": tmp_path},
@@ -41,7 +42,7 @@ def resolved(tmp_path: Path) -> Resolved:
 def owner(resolved: Resolved) -> Iterator[Any]:
     from recipe.cluster.engines import EngineActor
 
-    owner = EngineActor(resolved, 0, on_gpus=False)
+    owner = EngineActor(resolved, 0, gpus=())
     yield owner
     owner.stop()
 
@@ -60,6 +61,35 @@ def test_an_engine_that_does_not_generate_between_two_rollouts_is_started_again(
         assert owner.process.generates(30)
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_an_engine_gives_its_memory_back_and_takes_it_again_in_two_parts(owner: Any) -> None:
+    from recipe.cluster.engines import THE_REST, WEIGHTS
+
+    address = owner.start()
+    owner.release_memory()
+    assert not owner.process.generates(5)
+    assert owner.keep_alive() == address
+    assert owner.resume_memory(WEIGHTS) == address
+    assert not owner.process.generates(5)
+    assert owner.resume_memory(THE_REST) == address
+    assert owner.process.generates(5)
+    assert owner.resume_memory(WEIGHTS) == address
+
+
+def test_an_engine_that_hangs_over_its_memory_is_ended_or_started_again(owner: Any) -> None:
+    from recipe.cluster.engines import WEIGHTS
+
+    address = owner.start()
+    os.killpg(owner.process.pid, signal.SIGSTOP)
+    owner.release_memory()
+    assert not owner.process.alive
+    assert owner.keep_alive() != address
+    owner.release_memory()
+    os.killpg(owner.process.pid, signal.SIGSTOP)
+    address = owner.process.url
+    assert owner.resume_memory(WEIGHTS) != address
+    assert owner.process.generates(5)
 
 
 def test_an_engine_that_cannot_be_started_again_is_given_up_with_its_log(

@@ -141,7 +141,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
         time.sleep(0.05)
 
 
-def wait_for_step(process: subprocess.Popen, directory: Path, step: int) -> None:
+def wait_for_step(process: subprocess.Popen, directory: Path, step: int, timeout_s: float = 120) -> None:
     """Returns when the run in `directory` has recorded `step`; fails with its output if it ends before."""
     path = directory / "metrics.jsonl"
 
@@ -149,7 +149,7 @@ def wait_for_step(process: subprocess.Popen, directory: Path, step: int) -> None
         assert process.poll() is None or process.stdout is None, process.stdout.read()
         return path.exists() and path.read_bytes().count(b"\n") > step
 
-    wait_until(is_done)
+    wait_until(is_done, timeout_s)
 
 
 def family(process: subprocess.Popen) -> list[psutil.Process]:

@@ -3,7 +3,7 @@
 As the weights of version 2 are sent, one engine is killed and the other one is stopped.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import psutil
 from run_support import engines, strike
@@ -17,12 +17,12 @@ update_weights = trainer.TrainerGroup.update_weights
 struck: list[str] = []
 
 
-def struck_update(self: trainer.TrainerGroup, urls: Sequence[str], version: str) -> Delivery:
+def struck_update(self: trainer.TrainerGroup, engines_: Mapping[int, str], version: str) -> Delivery:
     """`TrainerGroup.update_weights`, with the failures at its first call for version 2."""
     if version == "2" and not struck:
         struck.append(version)
         strike(*engines(psutil.Process()))
-    return update_weights(self, urls, version)
+    return update_weights(self, engines_, version)
 
 
 if __name__ == "__main__":

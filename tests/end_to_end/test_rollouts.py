@@ -27,10 +27,11 @@ BOUND_S = 90.0
 def test_one_engine_stopped_and_one_killed_in_mid_rollout_change_nothing(
     inputs: TinyInputs, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """Two requests are under way at a time and one group is graded: the others are still to be made."""
+    """Two requests are under way at a time and one group is graded: the others are still to be made. As on GPUs that
+    they share with the trainer, the engines give their memory back while it trains."""
     more = (
-        "--custom-rm-path run_support:striking_reward --rollout-max-concurrency 2 --rollout-health-check-interval 1 "
-        "--rollout-health-check-timeout 2"
+        "--colocate --custom-rm-path run_support:striking_reward --rollout-max-concurrency 2 "
+        "--rollout-health-check-interval 1 --rollout-health-check-timeout 2"
     )
     before = 8 * 4 + 2 * 16
     with leaves_no_process(str(tmp_path)):

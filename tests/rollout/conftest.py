@@ -40,7 +40,7 @@ def shared_sglang(
     config = resolve(["--recipe", "tiny", "--hf-checkpoint", str(checkpoint), *flags]).config
     launch = launch_sglang(
         checkpoint,
-        SglangServer.of(config, on_gpus=False),
+        SglangServer.of(config, gpus=()),
         weight_version="1",
         threads=1,
         context_length=CONTEXT,

@@ -173,7 +173,7 @@ def test_sglangs_command_line_has_the_users_arguments_last(checkpoint: Path, on_
     config = resolved.config.model_copy(update={"sglang": sglang})
     started = launch_sglang(
         Path("/model"),
-        SglangServer.of(config, on_gpus),
+        SglangServer.of(config, (2, 3) if on_gpus else ()),
         weight_version="7",
         threads=3,
         context_length=64,
@@ -189,6 +189,7 @@ def test_sglangs_command_line_has_the_users_arguments_last(checkpoint: Path, on_
     # Else SGLang's own limit, 20 s, would rule.
     assert started.environment["SGLANG_HEALTH_CHECK_TIMEOUT"] == "46"
     assert started.environment.get("OMP_NUM_THREADS") == (None if on_gpus else "3")
+    assert started.environment.get("CUDA_VISIBLE_DEVICES") == ("2,3" if on_gpus else None)
 
 
 def test_an_engine_speculates_up_to_a_number_of_sequences(checkpoint: Path, tmp_path: Path) -> None:
@@ -198,7 +199,7 @@ def test_an_engine_speculates_up_to_a_number_of_sequences(checkpoint: Path, tmp_
     args = {"speculative_algorithm": "EAGLE", "speculative_num_steps": 2}
     for limit, expected in ((None, {}), (32, {"1": {"candidate_steps": [2]}, "33": {"candidate_steps": [0]}})):
         sglang = SglangConfig(args=args, speculative_max_batch=limit)
-        server = SglangServer.of(config.model_copy(update={"sglang": sglang}), on_gpus=True)
+        server = SglangServer.of(config.model_copy(update={"sglang": sglang}), gpus=(0,))
         assert server.speculation == expected
         assert not server.keeps_draft  # the tiny recipe trains the MTP layer
     started = launch_sglang(Path("/model"), server, weight_version="7", threads=1, context_length=64)

@@ -68,7 +68,8 @@ class SglangServer:
 
     python: Path
     """The interpreter that it is installed in."""
-    on_gpus: bool
+    gpus: tuple[int, ...] | None
+    """The numbers of its GPUs on its machine; empty: whichever it sees first; None: it runs on the CPU."""
     arguments: tuple[str, ...] = ()
     """The user's own, which have the last word."""
     dtype: str = "auto"
@@ -86,11 +87,11 @@ class SglangServer:
     """After so long without a token /health_generate tells that it does not generate."""
 
     @classmethod
-    def of(cls, config: Config, on_gpus: bool) -> Self:
+    def of(cls, config: Config, gpus: Sequence[int]) -> Self:
         """An engine of a run, in the trainer's precision. Raises UserError if SGLang is installed nowhere."""
         return cls(
             python=sglang_python(config.rollout.rollout_engine_python),
-            on_gpus=on_gpus,
+            gpus=tuple(gpus) or None,
             arguments=tuple(config.sglang.command_line()),
             dtype="bfloat16" if config.model.bf16 else "float32",
             tp_size=EngineLayout.of(config).tp,
@@ -136,7 +137,9 @@ def launch_sglang(
         "GLOO_SOCKET_IFNAME": "lo",
         RENDEZVOUS: f"file://{SCRATCH}/rendezvous",
     }
-    if server.on_gpus:
+    if server.gpus is not None:
+        if server.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, server.gpus))
         files = {"speculation.json": json.dumps(server.speculation)} if server.speculation else {}
         words = (python, "-m", "sglang.launch_server", *arguments, *_on_gpus(server), *server.arguments)
         return Launch(words, environment, files)

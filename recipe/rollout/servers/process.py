@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import json
 import os
 import re
 import signal
@@ -9,7 +10,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -82,7 +83,7 @@ class EngineProcess:
     def wait_healthy(self, timeout_s: float) -> None:
         """Returns when the server can generate. Raises UserError, and stops it, if it ends or takes too long."""
         deadline = time.monotonic() + timeout_s
-        while not self._gets("/health_generate", HEALTH_TIMEOUT_S):
+        while not self._asks("GET", "/health_generate", HEALTH_TIMEOUT_S):
             ended = not self.alive
             if ended or time.monotonic() > deadline:
                 self.stop()
@@ -112,7 +113,24 @@ class EngineProcess:
 
     def generates(self, timeout_s: float) -> bool:
         """Whether the server generates a token. It is asked twice, so that one lost answer ends no engine."""
-        return any(self.alive and self._gets("/health_generate", timeout_s) for _ in range(2))
+        return any(self.alive and self._asks("GET", "/health_generate", timeout_s) for _ in range(2))
+
+    def answers(self, timeout_s: float) -> bool:
+        """Whether the server answers anything at all, which it does even while its memory is released."""
+        return self.alive and self._asks("GET", "/model_info", timeout_s)
+
+    def release_memory(self, tags: Sequence[str], timeout_s: float) -> bool:
+        """Has the server give the memory of `tags` back, once it is idle. Whether it did in time."""
+        deadline = time.monotonic() + timeout_s
+        while not self._asks("POST", "/flush_cache", timeout_s, {}):  # refused while a request is under way
+            if not self.alive or time.monotonic() > deadline:
+                return False
+            time.sleep(POLL_S)
+        return self._asks("POST", "/release_memory_occupation", timeout_s, {"tags": list(tags)})
+
+    def resume_memory(self, tags: Sequence[str], timeout_s: float) -> bool:
+        """Has the server take it again. Whether it did in time."""
+        return self.alive and self._asks("POST", "/resume_memory_occupation", timeout_s, {"tags": list(tags)})
 
     def _signal(self, number: signal.Signals) -> bool:
         """Whether there was anybody in the group."""
@@ -122,10 +140,11 @@ class EngineProcess:
             return False
         return True
 
-    def _gets(self, path: str, timeout_s: float) -> bool:
+    def _asks(self, method: str, path: str, timeout_s: float, body: dict[str, object] | None = None) -> bool:
         connection = HTTPConnection(self._host, self.port, timeout=timeout_s)
         try:
-            connection.request("GET", path)
+            content = None if body is None else json.dumps(body)
+            connection.request(method, path, content, {"Content-Type": "application/json"})
             return connection.getresponse().status == HTTPStatus.OK
         except (OSError, HTTPException):
             return False
