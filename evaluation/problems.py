@@ -67,9 +67,7 @@ def _refuse_repetitions(file: ProblemFile, problems: Sequence[Prompt]) -> None:
             raise UserError(f"{file.path}: lines {earlier} and {line} have the same {file.id_key!r}, {problem.name!r}")
         earlier = lines_of_texts.setdefault(problem.text, line)
         if earlier != line:
-            raise UserError(
-                f"{file.path}: lines {earlier} and {line} ask the same; keep each problem once, with more samples of each"
-            )
+            raise UserError(f"{file.path}: lines {earlier} and {line} ask the same: keep each problem once")
 
 
 def digest(problems: Sequence[Prompt]) -> str:

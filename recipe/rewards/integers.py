@@ -44,7 +44,6 @@ _DEGREES_OR_PERCENT = re.compile(
 _ORDINAL = re.compile(rf"\s*\^\s*(?:\{{?\s*{_TEXT}\s*\{{\s*(?:st|nd|rd|th)\s*\}}\s*\}}?|\{{\s*(?:st|nd|rd|th)\s*\}})$")
 _BEFORE_UNIT = re.compile(r"[\d)}](?=\s*(?:\\text|\\math|\\[mh]box)|\s?[a-zA-Z])")
 _UNIT = re.compile(rf"(?:\s*{_TEXT}\s*\{{(?P<font>[^{{}}\d]*)\}}|(?P<bare>\s?[a-zA-Z][a-zA-Z /.]*))", re.ASCII)
-_UNITS = re.compile(rf"(?:{_UNIT.pattern.replace('?P<font>', '').replace('?P<bare>', '')})+")
 _POWER = re.compile(r"\s*\^\s*(?:[23]|\{\s*[23]\s*\})$")
 _WORD = re.compile(r"[^\s/.,()\-\N{MIDDLE DOT}]+")
 
@@ -188,10 +187,15 @@ def _without_unit(text: str) -> str:
     power = _POWER.search(text)
     measured = text[: power.start()] if power else text
     number = _BEFORE_UNIT.search(measured)
-    if number is None or not _UNITS.fullmatch(measured, number.end()):
+    if number is None:
         return text
     words: list[str] = []
-    for unit in _UNIT.finditer(measured, number.end()):
+    end = number.end()
+    while end < len(measured):
+        unit = _UNIT.match(measured, end)
+        if unit is None:
+            return text
+        end = unit.end()
         found = _WORD.findall(unit["font"] or unit["bare"] or "")
         glued = unit["bare"] is not None and not unit["bare"].startswith(" ")
         known = set(found) <= GLUED if glued else not found or is_unit(found, in_font=unit["font"] is not None)

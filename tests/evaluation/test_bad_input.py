@@ -1,6 +1,7 @@
 """A user's mistakes, a sentence each."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -222,3 +223,36 @@ def test_only_one_evaluation_works_in_a_directory(server: KnownServer, data: Pat
 def test_engine_arguments_beside_a_server(server: KnownServer, data: Path) -> None:
     with pytest.raises(UserError, match="--engine-args says nothing beside --url"):
         open_one("--url", server.url, "--data", data, "--engine-args", "--tp-size 2")
+
+
+def fake_run(folder: Path, checkpoint: Path, steps: Sequence[int]) -> Path:
+    """A training run's directory with checkpoints, as far as an evaluation looks before it exports."""
+    for step in steps:
+        iteration = folder / "checkpoints" / f"iter_{step:07}"
+        iteration.mkdir(parents=True)
+        for name in (".metadata", "progress.json", "__0_0.distcp"):
+            (iteration / name).write_text(f"{name} of {step}")
+    manifest = {"config": {"model": {"hf_checkpoint": str(checkpoint)}}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder / "checkpoints"
+
+
+def test_a_checkpoint_is_chosen_once_and_its_run_knows_the_model(
+    checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = fake_run(tmp_path / "run", checkpoint, [1, 2])
+    exported: list[tuple[Path, Path]] = []
+
+    def export(source: Path, origin: Path, target: Path) -> None:
+        exported.append((source, origin))
+        raise UserError("that is enough")
+
+    monkeypatch.setattr("evaluation.aime.export_checkpoint", export)
+    words = ("--checkpoint", checkpoints, "--data", data, "--save", tmp_path / "out", "--engine", "embedded")
+    with open_one(*words) as evaluation:
+        fake_run(tmp_path / "run", checkpoint, [3])
+        with pytest.raises(UserError, match="that is enough"):
+            evaluation.complete()
+    assert exported == [(checkpoints / "iter_0000002", checkpoint)]
+    with pytest.raises(UserError, match="model_sha256 was"):
+        open_one(*words)

@@ -171,9 +171,9 @@ def test_coverage(shape: tuple[float, float]) -> None:
     ],
 )
 def test_coverage_where_nearly_all_problems_are_alike(population: tuple[Difficulties, float]) -> None:
-    """Solved always or never, so counted by whole problems: coverage jumps with the share of unlike ones (93.2% where it
-    is a tenth, 98.8% where it is 3%). Or all of middling difficulty, where what is allowed for an unseen problem is not
-    needed. 2,000 runs may miss the true coverage by a hundredth."""
+    """Solved always or never, so counted by whole problems: coverage jumps with the share of unlike ones (93.2% where
+    it is a tenth, 98.8% where it is 3%). Or all of middling difficulty, where nothing need be allowed for an unseen
+    problem. 2,000 runs may miss the true coverage by a hundredth."""
     assert 0.92 <= coverage(clustered_share, population) <= 0.995
 
 
