@@ -56,10 +56,6 @@ class Activations:
     layer: int
     """While it goes through the layer that takes most: what is recomputed, and gradients."""
 
-    @property
-    def peak(self) -> int:
-        return self.kept + max(self.log_probs, self.layer)
-
 
 @dataclass(frozen=True)
 class ActivationModel:
