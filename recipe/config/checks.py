@@ -45,10 +45,8 @@ def batches_divide(config: Config, _: Architecture) -> Iterator[str]:
     if ranks == 0 or config.world_size % config.model_parallel_size:
         return
     if batch % ranks:
-        sentence = (
-            f"--global-batch-size {batch} does not divide by the {ranks} data-parallel ranks (ranks / TP / PP / CP)"
-        )
-        yield f"{sentence}{advice}"
+        over = f"the {ranks} data-parallel ranks (ranks / TP / PP / CP)"
+        yield f"--global-batch-size {batch} does not divide by {over}{advice}"
         return
     of_rank = f"the {batch // ranks} samples a data-parallel rank has in a step"
     micro = 1 if config.perf.use_dynamic_batch_size else config.perf.micro_batch_size

@@ -9,11 +9,9 @@ pairs, K keys, N heads of the rank, H hidden size, F an MLP's width.
 from dataclasses import dataclass
 
 from recipe.config import Architecture, Config
+from recipe.plan import constants
 from recipe.plan.shards import Layout, StageShard
 
-EXPERT_IMBALANCE = 1.5
-"""Rows that the busiest rank's experts get, over the mean, where experts are spread (EP above 1). Assumed: no
-measurement on several GPUs is at hand."""
 FP32, INT64 = 4, 8
 
 
@@ -24,7 +22,7 @@ class Pack:
     tokens: int
     """On one rank."""
     asked: int
-    """Tokens whose log-probabilities are asked for, of all context-parallel ranks together at most `tokens` each."""
+    """Tokens whose log-probabilities are asked for on one rank."""
     longest: int
     """Tokens of the longest sequence in it."""
     keys: int
@@ -56,10 +54,6 @@ class Activations:
     layer: int
     """While it goes through the layer that takes most: what is recomputed, and gradients."""
 
-    @property
-    def peak(self) -> int:
-        return self.kept + max(self.log_probs, self.layer)
-
 
 @dataclass(frozen=True)
 class ActivationModel:
@@ -89,7 +83,7 @@ class ActivationModel:
         """R, of the busiest rank."""
         layout = self.layout
         rows = self.pack.tokens // layout.tp * self.architecture.num_experts_per_tok * layout.etp
-        return int(rows * EXPERT_IMBALANCE) if layout.ep > 1 else rows
+        return int(rows * constants.EXPERT_IMBALANCE) if layout.ep > 1 else rows
 
     def _norm(self, elements: int) -> int:
         """Input and output; where its kernel is not fused, the normed input too."""

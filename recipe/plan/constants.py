@@ -12,6 +12,8 @@ CUBLAS_WORKSPACE = 32 << 20
 """cuBLAS's default on Hopper, allocated by torch (its documentation of CUBLAS_WORKSPACE_CONFIG)."""
 NCCL_COMMUNICATOR = 192 << 20
 """Buffers of one NCCL communicator, which a process has for each group that it communicates in. Assumed."""
+EXPERT_IMBALANCE = 1.5
+"""Rows that the busiest rank's experts get, over the mean, where experts are spread over ranks. Assumed."""
 FRAGMENTATION = 0.06
 """Of what torch's allocator holds and cannot use, over activations. Assumed."""
 SGLANG_META, SGLANG_PER_TOKEN, SGLANG_PER_8_GPUS = 512 << 20, int(1.5 * 2**20), GIB

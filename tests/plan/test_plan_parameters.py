@@ -22,7 +22,6 @@ from recipe.plan.shards import Part, stage_shards
 MTP = ("--mtp-num-layers", "1")
 LAYOUTS = {
     "8 GPUs": ("--recipe", "glm4.7-flash-8gpu-mtp"),
-    "16 GPUs": ("--recipe", "glm4.7-flash-16gpu"),
     "24 GPUs with MTP": ("--recipe", "glm4.7-flash-24gpu", *MTP),
     "expert TP": (
         *("--recipe", "glm4.7-flash-8gpu", *MTP, "--tensor-model-parallel-size", "2", "--sequence-parallel"),
@@ -95,8 +94,7 @@ TRAINED = {"mtp_num_layers": 1, "enable_mtp_training": True}
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 HELD = {
     "one process": (1, {}, {}),
-    "MTP trained": (1, {}, {"mtp": TRAINED}),
-    "bf16": (1, {}, {"model": {"bf16": True}}),
+    "bf16, MTP trained": (1, {}, {"mtp": TRAINED, "model": {"bf16": True}}),
     "CPU Adam": (1, {}, {"optimizer": {"lr": 1e-3, "optimizer_cpu_offload": True}}),
     "DP2": (2, {}, {}),
     "TP2 EP2": (2, TP2 | {"expert_model_parallel_size": 2}, {}),

@@ -143,6 +143,13 @@ def test_a_suggestion_fits_and_nothing_in_it_is_idle(case: str) -> None:
     assert "\n" not in sentence
 
 
+def test_the_mildest_change_is_suggested() -> None:
+    [change] = suggestion(plan("16gpu", gpu="A100-40GB"))
+    assert change.flags == "--optimizer-cpu-offload --optimizer-offload-fraction 0.75"
+    milder = ("--optimizer-cpu-offload", "--optimizer-offload-fraction", "0.5")
+    assert not plan("16gpu", *milder, gpu="A100-40GB").fits
+
+
 def test_what_nothing_mends_is_said() -> None:
     made = plan("8gpu", gpu="A100-40GB", host="200GB")
     assert "use more or larger machines" in refusal(made, suggestion(made))
@@ -166,7 +173,7 @@ def test_each_knob_moves_the_peak_its_way() -> None:
 
 
 @pytest.mark.parametrize(("recompute", "measured_gib"), [((), 73.7), (FULL, 67.5)])
-def test_peaks_on_one_h200_are_planned_within_a_hundredth(
+def test_peaks_on_one_h200_are_planned_within_half_a_hundredth(
     recompute: tuple[str, ...], measured_gib: float, tmp_path: Path
 ) -> None:
     """The two that README reports: 6 layers at the true widths, 4 sequences of 2,048 tokens, four fifths asked."""
@@ -181,7 +188,7 @@ def test_peaks_on_one_h200_are_planned_within_a_hundredth(
     model = GpuModel(one, machine, on_gpu=True, pack=Pack(tokens=8192, asked=4 * 1639, longest=2048, keys=8192))
     [shard] = model.shards
     total = sum(model.held(shard).values()) + sum(model.computing(shard).values())
-    assert total / GIB == pytest.approx(measured_gib, rel=0.01)
+    assert total / GIB == pytest.approx(measured_gib, rel=0.005)
 
 
 def test_pipeline_stages_keep_what_is_in_flight() -> None:
@@ -233,10 +240,9 @@ def test_what_is_no_size_and_no_gpu_is_a_sentence() -> None:
     assert named_gpu("H100=94").memory == 94 * GIB
 
 
-@pytest.mark.parametrize(("flags", "status"), [((), 0), (("--gpu", "H100=20"), 2)])
-def test_the_command_ends_with_its_verdict(flags: tuple[str, ...], status: int) -> None:
-    command = [sys.executable, "-m", "recipe.plan", "--recipe", "glm4.7-flash-8gpu", "--hf-checkpoint", str(PUBLISHED)]
-    ended = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=120)
-    assert ended.returncode == status
+def test_the_command_ends_with_2_for_what_does_not_fit() -> None:
+    command = [sys.executable, "-m", "recipe.plan", "--recipe", "glm4.7-flash-8gpu", "--gpu", "H100=20"]
+    ended = subprocess.run([*command, "--hf-checkpoint", str(PUBLISHED)], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2
     assert "Traceback" not in ended.stderr
-    assert ended.stdout.splitlines()[-1].startswith("It fits" if status == 0 else "It does not fit")
+    assert ended.stdout.splitlines()[-1].startswith("It does not fit")
