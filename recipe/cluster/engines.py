@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import ray
+import torch
 from ray.actor import ActorHandle
 
 from recipe.cluster.calls import get
@@ -52,8 +53,9 @@ def start_again(name: str, start: Callable[[], str]) -> str:
 class EngineActor:
     """Owns one server process, which dies with this one."""
 
-    def __init__(self, resolved: Resolved, number: int, on_gpus: bool) -> None:
-        self.resolved, self.number, self.on_gpus = resolved, number, on_gpus
+    def __init__(self, resolved: Resolved, number: int, on_gpus: bool, position: int) -> None:
+        """`position`: the engine's first GPU among all that are in use, machine by machine."""
+        self.resolved, self.number, self.on_gpus, self.position = resolved, number, on_gpus, position
         self.process: EngineProcess | None = None
         self.starts = 0
 
@@ -82,7 +84,7 @@ class EngineActor:
         if config.rollout.engine == "sglang":
             return launch_sglang(
                 model,
-                SglangServer.of(config, self.on_gpus),
+                SglangServer.of(config, self.on_gpus, first_gpu=self.position % max(1, torch.cuda.device_count())),
                 weight_version=INITIAL_VERSION,
                 threads=threads_of_engine(config),
                 context_length=self.resolved.max_context_len,
@@ -110,7 +112,7 @@ class EngineGroup:
         actor: Any = ray.remote(EngineActor)
         self._actors: list[ActorHandle] = [
             actor.options(name=f"engine {number}", **placement.for_engine(number)).remote(
-                resolved, number, placement.on_gpus
+                resolved, number, placement.on_gpus, placement.first_of_engine(number)
             )
             for number in range(resolved.config.num_engines)
         ]

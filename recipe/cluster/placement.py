@@ -35,10 +35,13 @@ class Placement:
 
     def for_engine(self, engine: int) -> dict[str, Any]:
         """Options of the actor that owns an engine: it sits at the first of the engine's bundles."""
+        return self._options(self.first_of_engine(engine), ENGINE_SHARE)
+
+    def first_of_engine(self, engine: int) -> int:
+        """The first of the engine's bundles; where each machine's GPUs are all in use, modulo their number that of the
+        engine's first GPU."""
         first = engine * self.config.sglang.rollout_num_gpus_per_engine
-        if not self.config.cluster.colocate:
-            first += self.config.world_size
-        return self._options(first, ENGINE_SHARE)
+        return first if self.config.cluster.colocate else self.config.world_size + first
 
     def _options(self, position: int, gpu_share: float) -> dict[str, Any]:
         strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=self.bundles[position])

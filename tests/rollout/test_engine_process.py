@@ -169,7 +169,7 @@ def test_sglangs_command_line_has_the_users_arguments_last(checkpoint: Path, on_
     config = resolved.config.model_copy(update={"sglang": sglang})
     started = launch_sglang(
         Path("/model"),
-        SglangServer.of(config, on_gpus),
+        SglangServer.of(config, on_gpus, first_gpu=4),
         weight_version="7",
         threads=3,
         context_length=64,
@@ -181,6 +181,8 @@ def test_sglangs_command_line_has_the_users_arguments_last(checkpoint: Path, on_
     for name, value in {"weight-version": "7", "tp-size": "1", "context-length": "64", "dtype": "float32"}.items():
         assert words[words.index(f"--{name}") + 1] == value
     assert ("--enable-memory-saver" in words) == on_gpus
+    if on_gpus:
+        assert words[words.index("--base-gpu-id") + 1] == "4"
     assert ("cpu" in words) != on_gpus
     assert started.environment == ({} if on_gpus else {"OMP_NUM_THREADS": "3"})
 

@@ -61,11 +61,13 @@ class SglangServer:
     """The user's own, which have the last word."""
     dtype: str = "auto"
     tp_size: int = 1
+    first_gpu: int = 0
+    """Its first one among the machine's."""
     releases_memory: bool = False
     """Whether its GPUs are a trainer's too."""
 
     @classmethod
-    def of(cls, config: Config, on_gpus: bool) -> Self:
+    def of(cls, config: Config, on_gpus: bool, *, first_gpu: int = 0) -> Self:
         """An engine of a run, in the trainer's precision. Raises UserError if SGLang is installed nowhere."""
         return cls(
             python=sglang_python(config.rollout.rollout_engine_python),
@@ -73,6 +75,7 @@ class SglangServer:
             arguments=tuple(config.sglang.command_line()),
             dtype="bfloat16" if config.model.bf16 else "float32",
             tp_size=EngineLayout.of(config).tp,
+            first_gpu=first_gpu,
             releases_memory=config.cluster.colocate,
         )
 
@@ -97,6 +100,7 @@ def launch_sglang(
     ]
     python = str(server.python)
     if server.on_gpus:
+        arguments += ["--base-gpu-id", str(server.first_gpu)]
         saver = ["--enable-memory-saver"] if server.releases_memory else []
         return Launch((python, "-m", "sglang.launch_server", *arguments, *saver, *server.arguments))
     tokens = min(CPU_RUNNING_REQUESTS * context_length, CPU_CACHE_TOKENS)
