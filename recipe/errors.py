@@ -4,6 +4,7 @@ import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
+from typing import NoReturn
 
 USER_ERROR_STATUS = 2
 
@@ -25,8 +26,22 @@ def run_main(main: Callable[[], int | None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(USER_ERROR_STATUS)
+    except SystemExit:
+        if _unwound_by:  # Ray, where it waits, makes a SystemExit of status 1 out of any other
+            sys.exit(128 + _unwound_by[0])
+        raise
+
+
+_unwound_by: list[signal.Signals] = []
+
+
+def unwind(number: signal.Signals, why: str) -> NoReturn:
+    """From a signal's handler: ends the program in order, from wherever it is, as `run_main` says."""
+    print(f"stopping: {why}", file=sys.stderr, flush=True)
+    _unwound_by[:] = [number]
+    raise SystemExit(128 + number)
 
 
 def _unwind(number: int, _: FrameType | None) -> None:
-    print(f"stopping: {signal.Signals(number).name} received", file=sys.stderr)
-    raise SystemExit(128 + number)
+    received = signal.Signals(number)
+    unwind(received, f"{received.name} received")

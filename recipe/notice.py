@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from recipe.errors import unwind
+
 SAVED_STATUS = 75
 """Exit status of a run that ended on a notice with everything saved: EX_TEMPFAIL of sysexits.h, try again later."""
 
@@ -38,8 +40,7 @@ def saving_on_notice(save: Callable[[], None], grace_s: float) -> Iterator[None]
         give_up(f"not saved in {grace_s:g} s (--sigterm-grace-s)")
 
     def give_up(why: str) -> None:
-        _say(f"stopping: {why}; the last checkpoint is as it was")
-        raise SystemExit(128 + signal.SIGTERM)
+        unwind(signal.SIGTERM, f"{why}; the last checkpoint is as it was")
 
     before = [
         (signal.SIGTERM, signal.signal(signal.SIGTERM, heed)),

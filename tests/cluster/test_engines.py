@@ -39,9 +39,10 @@ def resolved(tmp_path: Path) -> Resolved:
 
 
 @pytest.fixture
-def owner(resolved: Resolved) -> Iterator[Any]:
-    from recipe.cluster.engines import EngineActor
+def owner(resolved: Resolved, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    from recipe.cluster.engines import EngineActor, ray
 
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
     owner = EngineActor(resolved, 0, gpus=())
     yield owner
     owner.stop()

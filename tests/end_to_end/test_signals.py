@@ -27,8 +27,6 @@ from recipe.notice import SAVED_STATUS
 pytestmark = pytest.mark.slow
 
 SHARED_MEMORY = Path("/dev/shm")
-SURVIVORS = ("log_monitor", "dashboard", "runtime_env/agent", "RuntimeEnvAgent", "ray-dashboard", "DashboardAgent")
-"""Ray's helpers, without which a run goes on."""
 
 
 @contextmanager
@@ -100,8 +98,7 @@ def test_a_run_that_loses_a_process_leaves_nothing_behind_and_its_checkpoint_is_
         wait_for_step(process, directory, 2)
         processes = family(process)
         ports |= listening_ports(processes)
-        chosen = [p for p in processes if VICTIMS.get(victim, "recipe.train") in " ".join(p.cmdline())][0]
-        chosen.kill()
+        next(p for p in processes if VICTIMS.get(victim, "recipe.train") in " ".join(p.cmdline())).kill()
         if victim == "grader":
             wait_for_step(process, directory, 8)
             process.send_signal(signal.SIGINT)

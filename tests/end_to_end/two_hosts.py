@@ -1,6 +1,7 @@
 """Two hosts on one machine: network namespaces, joined by a cable that can be cut."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -41,13 +42,13 @@ class Host:
                 self.command(*words), env=environment(variables), stdout=output, stderr=subprocess.STDOUT
             )
 
-    def listening(self) -> dict[str, set[str]]:
-        """Addresses that are listened on, by process."""
-        lines = self.run("ss", "-H", "-l", "-t", "-n", "-p").stdout.splitlines()
-        found: dict[str, set[str]] = {}
-        for line in lines:
-            _, _, _, local, _, *process = line.split()
-            found.setdefault(process[0] if process else "", set()).add(local.rpartition(":")[0])
+    def listening(self) -> dict[int, set[str]]:
+        """Addresses that are listened on, by process id."""
+        found: dict[int, set[str]] = {}
+        for line in self.run("ss", "-H", "-l", "-t", "-n", "-p").stdout.splitlines():
+            local = line.split()[3]
+            for pid in re.findall(r"pid=(\d+)", line):
+                found.setdefault(int(pid), set()).add(local.rpartition(":")[0])
         return found
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 from config_support import GLM_4_7_FLASH
 
 ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
 SCRIPTS = ("run-glm4.7-30B-A3B-8gpus.sh", "run-glm4.7-30B-A3B.sh")
 TARGETS = {
     "image": "docker build",
@@ -39,6 +41,18 @@ def test_a_dry_run_prints_the_command_and_stops(target: str) -> None:
     assert TARGETS[target] in make.stdout
     assert make.stdout.startswith("+ ")
     assert "Traceback" not in make.stderr
+
+
+@pytest.mark.parametrize("line", re.findall(r"^make \S+ BASE_DIR=[^#\n]*", README, re.MULTILINE))
+def test_the_commands_of_the_rented_node_parse(line: str) -> None:
+    if line.startswith("make download"):
+        pytest.skip("asks the hub even when it only prints; test_tasks runs it")
+    words = ["make", "-o", "install", "DRY_RUN=1", f"BIN={Path(sys.executable).parent}", *shlex.split(line)[1:]]
+    printed = command(*words)
+    assert printed.returncode == 0, printed.stderr
+    base_dir = shlex.split(line)[2].partition("=")[2]
+    assert printed.stdout.startswith("+ ")
+    assert base_dir in printed.stdout or "--env BASE_DIR" in printed.stdout
 
 
 def test_gpus_memory_mounts_and_tokens_of_a_gpu_target(tmp_path: Path) -> None:
