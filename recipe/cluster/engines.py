@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import ray
-import torch
 from ray.actor import ActorHandle
 
 from recipe.cluster.calls import get

@@ -108,7 +108,6 @@ def _place_on_nodes(config: Config, bundle: dict[str, float], engines: int, on_g
     return Placement(group, bundles, [gpu_of[number] for number in bundles] if on_gpus else [], on_gpus, config)
 
 
-
 def gpu_numbers(group: PlacementGroup, count: int) -> dict[int, int]:
     """The number of the GPU of each of the group's `count` bundles on its machine."""
     number: Any = ray.remote(_own_gpu)
