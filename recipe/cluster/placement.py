@@ -64,6 +64,12 @@ def uses_gpus(config: Config) -> bool:
 def place(config: Config) -> Placement:
     """Reserves what the run needs. Raises UserError if the cluster does not have it."""
     on_gpus = uses_gpus(config)
+    of_engine, of_node = config.sglang.rollout_num_gpus_per_engine, config.cluster.actor_num_gpus_per_node
+    if on_gpus and config.needs_engine and of_engine > of_node:
+        raise UserError(
+            f"--rollout-num-gpus-per-engine {of_engine}, but an engine runs on one machine, which has {of_node} GPUs "
+            f"for it: give each machine its own, as with --rollout-num-gpus-per-engine {of_node}"
+        )
     engines = 0 if config.cluster.colocate or not config.needs_engine else config.rollout_gpus
     bundle: dict[str, float] = {"CPU": 1, "GPU": 1} if on_gpus else {"CPU": 1}
     count = config.world_size + engines

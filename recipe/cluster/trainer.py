@@ -88,6 +88,7 @@ class RankActor:
         rendezvous = Rendezvous(self.rank, local_rank, self.config.world_size, store)
         self.trainer = TrainerRank(self.config, self.architecture, rendezvous)
         progress = self.trainer.load()
+        self._make_room()
         return progress if self.rank == 0 else None
 
     def train_step(self, shards: bytes) -> StepReport:
@@ -100,8 +101,18 @@ class RankActor:
         return self.trainer.reference_log_probs(own) if of_reference else self.trainer.log_probs(own)
 
     def update_weights(self, engines: Mapping[int, str], version: str) -> "Delivery":
-        """Sends the policy to the engines at these addresses, by number, and tells what became of it; a collective.
-        Rank 0 speaks to all of them, or each rank to those that begin on its GPU, which can open its memory."""
+        """Sends the policy to the engines at these addresses, by number, and tells what became of it; a collective."""
+        delivery = self._send(engines, version)
+        self._make_room()
+        return delivery
+
+    def _make_room(self) -> None:
+        """Engines on the trainer's GPU get the memory that torch keeps for the next training step."""
+        if self.config.cluster.colocate:
+            torch.cuda.empty_cache()
+
+    def _send(self, engines: Mapping[int, str], version: str) -> "Delivery":
+        """Rank 0 speaks to all engines, or each rank to those that begin on its GPU, which can open its memory."""
         from recipe.rollout.weights_sync import Delivery, WeightSync
 
         sync = WeightSync.of(self.config, self.architecture, ray.util.get_node_ip_address())
