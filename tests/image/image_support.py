@@ -44,7 +44,7 @@ class Engine:
         """Of commands that use it."""
         return {**os.environ, "DOCKER_HOST": self.host}
 
-    def invoke(self, *words: object, timeout_s: float = 400, **variables: str) -> tuple[int, str]:
+    def invoke(self, *words: object, timeout_s: float = 900, **variables: str) -> tuple[int, str]:
         """Runs one of the project's invoke tasks. Exit status, and what it printed."""
         ended = subprocess.run(
             [sys.executable, "-m", "invoke", *map(str, words)],
