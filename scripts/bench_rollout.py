@@ -42,8 +42,8 @@ from recipe.rollout.sampling_params import SamplingParams
 from recipe.rollout.servers.launch import SERVE_ON_CPU, SglangServer, launch_sglang
 from recipe.rollout.servers.process import EngineProcess
 
-LIMITS = {"speed": 330.0, "memory": 60.0, "sync": 150.0, "equal": 200.0, "eagle": 330.0}
-"""Seconds of each part at most; less where less is left of --seconds."""
+LIMITS = {"speed": 330.0, "memory": 60.0, "sync": 150.0, "equal": 100.0, "eagle": 330.0}
+"""Seconds of each part at most, besides the start of its engines; less where less is left of --seconds."""
 ON_GPU = ("--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none")
 EAGLE = (
     *("--speculative-algorithm", "EAGLE", "--speculative-num-steps", "2"),
@@ -339,11 +339,11 @@ def full_size_arguments(bench: Bench) -> list[str]:
     ]
 
 
-def run_main_engine(bench: Bench, parts: Sequence[str], limited: Callable[[str], Bench]) -> None:
+def run_main_engine(bench: Bench, parts: Sequence[str], limited: Callable[..., Bench]) -> None:
     """speed, memory and sync, on one engine."""
     folder, architecture = bench.model("model", bench.layers)
     vocabulary = architecture.vocab_size
-    first = limited(parts[0])
+    first = limited(parts[0], starts=1)
     with first.started(parts[0], "engine", folder, *full_size_arguments(first)) as engine:
         work: dict[str, Callable[[Bench], None]] = {
             "speed": lambda part: compare_speed(part, "speed", engine.url, folder, vocabulary),
@@ -524,16 +524,17 @@ def main() -> int:
             engine_args=tuple(options.engine_args.split()),
         )
 
-        def limited(part: str) -> Bench:
-            return replace(bench, deadline=min(ending, time.monotonic() + LIMITS[part]))
+        def limited(part: str, starts: int = 0) -> Bench:
+            limit = LIMITS[part] + starts * START_LIMIT_S
+            return replace(bench, deadline=min(ending, time.monotonic() + limit))
 
         on_main = [part for part in parts if part in ("speed", "memory", "sync")]
         if on_main:
             done.append(attempt(on_main[0], lambda: run_main_engine(bench, on_main, limited)))
         if "equal" in parts:
-            done.append(attempt("equal", lambda: measure_equal(limited("equal"))))
+            done.append(attempt("equal", lambda: measure_equal(limited("equal", starts=2))))
         if "eagle" in parts:
-            done.append(attempt("eagle", lambda: measure_eagle(limited("eagle"))))
+            done.append(attempt("eagle", lambda: measure_eagle(limited("eagle", starts=1))))
     return 0 if all(done) else 1
 
 

@@ -25,6 +25,8 @@ MemoryTag = Literal["kv_cache", "weights", "cuda_graph"]
 HEALTH_TIMEOUT_S = 5.0
 VERB_TIMEOUT_S = 600.0
 """Of whatever else than generation an engine is told to do."""
+KEEP_ALIVE_S = 2.0
+"""An idle connection is not used again after so long: servers (uvicorn) close theirs after 5 s."""
 ABORT_AGAIN_S = 0.5
 """An abort may reach an engine before a request that was sent first."""
 
@@ -100,7 +102,7 @@ class RolloutClient:
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S))
         return self
 
     async def __aexit__(

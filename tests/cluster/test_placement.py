@@ -1,48 +1,42 @@
 """Which GPUs the processes of a run get, on a machine that says it has four."""
 
-from collections.abc import Iterator
+import os
+import subprocess
+import sys
 from pathlib import Path
 
-import pytest
-
+PROGRAM = """
+import sys
+from pathlib import Path
+from recipe.cluster import session
+from recipe.cluster.placement import place
 from recipe.config import Config
+import ray
+from ray.util.placement_group import remove_placement_group
+
+def config_of(**cluster):
+    rollout = {"engine": "sglang", "num_rollout": 1, "rollout_batch_size": 1, "rollout_max_response_len": 4}
+    return Config.model_validate({
+        "model": {"hf_checkpoint": "hf"}, "data": {"prompt_data": "prompts"}, "rollout": rollout,
+        "optimizer": {"lr": 1e-3}, "sglang": {"rollout_num_gpus_per_engine": 2}, "cluster": cluster,
+    })
+
+session._set_token(Path(sys.argv[1]))
+options = {"include_dashboard": False, "log_to_driver": False, "_node_ip_address": session.LOOPBACK}
+ray.init(address="local", num_cpus=4, num_gpus=4, object_store_memory=session.OBJECT_STORE_BYTES, **options)
+shared = place(config_of(actor_num_gpus_per_node=4, colocate=True))
+print([shared.gpus_of_engine(engine) for engine in range(2)])
+remove_placement_group(shared.group)
+apart = place(config_of(actor_num_gpus_per_node=2, rollout_num_gpus=2))
+print(apart.gpus_of_engine(0))
+ray.shutdown()
+"""
 
 
-@pytest.fixture
-def four_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    from recipe.cluster import session  # isort: skip  (before Ray, which takes note of its environment)
-    import ray
-
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.delenv(session._TOKEN_PATH, raising=False)
-    session._set_token(tmp_path / "token")
-    options = {"include_dashboard": False, "log_to_driver": False, "_node_ip_address": session.LOOPBACK}
-    ray.init(address="local", num_cpus=4, num_gpus=4, object_store_memory=session.OBJECT_STORE_BYTES, **options)
-    yield
-    ray.shutdown()
-
-
-def config_of(**cluster: object) -> Config:
-    return Config.model_validate(
-        {
-            "model": {"hf_checkpoint": "hf"},
-            "data": {"prompt_data": "prompts"},
-            "rollout": {"engine": "sglang", "num_rollout": 1, "rollout_batch_size": 1, "rollout_max_response_len": 4},
-            "optimizer": {"lr": 1e-3},
-            "sglang": {"rollout_num_gpus_per_engine": 2},
-            "cluster": cluster,
-        }
-    )
-
-
-@pytest.mark.usefixtures("four_gpus")
-def test_an_engine_sees_all_its_gpus_and_no_others() -> None:
-    from ray.util.placement_group import remove_placement_group
-
-    from recipe.cluster.placement import place
-
-    shared = place(config_of(actor_num_gpus_per_node=4, colocate=True))
-    assert [shared.gpus_of_engine(engine) for engine in range(2)] == [(0, 1), (2, 3)]
-    remove_placement_group(shared.group)
-    apart = place(config_of(actor_num_gpus_per_node=2, rollout_num_gpus=2))
-    assert apart.gpus_of_engine(0) == (2, 3)
+def test_an_engine_sees_all_its_gpus_and_no_others(tmp_path: Path) -> None:
+    """In a process of its own: Ray reads one token for as long as a process lives."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "token")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["[(0, 1), (2, 3)]", "(2, 3)"]
