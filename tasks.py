@@ -294,9 +294,9 @@ def export(
     help={
         "data": "AIME problems, a JSON object a line",
         "model": "Hugging Face directory; an engine is started",
-        "checkpoint": "or a torch_dist directory, or training checkpoints; with --hf-checkpoint",
+        "checkpoint": "or a torch_dist directory, or training checkpoints, whose newest is taken",
         "url": "or the address of a running server",
-        "hf_checkpoint": "configuration and tokenizer, beside --checkpoint",
+        "hf_checkpoint": "configuration and tokenizer, for a --checkpoint of no run and a --url elsewhere",
         "profile": "model-card: sampled as for the model card",
         "save": "directory of the result; an interrupted one goes on",
         **COMMON,
