@@ -21,8 +21,10 @@ from run_support import (
     start,
     wait_for_step,
 )
+from torch.distributed.checkpoint import FileSystemReader
 
 from recipe.notice import SAVED_STATUS
+from recipe.weights.torch_dist import latest
 
 pytestmark = pytest.mark.slow
 
@@ -69,8 +71,9 @@ def test_a_notice_saves_and_the_run_goes_on_as_if_it_had_never_come(
     assert "Traceback" not in output
     summary = json.loads((tmp_path / "noticed" / "summary.json").read_text())
     assert summary["outcome"] == "interrupted"
-    latest = (tmp_path / "noticed" / "checkpoints" / "latest_checkpointed_iteration.txt").read_text()
-    assert int(latest) in (1, 2), "it was to end in mid rollout"
+    newest = latest(tmp_path / "noticed" / "checkpoints")
+    assert newest is not None
+    assert int(newest.name.removeprefix("iter_")) in (1, 2), "it was to end in mid rollout"
     status, output = run([*command, "--load", str(tmp_path / "noticed" / "checkpoints")])
     assert status == 0, output
     assert metrics(tmp_path / "noticed") == metrics(uninterrupted)
@@ -111,7 +114,20 @@ def test_a_run_that_loses_a_process_leaves_nothing_behind_and_its_checkpoint_is_
         assert status == 128 + signal.SIGINT, output
     elif victim != "rank":
         assert status == 2, output
-    latest = int((directory / "checkpoints" / "latest_checkpointed_iteration.txt").read_text())
-    resumed = arguments(inputs, tmp_path, "struck", "--num-rollout", str(latest + 1))
-    status, output = run([*resumed, "--load", str(directory / "checkpoints")])
-    assert status == 0, output
+    newest = latest(directory / "checkpoints")
+    assert newest is not None
+    assert_whole(newest)
+    if victim == "run itself":
+        resumed = arguments(
+            inputs, tmp_path, "struck", "--num-rollout", str(int(newest.name.removeprefix("iter_")) + 1)
+        )
+        status, output = run([*resumed, "--load", str(directory / "checkpoints")])
+        assert status == 0, output
+
+
+def assert_whole(checkpoint: Path) -> None:
+    """Every piece that the checkpoint's index names lies within its file."""
+    pieces = FileSystemReader(checkpoint).read_metadata().storage_data.values()
+    assert pieces
+    for piece in pieces:
+        assert piece.offset + piece.length <= (checkpoint / piece.relative_path).stat().st_size

@@ -1,11 +1,13 @@
 """The commands of the rented-node path, printed and not run, and the launch scripts' flags."""
 
+import io
 import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,23 @@ def test_gpus_memory_mounts_and_tokens_of_a_gpu_target(tmp_path: Path) -> None:
         assert expected in ended.stdout
     assert f"source={tmp_path / 'data'},target={tmp_path / 'data'}" in ended.stdout
     assert f"source={ROOT / 'runs'},target=/workspace/runs" in ended.stdout
+
+
+def test_the_build_context_is_the_same_whoever_checks_out_and_when() -> None:
+    from recipe.container.build import Build
+
+    before = Build().context()
+    readme = ROOT / "README.md"
+    state = readme.stat()
+    os.utime(readme, (0, 0))
+    try:
+        assert Build().context() == before
+    finally:
+        os.utime(readme, (state.st_atime, state.st_mtime))
+    with tarfile.open(fileobj=io.BytesIO(before)) as tar:
+        names = tar.getnames()
+    assert {"Dockerfile", "recipe/train.py", "requirements/gpu.lock"} <= set(names)
+    assert not [name for name in names if name.startswith((".git", "runs", "build", ".venv")) or name.endswith(".pyc")]
 
 
 def test_a_missing_engine_is_one_sentence() -> None:
