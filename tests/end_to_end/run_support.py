@@ -133,7 +133,7 @@ def rewind(directory: Path, step: int) -> None:
     (directory / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(f"{step}\n")
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 240) -> None:
     """Returns when `condition` holds; fails the test if it does not in time."""
     deadline = time.monotonic() + timeout_s
     while not condition():

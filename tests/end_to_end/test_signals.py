@@ -80,17 +80,11 @@ def test_a_notice_saves_and_the_run_goes_on_as_if_it_had_never_come(
     assert samples(tmp_path / "noticed") == samples(uninterrupted)
 
 
-VICTIMS = {
-    "rank": "ray::RankActor",
-    "engine actor": "ray::EngineActor",
-    "raylet": "raylet/raylet",
-    "gcs": "gcs_server",
-    "grader": "recipe.rewards.serve",
-}
-"""Kinds of process of a run, by what their command line has. Engines are replaced: `test_runs` kills one."""
+VICTIMS = {"rank": "ray::RankActor", "raylet": "raylet/raylet"}
+"""Kinds of process of a run, by what their command line has. `test_runs` kills an engine, and the run itself."""
 
 
-@pytest.mark.parametrize("victim", [*VICTIMS, "run itself"])
+@pytest.mark.parametrize("victim", VICTIMS)
 def test_a_run_that_loses_a_process_leaves_nothing_behind_and_its_checkpoint_is_whole(
     victim: str, inputs: TinyInputs, tmp_path: Path
 ) -> None:
@@ -101,28 +95,13 @@ def test_a_run_that_loses_a_process_leaves_nothing_behind_and_its_checkpoint_is_
         wait_for_step(process, directory, 2)
         processes = family(process)
         ports |= listening_ports(processes)
-        next(p for p in processes if VICTIMS.get(victim, "recipe.train") in " ".join(p.cmdline())).kill()
-        if victim == "grader":
-            wait_for_step(process, directory, 8)
-            process.send_signal(signal.SIGINT)
+        next(p for p in processes if VICTIMS[victim] in " ".join(p.cmdline())).kill()
         status, output = finish(process, 120)
     assert status != 0
     assert "Traceback" not in output, output
-    if victim == "run itself":
-        assert status == -signal.SIGKILL
-    elif victim == "grader":
-        assert status == 128 + signal.SIGINT, output
-    elif victim != "rank":
-        assert status == 2, output
     newest = latest(directory / "checkpoints")
     assert newest is not None
     assert_whole(newest)
-    if victim == "run itself":
-        resumed = arguments(
-            inputs, tmp_path, "struck", "--num-rollout", str(int(newest.name.removeprefix("iter_")) + 1)
-        )
-        status, output = run([*resumed, "--load", str(directory / "checkpoints")])
-        assert status == 0, output
 
 
 def assert_whole(checkpoint: Path) -> None:
