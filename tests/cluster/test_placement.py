@@ -6,9 +6,10 @@ import sys
 from pathlib import Path
 
 PROGRAM = """
-import sys
+import os, sys
 from pathlib import Path
-from recipe.cluster import session
+from recipe.cluster.meeting import write_token
+from recipe.cluster.node import LOOPBACK, OBJECT_STORE_BYTES, TOKEN_PATH
 from recipe.cluster.placement import place
 from recipe.config import Config
 import ray
@@ -21,9 +22,10 @@ def config_of(**cluster):
         "optimizer": {"lr": 1e-3}, "sglang": {"rollout_num_gpus_per_engine": 2}, "cluster": cluster,
     })
 
-session._set_token(Path(sys.argv[1]))
-options = {"include_dashboard": False, "log_to_driver": False, "_node_ip_address": session.LOOPBACK}
-ray.init(address="local", num_cpus=4, num_gpus=4, object_store_memory=session.OBJECT_STORE_BYTES, **options)
+write_token(Path(sys.argv[1]))
+os.environ[TOKEN_PATH] = sys.argv[1]
+options = {"include_dashboard": False, "log_to_driver": False, "_node_ip_address": LOOPBACK}
+ray.init(address="local", num_cpus=4, num_gpus=4, object_store_memory=OBJECT_STORE_BYTES, **options)
 shared = place(config_of(actor_num_gpus_per_node=4, colocate=True))
 print([shared.gpus_of_engine(engine) for engine in range(2)])
 remove_placement_group(shared.group)
