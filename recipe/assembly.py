@@ -272,6 +272,7 @@ class Engines:
 
     def update_weights(self, trainer: TrainerGroup, version: int) -> None:
         """Replaces engines that do not answer any more, and sends the policy to all."""
+        trainer.make_room()
         self.client.move(self._group.replace_dead())
         self.client.move(self._group.update_weights(trainer, version))
 

@@ -44,6 +44,7 @@ async def train(resolved: Resolved) -> None:
                 if run.is_save_due:
                     run.save()
             run.finish_save()
+            await safe_point()
 
 
 def learn(run: Run, samples: list[TrainSample]) -> None:

@@ -11,7 +11,7 @@ import ray
 from ray.actor import ActorHandle
 
 from recipe.cluster.calls import get
-from recipe.cluster.placement import Placement
+from recipe.cluster.placement import Placement, own_address
 from recipe.cluster.trainer import TrainerGroup
 from recipe.config import Config, Resolved
 from recipe.errors import UserError
@@ -100,7 +100,7 @@ class EngineActor:
         logs = self.resolved.config.run_dir.resolve() / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         log = logs / f"engine-{self.number}.{self.starts}.log"
-        self.process = EngineProcess(self._launch(), log, host=ray.util.get_node_ip_address())
+        self.process = EngineProcess(self._launch(), log, host=own_address(self.resolved.config))
         self.process.wait_healthy(self.resolved.config.rollout.rollout_engine_start_timeout_s)
         return self.process.url
 

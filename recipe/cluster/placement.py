@@ -8,6 +8,7 @@ import torch
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from recipe.cluster.node import LOOPBACK
 from recipe.config import Config
 from recipe.errors import UserError
 
@@ -35,6 +36,10 @@ class Placement:
         """Options of the actor of a training rank."""
         return self._options(rank, TRAINER_SHARE if self.config.cluster.colocate else 1.0)
 
+    def gpu_of_rank(self, rank: int) -> int | None:
+        """The number of its GPU on its machine, if it has one."""
+        return self.gpus[rank] if self.gpus else None
+
     def for_engine(self, engine: int) -> dict[str, Any]:
         """Options of the actor that owns an engine: it sits at the first of the engine's bundles."""
         return self._options(self._first_of_engine(engine), ENGINE_SHARE)
@@ -51,6 +56,12 @@ class Placement:
     def _options(self, position: int, gpu_share: float) -> dict[str, Any]:
         strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=self.bundles[position])
         return {"scheduling_strategy": strategy, "num_cpus": 0, "num_gpus": gpu_share if self.on_gpus else 0}
+
+
+def own_address(config: Config) -> str:
+    """Where this machine is met: on its loopback, unless the run has several (Ray tells the address of a network even
+    where it was told to keep to itself)."""
+    return LOOPBACK if config.cluster.actor_num_nodes == 1 else ray.util.get_node_ip_address()
 
 
 def uses_gpus(config: Config) -> bool:

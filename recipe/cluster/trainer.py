@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import socket
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +21,7 @@ from ray.exceptions import RayError
 
 from recipe.batching.schedule import schedule
 from recipe.cluster.calls import get
-from recipe.cluster.placement import Placement
+from recipe.cluster.placement import Placement, own_address
 from recipe.cluster.watch import WatchedCall, WatchedRank
 from recipe.config import Architecture, Config
 from recipe.heartbeat import Whereabouts, heartbeat
@@ -42,8 +43,9 @@ at a time, in one thread, which is not Python's main thread."""
 class RankActor:
     """One training rank in a process of its own."""
 
-    def __init__(self, config: Config, architecture: Architecture, rank: int) -> None:
-        self.config, self.architecture, self.rank = config, architecture, rank
+    def __init__(self, config: Config, architecture: Architecture, rank: int, gpu: int | None) -> None:
+        """`gpu`: the number of its GPU on its machine, if it has one."""
+        self.config, self.architecture, self.rank, self.gpu = config, architecture, rank, gpu
         self.trainer: TrainerRank
         self.store: dist.Store | None = None
 
@@ -64,9 +66,9 @@ class RankActor:
         return in_flight.wait() if in_flight is not None else None
 
     def open_store(self, address: str | None) -> tuple[str, int]:
-        """Opens the store in which the ranks meet, here at `address` (default: this machine's, as Ray knows it) and a
+        """Opens the store in which the ranks meet, here at `address` (default: `own_address`) and a
         port of its own. Returns both."""
-        address = address or ray.util.get_node_ip_address()
+        address = address or own_address(self.config)
         listener = socket.create_server((address, 0))
         port = listener.getsockname()[1]
         self.store = dist.TCPStore(
@@ -78,17 +80,16 @@ class RankActor:
         """Builds the rank, with the others that meet at `address` and `port`, and loads its weights. Rank 0 tells how
         far the run has come."""
         torch.set_num_threads(threads)
-        os.environ.update(socket_interfaces(ray.util.get_node_ip_address()))
+        os.environ.update(socket_interfaces(own_address(self.config)))
         heartbeat.follow_this_thread()
         from recipe.megatron.layout import Rendezvous
         from recipe.megatron.rank import TrainerRank
 
-        local_rank = 0 if torch.cuda.device_count() <= 1 else self.rank % torch.cuda.device_count()
         store = self.store or dist.TCPStore(address, port)
-        rendezvous = Rendezvous(self.rank, local_rank, self.config.world_size, store)
+        rendezvous = Rendezvous(self.rank, _device_index(self.gpu), self.config.world_size, store)
         self.trainer = TrainerRank(self.config, self.architecture, rendezvous)
         progress = self.trainer.load()
-        self._make_room()
+        self.make_room()
         return progress if self.rank == 0 else None
 
     def train_step(self, shards: bytes) -> StepReport:
@@ -103,10 +104,10 @@ class RankActor:
     def update_weights(self, engines: Mapping[int, str], version: str) -> "Delivery":
         """Sends the policy to the engines at these addresses, by number, and tells what became of it; a collective."""
         delivery = self._send(engines, version)
-        self._make_room()
+        self.make_room()
         return delivery
 
-    def _make_room(self) -> None:
+    def make_room(self) -> None:
         """Engines on the trainer's GPU get the memory that torch keeps for the next training step."""
         if self.config.cluster.colocate:
             torch.cuda.empty_cache()
@@ -115,7 +116,7 @@ class RankActor:
         """Rank 0 speaks to all engines, or each rank to those that begin on its GPU, which can open its memory."""
         from recipe.rollout.weights_sync import Delivery, WeightSync
 
-        sync = WeightSync.of(self.config, self.architecture, ray.util.get_node_ip_address())
+        sync = WeightSync.of(self.config, self.architecture, own_address(self.config))
         if sync.transfer == "disk":
             folder = self.config.run_dir.resolve() / "weights-on-their-way"
             self.trainer.export_hugging_face(folder)
@@ -154,6 +155,14 @@ class RankActor:
         return self.trainer.host_memory()
 
 
+def _device_index(gpu: int | None) -> int:
+    """torch's number of a GPU, which counts those that this process sees."""
+    if gpu is None or torch.cuda.device_count() <= 1:
+        return 0
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return seen.split(",").index(str(gpu)) if seen else gpu
+
+
 class TrainerGroup:
     """All ranks of the trainer. Use as a context manager: when an error ends the block, a checkpoint that is being
     written is finished."""
@@ -163,12 +172,15 @@ class TrainerGroup:
         self.cost = sequence_cost(architecture)
         actor: Any = ray.remote(concurrency_groups={_ANSWERS: 1})(RankActor)  # type: ignore[call-overload]
         self._ranks: list[ActorHandle] = [
-            actor.options(name=f"training rank {rank}", **placement.for_rank(rank)).remote(config, architecture, rank)
+            actor.options(name=f"training rank {rank}", **placement.for_rank(rank)).remote(
+                config, architecture, rank, placement.gpu_of_rank(rank)
+            )
             for rank in range(config.world_size)
         ]
         self._watched: list[WatchedRank] = []
         self._starting: list[ray.ObjectRef] = []
         self._save_in_flight = False
+        self._submitting = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -206,6 +218,11 @@ class TrainerGroup:
         for part in self._all("log_probs", self._shards(samples), of_reference):
             found |= part
         return found
+
+    def make_room(self) -> None:
+        """Before engines on the trainer's GPUs take their memory again."""
+        if self.config.cluster.colocate:
+            self._all("make_room")
 
     def update_weights(self, engines: Mapping[int, str], version: str) -> "Delivery":
         """Sends the policy, as `version`, to the engines at these addresses, by number. Returns what became of it."""
@@ -255,7 +272,10 @@ class TrainerGroup:
 
     def _all(self, verb: str, *arguments: Any) -> list[Any]:
         shared = [ray.put(argument) if isinstance(argument, bytes | Progress) else argument for argument in arguments]
-        return self._results([getattr(rank, verb).remote(*shared) for rank in self._ranks])
+        # A notice saves while a thread may send weights: every rank gets the two in the same order.
+        with self._submitting:
+            references = [getattr(rank, verb).remote(*shared) for rank in self._ranks]
+        return self._results(references)
 
     def _results(self, references: Sequence[ray.ObjectRef]) -> list[Any]:
         report = self.config.run_dir.resolve() / "hung-ranks.txt"

@@ -39,10 +39,9 @@ def resolved(tmp_path: Path) -> Resolved:
 
 
 @pytest.fixture
-def owner(resolved: Resolved, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    from recipe.cluster.engines import EngineActor, ray
+def owner(resolved: Resolved) -> Iterator[Any]:
+    from recipe.cluster.engines import EngineActor
 
-    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")
     owner = EngineActor(resolved, 0, gpus=())
     yield owner
     owner.stop()
