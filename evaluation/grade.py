@@ -13,13 +13,13 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from itertools import islice
 
 from evaluation.grading import Judge, Response
 from evaluation.options import finite
 from recipe.errors import UserError, run_main
 from recipe.rollout.sample import FinishReason
 
+LONGEST_TIMEOUT_S = 86400
 BATCH = 1024
 """Lines that are graded together, and then written."""
 
@@ -56,11 +56,26 @@ def _is_cut_off(reason: object, where: str) -> bool:
 
 
 def grade_lines(lines: Iterable[str], judge: Judge) -> Iterator[str]:
-    """The line of verdict for each line that is not blank, as they are known. Raises UserError for a bad line."""
+    """The line of verdict for each line that is not blank, as they are known. Raises UserError for a bad line, after
+    the verdicts of those before it."""
     responses = (read_response(line, number) for number, line in enumerate(lines, 1) if line.strip())
-    while batch := list(islice(responses, BATCH)):
+    for batch in _batches(responses):
         for judgement in judge.judge(batch):
             yield json.dumps({"verdict": judgement.verdict, "answer": judgement.answer, "reason": judgement.reason})
+
+
+def _batches(responses: Iterable[Response]) -> Iterator[list[Response]]:
+    batch: list[Response] = []
+    try:
+        for response in responses:
+            batch.append(response)
+            if len(batch) == BATCH:
+                yield batch
+                batch = []
+    except UserError:
+        yield batch
+        raise
+    yield batch
 
 
 def main() -> None:
@@ -72,8 +87,8 @@ def main() -> None:
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that compare (default: the cores)"
     )
     arguments = parser.parse_args()
-    if arguments.workers < 1 or not arguments.timeout_s > 0:
-        raise UserError("--workers and --timeout-s must be greater than 0")
+    if arguments.workers < 1 or not 0 < arguments.timeout_s <= LONGEST_TIMEOUT_S:
+        raise UserError(f"--workers must be at least 1, and --timeout-s from 0 to {LONGEST_TIMEOUT_S}")
     with Judge(timeout_s=arguments.timeout_s, num_workers=arguments.workers) as judge:
         for line in grade_lines((line.decode(errors="replace") for line in sys.stdin.buffer), judge):
             print(line, flush=True)

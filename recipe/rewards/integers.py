@@ -28,8 +28,9 @@ _LOOKS = re.compile(
 _EMPTY = re.compile(_TEXT + r"\s*\{[\s$~]*\}")
 _BLANKS = re.compile(r"(?:\\[ ,;:!]|\\q?quad(?![a-zA-Z])|\\(?:thin|med|thick)?space(?![a-zA-Z])|~|\s)+")
 _THOUSANDS_BY_BLANKS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?: \d{3})+(?![\d,])", re.ASCII)
-_THOUSANDS_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))", re.ASCII)
-_INTEGER = re.compile(r"([+-]?) ?(\d{1,3}(?:,\d{3})+|\d+)(?:\.0*)?", re.ASCII)
+_THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])", re.ASCII)
+_LIST = re.compile(r"(?:\(|\[|\\\{)[^()\[\]{}]*,")
+_INTEGER = re.compile(r"([+-]?) ?([1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.0*)?", re.ASCII)
 _IN_BASE = re.compile(r"(\d+)_ ?(?:(\d)|\{ ?(\d{1,2}) ?\})", re.ASCII)
 _FONT = re.compile(
     rf"(?:\\(?:textcolor|colorbox)\s*(?:\[\w+\])?\s*\{{\s*\w+\s*\}}|{_TEXT}(?![a-zA-Z])"
@@ -93,7 +94,7 @@ def read_answer(answer: str) -> Reading:
     for side in sides:
         if (number := _integer(side) or _in_base(side)) is not None:
             integers.append(number)
-        elif (expression := explicit(_THOUSANDS_COMMA.sub("", side))) is not None:
+        elif (expression := explicit(_without_thousands(side))) is not None:
             expressions.append(expression)
         elif len(sides) == 1 or not is_name(side):
             return Reading(bare)
@@ -110,6 +111,11 @@ def _sides(text: str) -> list[str]:
         else:
             sides[-1] += character
     return sides
+
+
+def _without_thousands(side: str) -> str:
+    """Without commas between thousands; those in brackets are a list's."""
+    return side if _LIST.search(side) else _THOUSANDS.sub(lambda match: match[0].replace(",", ""), side)
 
 
 def _integer(plain: str) -> str | None:
@@ -165,7 +171,7 @@ def _unwrapped(text: str) -> str:
     for opening, closing in _DELIMITERS:
         inside = text[len(opening) : -len(closing)]
         if text == opening + inside + closing and opening not in inside and closing not in inside:
-            return inside
+            return text if _LIST.match(text) else inside
     font = _FONT.match(text)
     start = font.end() if font else 0
     if font and _integer(text[start:]) is not None:

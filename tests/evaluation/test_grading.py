@@ -163,9 +163,10 @@ def test_the_command_writes_a_verdict_a_line_in_order() -> None:
         ("9" * 5000, "line 2: not valid JSON"),
     ],
 )
-def test_a_bad_line_is_named(line: object, problem: str) -> None:
-    status, _, said = grade({"response": "x", "label": "1"}, line)
+def test_a_bad_line_is_named_after_the_verdicts_of_those_before_it(line: object, problem: str) -> None:
+    status, verdicts, said = grade({"response": "x", "label": "1"}, line)
     assert status == 2
+    assert [verdict["verdict"] for verdict in verdicts] == ["no_answer"]
     assert problem in said
     assert "Traceback" not in said
 
