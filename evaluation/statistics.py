@@ -9,6 +9,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from itertools import product
 
@@ -135,25 +136,27 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 def majority_at_k(correct: int, others: Sequence[int], silent: int, k: int) -> float:
     """The probability that the commonest answer of k samples is right, drawn without replacement from `correct` right
     ones, `others` of each other answer, and `silent` without answer, which do not vote. A tie is drawn for."""
-    total = 0.0
+    total = Fraction(0)
     for votes in range(1, min(correct, k) + 1):
         ways = _ways_of_others(others, silent, votes, k - votes)
-        total += math.comb(correct, votes) * sum(count / (1 + ties) for ties, count in enumerate(ways))
-    return total / math.comb(correct + sum(others) + silent, k)
+        total += math.comb(correct, votes) * sum(Fraction(count, 1 + ties) for ties, count in enumerate(ways))
+    return float(total / math.comb(correct + sum(others) + silent, k))
 
 
 def _ways_of_others(others: Sequence[int], silent: int, most: int, draws: int) -> list[int]:
     """[ties]: how many ways there are to draw `draws` samples from the others and the silent such that no answer has
     more than `most` votes and exactly `ties` answers have that many."""
-    ways = [[0] * (len(others) + 1) for _ in range(draws + 1)]
-    for drawn in range(min(silent, draws) + 1):
-        ways[drawn][0] = math.comb(silent, drawn)
-    for size in others:
-        grown = [[0] * (len(others) + 1) for _ in range(draws + 1)]
+    rivals = [size for size in others if size >= most]
+    harmless = silent + sum(others) - sum(rivals)
+    ways = [[0] * (len(rivals) + 1) for _ in range(draws + 1)]
+    for drawn in range(draws + 1):
+        ways[drawn][0] = math.comb(harmless, drawn)
+    for size in rivals:
+        grown = [[0] * (len(rivals) + 1) for _ in range(draws + 1)]
         for drawn, of_ties in enumerate(ways):
             for votes in range(min(size, most, draws - drawn) + 1):
                 tie = int(votes == most)
-                for ties, count in enumerate(of_ties[: len(others) + 1 - tie]):
+                for ties, count in enumerate(of_ties[: len(rivals) + 1 - tie]):
                     grown[drawn + votes][ties + tie] += count * math.comb(size, votes)
         ways = grown
     return ways[draws]

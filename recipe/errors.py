@@ -1,5 +1,6 @@
 """Mistakes a user can mend are told in one sentence and end the program with a non-zero status."""
 
+import logging
 import signal
 import sys
 from collections.abc import Callable
@@ -39,9 +40,15 @@ def unwind(number: signal.Signals, why: str) -> NoReturn:
     """From a signal's handler: ends the program in order, from wherever it is, as `run_main` says."""
     print(f"stopping: {why}", file=sys.stderr, flush=True)
     _unwound_by[:] = [number]
+    logging.getLogger("asyncio").addFilter(_is_news)
     raise SystemExit(128 + number)
 
 
 def _unwind(number: int, _: FrameType | None) -> None:
     received = signal.Signals(number)
     unwind(received, f"{received.name} received")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False of what asyncio says of a task that the signal found at work and ended."""
+    return not (record.exc_info and isinstance(record.exc_info[1], SystemExit))

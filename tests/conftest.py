@@ -1,11 +1,15 @@
-"""Real SGLang for the tests that speak to it, installed once."""
+"""What tests of every folder share: Hypothesis without a clock, and real SGLang for those that speak to it."""
 
 import subprocess
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).parents[1]
+
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

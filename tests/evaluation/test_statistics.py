@@ -39,7 +39,7 @@ def test_students_quantiles_are_those_of_the_tables(freedom: int, quantile: floa
 
 
 @given(st.integers(1, 8), st.data())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_pass_at_k_is_the_mean_over_all_choices(samples: int, data: st.DataObject) -> None:
     correct, k = data.draw(st.integers(0, samples)), data.draw(st.integers(1, samples))
     outcomes = [True] * correct + [False] * (samples - correct)
@@ -48,7 +48,7 @@ def test_pass_at_k_is_the_mean_over_all_choices(samples: int, data: st.DataObjec
 
 
 @given(st.integers(0, 4), st.lists(st.integers(1, 3), max_size=3), st.integers(0, 3), st.data())
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 def test_majority_at_k_is_the_mean_over_all_choices(
     correct: int, others: list[int], silent: int, data: st.DataObject
 ) -> None:
@@ -109,7 +109,7 @@ def test_bootstrap_and_closed_form_agree() -> None:
 
 
 @given(st.lists(st.integers(0, SAMPLES), min_size=2, max_size=40), st.data())
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_a_better_problem_lowers_neither_bound(correct: list[int], data: st.DataObject) -> None:
     place = data.draw(st.integers(0, len(correct) - 1))
     better = [*correct]
