@@ -2,10 +2,10 @@
 
 import json
 import signal
-import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -20,6 +20,7 @@ from run_support import (
     samples,
     start,
     wait_for_step,
+    wait_until,
 )
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -39,21 +40,18 @@ def leaves_nothing(marker: str) -> Iterator[set[int]]:
     ports: set[int] = set()
     with leaves_no_process(marker):
         yield ports
-    for port in ports:
-        with socket.socket() as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(("127.0.0.1", port))
+    wait_until(lambda: ports.isdisjoint(listening_ports(psutil.net_connections(kind="tcp"))), 30)
     assert {path for path in SHARED_MEMORY.iterdir() if path not in before} == set()
 
 
-def listening_ports(processes: list[psutil.Process]) -> set[int]:
+def listening_ports(connections: Iterable[Any]) -> set[int]:
+    """Ports that are listened on, of psutil's `connections`."""
+    return {connection.laddr.port for connection in connections if connection.status == psutil.CONN_LISTEN}
+
+
+def ports_of(processes: list[psutil.Process]) -> set[int]:
     """Ports that the processes listen on."""
-    found = set()
-    for process in processes:
-        for connection in process.net_connections(kind="tcp"):
-            if connection.status == psutil.CONN_LISTEN:
-                found.add(connection.laddr.port)
-    return found
+    return listening_ports(one for process in processes for one in process.net_connections(kind="tcp"))
 
 
 def test_a_notice_saves_and_the_run_goes_on_as_if_it_had_never_come(
@@ -63,7 +61,7 @@ def test_a_notice_saves_and_the_run_goes_on_as_if_it_had_never_come(
     with leaves_nothing(str(tmp_path)) as ports:
         process = start([*command, "--custom-rm-path", "run_support:slow_reward"])
         wait_for_step(process, tmp_path / "noticed", 1)
-        ports |= listening_ports(family(process))
+        ports |= ports_of(family(process))
         process.send_signal(signal.SIGTERM)
         status, output = finish(process, 90)
     assert status == SAVED_STATUS, output
@@ -80,7 +78,11 @@ def test_a_notice_saves_and_the_run_goes_on_as_if_it_had_never_come(
     assert samples(tmp_path / "noticed") == samples(uninterrupted)
 
 
-VICTIMS = {"rank": "ray::RankActor", "raylet": "raylet/raylet"}
+VICTIMS = {
+    "rank": "ray::RankActor",
+    "engine-actor": "ray::EngineActor",
+    "raylet": "raylet/raylet",
+}
 """Kinds of process of a run, by what their command line has. `test_runs` kills an engine, and the run itself."""
 
 
@@ -94,7 +96,7 @@ def test_a_run_that_loses_a_process_leaves_nothing_behind_and_its_checkpoint_is_
         process = start(command)
         wait_for_step(process, directory, 2)
         processes = family(process)
-        ports |= listening_ports(processes)
+        ports |= ports_of(processes)
         next(p for p in processes if VICTIMS[victim] in " ".join(p.cmdline())).kill()
         status, output = finish(process, 120)
     assert status != 0

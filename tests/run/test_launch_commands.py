@@ -38,7 +38,9 @@ def command(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_dry_run_prints_the_command_and_stops(target: str) -> None:
-    make = command("make", "-o", "install", target, "DRY_RUN=1", f"BIN={Path(sys.executable).parent}")
+    make = command(
+        "make", "--no-print-directory", "-o", "install", target, "DRY_RUN=1", f"BIN={Path(sys.executable).parent}"
+    )
     assert make.returncode == 0, make.stderr
     assert TARGETS[target] in make.stdout
     assert make.stdout.startswith("+ ")
@@ -49,7 +51,15 @@ def test_a_dry_run_prints_the_command_and_stops(target: str) -> None:
 def test_the_commands_of_the_rented_node_parse(line: str) -> None:
     if line.startswith("make download"):
         pytest.skip("asks the hub even when it only prints; test_tasks runs it")
-    words = ["make", "-o", "install", "DRY_RUN=1", f"BIN={Path(sys.executable).parent}", *shlex.split(line)[1:]]
+    words = [
+        "make",
+        "--no-print-directory",
+        "-o",
+        "install",
+        "DRY_RUN=1",
+        f"BIN={Path(sys.executable).parent}",
+        *shlex.split(line)[1:],
+    ]
     printed = command(*words)
     assert printed.returncode == 0, printed.stderr
     base_dir = shlex.split(line)[2].partition("=")[2]
