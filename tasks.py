@@ -1,14 +1,33 @@
-"""invoke tasks: each prints the command that it runs, and with --dry-run only prints it."""
+"""invoke tasks: each prints the command that it runs, and with --dry-run only prints it.
+
+Those that need GPUs run in the image; inside the image they run directly.
+"""
 
 import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from invoke import Context, Exit, task
 
+from recipe.container.build import DEFAULT_LOCK, IMAGE, Build, build_image
+from recipe.container.provenance import inside_image
+from recipe.container.run import ContainerRun, run_in_image
+from recipe.errors import USER_ERROR_STATUS, UserError
+
 COMMON = {"dry_run": "print the command and stop", "args": "further arguments, passed on as they are"}
+IN_IMAGE = {
+    "image": "name of the image, where it runs in one",
+    "base_dir": "folder of model and data",
+    "work_dir": "gets the folders runs/ and build/",
+    **COMMON,
+}
 RECIPE = "glm4.7-flash-8gpu"
+BASE_DIR = "data"
+LAUNCH_ONE_NODE, LAUNCH_NODES = "scripts/run-glm4.7-30B-A3B-8gpus.sh", "scripts/run-glm4.7-30B-A3B.sh"
 
 
 def run(command: list[str], args: str, dry_run: bool) -> None:
@@ -17,6 +36,44 @@ def run(command: list[str], args: str, dry_run: bool) -> None:
     print("+", shlex.join(command), flush=True)
     if not dry_run and (status := subprocess.run(command, check=False).returncode):
         raise Exit(code=status if status > 0 else 128 - status)
+
+
+def run_with_gpus(
+    command: list[str],
+    args: str,
+    dry_run: bool,
+    image: str,
+    base_dir: str,
+    work_dir: str,
+    several_nodes: bool = False,
+) -> None:
+    """`run`, in the image on this machine's GPUs, or right here if this is the image."""
+    os.environ["BASE_DIR"] = base_dir
+    if inside_image():
+        run(command, args, dry_run)
+        return
+    command += shlex.split(args)
+    container = ContainerRun(command, image, True, Path(base_dir), Path(work_dir), several_nodes)
+    run_container(container, dry_run)
+
+
+def run_container(container: ContainerRun, dry_run: bool) -> None:
+    """Prints a container's command line and runs it, and ends with its exit status if it fails."""
+    print("+", container.command_line(), flush=True)
+    if not dry_run:
+        with telling_mistakes():
+            status = run_in_image(container)
+        if status:
+            raise Exit(code=status)
+
+
+@contextmanager
+def telling_mistakes() -> Iterator[None]:
+    """A user's mistake ends with its sentence and no traceback."""
+    try:
+        yield
+    except UserError as error:
+        raise Exit(f"error: {error}", code=USER_ERROR_STATUS) from None
 
 
 def module(name: str, processes: int = 1) -> list[str]:
@@ -30,6 +87,149 @@ def module(name: str, processes: int = 1) -> list[str]:
 def all_cores() -> int:
     """Processes that share a copy of many gigabytes."""
     return min(8, len(os.sched_getaffinity(0)))
+
+
+@task(
+    help={
+        "tag": "name of the image",
+        "base_image": "instead of the one that the Dockerfile names by digest",
+        "lock": "the packages, with hashes",
+        "dry_run": COMMON["dry_run"],
+    }
+)
+def image(
+    _: Context, tag: str = IMAGE, base_image: str = "", lock: str = str(DEFAULT_LOCK), dry_run: bool = False
+) -> None:
+    """Build the image, with everything from the lock (about 7 minutes and 25 GB of disk)."""
+    build = Build(tag, base_image, Path(lock))
+    print("+", shlex.join(build.command()), flush=True)
+    if not dry_run:
+        with telling_mistakes():
+            print("built", tag, build_image(build))
+
+
+@task(
+    help={
+        "command": "to run instead of a shell",
+        "gpus": "--no-gpus leaves them out",
+        "several_nodes": "use this machine's network, so that other machines reach it",
+        **{name: IN_IMAGE[name] for name in ("image", "base_dir", "work_dir", "dry_run")},
+    }
+)
+def shell(
+    _: Context,
+    command: str = "",
+    image: str = IMAGE,
+    base_dir: str = BASE_DIR,
+    work_dir: str = ".",
+    gpus: bool = True,
+    several_nodes: bool = False,
+    dry_run: bool = False,
+) -> None:
+    """Open a shell in the image, or run one command in it."""
+    container = ContainerRun(shlex.split(command), image, gpus, Path(base_dir), Path(work_dir), several_nodes)
+    run_container(container, dry_run)
+
+
+@task(help=IN_IMAGE)
+def train_8gpu(
+    _: Context,
+    image: str = IMAGE,
+    base_dir: str = BASE_DIR,
+    work_dir: str = ".",
+    args: str = "",
+    dry_run: bool = False,
+) -> None:
+    """Train on one node of 8 GPUs."""
+    run_with_gpus([LAUNCH_ONE_NODE], args, dry_run, image, base_dir, work_dir)
+
+
+@task(help=IN_IMAGE)
+def train_8gpu_mtp(
+    _: Context,
+    image: str = IMAGE,
+    base_dir: str = BASE_DIR,
+    work_dir: str = ".",
+    args: str = "",
+    dry_run: bool = False,
+) -> None:
+    """Train on one node of 8 GPUs, the MTP layer too, and draft with it."""
+    run_with_gpus([LAUNCH_ONE_NODE, "--recipe", "glm4.7-flash-8gpu-mtp"], args, dry_run, image, base_dir, work_dir)
+
+
+@task(help=IN_IMAGE)
+def train_16gpu(
+    _: Context,
+    image: str = IMAGE,
+    base_dir: str = BASE_DIR,
+    work_dir: str = ".",
+    args: str = "",
+    dry_run: bool = False,
+) -> None:
+    """Train on two nodes of 8 GPUs; MASTER_ADDR names this one, the other has joined by `invoke join`."""
+    run_with_gpus(
+        [LAUNCH_NODES, "--recipe", "glm4.7-flash-16gpu"], args, dry_run, image, base_dir, work_dir, several_nodes=True
+    )
+
+
+@task(help=IN_IMAGE)
+def train_24gpu(
+    _: Context,
+    image: str = IMAGE,
+    base_dir: str = BASE_DIR,
+    work_dir: str = ".",
+    args: str = "",
+    dry_run: bool = False,
+) -> None:
+    """Train on three nodes of 8 GPUs; MASTER_ADDR names this one, the others have joined by `invoke join`."""
+    run_with_gpus(
+        [LAUNCH_NODES, "--recipe", "glm4.7-flash-24gpu"], args, dry_run, image, base_dir, work_dir, several_nodes=True
+    )
+
+
+@task(help=IN_IMAGE)
+def join(
+    _: Context,
+    image: str = IMAGE,
+    base_dir: str = BASE_DIR,
+    work_dir: str = ".",
+    args: str = "",
+    dry_run: bool = False,
+) -> None:
+    """Join the run whose first node is MASTER_ADDR; BASE_DIR is the storage that all nodes share."""
+    command = ["python", "-m", "recipe.cluster.join"]
+    run_with_gpus(command, args, dry_run, image, base_dir, work_dir, several_nodes=True)
+
+
+@task(help=IN_IMAGE)
+def bench(
+    _: Context,
+    image: str = IMAGE,
+    base_dir: str = BASE_DIR,
+    work_dir: str = ".",
+    args: str = "",
+    dry_run: bool = False,
+) -> None:
+    """Measure the trainer on one GPU beside transformers."""
+    run_with_gpus(["python", "scripts/bench_trainer.py"], args, dry_run, image, base_dir, work_dir)
+
+
+@task(help={"name": "of the run", **COMMON})
+def report(_: Context, name: str = "tiny", args: str = "", dry_run: bool = False) -> None:
+    """Show what a run achieved, and where its time went."""
+    run([*module("recipe.run.report"), f"runs/{name}"], args, dry_run)
+
+
+@task(name="test", help=COMMON)
+def run_tests(_: Context, args: str = "", dry_run: bool = False) -> None:
+    """Run the tests."""
+    run(module("pytest"), args, dry_run)
+
+
+@task(help={"dry_run": COMMON["dry_run"]})
+def lint(_: Context, dry_run: bool = False) -> None:
+    """ruff, mypy, shellcheck and hadolint."""
+    run(["make", "lint"], "", dry_run)
 
 
 @task(help={"base_dir": "gets GLM-4.7-Flash/, dapo-math-17k/ and aime-2024/", **COMMON})
@@ -94,9 +294,9 @@ def export(
     help={
         "data": "AIME problems, a JSON object a line",
         "model": "Hugging Face directory; an engine is started",
-        "checkpoint": "or a torch_dist directory, or training checkpoints; with --hf-checkpoint",
+        "checkpoint": "or a torch_dist directory, or training checkpoints, whose newest is taken",
         "url": "or the address of a running server",
-        "hf_checkpoint": "configuration and tokenizer, beside --checkpoint",
+        "hf_checkpoint": "configuration and tokenizer, for a --checkpoint of no run and a --url elsewhere",
         "profile": "model-card: sampled as for the model card",
         "save": "directory of the result; an interrupted one goes on",
         **COMMON,
@@ -126,3 +326,28 @@ def eval(
     }
     flags = [word for flag, value in given.items() if value for word in (flag, value)]
     run([*module("evaluation.aime"), *flags], args, dry_run)
+
+
+@task(
+    help={
+        "recipe": f"to plan (default: {RECIPE})",
+        "gpu": "H100-80GB, H200-141GB, A100-80GB, A100-40GB, or one with other memory in GiB: H100=94",
+        "host_memory": "of a machine",
+        "price": "dollars a GPU and hour",
+        "json": "JSON instead of a page",
+        **COMMON,
+    }
+)
+def plan(
+    _: Context,
+    recipe: str = RECIPE,
+    gpu: str = "H100-80GB",
+    host_memory: str = "1TB",
+    price: float = 2.5,
+    json: bool = False,
+    args: str = "",
+    dry_run: bool = False,
+) -> None:
+    """Say what a run takes, before anything is launched: memory, disk, time and money."""
+    machine = ["--gpu", gpu, "--host-memory", host_memory, "--price", f"{price:g}"]
+    run([*module("recipe.plan"), "--recipe", recipe, *machine, *["--json"] * json], args, dry_run)

@@ -1,7 +1,7 @@
 """Scores a model on AIME: --n-samples responses to every problem, graded, with intervals and a report.
 
 python -m evaluation.aime --model DIR --data FILE                                  starts an engine
-python -m evaluation.aime --checkpoint TORCH_DIST --hf-checkpoint DIR --data FILE  exports it first
+python -m evaluation.aime --checkpoint TORCH_DIST --data FILE                      exports it first
 python -m evaluation.aime --url http://127.0.0.1:30000 --data FILE                 uses a running server
 
 The directory --save gets samples.jsonl (every finished sample, at once), result.json (its schema:
@@ -14,25 +14,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from evaluation.directory import EvaluationDirectory
 from evaluation.grading import Judge, Judgement, Response
-from evaluation.options import parse, request_timeout_s, sampling_params
+from evaluation.identity import (
+    Identity,
+    identity_of_checkpoint,
+    identity_of_directory,
+    identity_of_server,
+    newest_checkpoint,
+    origin_of,
+)
+from evaluation.options import engine_args, limits_of, parse, request_timeout_s, sampling_params
 from evaluation.problems import ProblemFile, digest, read_problems
 from evaluation.progress import EvaluationProgress
 from evaluation.result import Result, SamplingSettings, Settings
 from evaluation.sampling import Plan, SampleKey, StoredSample, generate_missing
 from evaluation.scoring import result_of
-from evaluation.served import (
-    Identity,
-    context_length_of,
-    engine_launch,
-    export_checkpoint,
-    identity_of_checkpoint,
-    identity_of_directory,
-    identity_of_server,
-    running_engine,
-)
+from evaluation.served import context_length_of, engine_kind, engine_launch, export_checkpoint, running_engine
 from recipe.data.prompts import Prompt
 from recipe.errors import UserError, run_main
 from recipe.files import sha256_file
@@ -47,6 +47,10 @@ class Subject:
     identity: Identity
     tokenizer: Path
     """Directory of tokenizer and configuration."""
+    engine: str
+    """See `evaluation.result.Settings.engine`."""
+    checkpoint: Path | None = None
+    """What is exported first: one checkpoint, however many a training run adds meanwhile."""
 
 
 def open_subject(arguments: argparse.Namespace) -> Subject:
@@ -56,10 +60,13 @@ def open_subject(arguments: argparse.Namespace) -> Subject:
         tokenizer = arguments.hf_checkpoint or own_tokenizer
         if tokenizer is None:
             raise UserError(f"the tokenizer of {identity.name} is not on this machine: give --hf-checkpoint")
-        return Subject(identity, tokenizer)
+        return Subject(identity, tokenizer, "server")
+    engine = engine_kind(arguments.engine)
     if arguments.checkpoint is not None:
-        return Subject(identity_of_checkpoint(arguments.checkpoint), arguments.hf_checkpoint)
-    return Subject(identity_of_directory(arguments.model), arguments.model)
+        checkpoint = newest_checkpoint(arguments.checkpoint)
+        origin = arguments.hf_checkpoint or origin_of(checkpoint)
+        return Subject(identity_of_checkpoint(checkpoint, origin), origin, engine, checkpoint)
+    return Subject(identity_of_directory(arguments.model), arguments.model, engine)
 
 
 def settings_of(
@@ -69,6 +76,8 @@ def settings_of(
     return Settings(
         model=subject.identity.name,
         model_sha256=subject.identity.sha256,
+        engine=subject.engine,
+        engine_args=engine_args(arguments),
         data=arguments.data.name,
         data_sha256=sha256_file(arguments.data),
         instruction=arguments.instruction,
@@ -100,6 +109,13 @@ class Evaluation:
         self._judgements: dict[SampleKey, Judgement] = {}
         self._progress = EvaluationProgress(len(problems) * arguments.n_samples)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Lets another command into the directory."""
+        self.directory.__exit__()
+
     def complete(self) -> Result:
         """Generates what is missing, and judges everything. Raises UserError, and keeps what it has, if it cannot."""
         with Judge(timeout_s=self._arguments.grade_timeout_s) as judge:
@@ -122,10 +138,11 @@ class Evaluation:
         options = ClientOptions(arguments.concurrency, request_timeout_s(arguments), arguments.max_retries)
         stored = len(store.samples)
         version = self._subject.identity.version
+        self._progress.begin()
         async with RolloutClient([url], options) as client:
             try:
                 await generate_missing(
-                    client, self.plan, store, on_sample, version=version, max_failures=arguments.max_failures
+                    client, self.plan, store, on_sample, version=version, limits=limits_of(arguments)
                 )
             finally:
                 self.directory.record_session(len(store.samples) - stored, client.counters.retries)
@@ -139,14 +156,19 @@ class Evaluation:
             return
         if model is None:
             model = self.directory.exported
-            export_checkpoint(arguments.checkpoint, arguments.hf_checkpoint, model)
-        context_length = self._settings.context_length
-        launch = engine_launch(arguments.engine, model, arguments.engine_args, context_length, arguments.seed)
+            assert self._subject.checkpoint is not None
+            export_checkpoint(self._subject.checkpoint, self._subject.tokenizer, model)
+        context_length, words = self._settings.context_length, self._settings.engine_args
+        launch = engine_launch(arguments.engine, model, words, context_length, arguments.seed)
         with running_engine(launch, self.directory.engine_log) as url:
             yield url
 
     def _response(self, sample: StoredSample) -> Response:
-        problem = self._problems[sample.problem]
+        problem = self._problems.get(sample.problem)
+        if problem is None:
+            raise UserError(
+                f"samples.jsonl has a sample of a problem {sample.problem!r} that is not asked; remove the line"
+            )
         return Response(sample.response, problem.label, sample.truncated, problem.text)
 
     def _note(self, sample: StoredSample, judgement: Judgement, *, is_new: bool) -> None:
@@ -186,9 +208,9 @@ def describe(result: Result) -> str:
 
 
 def main() -> None:
-    evaluation = open_evaluation(parse(__doc__))
-    result = evaluation.complete()
-    report = evaluation.directory.finish(result)
+    with open_evaluation(parse(__doc__)) as evaluation:
+        result = evaluation.complete()
+        report = evaluation.directory.finish(result)
     print(describe(result))
     print(f"report: {report}")
 

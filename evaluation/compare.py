@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from evaluation.result import Result, Settings, read_result
+from evaluation.grading import Verdict
+from evaluation.result import ProblemResult, Result, read_result
 from evaluation.statistics import Difference, paired_difference
 from recipe.errors import UserError, run_main
+from recipe.rewards.integers import canonical_integer
 
 
 @dataclass(frozen=True)
@@ -39,21 +41,30 @@ def compare(a: Result, b: Result) -> Comparison:
             f"A and B are of different problems, {len(only)} of them only in one, such as {only[0]}: evaluate both on "
             "the same file"
         )
-    other = next((name for name in left if int(left[name].label) != int(right[name].label)), None)
+    other = next((name for name in left if _label(left[name]) != _label(right[name])), None)
     if other is not None:
         raise UserError(f"A and B have different labels for problem {other}: evaluate both on the same file")
     shares = [(left[name].correct_share, right[name].correct_share) for name in left]
-    difference = paired_difference([a for a, _ in shares], [b for _, b in shares], a.settings.sampling.seed)
+    samples = a.settings.sampling.n_samples, b.settings.sampling.n_samples
+    difference = paired_difference(
+        [share for share, _ in shares], [share for _, share in shares], samples, a.settings.sampling.seed
+    )
     return Comparison(
         difference,
         len(shares),
         sum(a > b for a, b in shares),
         sum(a < b for a, b in shares),
-        tuple(_obstacles(a.settings, b.settings)),
+        tuple(_obstacles(a, b)),
     )
 
 
-def _obstacles(a: Settings, b: Settings) -> Iterator[str]:
+def _label(problem: ProblemResult) -> str:
+    return canonical_integer(problem.label) or problem.label
+
+
+def _obstacles(left: Result, right: Result) -> Iterator[str]:
+    """What keeps the difference from being that of two models. Numbers of samples may differ: each mean is unbiased."""
+    a, b = left.settings, right.settings
     lengths = a.sampling.max_response_len, b.sampling.max_response_len
     if lengths[0] != lengths[1]:
         yield (
@@ -64,8 +75,15 @@ def _obstacles(a: Settings, b: Settings) -> Iterator[str]:
         values = getattr(a.sampling, name), getattr(b.sampling, name)
         if values[0] != values[1]:
             yield f"{name} was {values[0]:g} for A and {values[1]:g} for B"
+    if a.context_length != b.context_length:
+        yield f"the context was {a.context_length:,} tokens for A and {b.context_length:,} for B"
     if a.prompts_sha256 != b.prompts_sha256:
         yield "the prompts are not the same, as their hashes differ"
+    if (a.model_sha256, a.engine, a.sampling) == (b.model_sha256, b.engine, b.sampling):
+        yield "A and B are of one model with one seed: their samples are the same draw, and not independent"
+    for name, result in (("A", left), ("B", right)):
+        if failed := result.score.verdicts.get(Verdict.GRADER_FAILED):
+            yield f"{failed} samples of {name} could not be graded, and count as not correct"
 
 
 def describe(a: Result, b: Result, found: Comparison) -> str:
@@ -95,7 +113,7 @@ def main() -> None:
     arguments = parser.parse_args()
     a, b = read_result(arguments.a), read_result(arguments.b)
     found = compare(a, b)
-    print(json.dumps(asdict(found), indent=1) if arguments.json else describe(a, b, found))
+    print(json.dumps(asdict(found), indent=1, allow_nan=False) if arguments.json else describe(a, b, found))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ sessions.jsonl   when samples were made: seconds, samples and retries of each co
 result.json      the result (`evaluation.result`)
 report.html      the same to look at, with every response
 engine.log       what the engine said, if one was started
-model/           the exported checkpoint, while samples are missing
+.exported-ID/    the exported checkpoint, while samples are missing
+.lock            held by the one command that works here
 """
 
 import json
@@ -15,23 +16,24 @@ import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from evaluation.report import render_report
 from evaluation.result import RESULT, Result, Settings
 from evaluation.sampling import SampleStore
 from recipe.errors import UserError
-from recipe.files import atomic_write_text
+from recipe.files import FileLock, atomic_write_text
 from recipe.run.journal import Journal, writing
 
 REPORT = "report.html"
 
 
 class EvaluationDirectory:
-    """Where one evaluation keeps what it has."""
+    """Where one evaluation keeps what it has. Use as a context manager: leaving it lets another command in."""
 
     def __init__(self, path: Path, settings: Settings) -> None:
-        """Creates the directory, or opens it to go on. Raises UserError if it holds samples of other settings."""
+        """Creates the directory, or opens it to go on. Raises UserError if it holds samples of other settings, or if
+        another evaluation is at work in it."""
         self._path = path
         self.engine_log = path / "engine.log"
         self.exported = path / f".exported-{settings.model_sha256[:12]}"
@@ -39,13 +41,27 @@ class EvaluationDirectory:
         self._began = time.monotonic()
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
-        self._keep(settings)
-        self.store = SampleStore(path / "samples.jsonl")
+            self._lock = FileLock(
+                path / ".lock",
+                f"another evaluation is at work in {path}: wait until it has ended, or choose another --save",
+            )
+        try:
+            self._keep(settings)
+            self.store = SampleStore(path / "samples.jsonl", settings.sampling.n_samples)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
     def _keep(self, settings: Settings) -> None:
         path, now = self._path / "settings.json", settings.model_dump(mode="json")
         if path.exists():
-            self._refuse_unless_equal(_flat(json.loads(path.read_text(encoding="utf-8"))), _flat(now))
+            self._refuse_unless_equal(_flat(_read_settings(path)), _flat(now))
             return
         if (self._path / "samples.jsonl").exists() or (self._path / RESULT).exists():
             raise UserError(f"{self._path} holds samples or a result, but no settings.json: choose another --save")
@@ -54,11 +70,12 @@ class EvaluationDirectory:
 
     def _refuse_unless_equal(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         """The model may be at another path by now: its hash says whether it is the same."""
-        name = next((name for name, value in now.items() if name != "model" and before.get(name) != value), None)
+        names = sorted({*before, *now} - {"model"})
+        name = next((name for name in names if before.get(name) != now.get(name)), None)
         if name is not None:
             raise UserError(
                 f"{self._path} holds the samples of other settings ({name} was {before.get(name)!r} and is "
-                f"{now[name]!r}): choose another --save"
+                f"{now.get(name)!r}): choose another --save"
             )
 
     def record_session(self, samples: int, retries: int) -> None:
@@ -80,6 +97,16 @@ class EvaluationDirectory:
             if self.exported.exists():
                 shutil.rmtree(self.exported)
         return report
+
+
+def _read_settings(path: Path) -> Mapping[str, Any]:
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): restore it, or choose another --save") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} is damaged: it holds no settings; restore it, or choose another --save")
+    return settings
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -2,9 +2,10 @@
 
 Usage: python -m evaluation.grade [--timeout-s 5] [--workers N] < responses.jsonl > verdicts.jsonl
 
-A line of the input is {"response": TEXT, "label": TEXT or NUMBER}, and may have "finish_reason" ("length": the engine
-cut it off) and "prompt" (what the model read: it tells whether the response begins in the thinking part). For each a
-line {"verdict", "answer", "reason"} is written; verdict is correct, wrong, no_answer, truncated or grader_failed.
+A line of the input is {"response": TEXT, "label": TEXT or NUMBER}, and may have "finish_reason" ("length", or SGLang's
+{"type": "length"}: the engine cut it off) and "prompt" (what the model read: it tells whether the response begins in
+the thinking part). For each a line {"verdict", "answer", "reason"} is written; verdict is correct, wrong, no_answer,
+truncated or grader_failed.
 """
 
 import argparse
@@ -12,13 +13,13 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
-from itertools import islice
 
 from evaluation.grading import Judge, Response
+from evaluation.options import finite
 from recipe.errors import UserError, run_main
 from recipe.rollout.sample import FinishReason
 
+LONGEST_TIMEOUT_S = 86400
 BATCH = 1024
 """Lines that are graded together, and then written."""
 
@@ -42,28 +43,52 @@ def read_response(line: str, number: int) -> Response:
         raise UserError(f"{where}: the label {json.dumps(label)} is no answer: it is neither a text nor a number")
     if prompt is not None and not isinstance(prompt, str):
         raise UserError(f"{where}: 'prompt' is not a text")
-    return Response(response, str(label).strip(), fields.get("finish_reason") == FinishReason.LENGTH, prompt)
+    return Response(response, str(label).strip(), _is_cut_off(fields.get("finish_reason"), where), prompt)
+
+
+def _is_cut_off(reason: object, where: str) -> bool:
+    match reason:
+        case None | str():
+            return reason == FinishReason.LENGTH
+        case {"type": str(kind)}:
+            return kind == FinishReason.LENGTH
+    raise UserError(f"{where}: 'finish_reason' is neither a text nor an object with a type")
 
 
 def grade_lines(lines: Iterable[str], judge: Judge) -> Iterator[str]:
-    """The line of verdict for each line that is not blank, as they are known. Raises UserError for a bad line."""
+    """The line of verdict for each line that is not blank, as they are known. Raises UserError for a bad line, after
+    the verdicts of those before it."""
     responses = (read_response(line, number) for number, line in enumerate(lines, 1) if line.strip())
-    while batch := list(islice(responses, BATCH)):
+    for batch in _batches(responses):
         for judgement in judge.judge(batch):
-            yield json.dumps(asdict(judgement))
+            yield json.dumps({"verdict": judgement.verdict, "answer": judgement.answer, "reason": judgement.reason})
+
+
+def _batches(responses: Iterable[Response]) -> Iterator[list[Response]]:
+    batch: list[Response] = []
+    try:
+        for response in responses:
+            batch.append(response)
+            if len(batch) == BATCH:
+                yield batch
+                batch = []
+    except UserError:
+        yield batch
+        raise
+    yield batch
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m evaluation.grade", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--timeout-s", type=float, default=5.0, help="longest time to compare two answers, in seconds")
+    parser.add_argument("--timeout-s", type=finite, default=5.0, help="longest time to compare two answers, in seconds")
     parser.add_argument(
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that compare (default: the cores)"
     )
     arguments = parser.parse_args()
-    if arguments.workers < 1 or not arguments.timeout_s > 0:
-        raise UserError("--workers and --timeout-s must be greater than 0")
+    if arguments.workers < 1 or not 0 < arguments.timeout_s <= LONGEST_TIMEOUT_S:
+        raise UserError(f"--workers must be at least 1, and --timeout-s from 0 to {LONGEST_TIMEOUT_S}")
     with Judge(timeout_s=arguments.timeout_s, num_workers=arguments.workers) as judge:
         for line in grade_lines((line.decode(errors="replace") for line in sys.stdin.buffer), judge):
             print(line, flush=True)

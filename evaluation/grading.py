@@ -6,20 +6,22 @@ response without any thinking tag is all answer, unless its prompt is known to o
 and may have been thinking still.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from types import TracebackType
 from typing import Self
 
 from recipe.rewards import Grade, Grader, GradeRequest, GradeStatus, RewardRule
-from recipe.rewards.extract import THINKING_END, Extraction, boxed_answer
+from recipe.rewards.extract import THINKING_END, Extraction, boxed_answer, dapo_answer
 from recipe.rewards.functions import answer_in_label
 from recipe.rewards.integers import MAX_ANSWER_CHARACTERS, canonical_integer
 
 THINKING_START = "<think>"
 MAX_LABEL = 999
 """AIME's answers are the integers from 0 to this one."""
+
+Extract = Callable[[str], Extraction]
 
 _CORRECT, _WRONG = 1.0, 0.0
 
@@ -57,15 +59,26 @@ class Judgement:
     """The content of the box that counts; None if there is none."""
     reason: str
     """Why the verdict is what it is, as half a sentence."""
+    value: str | None = None
+    """The answer in the form that all its spellings share (`recipe.rewards.Grade.value`): what it votes for."""
 
 
 def answer_after_thinking(text: str) -> Extraction:
     r"""The last `\boxed{}` after the thinking part: after the last `</think>`, or anywhere in a text without thinking
     tags. Nothing that follows an unclosed `<think>` is an answer, and what precedes it was taken back."""
+    return _after_thinking(text, boxed_answer)
+
+
+def answer_line_after_thinking(text: str) -> Extraction:
+    r"""As `answer_after_thinking`, by DAPO's rule: the last "Answer: ..." or `\boxed{}` of the last 300 characters."""
+    return _after_thinking(text, dapo_answer)
+
+
+def _after_thinking(text: str, extract: Extract) -> Extraction:
     thinking, ended = text.rfind(THINKING_START), text.rfind(THINKING_END)
     if thinking > ended:
         return Extraction(None, "the thinking part never ends")
-    return boxed_answer(text[ended + len(THINKING_END) :] if ended >= 0 else text)
+    return extract(text[ended + len(THINKING_END) :] if ended >= 0 else text)
 
 
 def aime_label_problem(label: str) -> str | None:
@@ -77,15 +90,18 @@ def aime_label_problem(label: str) -> str | None:
 
 
 _AIME_ANSWERS = frozenset(map(str, range(MAX_LABEL + 1)))
-_RULE = RewardRule(answer_after_thinking, _CORRECT, _WRONG, aime_label_problem)
 
 
 class Judge:
-    """Judges responses. What takes algebra goes to `num_workers` processes, started when first needed, and fails after
-    `timeout_s` seconds. Needs no main thread; leaving it as a context manager leaves no process behind."""
+    """Judges responses by the answer that `extract` finds. What takes algebra goes to `num_workers` processes, started
+    when first needed, and fails after `timeout_s` seconds. Needs no main thread; leaving it as a context manager leaves
+    no process behind."""
 
-    def __init__(self, *, timeout_s: float = 5.0, num_workers: int = 2) -> None:
-        self._grader = Grader(_RULE, timeout_s=timeout_s, num_workers=num_workers)
+    def __init__(
+        self, extract: Extract = answer_after_thinking, *, timeout_s: float = 5.0, num_workers: int = 2
+    ) -> None:
+        rule = RewardRule(extract, _CORRECT, _WRONG, aime_label_problem)
+        self._grader = Grader(rule, timeout_s=timeout_s, num_workers=num_workers)
 
     def __enter__(self) -> Self:
         return self
@@ -123,13 +139,13 @@ def _judgement(grade: Grade, response: Response) -> Judgement:
         case GradeStatus.GRADED:
             assert grade.answer is not None
             verdict = Verdict.CORRECT if grade.reward == _CORRECT else Verdict.WRONG
-            return Judgement(verdict, grade.answer, _comparison(grade.answer, response.label, verdict))
+            return Judgement(verdict, grade.answer, _comparison(grade.answer, response.label, verdict), grade.value)
         case GradeStatus.NO_ANSWER:
             return Judgement(Verdict.NO_ANSWER, None, grade.reason)
         case GradeStatus.TRUNCATED:
             return Judgement(Verdict.TRUNCATED, None, f"cut off, and {grade.reason}")
         case GradeStatus.GRADER_FAILED:
-            return Judgement(Verdict.GRADER_FAILED, grade.answer, grade.reason)
+            return Judgement(Verdict.GRADER_FAILED, grade.answer, grade.reason, grade.value)
 
 
 def _comparison(answer: str, label: str, verdict: Verdict) -> str:

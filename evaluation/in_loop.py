@@ -3,16 +3,72 @@
 import statistics
 from collections.abc import Mapping, Sequence
 
-from evaluation.grading import Judge, Judgement, Response
+from evaluation.grading import (
+    Judge,
+    Judgement,
+    Response,
+    aime_label_problem,
+    answer_after_thinking,
+    answer_line_after_thinking,
+)
+from evaluation.problems import INSTRUCTION, LabelProblem, ProblemFile, read_problems
 from evaluation.scoring import Judged, score
 from evaluation.statistics import clustered_mean
-from recipe.config import Config
+from recipe.config import Config, Resolved
 from recipe.data.prompts import Prompt
+from recipe.rewards import REWARD_RULES, RewardType
 from recipe.rollout.client import RolloutClient
 from recipe.rollout.generate import OnGroup, Rollout, SeedStream, generate_rollout
 from recipe.rollout.sample import SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
 from recipe.run import EvalMetrics
+
+
+def read_sets(resolved: Resolved) -> dict[str, list[Prompt]]:
+    """The problems of each evaluation set, by its name, with the checks and the instruction of `evaluation.aime` where
+    the configuration says nothing else. Raises UserError for what is wrong in them."""
+    config = resolved.config
+    return {
+        data.name: read_problems(
+            ProblemFile(
+                data.path,
+                config.eval.eval_input_key or config.data.input_key,
+                config.eval.eval_label_key or config.data.label_key,
+                instruction=_instruction(config),
+                apply_chat_template=config.data.apply_chat_template,
+                label_problem=_label_problem(config),
+            ),
+            config.model.hf_checkpoint,
+            max_tokens=resolved.max_eval_prompt_len,
+        )
+        for data in config.eval.eval_prompt_data
+    }
+
+
+def _label_problem(config: Config) -> LabelProblem | None:
+    rollout = config.rollout
+    if rollout.custom_rm_path is not None:
+        return None
+    if config.eval.eval_labels == "aime" or rollout.rm_type is None:
+        return aime_label_problem
+    return REWARD_RULES[RewardType(rollout.rm_type)].label_problem
+
+
+def _instruction(config: Config) -> str:
+    if config.eval.eval_instruction is not None:
+        return config.eval.eval_instruction
+    asks_for_a_box = config.rollout.custom_rm_path is None and not _answers_in_lines(config)
+    return INSTRUCTION if asks_for_a_box else ""
+
+
+def _answers_in_lines(config: Config) -> bool:
+    return config.rollout.rm_type == RewardType.DAPO
+
+
+def open_judge(config: Config) -> Judge:
+    """The judge of evaluations: of boxes after the thinking part, or of the answers that `--rm-type dapo` teaches."""
+    extract = answer_line_after_thinking if _answers_in_lines(config) else answer_after_thinking
+    return Judge(extract, timeout_s=config.rollout.rm_timeout_s, num_workers=config.rollout.rm_num_workers)
 
 
 async def evaluate(

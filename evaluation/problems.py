@@ -1,7 +1,7 @@
 """The problems of an AIME file: jsonl, a problem a line, with `prompt` (a text, or chat messages) and `label`."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +9,9 @@ from evaluation.grading import aime_label_problem
 from recipe.data.prompts import Prompt, PromptFormat, read_prompts
 from recipe.data.tokenizer import load_tokenizer
 from recipe.errors import UserError
+
+LabelProblem = Callable[[str], str | None]
+"""What keeps a label from being an answer, or None."""
 
 INSTRUCTION = "Please reason step by step, and put your final answer, an integer between 0 and 999, within \\boxed{}."
 
@@ -23,16 +26,19 @@ class ProblemFile:
     id_key: str = "id"
     """May be missing: then problems are named by their lines."""
     instruction: str = INSTRUCTION
+    apply_chat_template: bool = True
+    label_problem: LabelProblem | None = aime_label_problem
+    """What keeps a label from being an answer; None: labels are not looked at."""
 
 
 def read_problems(file: ProblemFile, tokenizer_directory: Path, *, max_tokens: int) -> list[Prompt]:
     """The problems with their names, as the model reads them: with the instruction, in the chat template.
 
-    Raises UserError for a tokenizer without chat template and whatever is wrong in the file: besides what
-    `read_prompts` finds, a label that is no integer from 0 to 999, a name or a question that is there twice.
+    Raises UserError for a tokenizer without the chat template and whatever is wrong in the file: besides what
+    `read_prompts` finds (a label that is no answer, say), a name or a question that is there twice.
     """
     tokenizer = load_tokenizer(tokenizer_directory)
-    if not tokenizer.chat_template:
+    if file.apply_chat_template and not tokenizer.chat_template:
         raise UserError(
             f"the tokenizer in {tokenizer_directory} has no chat template, which an evaluation needs: use the model's "
             "own, not that of a base model"
@@ -40,8 +46,8 @@ def read_problems(file: ProblemFile, tokenizer_directory: Path, *, max_tokens: i
     layout = PromptFormat(
         input_key=file.input_key,
         label_key=file.label_key,
-        apply_chat_template=True,
-        label_problem=aime_label_problem,
+        apply_chat_template=file.apply_chat_template,
+        label_problem=file.label_problem,
         name_key=file.id_key,
         instruction=file.instruction,
     )
@@ -61,9 +67,7 @@ def _refuse_repetitions(file: ProblemFile, problems: Sequence[Prompt]) -> None:
             raise UserError(f"{file.path}: lines {earlier} and {line} have the same {file.id_key!r}, {problem.name!r}")
         earlier = lines_of_texts.setdefault(problem.text, line)
         if earlier != line:
-            raise UserError(
-                f"{file.path}: lines {earlier} and {line} ask the same; keep each problem once and use --n-samples"
-            )
+            raise UserError(f"{file.path}: lines {earlier} and {line} ask the same: keep each problem once")
 
 
 def digest(problems: Sequence[Prompt]) -> str:

@@ -13,7 +13,7 @@ from evaluation.grading import Verdict
 from recipe.errors import UserError
 from recipe.rollout.sample import FinishReason
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 RESULT = "result.json"
 MODEL_CARD_RESPONSE_LEN = 131_072
 """Longest response, in tokens, of the scores that the model card of GLM-4.7-Flash gives for AIME."""
@@ -45,9 +45,10 @@ class Score(_Part):
     samples: int
     """Of all problems together."""
     avg_at_n: Interval
-    """Share of correct samples, every problem counted alike; the interval is closed form, on the scale of log-odds."""
+    """Share of correct samples, every problem counted alike; the interval is closed form, and allows for a
+    problem unlike those seen (`evaluation.statistics.clustered_share`)."""
     avg_at_n_bootstrap: Interval
-    """The same with the interval of a bootstrap over problems, as a check."""
+    """The same with the interval of a Bayesian bootstrap over problems, as a check."""
     pass_at: dict[int, Interval]
     """By k: the probability that one of k samples is correct (unbiased, arXiv:2107.03374)."""
     maj_at: dict[int, Interval]
@@ -107,7 +108,12 @@ class Settings(_Part):
     model: str
     """The directory, or what the server says of itself."""
     model_sha256: str
-    """Of the names, sizes, beginnings and ends of the model's or checkpoint's files; for a server, of what it says."""
+    """Of all files of the model or checkpoint; for a server, of what it says of its model, and of that model's files
+    where they are on this machine."""
+    engine: str
+    """sglang or embedded, started for this evaluation; server: one that was running."""
+    engine_args: tuple[str, ...]
+    """Given to the engine besides its own."""
     data: str
     """Name of the file."""
     data_sha256: str

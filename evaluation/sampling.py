@@ -1,9 +1,14 @@
 """Generating what an evaluation lacks, every finished sample on the disk before the next thing happens."""
 
 import asyncio
+import dataclasses
+import json
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
 
 from recipe.data.prompts import Prompt
 from recipe.errors import UserError
@@ -14,11 +19,13 @@ from recipe.rollout.sample import FinishReason, Sample, SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
 from recipe.run.journal import Journal
 
+_POLL_S = 15.0
+
 SampleKey = tuple[str, int]
 """A problem's name, and the sample's number among the problem's."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class StoredSample:
     """A line of samples.jsonl."""
 
@@ -41,19 +48,29 @@ class StoredSample:
         return self.finish_reason is FinishReason.LENGTH
 
 
+_SAMPLE = TypeAdapter(StoredSample)
+
+
 class SampleStore:
     """samples.jsonl: a line a finished sample, in the order in which they were finished, each sample once."""
 
-    def __init__(self, path: Path) -> None:
-        """Opens the file; a line that a crash left unfinished goes. Raises UserError if it is damaged otherwise."""
+    def __init__(self, path: Path, n_samples: int) -> None:
+        """Opens the file, for so many samples of a problem; a line that a crash left unfinished goes. Raises UserError
+        if it is damaged otherwise."""
         self._journal = Journal(path)
         self._journal.keep(lambda _: True)
         self.samples: dict[SampleKey, StoredSample] = {}
-        for record in self._journal.read():
+        for number, record in enumerate(self._journal.read(), 1):
             try:
-                sample = StoredSample(**{**record, "finish_reason": FinishReason(record["finish_reason"])})
-            except (KeyError, TypeError, ValueError) as error:
-                raise UserError(f"{path} holds a line that is no sample ({error!r}); remove the line") from error
+                sample = _SAMPLE.validate_json(json.dumps(record), strict=True)
+            except ValidationError as error:
+                what = error.errors()[0]
+                where = ".".join(map(str, what["loc"]))
+                raise UserError(
+                    f"{path}, line {number}, is no sample ({where}: {what['msg']}); remove the line"
+                ) from error
+            if not 0 <= sample.sample < n_samples:
+                raise UserError(f"{path}, line {number}, is sample {sample.sample} of {n_samples}; remove the line")
             if sample.key in self.samples:
                 raise UserError(
                     f"{path} holds sample {sample.sample} of problem {sample.problem} twice; remove one line"
@@ -62,11 +79,11 @@ class SampleStore:
 
     def add(self, sample: StoredSample) -> None:
         """Adds a sample; it is on the disk when this returns."""
-        self._journal.append(asdict(sample))
+        self._journal.append(dataclasses.asdict(sample))
         self.samples[sample.key] = sample
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """All samples of an evaluation. Their seeds depend on the run's seed, the problem's place in the file and the
     sample's number alone."""
@@ -84,38 +101,54 @@ class Plan:
                     yield place, sample
 
 
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """When generation is given up, so that it ends in bounded time whatever the servers do."""
+
+    max_failures: int
+    """Samples that failed for good."""
+    health_s: float
+    """Seconds in which no engine generates for a health check."""
+    stall_s: float
+    """Seconds in which no sample is finished."""
+
+
 OnSample = Callable[[StoredSample], Awaitable[None]]
 """Called with each sample that was made, after it was stored."""
 
 
 async def generate_missing(
-    client: RolloutClient, plan: Plan, store: SampleStore, on_sample: OnSample, *, version: str, max_failures: int
+    client: RolloutClient, plan: Plan, store: SampleStore, on_sample: OnSample, *, version: str, limits: Limits
 ) -> None:
     """Makes and stores the samples that the store lacks.
 
     A sample that an engine fails to make for good is left out. Raises UserError at the end if there are such, at once
-    if there are `max_failures`, if no engine is healthy any more, or if an engine refuses a request or changes its
-    weights. What is stored stays.
+    where a limit is passed, or if an engine refuses a request or changes its weights. What is stored stays.
     """
     failures: list[EngineError] = []
+    watch = _Watch(client, limits)
 
     async def make(place: int, number: int) -> None:
         try:
             sample = await _make(client, plan, place, number, version)
         except (EngineUnreachable, EngineAnswerError) as error:
             failures.append(error)
-            if len(failures) >= max_failures or not any(await client.healthy()):
+            if len(failures) >= limits.max_failures or not any(await client.healthy()):
                 raise
             return
         store.add(sample)
+        watch.note_sample()
         await on_sample(sample)
 
     try:
-        async with asyncio.TaskGroup() as tasks:
-            for place, number in list(plan.missing(store)):
-                tasks.create_task(make(place, number))
+        async with asyncio.TaskGroup() as watching:
+            watcher = watching.create_task(watch.run())
+            async with asyncio.TaskGroup() as tasks:
+                for place, number in list(plan.missing(store)):
+                    tasks.create_task(make(place, number))
+            watcher.cancel()
     except ExceptionGroup as group:
-        for error in group.exceptions:
+        for error in _leaves(group):
             if not isinstance(error, EngineError):
                 raise error from None
             failures.append(error)
@@ -125,6 +158,39 @@ async def generate_missing(
             f"{lacking} of {total} samples are missing, the last failure: {failures[-1]}; "
             "the others are stored: mend the server and run the same command again"
         )
+
+
+def _leaves(error: Exception) -> Iterator[Exception]:
+    if isinstance(error, ExceptionGroup):
+        for part in error.exceptions:
+            yield from _leaves(part)
+    else:
+        yield error
+
+
+class _Watch:
+    """Asks after the engines' health while they generate."""
+
+    def __init__(self, client: RolloutClient, limits: Limits) -> None:
+        self._client, self._limits = client, limits
+        self._healthy = self._sample = time.monotonic()
+
+    def note_sample(self) -> None:
+        """A sample is finished."""
+        self._sample = time.monotonic()
+
+    async def run(self) -> None:
+        """Raises EngineUnreachable once a limit is passed; never returns."""
+        limits = self._limits
+        while True:
+            await asyncio.sleep(min(_POLL_S, limits.health_s / 4, limits.stall_s / 4))
+            if any(await self._client.healthy()):
+                self._healthy = time.monotonic()
+            now = time.monotonic()
+            if now - self._healthy > limits.health_s:
+                raise EngineUnreachable(f"no server has passed a health check for {limits.health_s:g} s")
+            if now - self._sample > limits.stall_s:
+                raise EngineUnreachable(f"the server is healthy, but no sample was finished for {limits.stall_s:g} s")
 
 
 async def _make(client: RolloutClient, plan: Plan, place: int, number: int, version: str) -> StoredSample:

@@ -21,14 +21,13 @@ from evaluation.result import (
 from evaluation.sampling import Plan, SampleKey, SampleStore, StoredSample
 from evaluation.statistics import (
     Estimate,
-    bootstrap_mean,
+    bootstrap_share,
     clustered_share,
     majority_at_k,
     pass_at_k,
     powers_of_two,
 )
 from recipe.data.prompts import Prompt
-from recipe.rewards.integers import canonical_integer
 
 _RIGHT = "\0"
 """Stands for all spellings of the right answer in a vote."""
@@ -64,7 +63,7 @@ def score(problems: Sequence[Sequence[Judged]], seed: int) -> Score:
         problems=len(problems),
         samples=len(samples),
         avg_at_n=_interval(clustered_share(shares)),
-        avg_at_n_bootstrap=_interval(bootstrap_mean(shares, seed)),
+        avg_at_n_bootstrap=_interval(bootstrap_share(shares, seed)),
         pass_at=at_each_k(lambda number, k: pass_at_k(count, correct[number], k)),
         maj_at=at_each_k(lambda number, k: _majority(votes[number], count, k)),
         verdicts={verdict: verdicts[verdict] for verdict in Verdict},
@@ -124,14 +123,14 @@ def majority_answer(samples: Sequence[Judged], label: str) -> str | None:
 
 
 def _votes(samples: Sequence[Judged]) -> Counter[str]:
-    """How often each answer was given; spellings of one integer are one answer."""
+    """How often each answer was given; all spellings of a value are one answer, of wrong ones as of the right one."""
     votes: Counter[str] = Counter()
     for sample in samples:
         judgement = sample.judgement
         if judgement.verdict is Verdict.CORRECT:
             votes[_RIGHT] += 1
         elif judgement.answer is not None:
-            votes[canonical_integer(judgement.answer) or judgement.answer] += 1
+            votes[judgement.answer if judgement.value is None else judgement.value] += 1
     return votes
 
 

@@ -1,95 +1,25 @@
 """The model that is evaluated: a directory or checkpoint behind an engine that is started here, or a running server."""
 
-import asyncio
-import hashlib
-import importlib.util
 import json
 import os
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from recipe.config import SglangConfig
+import torch
+
+from evaluation.identity import INITIAL_VERSION
+from recipe.config.sglang_rules import find_sglang_python
 from recipe.errors import UserError
-from recipe.rollout.client import RolloutClient
-from recipe.rollout.servers.launch import Launch, launch_embedded, launch_sglang
+from recipe.rollout.servers.launch import Launch, SglangServer, launch_embedded, launch_sglang, sglang_python
 from recipe.rollout.servers.process import EngineProcess
 
 EngineKind = Literal["auto", "sglang", "embedded"]
 
-INITIAL_VERSION = "initial"
-"""Of the weights of an engine that is started here."""
 START_TIMEOUT_S = 1800.0
-_ENDS = 1 << 20
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Which weights answer."""
-
-    name: str
-    sha256: str
-    """See `evaluation.result.Settings.model_sha256`."""
-    version: str
-    """Weight version of every token."""
-
-
-def identity_of_directory(directory: Path) -> Identity:
-    """Of a Hugging Face directory. Raises UserError if it has no config.json or no weights."""
-    weights = sorted(directory.glob("*.safetensors"))
-    if not (directory / "config.json").is_file() or not weights:
-        raise UserError(f"{directory} is no Hugging Face checkpoint: it has no config.json or no *.safetensors")
-    return Identity(str(directory), _fingerprint([directory / "config.json", *weights]), INITIAL_VERSION)
-
-
-def identity_of_checkpoint(directory: Path) -> Identity:
-    """Of a torch_dist directory, or the newest of training checkpoints. Raises UserError if there is none."""
-    from recipe.weights.torch_dist import latest
-
-    checkpoint = latest(directory) or directory
-    if not (checkpoint / ".metadata").is_file():
-        raise UserError(f"{directory} is no torch_dist checkpoint: it has no .metadata")
-    files = sorted(file for file in checkpoint.iterdir() if file.is_file())
-    return Identity(str(checkpoint), _fingerprint(files), INITIAL_VERSION)
-
-
-def _fingerprint(files: Sequence[Path]) -> str:
-    found = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        found.update(f"{file.name}\0{size}\0".encode())
-        with file.open("rb") as content:
-            found.update(content.read(2 * _ENDS))
-            content.seek(max(0, size - _ENDS))
-            found.update(content.read())
-    return found.hexdigest()
-
-
-def identity_of_server(url: str) -> tuple[Identity, Path | None]:
-    """Of the server at `url`, and the directory of its tokenizer if that is on this machine. Raises UserError if it
-    does not answer or does not say what it serves."""
-    info = asyncio.run(_model_info(url))
-    try:
-        model, version = str(info["model_path"]), str(info["weight_version"])
-    except KeyError as error:
-        raise UserError(f"the server at {url} is no SGLang server: its /model_info has no {error}") from error
-    said = json.dumps({"model_path": model, "weight_version": version}, sort_keys=True)
-    tokenizer = Path(str(info.get("tokenizer_path") or model))
-    identity = Identity(f"{model} (version {version})", hashlib.sha256(said.encode()).hexdigest(), version)
-    return identity, tokenizer if (tokenizer / "tokenizer.json").is_file() else None
-
-
-async def _model_info(url: str) -> dict[str, Any]:
-    async with RolloutClient([url]) as client:
-        if not all(await client.healthy()):
-            raise UserError(f"no server answers at {url}/health: start one there, or give --model instead of --url")
-        [info] = await client.model_info()
-    return info
 
 
 def context_length_of(directory: Path) -> int:
@@ -111,27 +41,34 @@ def export_checkpoint(checkpoint: Path, origin: Path, target: Path) -> None:
         raise UserError(f"{checkpoint} could not be exported for the engine; the reason is above")
 
 
-def engine_launch(kind: EngineKind, model: Path, arguments: str, context_length: int, seed: int) -> Launch:
-    """How the engine is started; auto: SGLang where it is installed."""
+def engine_kind(kind: EngineKind) -> Literal["sglang", "embedded"]:
+    """The one asked for; of auto, SGLang where it is installed."""
     if kind == "auto":
-        kind = "sglang" if importlib.util.find_spec("sglang") else "embedded"
-    if kind == "sglang":
-        launch = launch_sglang(
+        return "embedded" if find_sglang_python(None) is None else "sglang"
+    return kind
+
+
+def engine_launch(kind: EngineKind, model: Path, arguments: Sequence[str], context_length: int, seed: int) -> Launch:
+    """How the engine is started. Raises UserError if the one asked for is not installed."""
+    threads, seed = len(os.sched_getaffinity(0)), seed % 2**31
+    if engine_kind(kind) == "sglang":
+        server = SglangServer(sglang_python(None), () if torch.cuda.is_available() else None, tuple(arguments))
+        return launch_sglang(
             model,
-            SglangConfig(),
+            server,
             weight_version=INITIAL_VERSION,
+            threads=threads,
             context_length=context_length,
-            random_seed=seed % 2**31,
+            random_seed=seed,
         )
-    else:
-        launch = launch_embedded(
-            model,
-            weight_version=INITIAL_VERSION,
-            threads=len(os.sched_getaffinity(0)),
-            context_length=context_length,
-            random_seed=seed % 2**31,
-        )
-    return Launch((*launch.arguments, *shlex.split(arguments)), launch.environment)
+    launch = launch_embedded(
+        model,
+        weight_version=INITIAL_VERSION,
+        threads=threads,
+        context_length=context_length,
+        random_seed=seed,
+    )
+    return Launch((*launch.arguments, *arguments), launch.environment)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from evaluation.grading import Judge
-from evaluation.in_loop import evaluate
+from evaluation.in_loop import evaluate, open_judge, read_sets
 from recipe.cluster import EngineGroup, TrainerGroup, place, ray_session
 from recipe.config import Config, Resolved, RolloutConfig
 from recipe.data.prompts import Prompt, PromptFormat, read_prompts
@@ -60,14 +60,9 @@ class Data:
             label_problem=reward.label_problem if isinstance(reward, RewardRule) else None,
         )
         prompts = read_prompts(config.data.prompt_data, tokenizer, form, max_tokens=resolved.max_prompt_len)
-        eval_form = PromptFormat(form.input_key, form.label_key, None, form.apply_chat_template, form.label_problem)
-        sets = {
-            data.name: read_prompts(data.path, tokenizer, eval_form, max_tokens=resolved.max_prompt_len)
-            for data in config.eval.eval_prompt_data
-        }
         source = PromptSource(prompts, shuffle=config.data.rollout_shuffle, seed=config.misc.seed)
         keep = config.rollout.dynamic_sampling_filter_path
-        return cls(source, sets, reward, load_filter(keep) if keep is not None else None, tokenizer)
+        return cls(source, read_sets(resolved), reward, load_filter(keep) if keep is not None else None, tokenizer)
 
 
 def _reward(config: Config) -> Reward | None:
@@ -97,6 +92,8 @@ class Run:
         self._data, self._engines, self._directory, self._display = data, engines, directory, display
         self._rollout: Rollout | None = None
         self._reports: list[StepReport] = []
+        self._learned: Sequence[TrainSample] = ()
+        self._saved_rollouts = progress.rollouts
         self._evals: dict[str, EvalMetrics] = {}
         self._mismatch = MismatchWatch(resolved.config.misc.mismatch_warn)
         if progress.rollouts:
@@ -116,6 +113,7 @@ class Run:
         with self.clock.measure(Phase.ROLLOUT):
             try:
                 self._rollout = await engines.collector.collect(seeds, str(rollout_id))
+                engines.release_memory()
             except NothingToLearn:
                 # A grader that always fails gives equal rewards too, and says so better.
                 engines.grader.collect_counts()
@@ -160,8 +158,9 @@ class Run:
                 "the last checkpoint with --load, with a lower --lr or a smaller --clip-grad"
             )
 
-    def finish_rollout(self) -> None:
+    def finish_rollout(self, samples: Sequence[TrainSample]) -> None:
         """The samples of a rollout are learned: the policy is the next version."""
+        self._learned = samples
         waiting = self._engines.collector.state() if self._engines is not None else []
         self.progress = replace(
             self.progress,
@@ -194,10 +193,10 @@ class Run:
     def _is_due(self, interval: int | None) -> bool:
         return self.is_over or (interval is not None and self.progress.rollouts % interval == 0)
 
-    def record(self, samples: Sequence[TrainSample] = ()) -> None:
-        """Writes the step's line and samples to the run directory, and shows it. Without samples: the evaluation before
-        the first step."""
-        done = self.progress.rollouts
+    def record(self) -> None:
+        """Writes the step's line and samples to the run directory, and shows it. Before the first step: only the
+        evaluation."""
+        done, samples = self.progress.rollouts, self._learned
         train = train_metrics(samples, self._reports, self.progress.skipped_steps) if samples else None
         rollout = None
         if self._rollout is not None:
@@ -210,16 +209,26 @@ class Run:
         if (mismatch := StepMismatch.of(self._reports)) is not None:
             for sentence in self._mismatch.warnings(mismatch):
                 logger.warning("step %d: %s", done, sentence)
-        self._rollout, self._reports, self._evals = None, [], {}
+        self._rollout, self._reports, self._learned, self._evals = None, [], (), {}
 
     def save(self) -> None:
         """Writes a checkpoint that a resumed run goes on from, losing nothing, and what `--save-hf` asks for. With
         `--async-save` only begins to write the checkpoint, after the one before it is written."""
+        self._saved_rollouts = self.progress.rollouts
         with self.clock.measure(Phase.SAVE):
             self.trainer.save(self.config.save_dir, self.progress)
             self._directory.record_host_memory(self.trainer.host_memory())
             if (target := self.config.checkpoint.hugging_face_target(self.progress.rollouts, self.is_over)) is not None:
                 self.trainer.export_hugging_face(target)
+
+    def save_what_is_done(self) -> None:
+        """Leaves a checkpoint of the last finished rollout, for a run that ends early. What is under way of the next
+        one is given up, and so is an evaluation."""
+        if self._learned:
+            self.record()
+        if self.progress.rollouts > self._saved_rollouts:
+            self.save()
+        self.finish_save()
 
     def finish_save(self) -> None:
         """Waits for a checkpoint that is still being written. Raises UserError if it cannot be."""
@@ -257,10 +266,15 @@ class Engines:
         """Grades a complete group."""
         await grade_group(self.grader, group)
 
+    def release_memory(self) -> None:
+        """Nothing is generated until the next `update_weights`: engines on the trainer's GPUs make room for it."""
+        self._group.release_memory()
+
     def update_weights(self, trainer: TrainerGroup, version: int) -> None:
         """Replaces engines that do not answer any more, and sends the policy to all."""
+        trainer.make_room()
         self.client.move(self._group.replace_dead())
-        self._group.update_weights(trainer, version)
+        self.client.move(self._group.update_weights(trainer, version))
 
     def new_counts(self) -> ClientCounters:
         """What went wrong with engines and was mended since the last call."""
@@ -280,10 +294,14 @@ async def open_run(resolved: Resolved) -> AsyncIterator[Run]:
         placement = place(config)
         trainer = stack.enter_context(TrainerGroup(config, resolved.architecture, placement))
         group = stack.enter_context(EngineGroup(resolved, placement)) if config.needs_engine else None
-        if group is not None:
+        shares_gpus = placement.on_gpus and config.cluster.colocate
+        if group is not None and not shares_gpus:
             group.begin_start()
         trainer.begin_start()
         progress = trainer.finish_start()
+        if group is not None and shares_gpus:
+            # SGLang sizes its cache by the memory that the trainer leaves.
+            group.begin_start()
         directory.start(progress.rollouts)
         directory.record_host_memory(trainer.host_memory())
         engines = None
@@ -294,8 +312,9 @@ async def open_run(resolved: Resolved) -> AsyncIterator[Run]:
             grader = stack.enter_context(Grader(data.reward, timeout_s=timeout_s, num_workers=num_workers))
             judge = None
             if isinstance(data.reward, RewardRule):
-                judge = stack.enter_context(Judge(timeout_s=timeout_s, num_workers=num_workers))
-            client = RolloutClient(urls, ClientOptions.of(config.rollout), recover=group.recover)
+                judge = stack.enter_context(open_judge(config))
+            options = ClientOptions.of(config.rollout, resolved.architecture.vocab_size)
+            client = RolloutClient(urls, options, recover=group.recover)
             engines = Engines(group, await stack.enter_async_context(client), grader, judge, data, config.rollout)
         display = stack.enter_context(open_progress(config.rollout.num_rollout, progress.rollouts))
         yield Run(resolved, data, trainer, engines, directory, display, progress)

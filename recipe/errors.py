@@ -1,9 +1,11 @@
 """Mistakes a user can mend are told in one sentence and end the program with a non-zero status."""
 
+import logging
 import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
+from typing import NoReturn
 
 USER_ERROR_STATUS = 2
 
@@ -25,8 +27,28 @@ def run_main(main: Callable[[], int | None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(USER_ERROR_STATUS)
+    except SystemExit:
+        if _unwound_by:  # Ray, where it waits, makes a SystemExit of status 1 out of any other
+            sys.exit(128 + _unwound_by[0])
+        raise
+
+
+_unwound_by: list[signal.Signals] = []
+
+
+def unwind(number: signal.Signals, why: str) -> NoReturn:
+    """From a signal's handler: ends the program in order, from wherever it is, as `run_main` says."""
+    print(f"stopping: {why}", file=sys.stderr, flush=True)
+    _unwound_by[:] = [number]
+    logging.getLogger("asyncio").addFilter(_is_news)
+    raise SystemExit(128 + number)
 
 
 def _unwind(number: int, _: FrameType | None) -> None:
-    print(f"stopping: {signal.Signals(number).name} received", file=sys.stderr)
-    raise SystemExit(128 + number)
+    received = signal.Signals(number)
+    unwind(received, f"{received.name} received")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """False of what asyncio says of a task that the signal found at work and ended."""
+    return not (record.exc_info and isinstance(record.exc_info[1], SystemExit))

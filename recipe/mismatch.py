@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from recipe.grpo.loss import Metric, SourceDifference
+from recipe.grpo.loss import SourceDifference
 from recipe.messages import OLDER_TOKENS, StepReport
 
 OUTLIER = 3.0
@@ -26,7 +26,7 @@ class StepMismatch:
     current_without: tuple[float | None, ...]
     """Likewise without one engine, by engine."""
     beyond_10: float
-    """Share of all tokens whose two probabilities differ by more than a factor of 10."""
+    """Share of the tokens of `current` whose two probabilities differ by more than a factor of 10."""
 
     @classmethod
     def of(cls, reports: Sequence[StepReport]) -> "StepMismatch | None":
@@ -40,7 +40,7 @@ class StepMismatch:
             engines=tuple(_mean([engine]) for engine in engines),
             current=_mean(engines),
             current_without=tuple(_mean([*engines[:n], *engines[n + 1 :]]) for n in range(len(engines))),
-            beyond_10=sum(report.loss[Metric.ROLLOUT_BEYOND_10] for report in reports) / len(reports),
+            beyond_10=_added(engines).beyond_10 / max(1, _added(engines).tokens),
         )
 
 
@@ -104,7 +104,11 @@ class MismatchWatch:
 
 
 def _added(differences: Sequence[SourceDifference]) -> SourceDifference:
-    return SourceDifference(sum(one.total for one in differences), sum(one.tokens for one in differences))
+    return SourceDifference(
+        sum(one.total for one in differences),
+        sum(one.tokens for one in differences),
+        sum(one.beyond_10 for one in differences),
+    )
 
 
 def _mean(differences: Sequence[SourceDifference]) -> float | None:

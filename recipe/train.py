@@ -1,6 +1,6 @@
 """GRPO, from prompts to new weights: the loop of the whole recipe.
 
-python -m recipe.train --recipe NAME [flags]            trains
+python -m recipe.train --recipe NAME [flags]            trains, if the run fits this machine (--force: in any case)
 python -m recipe.train --recipe NAME [flags] --check    resolves and validates everything, starts nothing
 """
 
@@ -12,33 +12,39 @@ from recipe.config import Resolved, help_text, resolve
 from recipe.errors import run_main
 from recipe.experience import optimizer_batches, with_advantages, with_log_probs
 from recipe.messages import TrainSample
+from recipe.notice import safe_point, saving_on_notice
+from recipe.plan.preflight import preflight
 from recipe.run import Phase
 
-CHECK, HELP = "--check", "--help"
+CHECK, FORCE, HELP = "--check", "--force", "--help"
 
 
 async def train(resolved: Resolved) -> None:
-    """Carries out the run that `resolved` describes, from its beginning or from the checkpoint in `--load`."""
+    """Carries out the run that `resolved` describes, from its beginning or from the checkpoint in `--load`. A SIGTERM
+    that comes between two steps, or while one samples, ends it there, saved."""
     config = resolved.config
     async with open_run(resolved) as run:
-        run.update_weights()
-        if run.is_first_evaluation_due:
-            await run.evaluate()
-            run.record()
-        while not run.is_over:
-            if config.is_sft:
-                samples = run.given_responses()
-            else:
-                rollout = await run.generate()
-                samples = with_advantages(rollout, config)
-            learn(run, samples)
+        with saving_on_notice(run.save_what_is_done, config.misc.sigterm_grace_s):
             run.update_weights()
-            if run.is_evaluation_due:
+            if run.is_first_evaluation_due:
                 await run.evaluate()
-            run.record(samples)
-            if run.is_save_due:
-                run.save()
-        run.finish_save()
+                run.record()
+            while not run.is_over:
+                await safe_point()
+                if config.is_sft:
+                    samples = run.given_responses()
+                else:
+                    rollout = await run.generate()
+                    samples = with_advantages(rollout, config)
+                learn(run, samples)
+                run.update_weights()
+                if run.is_evaluation_due:
+                    await run.evaluate()
+                run.record()
+                if run.is_save_due:
+                    run.save()
+            run.finish_save()
+            await safe_point()
 
 
 def learn(run: Run, samples: list[TrainSample]) -> None:
@@ -52,7 +58,7 @@ def learn(run: Run, samples: list[TrainSample]) -> None:
     with run.clock.measure(Phase.TRAIN):
         for batch in optimizer_batches(samples, config):
             run.count_step(trainer.train_step(batch))
-    run.finish_rollout()
+    run.finish_rollout(samples)
 
 
 def main() -> None:
@@ -60,12 +66,13 @@ def main() -> None:
     if HELP in arguments:
         print(help_text())
         return
-    resolved = resolve([word for word in arguments if word != CHECK])
+    resolved = resolve([word for word in arguments if word not in (CHECK, FORCE)])
     if CHECK in arguments:
         print(resolved.describe())
         return
     for note in resolved.notes:
         print(f"note: {note}")
+    preflight(resolved, force=FORCE in arguments)
     asyncio.run(train(resolved))
 
 

@@ -2,11 +2,16 @@
 
 Ray opens ports on every address whatever it is told, so it always runs with token authentication; it takes note of that
 when it is imported. Failed calls whose results nobody asks for follow one that was told: Ray need not tell them too.
+Every process sees all GPUs of its machine and is told which are its own: an engine may have more than Ray knows of.
 """
 
 import os
 
-os.environ |= {"RAY_AUTH_MODE": "token", "RAY_IGNORE_UNHANDLED_ERRORS": "1"}
+os.environ |= {
+    "RAY_AUTH_MODE": "token",
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",
+    "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
+}
 
 from recipe.cluster.engines import EngineGroup
 from recipe.cluster.placement import place

@@ -33,9 +33,15 @@ def raise_failure(reference: ray.ObjectRef, name: str) -> None:
             raise error.cause from None
         raise
     except RayActorError as error:
+        lost = [node["NodeManagerAddress"] for node in ray.nodes() if not node["Alive"]]
+        if lost:
+            raise UserError(
+                f"the node {', '.join(lost)} is lost, and {name} with it: it was taken away, or the network to it is "
+                "cut; start again with --load to go on from the last checkpoint"
+            ) from None
         raise UserError(
-            f"{name} died ({_first_line(error)}): it was killed, most often for want of memory, or its machine was "
-            "lost; start again with --load to go on from the last checkpoint"
+            f"{name} died ({_first_line(error)}): it was killed, most often for want of memory; start again with "
+            "--load to go on from the last checkpoint"
         ) from None
 
 

@@ -8,12 +8,16 @@ import torch
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from recipe.cluster.node import LOOPBACK
 from recipe.config import Config
 from recipe.errors import UserError
 
 PLACEMENT_TIMEOUT_S = 300
 TRAINER_SHARE, ENGINE_SHARE = 0.6, 0.3
 """Shares of a GPU where trainer and engines take turns on it: Ray's bookkeeping, not a limit."""
+
+_NODE_SHARE = 0.001
+"""Of the resource by which Ray names a node: enough to ask for the node."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,9 @@ class Placement:
 
     group: PlacementGroup
     bundles: list[int]
-    """Bundle numbers, machine by machine, so that neighbouring ranks share one."""
+    """Bundle numbers, machine by machine and GPU by GPU, so that neighbouring ranks share one."""
+    gpus: list[int]
+    """The number of each bundle's GPU on its machine, in the same order; empty without GPUs."""
     on_gpus: bool
     config: Config
 
@@ -30,16 +36,32 @@ class Placement:
         """Options of the actor of a training rank."""
         return self._options(rank, TRAINER_SHARE if self.config.cluster.colocate else 1.0)
 
+    def gpu_of_rank(self, rank: int) -> int | None:
+        """The number of its GPU on its machine, if it has one."""
+        return self.gpus[rank] if self.gpus else None
+
     def for_engine(self, engine: int) -> dict[str, Any]:
         """Options of the actor that owns an engine: it sits at the first of the engine's bundles."""
+        return self._options(self._first_of_engine(engine), ENGINE_SHARE)
+
+    def gpus_of_engine(self, engine: int) -> tuple[int, ...]:
+        """The numbers of its GPUs on its machine. Ray would show its actor the first one only."""
+        first, each = self._first_of_engine(engine), self.config.sglang.rollout_num_gpus_per_engine
+        return tuple(self.gpus[first : first + each])
+
+    def _first_of_engine(self, engine: int) -> int:
         first = engine * self.config.sglang.rollout_num_gpus_per_engine
-        if not self.config.cluster.colocate:
-            first += self.config.world_size
-        return self._options(first, ENGINE_SHARE)
+        return first if self.config.cluster.colocate else first + self.config.world_size
 
     def _options(self, position: int, gpu_share: float) -> dict[str, Any]:
         strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=self.bundles[position])
         return {"scheduling_strategy": strategy, "num_cpus": 0, "num_gpus": gpu_share if self.on_gpus else 0}
+
+
+def own_address(config: Config) -> str:
+    """Where this machine is met: on its loopback, unless the run has several (Ray tells the address of a network even
+    where it was told to keep to itself)."""
+    return LOOPBACK if config.cluster.actor_num_nodes == 1 else ray.util.get_node_ip_address()
 
 
 def uses_gpus(config: Config) -> bool:
@@ -53,9 +75,17 @@ def uses_gpus(config: Config) -> bool:
 def place(config: Config) -> Placement:
     """Reserves what the run needs. Raises UserError if the cluster does not have it."""
     on_gpus = uses_gpus(config)
+    of_engine, of_node = config.sglang.rollout_num_gpus_per_engine, config.cluster.actor_num_gpus_per_node
+    if on_gpus and config.needs_engine and of_engine > of_node:
+        raise UserError(
+            f"--rollout-num-gpus-per-engine {of_engine}, but an engine runs on one machine, which has {of_node} GPUs "
+            f"for it: give each machine its own, as with --rollout-num-gpus-per-engine {of_node}"
+        )
     engines = 0 if config.cluster.colocate or not config.needs_engine else config.rollout_gpus
-    bundle = {"CPU": 1, "GPU": 1} if on_gpus else {"CPU": 1}
+    bundle: dict[str, float] = {"CPU": 1, "GPU": 1} if on_gpus else {"CPU": 1}
     count = config.world_size + engines
+    if config.cluster.actor_num_nodes > 1:
+        return _place_on_nodes(config, bundle, engines, on_gpus)
     group = placement_group([bundle] * count, strategy="PACK")
     if not group.wait(PLACEMENT_TIMEOUT_S):
         have = {name: ray.cluster_resources().get(name, 0) for name in bundle}
@@ -65,4 +95,47 @@ def place(config: Config) -> Placement:
             "--rollout-num-gpus"
         )
     node_of = placement_group_table(group)["bundles_to_node_id"]
-    return Placement(group, sorted(node_of, key=lambda number: (node_of[number], number)), on_gpus, config)
+    gpu_of = gpu_numbers(group, count) if on_gpus else dict.fromkeys(node_of, 0)
+    bundles = sorted(node_of, key=lambda number: (node_of[number], gpu_of[number], number))
+    return Placement(group, bundles, [gpu_of[number] for number in bundles] if on_gpus else [], on_gpus, config)
+
+
+def _place_on_nodes(config: Config, bundle: dict[str, float], engines: int, on_gpus: bool) -> Placement:
+    """Every node gets its share of consecutive ranks, so that groups of ranks that fit into a node (expert parallelism)
+    lie within one; the first node is the one at `--master-addr`, where the ranks meet."""
+    nodes, per_node = config.cluster.actor_num_nodes, config.cluster.actor_num_gpus_per_node
+    kind = "GPU" if on_gpus else "CPU"
+    fit = [n["NodeManagerAddress"] for n in ray.nodes() if n["Alive"] and n["Resources"].get(kind, 0) >= per_node]
+    fit.sort(key=lambda address: (address != config.cluster.master_addr, address))
+    if len(fit) < nodes:
+        raise UserError(
+            f"--actor-num-nodes {nodes} with {per_node} x {kind} each, but the Ray cluster has only {len(fit)} such "
+            f"nodes ({', '.join(fit) or 'none'}): let the others join (make join)"
+        )
+    chosen = [address for address in fit[:nodes] for _ in range(per_node)]
+    chosen += [fit[number // per_node % nodes] for number in range(engines)]
+    group = placement_group([{**bundle, f"node:{address}": _NODE_SHARE} for address in chosen])
+    if not group.wait(PLACEMENT_TIMEOUT_S):
+        raise UserError(
+            f"the run needs {config.world_size} training ranks and {engines} engine slots on the nodes "
+            f"{', '.join(fit[:nodes])}, which are busy or too small"
+        )
+    gpu_of = gpu_numbers(group, len(chosen)) if on_gpus else dict.fromkeys(range(len(chosen)), 0)
+    bundles = sorted(gpu_of, key=lambda number: (number // per_node, gpu_of[number], number))
+    return Placement(group, bundles, [gpu_of[number] for number in bundles] if on_gpus else [], on_gpus, config)
+
+
+def gpu_numbers(group: PlacementGroup, count: int) -> dict[int, int]:
+    """The number of the GPU of each of the group's `count` bundles on its machine."""
+    number: Any = ray.remote(_own_gpu)
+
+    def ask(bundle: int) -> ray.ObjectRef:
+        strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
+        reference: ray.ObjectRef = number.options(scheduling_strategy=strategy, num_cpus=0, num_gpus=0.01).remote()
+        return reference
+
+    return dict(enumerate(ray.get([ask(bundle) for bundle in range(count)])))
+
+
+def _own_gpu() -> int:
+    return int(ray.get_gpu_ids()[0])

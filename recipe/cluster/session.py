@@ -6,8 +6,8 @@ environment; the token is on no command line.
 
 import logging
 import os
-import secrets
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,16 +15,14 @@ from pathlib import Path
 
 import ray
 
+from recipe.cluster.meeting import write_token
+from recipe.cluster.node import LOOPBACK, OBJECT_STORE_BYTES, TOKEN_PATH
 from recipe.config import Config
 from recipe.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-LOOPBACK = "127.0.0.1"
 _START_ATTEMPTS = 2
-_TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
-OBJECT_STORE_BYTES = 256 << 20
-"""Enough for the samples of a rollout; weights never pass through Ray."""
 
 
 @contextmanager
@@ -32,28 +30,23 @@ def ray_session(config: Config) -> Iterator[None]:
     """Ray for this run: the cluster that submitted this job if there is one (RAY_ADDRESS), or a local one of our own,
     whose processes end with this block and die with this process."""
     if "RAY_ADDRESS" in os.environ:
-        ray.init(log_to_driver=True, logging_level=logging.getLevelNamesMapping()[config.misc.log_level.upper()])
         try:
+            with _own_signals():
+                ray.init(log_to_driver=True, logging_level=_level(config))
             yield
         finally:
             ray.shutdown()
         return
     secret = Path(tempfile.mkdtemp(prefix="recipe-ray-"))
     try:
-        _set_token(secret / "token")
+        write_token(secret / "token")
+        os.environ |= {TOKEN_PATH: str(secret / "token"), "RAY_USAGE_STATS_ENABLED": "0"}
         _start_local(config)
         yield
     finally:
         ray.shutdown()
-        os.environ.pop(_TOKEN_PATH, None)
+        os.environ.pop(TOKEN_PATH, None)
         shutil.rmtree(secret)
-
-
-def _set_token(path: Path) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secrets.token_hex(32))
-    os.environ |= {_TOKEN_PATH: str(path), "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def _start_local(config: Config) -> None:
@@ -74,13 +67,28 @@ def _start_local(config: Config) -> None:
 
 def _init_local(config: Config) -> None:
     processes = config.world_size + config.num_engines
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, processes),
-        dashboard_host=LOOPBACK,
-        include_dashboard=True,
-        object_store_memory=OBJECT_STORE_BYTES,
-        log_to_driver=True,
-        logging_level=logging.getLevelNamesMapping()[config.misc.log_level.upper()],
-        _node_ip_address=LOOPBACK,
-    )
+    with _own_signals():
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, processes),
+            dashboard_host=LOOPBACK,
+            include_dashboard=True,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=True,
+            logging_level=_level(config),
+            _node_ip_address=LOOPBACK,
+        )
+
+
+def _level(config: Config) -> int:
+    return logging.getLevelNamesMapping()[config.misc.log_level.upper()]
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keeps the program's answer to SIGTERM, which `ray.init` replaces by one of its own."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -3,13 +3,16 @@
 import logging
 import os
 import pickle
+import shutil
 import socket
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+import psutil
 import ray
 import torch
 import torch.distributed as dist
@@ -18,7 +21,7 @@ from ray.exceptions import RayError
 
 from recipe.batching.schedule import schedule
 from recipe.cluster.calls import get
-from recipe.cluster.placement import Placement
+from recipe.cluster.placement import Placement, own_address
 from recipe.cluster.watch import WatchedCall, WatchedRank
 from recipe.config import Architecture, Config
 from recipe.heartbeat import Whereabouts, heartbeat
@@ -27,6 +30,7 @@ from recipe.weights.cost import sequence_cost
 
 if TYPE_CHECKING:
     from recipe.megatron.rank import TrainerRank
+    from recipe.rollout.weights_sync import Delivery
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +43,9 @@ at a time, in one thread, which is not Python's main thread."""
 class RankActor:
     """One training rank in a process of its own."""
 
-    def __init__(self, config: Config, architecture: Architecture, rank: int) -> None:
-        self.config, self.architecture, self.rank = config, architecture, rank
+    def __init__(self, config: Config, architecture: Architecture, rank: int, gpu: int | None) -> None:
+        """`gpu`: the number of its GPU on its machine, if it has one."""
+        self.config, self.architecture, self.rank, self.gpu = config, architecture, rank, gpu
         self.trainer: TrainerRank
         self.store: dist.Store | None = None
 
@@ -61,9 +66,9 @@ class RankActor:
         return in_flight.wait() if in_flight is not None else None
 
     def open_store(self, address: str | None) -> tuple[str, int]:
-        """Opens the store in which the ranks meet, here at `address` (default: this machine's, as Ray knows it) and a
+        """Opens the store in which the ranks meet, here at `address` (default: `own_address`) and a
         port of its own. Returns both."""
-        address = address or ray.util.get_node_ip_address()
+        address = address or own_address(self.config)
         listener = socket.create_server((address, 0))
         port = listener.getsockname()[1]
         self.store = dist.TCPStore(
@@ -71,18 +76,21 @@ class RankActor:
         )
         return address, port
 
-    def start(self, address: str, port: int, threads: int) -> Progress:
-        """Builds the rank, with the others that meet at `address` and `port`, and loads its weights."""
+    def start(self, address: str, port: int, threads: int) -> Progress | None:
+        """Builds the rank, with the others that meet at `address` and `port`, and loads its weights. Rank 0 tells how
+        far the run has come."""
         torch.set_num_threads(threads)
+        os.environ.update(socket_interfaces(own_address(self.config)))
         heartbeat.follow_this_thread()
         from recipe.megatron.layout import Rendezvous
         from recipe.megatron.rank import TrainerRank
 
-        local_rank = 0 if torch.cuda.device_count() <= 1 else self.rank % torch.cuda.device_count()
         store = self.store or dist.TCPStore(address, port)
-        rendezvous = Rendezvous(self.rank, local_rank, self.config.world_size, store)
+        rendezvous = Rendezvous(self.rank, _device_index(self.gpu), self.config.world_size, store)
         self.trainer = TrainerRank(self.config, self.architecture, rendezvous)
-        return self.trainer.load()
+        progress = self.trainer.load()
+        self.make_room()
+        return progress if self.rank == 0 else None
 
     def train_step(self, shards: bytes) -> StepReport:
         """One optimizer step; `shards` holds the microbatches of every data-parallel rank."""
@@ -93,16 +101,42 @@ class RankActor:
         own = self.trainer.own_shard(pickle.loads(shards))
         return self.trainer.reference_log_probs(own) if of_reference else self.trainer.log_probs(own)
 
-    def update_weights(self, urls: Sequence[str], version: str) -> None:
-        """Sends the policy to the engines; a collective, in which rank 0 speaks."""
-        from recipe.cluster.weight_sync import send_weights
+    def update_weights(self, engines: Mapping[int, str], version: str) -> "Delivery":
+        """Sends the policy to the engines at these addresses, by number, and tells what became of it; a collective."""
+        delivery = self._send(engines, version)
+        self.make_room()
+        return delivery
 
+    def make_room(self) -> None:
+        """Engines on the trainer's GPU get the memory that torch keeps for the next training step."""
+        if self.config.cluster.colocate:
+            torch.cuda.empty_cache()
+
+    def _send(self, engines: Mapping[int, str], version: str) -> "Delivery":
+        """Rank 0 speaks to all engines, or each rank to those that begin on its GPU, which can open its memory."""
+        from recipe.rollout.weights_sync import Delivery, WeightSync
+
+        sync = WeightSync.of(self.config, self.architecture, own_address(self.config))
+        if sync.transfer == "disk":
+            folder = self.config.run_dir.resolve() / "weights-on-their-way"
+            self.trainer.export_hugging_face(folder)
+            if self.rank:
+                return Delivery()
+            delivery = sync.load_from_disk(folder, list(engines.values()), version)
+            shutil.rmtree(folder)
+            return delivery
+        urls = [url for number, url in engines.items() if self._speaks_to(number)]
         weights = self.trainer.weights()
-        if self.rank == 0:
-            send_weights(weights, urls, version)
-        else:
-            for _ in weights:
-                pass
+        if urls:
+            return sync.send(weights, urls, version)
+        for _ in weights:
+            pass
+        return Delivery()
+
+    def _speaks_to(self, engine: int) -> bool:
+        if not self.config.cluster.colocate:
+            return self.rank == 0
+        return self.rank == engine * self.config.sglang.rollout_num_gpus_per_engine % self.config.world_size
 
     def save(self, directory: Path, progress: Progress) -> None:
         """Writes a checkpoint or, with `--async-save`, begins to."""
@@ -121,6 +155,14 @@ class RankActor:
         return self.trainer.host_memory()
 
 
+def _device_index(gpu: int | None) -> int:
+    """torch's number of a GPU, which counts those that this process sees."""
+    if gpu is None or torch.cuda.device_count() <= 1:
+        return 0
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return seen.split(",").index(str(gpu)) if seen else gpu
+
+
 class TrainerGroup:
     """All ranks of the trainer. Use as a context manager: when an error ends the block, a checkpoint that is being
     written is finished."""
@@ -130,12 +172,15 @@ class TrainerGroup:
         self.cost = sequence_cost(architecture)
         actor: Any = ray.remote(concurrency_groups={_ANSWERS: 1})(RankActor)  # type: ignore[call-overload]
         self._ranks: list[ActorHandle] = [
-            actor.options(name=f"training rank {rank}", **placement.for_rank(rank)).remote(config, architecture, rank)
+            actor.options(name=f"training rank {rank}", **placement.for_rank(rank)).remote(
+                config, architecture, rank, placement.gpu_of_rank(rank)
+            )
             for rank in range(config.world_size)
         ]
         self._watched: list[WatchedRank] = []
         self._starting: list[ray.ObjectRef] = []
         self._save_in_flight = False
+        self._submitting = threading.Lock()
 
     def __enter__(self) -> Self:
         return self
@@ -160,7 +205,8 @@ class TrainerGroup:
 
     def finish_start(self) -> Progress:
         """Waits for `begin_start`. Returns how far the run has come."""
-        return self._results(self._starting)[0]
+        progress: Progress = self._results(self._starting)[0]
+        return progress
 
     def train_step(self, samples: Sequence[TrainSample]) -> StepReport:
         """One optimizer step on `samples`."""
@@ -173,9 +219,16 @@ class TrainerGroup:
             found |= part
         return found
 
-    def update_weights(self, urls: Sequence[str], version: str) -> None:
-        """Sends the policy to the engines at `urls`, as `version`."""
-        self._all("update_weights", list(urls), version)
+    def make_room(self) -> None:
+        """Before engines on the trainer's GPUs take their memory again."""
+        if self.config.cluster.colocate:
+            self._all("make_room")
+
+    def update_weights(self, engines: Mapping[int, str], version: str) -> "Delivery":
+        """Sends the policy, as `version`, to the engines at these addresses, by number. Returns what became of it."""
+        first, *others = self._all("update_weights", dict(engines), version)
+        delivery: Delivery = sum(others, first)
+        return delivery
 
     def save(self, directory: Path, progress: Progress) -> None:
         """Writes a checkpoint or, with `--async-save`, begins to. Raises UserError if it, or the one before it, cannot
@@ -218,8 +271,11 @@ class TrainerGroup:
         return pickle.dumps([[[samples[i] for i in pack] for pack in rank] for rank in plan])
 
     def _all(self, verb: str, *arguments: Any) -> list[Any]:
-        shared = [ray.put(argument) if isinstance(argument, bytes) else argument for argument in arguments]
-        return self._results([getattr(rank, verb).remote(*shared) for rank in self._ranks])
+        shared = [ray.put(argument) if isinstance(argument, bytes | Progress) else argument for argument in arguments]
+        # A notice saves while a thread may send weights: every rank gets the two in the same order.
+        with self._submitting:
+            references = [getattr(rank, verb).remote(*shared) for rank in self._ranks]
+        return self._results(references)
 
     def _results(self, references: Sequence[ray.ObjectRef]) -> list[Any]:
         report = self.config.run_dir.resolve() / "hung-ranks.txt"
@@ -232,6 +288,14 @@ class TrainerGroup:
     @property
     def _names(self) -> list[str]:
         return [f"training rank {rank}" for rank in range(len(self._ranks))]
+
+
+def socket_interfaces(address: str) -> dict[str, str]:
+    """Variables that bind gloo and NCCL to the interface with this machine's `address`: by themselves they take what
+    the host's name resolves to, often an address that no other machine reaches. What the user has set stays."""
+    interfaces = (name for name, entries in psutil.net_if_addrs().items() if address in (e.address for e in entries))
+    names = {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"} - os.environ.keys()
+    return dict.fromkeys(names, next(interfaces)) if names else {}
 
 
 def threads_per_rank(config: Config) -> int:

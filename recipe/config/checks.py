@@ -5,6 +5,7 @@ from itertools import chain
 
 from recipe.config import layout_rules, sglang_rules
 from recipe.config.architecture import Architecture, contradictions
+from recipe.config.problems import nearest
 from recipe.config.schema import Config
 
 Rule = Callable[[Config, Architecture], Iterator[str]]
@@ -32,17 +33,20 @@ def groups_are_large_enough(config: Config, _: Architecture) -> Iterator[str]:
 def batches_divide(config: Config, _: Architecture) -> Iterator[str]:
     """A rollout is whole optimizer steps, a step the same number of samples on every data-parallel rank."""
     batch, rollout = config.global_batch_size, config.rollout
+    samples, ranks = config.samples_per_rollout, config.data_parallel_size
+    valid = [size for size in range(1, samples + 1) if samples % size == 0 and size % max(1, ranks) == 0]
+    advice = f"; nearest that suit: {nearest(batch, valid)}" if valid and ranks else ""
     if config.samples_per_rollout % batch:
         prompts, group = rollout.rollout_batch_size, rollout.n_samples_per_prompt
         yield (
             f"--global-batch-size {batch} does not divide the rollout's {config.samples_per_rollout} samples "
-            f"(--rollout-batch-size {prompts} x --n-samples-per-prompt {group})"
+            f"(--rollout-batch-size {prompts} x --n-samples-per-prompt {group}){advice}"
         )
-    ranks = config.data_parallel_size
     if ranks == 0 or config.world_size % config.model_parallel_size:
         return
     if batch % ranks:
-        yield f"--global-batch-size {batch} does not divide by the {ranks} data-parallel ranks (ranks / TP / PP / CP)"
+        over = f"the {ranks} data-parallel ranks (ranks / TP / PP / CP)"
+        yield f"--global-batch-size {batch} does not divide by {over}{advice}"
         return
     of_rank = f"the {batch // ranks} samples a data-parallel rank has in a step"
     micro = 1 if config.perf.use_dynamic_batch_size else config.perf.micro_batch_size

@@ -56,6 +56,9 @@ class RolloutConfig(Group):
 
     engine: Annotated[Literal["sglang", "embedded"], Spelling(name="--rollout-engine")] = "sglang"
     """sglang: SGLang servers; embedded: a small server of the same API over transformers, for CPUs."""
+    rollout_engine_python: Path | None = None
+    """Python of the environment that SGLang is installed in; default: the trainer's own if it has SGLang, else that of
+    .venv-sglang."""
     num_rollout: PositiveInt
     """Rollouts of the run."""
     rollout_batch_size: PositiveInt
@@ -102,8 +105,9 @@ class RolloutConfig(Group):
     """Grading processes."""
     rollout_max_concurrency: PositiveInt = 256
     """Requests in flight at most."""
-    rollout_request_timeout_s: PositiveFloat = 600.0
-    """Longest wait for one request, in seconds."""
+    rollout_request_timeout_s: PositiveFloat | None = None
+    """Longest wait for one response, its queueing in the engine included, in seconds; default: as long as the engine
+    passes its health checks."""
     rollout_max_retries: NonNegativeInt = 3
     """Times a failed request is sent again."""
     rollout_engine_start_timeout_s: PositiveFloat = 600.0
@@ -114,6 +118,15 @@ class RolloutConfig(Group):
     """Longest wait for the answer to such a check, in seconds."""
     rollout_health_check_first_wait: NonNegativeFloat = 0.0
     """Time after an engine's start in which it is not checked, in seconds; for engines that compile first."""
+    update_weight_transfer: Literal["tensor", "distributed", "disk"] | None = None
+    """How weights reach the engines: tensor (shared memory, or CUDA IPC where they are colocated), distributed (a
+    broadcast group), disk; default: distributed to engines with GPUs of their own, else tensor."""
+    update_weight_buffer_size: PositiveInt = 512 << 20
+    """Bytes of weights that are on their way to the engines at once."""
+    update_weight_timeout: PositiveFloat = 120.0
+    """Seconds an engine has to take a bucket of weights; one that does not is ended, started again, and gets them."""
+    check_weight_update_equal: bool = False
+    """After each update, compare the checksum of every tensor in the engines with the trainer's."""
 
     @property
     def draw_size(self) -> int:
@@ -134,6 +147,15 @@ class EvalConfig(Group):
     """Evaluate after every this many rollouts; default: before the first and after the last."""
     eval_prompt_data: EvalPromptDataPairs = ()
     """Held-out prompt files, as NAME PATH pairs."""
+    eval_input_key: Annotated[str, Field(min_length=1)] | None = None
+    """Key of the prompt in them; default: `input_key`."""
+    eval_label_key: Annotated[str, Field(min_length=1)] | None = None
+    """Key of the right answer in them; default: `label_key`."""
+    eval_instruction: str | None = None
+    """Added to questions that do not ask for a box, none if empty; default: that of `evaluation.aime`, but none with
+    the rewards that look for another form of answer (`rm_type` dapo and custom ones)."""
+    eval_labels: Literal["aime", "any"] = "aime"
+    """Right answers that are taken: integers from 0 to 999, or any that the reward can grade."""
     n_samples_per_eval_prompt: PositiveInt = 1
     """Samples of an evaluation prompt."""
     eval_max_response_len: PositiveInt | None = None
@@ -153,6 +175,9 @@ class SglangConfig(Group):
 
     rollout_num_gpus_per_engine: PositiveInt = 1
     """GPUs of one server."""
+    speculative_max_batch: PositiveInt | None = None
+    """Sequences at once up to which an engine speculates; beyond, where drafts cost more than they bring, it does not.
+    Default: it always does. Measure it with scripts/bench_rollout.py."""
     args: Mapping[str, SglangValue] = {}
     """SGLang's own arguments, by name without the prefix: mem_fraction_static = 0.7."""
 
@@ -191,6 +216,8 @@ class MiscConfig(Group):
     """Weights & Biases project."""
     wandb_group: str | None = None
     """Weights & Biases group."""
+    sigterm_grace_s: PositiveFloat = 100.0
+    """Time to finish the step and save after a SIGTERM, in seconds; most spot nodes are taken away after 30 to 120."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """What is logged."""
     mismatch_warn: PositiveFloat = 0.05

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from recipe.config.architecture import Architecture
+from recipe.config.problems import nearest
 from recipe.config.schema import Config
 
 
@@ -32,7 +33,8 @@ def tensors_divide(config: Config, architecture: Architecture) -> Iterator[str]:
         ("--expert-tensor-parallel-size", etp, "columns of an expert", architecture.moe_intermediate_size),
     ):
         if size % parts:
-            yield f"{flag} {parts} does not divide the model's {size} {what}"
+            valid = nearest(parts, (part for part in range(1, size + 1) if size % part == 0))
+            yield f"{flag} {parts} does not divide the model's {size} {what}; nearest that do: {valid}"
 
 
 def permutation_is_for_alltoall(config: Config, _: Architecture) -> Iterator[str]:

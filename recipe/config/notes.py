@@ -91,5 +91,5 @@ def _engine(config: Config) -> Iterator[str]:
             f"SGLang shards every expert over the engine's {layout.tp} GPUs (its ep-size is 1); "
             f"--sglang-ep-size {layout.tp} spreads whole experts instead"
         )
-    if config.sglang.args and not sglang_rules.sglang_is_installed():
+    if config.sglang.args and sglang_rules.find_sglang_python(config.rollout.rollout_engine_python) is None:
         yield "SGLang is not installed here, so names and values of --sglang-* are not checked"

@@ -29,3 +29,10 @@ def listed(items: Iterable[object]) -> str:
     """'a, b or c'."""
     *rest, last = map(str, items)
     return f"{', '.join(rest)} or {last}" if rest else last
+
+
+def nearest(number: int, allowed: Iterable[int]) -> str:
+    """The largest of `allowed` below a number, and the smallest above it, as 'a or b'; nothing where there is none."""
+    values = sorted(allowed)
+    below, above = [v for v in values if v < number], [v for v in values if v > number]
+    return listed([*below[-1:], *above[:1]]) if below or above else ""

@@ -40,6 +40,12 @@ class Resolved:
         given = self.config.data.rollout_max_prompt_len
         return given or self.max_context_len - self.config.rollout.rollout_max_response_len
 
+    @property
+    def max_eval_prompt_len(self) -> int:
+        """Longest evaluation prompt in tokens: what the context leaves beside the longest response."""
+        evaluation, rollout = self.config.eval, self.config.rollout
+        return self.max_context_len - (evaluation.eval_max_response_len or rollout.rollout_max_response_len)
+
     def describe(self) -> str:
         """The configuration as a table a group: field = value (source), then what follows from it."""
         config = self.config

@@ -1,16 +1,25 @@
 """Rules of the engines: how many there are, and what SGLang's own arguments may say."""
 
-import argparse
 import importlib.util
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NoReturn, Self
+from pathlib import Path
+from typing import Self
 
 from recipe.config.architecture import Architecture
 from recipe.config.flags import SGLANG_KEY, SGLANG_PREFIX, spell
 from recipe.config.problems import did_you_mean, listed
 from recipe.config.schema import Config
 from recipe.errors import UserError
+
+SGLANG_VENV_PYTHON = Path(__file__).parents[2] / ".venv-sglang" / "bin" / "python"
+"""Where `make install-sglang` puts SGLang's CPU build."""
+
+_ASK_SGLANG = Path(__file__).with_name("ask_sglang.py")
+_ASKING_TIMEOUT_S = 300.0
 
 _OWNED = {
     "model_path": "the engines serve --hf-checkpoint",
@@ -45,7 +54,7 @@ class EngineLayout:
     @classmethod
     def of(cls, config: Config) -> Self:
         """Reads the sizes from `--sglang-*`. Raises UserError where one is no whole number, or makes none."""
-        pp, gpus = _size(config, "pp_size", default=1), config.sglang.rollout_num_gpus_per_engine
+        pp, gpus = size_of(config, "pp_size", default=1), config.sglang.rollout_num_gpus_per_engine
         if gpus % pp:
             raise UserError(f"--sglang-pp-size {pp} does not divide --rollout-num-gpus-per-engine {gpus}")
         tp = gpus // pp
@@ -53,14 +62,15 @@ class EngineLayout:
         return cls(
             tp=tp,
             pp=pp,
-            dp=_size(config, "dp_size", default=1),
-            ep=tp if spreads_by_backend else _size(config, "ep_size", default=1),
-            redundant_experts=_size(config, "ep_num_redundant_experts", default=0, least=0),
+            dp=size_of(config, "dp_size", default=1),
+            ep=tp if spreads_by_backend else size_of(config, "ep_size", default=1),
+            redundant_experts=size_of(config, "ep_num_redundant_experts", default=0, least=0),
             dp_attention=config.sglang.args.get("enable_dp_attention", False) is True,
         )
 
 
-def _size(config: Config, name: str, default: int, least: int = 1) -> int:
+def size_of(config: Config, name: str, default: int, least: int = 1) -> int:
+    """The whole number of `--sglang-NAME`, or the default. Raises UserError if it is none, or below `least`."""
     value = config.sglang.args.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UserError(f"{spell(f'{SGLANG_KEY}.{name}')} must be a whole number of at least {least}, not {value!r}")
@@ -165,22 +175,42 @@ def speculation_has_a_draft(config: Config, architecture: Architecture) -> Itera
         )
 
 
+def speculation_can_be_limited(config: Config, _: Architecture) -> Iterator[str]:
+    """SGLang changes the number of draft tokens by batch size for EAGLE with one chain, without DP attention."""
+    args = config.sglang.args
+    if config.sglang.speculative_max_batch is None:
+        return
+    if args.get("speculative_algorithm") not in ("EAGLE", "NEXTN"):
+        yield "--speculative-max-batch limits --sglang-speculative-algorithm EAGLE, which is not given"
+    if args.get("speculative_eagle_topk", 1) != 1:
+        yield "--speculative-max-batch needs --sglang-speculative-eagle-topk 1: SGLang turns only chains of drafts off"
+    if EngineLayout.of(config).dp_attention:
+        yield (
+            "--speculative-max-batch and --sglang-enable-dp-attention do not go together: the engine's DP ranks would "
+            "decide differently; leave one of the two out"
+        )
+    if "speculative_adaptive" in args or "speculative_adaptive_config" in args:
+        yield "--speculative-max-batch says what --sglang-speculative-adaptive-config says; leave one of the two out"
+
+
 def sglang_accepts_them(config: Config, _: Architecture) -> Iterator[str]:
     """Names and values pass SGLang's own parser, where SGLang is installed."""
-    words = config.sglang.command_line()
-    if config.rollout.engine == "embedded" or not words or not sglang_is_installed():
+    words, python = config.sglang.command_line(), find_sglang_python(config.rollout.rollout_engine_python)
+    if config.rollout.engine == "embedded" or not words or python is None:
         return
-    from sglang.srt.server_args import ServerArgs  # heavy (torch), and only on machines that serve
-
-    parser = _Parser(allow_abbrev=False, add_help=False)
-    ServerArgs.add_cli_args(parser)
-    required = ["--model-path", str(config.model.hf_checkpoint)]
+    command = [str(python), str(_ASK_SGLANG), "--model-path", str(config.model.hf_checkpoint), *words]
     try:
-        accepted, unknown = parser.parse_known_args([*required, *words])
-    except _ParserError as error:
-        yield f"SGLang refuses the --sglang-* arguments (named here without the prefix): {error}"
+        told = subprocess.run(command, capture_output=True, text=True, timeout=_ASKING_TIMEOUT_S, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        yield f"SGLang's arguments cannot be checked with {python} (--rollout-engine-python): {lines[-1]}"
         return
-    known = [spell(f"{SGLANG_KEY}.{name}") for name in vars(accepted)]
+    answer = json.loads(told.stdout.splitlines()[-1])
+    if "error" in answer:
+        yield f"SGLang refuses the --sglang-* arguments (named here without the prefix): {answer['error']}"
+        return
+    known = [spell(f"{SGLANG_KEY}.{name}") for name in answer["known"]]
+    unknown = answer["unknown"]
     unknown_flags = [SGLANG_PREFIX + word.removeprefix("--") for word in unknown if word.startswith("--")]
     for flag in unknown_flags:
         yield f"{flag}: SGLang has no such argument{did_you_mean(flag, known)}"
@@ -188,18 +218,30 @@ def sglang_accepts_them(config: Config, _: Architecture) -> Iterator[str]:
         yield f"SGLang takes fewer values than the --sglang-* arguments give; {' '.join(unknown)!r} is too much"
 
 
-def sglang_is_installed() -> bool:
-    """Whether SGLang's parser can be asked."""
-    return importlib.util.find_spec("sglang") is not None
+def find_sglang_python(named: Path | None) -> Path | None:
+    """The interpreter that SGLang is installed in: as `named`, this one, or that of .venv-sglang; None if there is
+    none. Not resolved: an environment's interpreter is a link."""
+    if named is not None:
+        return named.absolute()
+    if importlib.util.find_spec("sglang") is not None:
+        return Path(sys.executable)
+    return SGLANG_VENV_PYTHON if SGLANG_VENV_PYTHON.exists() else None
 
 
-class _ParserError(Exception):
-    """What argparse would have printed before it ended the process."""
+def checksums_are_comparable(config: Config, _: Architecture) -> Iterator[str]:
+    """SGLang tells the checksums of what each of its GPUs holds, which are whole tensors on engines of one GPU only."""
+    each = config.sglang.rollout_num_gpus_per_engine
+    if config.rollout.check_weight_update_equal and config.rollout.engine == "sglang" and each > 1:
+        yield (
+            f"--check-weight-update-equal compares whole tensors, and engines of --rollout-num-gpus-per-engine {each} "
+            "hold parts of them; drop it, or use engines of one GPU"
+        )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise _ParserError(message)
+def transfer_fits_the_engines(config: Config, _: Architecture) -> Iterator[str]:
+    """Every member of a broadcast needs a device of its own."""
+    if config.rollout.update_weight_transfer == "distributed" and config.cluster.colocate:
+        yield "--update-weight-transfer distributed needs engines with GPUs of their own; with --colocate use tensor"
 
 
 RULES = (
@@ -209,5 +251,8 @@ RULES = (
     attention_heads_divide,
     experts_divide,
     speculation_has_a_draft,
+    speculation_can_be_limited,
+    checksums_are_comparable,
+    transfer_fits_the_engines,
     sglang_accepts_them,
 )

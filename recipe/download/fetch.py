@@ -2,7 +2,6 @@
 
 import asyncio
 import errno
-import fcntl
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from recipe.download.plan import WORK_NAME, Plan
 from recipe.download.record import FileRecord, Record
 from recipe.download.sources import RepoType
 from recipe.errors import UserError
-from recipe.files import sha256_file, sync
+from recipe.files import FileLock, sha256_file, sync
 
 CONNECTIONS = 8
 RETRY_WAITS_S = (1.0, 2.0, 4.0, 8.0, 8.0)
@@ -38,7 +37,7 @@ def fetch(plan: Plan, hub: Hub, console: Console) -> Record:
     work = plan.directory / WORK_NAME
     with _writing(plan):
         work.mkdir(parents=True, exist_ok=True)
-        with _alone(work):
+        with FileLock(work / "lock", f"another download is at work in {plan.directory}: wait until it has ended"):
             plan.record.write(plan.directory)
             with TransferDisplay(plan.missing, plan.bytes_to_fetch, console) as display:
                 run_interruptible(_Transfer(plan, hub, display).run())
@@ -137,19 +136,6 @@ def _describe(plan: Plan) -> dict[str, FileRecord]:
         rows = count_rows(path) if plan.source.repo_type is RepoType.DATASET else None
         records[file.name] = FileRecord(bytes=file.bytes, sha256=file.sha256 or sha256_file(path), rows=rows)
     return records
-
-
-@contextmanager
-def _alone(work: Path) -> Iterator[None]:
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another download is at work in {work.parent}: wait until it has ended") from error
-        except OSError:
-            # A file system without locks: if two downloads do meet, the hashes tell.
-            pass
-        yield
 
 
 @contextmanager

@@ -50,6 +50,8 @@ class SourceDifference:
 
     total: float
     tokens: int
+    beyond_10: int
+    """Tokens whose two probabilities differ by more than a factor of 10."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class LossMetrics:
     sums: Mapping[Metric, Tensor]
     maxima: Mapping[Metric, Tensor]
     by_source: Tensor | None = None
-    """[2, S] |trainer's log-prob - engine's| summed over the trained tokens of each source, and their number."""
+    """[3, S] |trainer's log-prob - engine's| summed over the trained tokens of each source, the number of these tokens,
+    and of those where it is more than log 10."""
 
     def __add__(self, other: "LossMetrics") -> "LossMetrics":
         """The metrics of two parts of a batch together. Both must have measured the same."""
@@ -86,8 +89,8 @@ class LossMetrics:
         """`by_source` as numbers; empty if it was not measured. Waits for the GPU."""
         if self.by_source is None:
             return ()
-        totals, tokens = self.by_source.tolist()
-        return tuple(SourceDifference(total, int(count)) for total, count in zip(totals, tokens, strict=True))
+        columns = self.by_source.T.tolist()
+        return tuple(SourceDifference(total, int(count), int(beyond)) for total, count, beyond in columns)
 
 
 @dataclass(frozen=True)
@@ -200,8 +203,8 @@ def sft_loss(log_probs: Tensor, weights: Tensor) -> LossOutput:
 
 
 def _by_source(difference: Tensor, trained: Tensor, sources: Tensor, count: int) -> Tensor:
-    """[2, S]: see `LossMetrics.by_source`."""
-    values = torch.stack([difference, torch.ones_like(difference)]) * trained
+    """[3, S]: see `LossMetrics.by_source`."""
+    values = torch.stack([difference, torch.ones_like(difference), (difference > math.log(10)).float()]) * trained
     return values @ F.one_hot(sources, count).to(values.dtype)
 
 

@@ -6,12 +6,13 @@
 A directory that crashed half-written still has its temporary name and is never loaded.
 """
 
+import functools
 import io
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,6 +36,8 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
+from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import WriteItem
@@ -87,12 +90,39 @@ def _optimizer_state(optimization: Optimization, model_state: dict[str, Any], is
         # Gathered in host memory, on the ranks that write it: megatron's other way holds all of it on every GPU.
         "distrib_optim_fully_reshardable_mem_efficient": True,
     }
+    for part in optimization.parts:
+        if part.data_parallel_group.size() == 1:
+            part.sharded_param_state_fully_reshardable = functools.partial(_whole_states, part)
     state = optimization.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
 
     def keep_local(value: Any) -> Any:
         return value if isinstance(value, ShardedBase | LocalNonpersistentObject) else LocalNonpersistentObject(value)
 
     return dict_list_map_inplace(keep_local, state)
+
+
+def _whole_states(
+    part: DistributedOptimizer, model_state: dict[str, Any], is_loading: bool, metadata: dict[str, Any]
+) -> dict[int, dict[str, ShardedBase]]:
+    """What megatron's `sharded_param_state_fully_reshardable` returns, for optimizer state that no other rank has a
+    part of: the tensors themselves, to be written from and read into, where megatron gathers copies (28 bytes a
+    parameter for a moment, measured)."""
+    sharded, _ = extract_sharded_tensors_and_factories(model_state)
+    shard_of = {shard.data: shard for shard in nested_values(sharded)}
+    states: dict[int, dict[str, ShardedBase]] = {}
+    for parameter in (parameter for buffer in part.buffers for parameter in buffer.param_index_map):
+        shard = shard_of[parameter]
+        tensors = part._get_main_param_and_optimizer_states(parameter)
+        states[len(states)] = {name: _state_like(shard, name, tensor.detach()) for name, tensor in tensors.items()}
+    return states
+
+
+def _state_like(shard: ShardedBase, name: str, tensor: Tensor) -> ShardedBase:
+    """A state tensor, sharded as its parameter is."""
+    changes: dict[str, Any] = {"key": f"optimizer.state.{name}.{shard.key}", "data": tensor.view(shard.data.shape)}
+    if isinstance(shard, ShardedTensor):
+        changes["dtype"] = tensor.dtype
+    return replace(shard, **changes)
 
 
 def own_shards(chunks: list[PolicyModel], optimization: Optimization) -> Shards:

@@ -36,25 +36,31 @@ class _Embed(torch.autograd.Function):
     vocabulary, for a few thousand rows."""
 
     @staticmethod
-    def forward(ctx: Any, ids: Tensor, weight: Tensor, first_id: int) -> Tensor:
-        row = ids.flatten() - first_id
-        missing = (row < 0) | (row >= len(weight))
-        ctx.save_for_backward(row.masked_fill_(missing, 0), missing)
-        ctx.weight = weight
-        return weight.index_select(0, row).masked_fill_(missing[:, None], 0).unflatten(0, ids.shape)
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, first_id: int, is_shard: bool) -> Tensor:
+        row, missing, ctx.weight = ids.flatten() - first_id, None, weight
+        if is_shard:
+            missing = (row < 0) | (row >= len(weight))
+            row.masked_fill_(missing, 0)
+        ctx.save_for_backward(row, missing)
+        embedded = weight.index_select(0, row)
+        if missing is not None:
+            embedded.masked_fill_(missing[:, None], 0)
+        return embedded.unflatten(0, ids.shape)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None, None]:
         row, missing = ctx.saved_tensors
         gradient = WeightGradient.of(ctx.weight)
         if gradient.is_blank:
             gradient.total.zero_()
-        rows = grad.flatten(0, -2).to(gradient.total.dtype).masked_fill(missing[:, None], 0)
+        rows = grad.flatten(0, -2).to(gradient.total.dtype)
+        if missing is not None:
+            rows = rows.masked_fill(missing[:, None], 0)
         if rows.is_cuda:
             gradient.total.index_put_((row,), rows, accumulate=True)  # sorts, where index_add_ adds in any order
         else:
             gradient.total.index_add_(0, row, rows)
-        return None, gradient.for_autograd(grad.dtype), None
+        return None, gradient.for_autograd(grad.dtype), None, None
 
 
 class TokenEmbedding(tensor_parallel.VocabParallelEmbedding):
@@ -66,7 +72,7 @@ class TokenEmbedding(tensor_parallel.VocabParallelEmbedding):
 
     def forward(self, input_: Tensor) -> Tensor:
         """Ids [1, T] -> [1, T, H], or with sequence parallelism this rank's [T / TP, 1, H]."""
-        embedded = _Embed.apply(input_, self.weight, self.vocab_start_index)
+        embedded = _Embed.apply(input_, self.weight, self.vocab_start_index, self.tp_group.size() > 1)
         assert isinstance(embedded, Tensor)
         if self.reduce_scatter_embeddings:
             return reduce_scatter_to_sequence_parallel_region(

@@ -1,26 +1,12 @@
 """Host memory that the trainer takes: by part, and whether there is enough of it before it is touched."""
 
 from collections.abc import Iterable
-from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor
 
+from recipe.available_memory import available_bytes
 from recipe.errors import UserError
-
-CGROUP = Path("/sys/fs/cgroup")
-
-
-def available_bytes(cgroup: Path = CGROUP) -> int:
-    """What this machine, or the container that this process runs in, has left; cached files make room."""
-    free = psutil.virtual_memory().available
-    limit = cgroup / "memory.max"
-    if limit.exists() and (most := limit.read_text().strip()) != "max":
-        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-        cached = int(stat["active_file"]) + int(stat["inactive_file"])
-        free = min(free, int(most) - int((cgroup / "memory.current").read_text()) + cached)
-    return free
 
 
 def require(needed: int, what: str, remedy: str) -> None:

@@ -35,7 +35,7 @@ def _sums_kernel(
         value = value.to(tl.float32) * scale
         new = tl.maximum(tl.maximum(largest, value), -1e30)
         fallen = tl.maximum(largest, -1e30) - new
-        shifted = tl.maximum(value, -1e30) - new
+        shifted = tl.where(value < -1e30, -1e30, value) - new  # a maximum would drop NaN
         kept, added = tl.exp(fallen), tl.exp(shifted)
         weighted = kept * (weighted + fallen * exponential) + added * shifted
         exponential = kept * exponential + added

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer, get_standard_config_overrides
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import MLATransformerConfig
@@ -97,8 +98,13 @@ class Optimization:
         """Of the next step."""
         return max(group["lr"] for inner in self._inner() for group in inner.param_groups)
 
+    @property
+    def parts(self) -> list[DistributedOptimizer]:
+        """Those of the parameters outside the experts and in them, as far as this rank has any."""
+        return [part for part in self.optimizer.chained_optimizers if not part.is_stub_optimizer]
+
     def _inner(self) -> list[adam.Adam]:
-        return [part.optimizer for part in self.optimizer.chained_optimizers if not part.is_stub_optimizer]
+        return [part.optimizer for part in self.parts]
 
 
 def build_optimization(chunks: list[DistributedDataParallel], config: Config) -> Optimization:

@@ -16,14 +16,17 @@ from enum import StrEnum
 from typing import Self
 
 from recipe.errors import UserError
-from recipe.rewards.equality import plainly_equal
+from recipe.rewards.equality import equals_integer
 from recipe.rewards.functions import CustomReward, Reward, RewardRule, answer_in_label
+from recipe.rewards.integers import MAX_ANSWER_CHARACTERS, canonical_integer, read_answer
 from recipe.rewards.workers import Outcome, WorkerPool
 
 FAILED_REWARD = 0.0
 
 _CACHE_SIZE = 1 << 16
-_EQUALITY = "recipe.rewards.algebra:algebraically_equal"
+_ALGEBRA = "recipe.rewards.algebra:compute"
+_EQUAL, _VALUE = "equal", "value"
+"""Its questions."""
 
 
 class GradeStatus(StrEnum):
@@ -51,12 +54,24 @@ class Grade:
     """What was taken for the answer; None if none was found, or if the reward function is a custom one."""
     reason: str
     """Why there is no answer or no grade; empty otherwise."""
+    value: str | None = None
+    """The answer in a form that all its spellings share, as far as is known: `25.0` and `\\frac{50}{2}` are `25`."""
+
+
+Call = tuple[str, ...]
+"""A question to algebra, with its texts."""
 
 
 @dataclass(frozen=True)
 class _Question:
+    """An answer whose grade depends on algebra."""
+
     answer: str
-    label: str
+    calls: tuple[Call, ...]
+    wanted: bool | str
+    """What every call must come to for the answer to be right."""
+    value: str | None
+    """The answer's, if it is wrong; None: what the one call comes to."""
 
 
 class Grader:
@@ -66,9 +81,9 @@ class Grader:
 
     def __init__(self, reward: Reward, *, timeout_s: float = 5.0, num_workers: int = 2) -> None:
         self._reward = reward
-        self._pool = WorkerPool(_EQUALITY, size=num_workers, timeout_s=timeout_s)
+        self._pool = WorkerPool(_ALGEBRA, size=num_workers, timeout_s=timeout_s)
         self._lock = threading.Lock()
-        self._equal: OrderedDict[_Question, bool] = OrderedDict()
+        self._computed: OrderedDict[Call, bool | str] = OrderedDict()
         self._counts: Counter[GradeStatus] = Counter()
         self._last_failure = ""
 
@@ -87,7 +102,7 @@ class Grader:
             return self._counted([_custom_grade(self._reward, request) for request in requests])
         decided = [self._decide(self._reward, request) for request in requests]
         pending = self._submit(decided)
-        outcomes = {question: future.result() for question, future in pending.items()}
+        outcomes = {call: future.result() for call, future in pending.items()}
         return self._counted([self._settle(self._reward, item, outcomes) for item in decided])
 
     async def grade_async(self, requests: Sequence[GradeRequest]) -> list[Grade]:
@@ -117,36 +132,52 @@ class Grader:
         if extraction.answer is None:
             status = GradeStatus.TRUNCATED if request.truncated else GradeStatus.NO_ANSWER
             return Grade(rule.wrong, status, None, extraction.problem)
-        question = _Question(extraction.answer, answer_in_label(request.label))
-        equal = plainly_equal(question.answer, question.label)
+        answer, label = extraction.answer, answer_in_label(request.label)
+        integer = canonical_integer(label)
+        if answer.strip() == label.strip():
+            return _graded(rule, answer, True, integer or answer)
+        if len(answer) > MAX_ANSWER_CHARACTERS:
+            return _graded(rule, answer, False, answer)
+        reading = read_answer(answer)
+        if integer is None:
+            return _Question(answer, ((_EQUAL, answer, label),), True, reading.value)
+        equal = equals_integer(reading, integer)
         if equal is None:
-            equal = self._known(question)
-        return question if equal is None else _graded(rule, question, equal)
+            value = reading.bare if reading.integers or len(reading.expressions) > 1 else None
+            return _Question(answer, tuple((_VALUE, text) for text in reading.expressions), integer, value)
+        return _graded(rule, answer, equal, reading.value)
 
-    def _submit(self, decided: Sequence[Grade | _Question]) -> dict[_Question, Future[Outcome]]:
-        questions = dict.fromkeys(item for item in decided if isinstance(item, _Question))
-        return {question: self._pool.submit(question.answer, question.label) for question in questions}
+    def _submit(self, decided: Sequence[Grade | _Question]) -> dict[Call, Future[Outcome]]:
+        calls = dict.fromkeys(call for item in decided if isinstance(item, _Question) for call in item.calls)
+        return {call: self._known(call) or self._pool.submit(*call) for call in calls}
 
-    def _settle(self, rule: RewardRule, item: Grade | _Question, outcomes: Mapping[_Question, Outcome]) -> Grade:
+    def _settle(self, rule: RewardRule, item: Grade | _Question, outcomes: Mapping[Call, Outcome]) -> Grade:
         if isinstance(item, Grade):
             return item
-        outcome = outcomes[item]
-        if outcome.value is None:
-            return Grade(FAILED_REWARD, GradeStatus.GRADER_FAILED, item.answer, outcome.failure)
-        self._remember(item, outcome.value)
-        return _graded(rule, item, outcome.value)
+        found = [outcomes[call] for call in item.calls]
+        for call, outcome in zip(item.calls, found, strict=True):
+            if outcome.value is None:
+                return Grade(FAILED_REWARD, GradeStatus.GRADER_FAILED, item.answer, outcome.failure, item.value)
+            self._remember(call, outcome.value)
+        equal = all(outcome.value == item.wanted for outcome in found)
+        told = found[0].value if equal or item.value is None else item.value
+        return _graded(rule, item.answer, equal, told if isinstance(told, str) else item.answer)
 
-    def _known(self, question: _Question) -> bool | None:
+    def _known(self, call: Call) -> Future[Outcome] | None:
+        """What an earlier call came to."""
         with self._lock:
-            if question in self._equal:
-                self._equal.move_to_end(question)
-            return self._equal.get(question)
+            if call not in self._computed:
+                return None
+            self._computed.move_to_end(call)
+            known: Future[Outcome] = Future()
+            known.set_result(Outcome(self._computed[call]))
+            return known
 
-    def _remember(self, question: _Question, equal: bool) -> None:
+    def _remember(self, call: Call, value: bool | str) -> None:
         with self._lock:
-            self._equal[question] = equal
-            if len(self._equal) > _CACHE_SIZE:
-                self._equal.popitem(last=False)
+            self._computed[call] = value
+            if len(self._computed) > _CACHE_SIZE:
+                self._computed.popitem(last=False)
 
     def _counted(self, grades: list[Grade]) -> list[Grade]:
         with self._lock:
@@ -157,8 +188,8 @@ class Grader:
         return grades
 
 
-def _graded(rule: RewardRule, question: _Question, equal: bool) -> Grade:
-    return Grade(rule.correct if equal else rule.wrong, GradeStatus.GRADED, question.answer, "")
+def _graded(rule: RewardRule, answer: str, equal: bool, value: str) -> Grade:
+    return Grade(rule.correct if equal else rule.wrong, GradeStatus.GRADED, answer, "", value)
 
 
 def _custom_grade(function: CustomReward, request: GradeRequest) -> Grade:

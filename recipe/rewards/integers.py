@@ -1,56 +1,73 @@
-r"""Whether an answer is a given integer, told without algebra where that can be told.
+r"""Which integer an answer is, told without algebra where that can be told.
 
-math-verify alone is too generous where the label is an integer: it adds `12 13` up to 25, and drops the base of
-`25_{16}`, the sign of `\ge 25` and the second answer of `25\text{ or 30}`. So only what is one arithmetic expression is
-left to it, and whatever else stands beside a number must be known to mean nothing.
+math-verify alone is too generous where the label is an integer: it adds `12 13` up to 25, drops the base of `25_{16}`,
+the sign of `\ge 25` and the second answer of `25\text{ or 30}`, and takes `N-1=25` for 25. So an answer is an integer
+only if everything else in it is known to mean nothing: fonts, brackets, units of a closed list, "Answer:", and the name
+of what was asked for on one side of an equation.
 """
 
 import re
 import unicodedata
+from dataclasses import dataclass
 
+from recipe.rewards.arithmetic import explicit
 from recipe.rewards.extract import braced
+from recipe.rewards.names import is_name
+from recipe.rewards.units import GLUED, LENGTHS, is_unit
 
 MAX_ANSWER_CHARACTERS = 1000
 """A longer answer is wrong unless it is the label itself."""
 
-_MAX_EXPRESSION_CHARACTERS = 200
-"""Longer arithmetic is no final answer, and takes math-verify's parser more time than it is worth."""
 _MAX_BASE = 36
+_TEXT = r"\\(?:text(?:bf|it|rm|sf|tt|sc|sl|up|md|normal)?|math(?:bf|it|rm|sf|tt|normal)|mbox|hbox)"
 _LOOKS = re.compile(
-    r"\\(?:displaystyle|textstyle|[Ll]arge|LARGE|[Hh]uge|bf|rm|left|right|[Bb]igg?[lr]?)(?![a-zA-Z])"
-    r"|\\color\s*\{\s*\w+\s*\}|\\(?=\$)"
+    r"\\(?:displaystyle|textstyle|scriptstyle|[Ll]arge|LARGE|[Hh]uge|small|normalsize|bf|rm|it|bfseries|itshape|boldmath"
+    r"|left|right|[Bb]igg?[lr]?|strut|mathstrut|limits)(?![a-zA-Z])"
+    r"|\\color\s*(?:\[\w+\])?\s*\{\s*\w+\s*\}|\\(?=\$)"
 )
-_BLANKS = re.compile(r"(?:\\[ ,;:!]|\\q?quad(?![a-zA-Z])|~|\s)+")
+_EMPTY = re.compile(_TEXT + r"\s*\{[\s$~]*\}")
+_BLANKS = re.compile(r"(?:\\[ ,;:!]|\\q?quad(?![a-zA-Z])|\\(?:thin|med|thick)?space(?![a-zA-Z])|~|\s)+")
 _THOUSANDS_BY_BLANKS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?: \d{3})+(?![\d,])", re.ASCII)
-_THOUSANDS_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))", re.ASCII)
-_INTEGER = re.compile(r"([+-]?)(\d{1,3}(?:,\d{3})+|\d+)(?:\.0*)?", re.ASCII)
-_IN_BASE = re.compile(r"(\d+)_(?:(\d)|\{(\d{1,2})\})", re.ASCII)
+_THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?![\d,])", re.ASCII)
+_LIST = re.compile(r"(?:\(|\[|\\\{)[^()\[\]{}]*,")
+_INTEGER = re.compile(r"([+-]?) ?([1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.0*)?", re.ASCII)
+_IN_BASE = re.compile(r"(\d+)_ ?(?:(\d)|\{ ?(\d{1,2}) ?\})", re.ASCII)
 _FONT = re.compile(
-    r"\\(?:textcolor\s*\{\s*\w+\s*\}|(?:text(?:bf|it|rm|sf|tt)?|math(?:bf|it|rm|sf|tt)|mbox|[bf]box|boxed|emph"
-    r"|underline)(?![a-zA-Z]))\s*"
+    rf"(?:\\(?:textcolor|colorbox)\s*(?:\[\w+\])?\s*\{{\s*\w+\s*\}}|{_TEXT}(?![a-zA-Z])"
+    r"|\\(?:[bf]box|boxed|emph|underline|uline|boldsymbol|bm|pmb|[Bb]old|ensuremath)(?![a-zA-Z]))\s*"
 )
-_DELIMITERS = (("\\(", "\\)"), ("\\[", "\\]"), ("\\{", "\\}"), ("(", ")"), ("[", "]"))
-_DEGREES_OR_PERCENT = re.compile(r"\s*(?:\^\s*(?:\\circ|\{\s*\\circ\s*\})|°|\\?%)$")
-_BEFORE_UNIT = re.compile(r"[\d)}](?=\s*\\(?:text|mathrm|textrm|mbox)\s*\{|\s?[a-zA-Z])")
-_UNIT = re.compile(
-    r"\s*(?:\\(?:text|mathrm|textrm|mbox)\s*\{([^{}\d]*)\}|( [a-zA-Z]{3}[a-zA-Z /.]*|\s?(?:[ckm]m|kg|ft|th|st|nd|rd)))"
-    r"(?:\s*\^\s*(?:[23]|\{[23]\}))?"
+_DELIMITERS = (("\\(", "\\)"), ("\\[", "\\]"), ("\\{", "\\}"), ("(", ")"), ("[", "]"), ("**", "**"))
+_LEAD_WORDS = r"\s*(?:the\s)?(?:final\s|correct\s)?(?:answer|ans\.?|result)(?:\s(?:is|equals))?\s*[:=]?\s*"
+_LEAD = re.compile(rf"(?:{_TEXT}\s*\{{{_LEAD_WORDS}\}}\s*[:=]?|{_LEAD_WORDS})\s*(?=[^\sa-z])", re.IGNORECASE)
+_DEGREES_OR_PERCENT = re.compile(
+    rf"\s*(?:\^\s*(?:\\circ|\{{\s*\\circ\s*\}})(?:\s*{_TEXT}\s*\{{\s*[CF]\s*\}})?|\\degrees?(?![a-zA-Z])|\\textdegree(?![a-zA-Z])|°|\\?%)$"
 )
-_CHANGES_THE_VALUE = re.compile(
-    r"\b(?:or|and|not|nor|if|mod|modulo|base|than|less|more|most|least|about|over|minus|plus|point|half|hundred"
-    r"|thousand|million|billion|trillion|dozen|factorial|squared|cubed)\b",
-    re.IGNORECASE,
-)
-_SECOND_STATEMENT = re.compile(
-    r"[,;<>≠≤≥≈¬!]|\\(?:not|neg?|neq|[gl]eq?|[gl]t|approx|sim|equiv|to|implies|iff|[RrLl]\w*arrow|or|lor|vee|cup|pm)"
-    r"(?![a-zA-Z])"
-)
-_ARITHMETIC = re.compile(
-    r"(?:\\(?:[dtc]?frac|sqrt|cdot|times|div|binom|choose|pi|log|ln|[lr]floor|[lr]ceil|[lr]vert)(?![a-zA-Z])"
-    r"|[\d.+\-*/^(){}\[\]!|_ \u00d7\u00f7])+",
-    re.ASCII,
-)
-_SIDE_BY_SIDE = re.compile(r"(?<![\d.^_])(?<!frac )(?<!binom )\d[\d.]* +\d", re.ASCII)
+_ORDINAL = re.compile(rf"\s*\^\s*(?:\{{?\s*{_TEXT}\s*\{{\s*(?:st|nd|rd|th)\s*\}}\s*\}}?|\{{\s*(?:st|nd|rd|th)\s*\}})$")
+_BEFORE_UNIT = re.compile(r"[\d)}](?=\s*(?:\\text|\\math|\\[mh]box)|\s?[a-zA-Z])")
+_UNIT = re.compile(rf"(?:\s*{_TEXT}\s*\{{(?P<font>[^{{}}\d]*)\}}|(?P<bare>\s?[a-zA-Z][a-zA-Z /.]*))", re.ASCII)
+_POWER = re.compile(r"\s*\^\s*(?:[23]|\{\s*[23]\s*\})$")
+_WORD = re.compile(r"[^\s/.,()\-\N{MIDDLE DOT}]+")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What an answer says. It is an integer if every one of its values is that."""
+
+    bare: str
+    """The answer without what means nothing."""
+    integers: tuple[str, ...] = ()
+    """Integers in their canonical form: one, or those of the sides of an equation."""
+    expressions: tuple[str, ...] = ()
+    """Arithmetic whose values must be computed."""
+
+    @property
+    def is_number(self) -> bool:
+        return bool(self.integers or self.expressions)
+
+    @property
+    def value(self) -> str:
+        """The integer, if it says just one, else the bare answer: what can be told without computing."""
+        return self.integers[0] if len(set(self.integers)) == 1 else self.bare
 
 
 def canonical_integer(text: str) -> str | None:
@@ -64,23 +81,41 @@ def canonical_integer(text: str) -> str | None:
     return _integer(_plain(text).strip("$ "))
 
 
-def equals_integer(answer: str, integer: str) -> bool | None:
-    """Whether an answer is the integer, in its canonical form; None where the answer is an arithmetic expression whose
-    value must be computed. What is neither is another answer."""
-    if len(answer) > MAX_ANSWER_CHARACTERS:
-        return False
+def read_answer(answer: str) -> Reading:
+    """What an answer of at most MAX_ANSWER_CHARACTERS says; without numbers if that is nothing but a text.
+
+    Of an equation every side is a value but for names of what was asked for (`m+n`, `f(3)`), on either side; a side
+    that is neither makes the whole a text.
+    """
     bare = _without_ornaments(_plain(answer))
-    number = _integer(bare)
-    if number is not None:
-        return number == integer
-    if in_base := _IN_BASE.fullmatch(bare):
-        return _decimal(in_base[1], int(in_base[2] or in_base[3])) == integer
-    expression = _THOUSANDS_COMMA.sub("", bare)
-    if len(expression) > _MAX_EXPRESSION_CHARACTERS:
-        return False
-    if _ARITHMETIC.fullmatch(expression) and not _SIDE_BY_SIDE.search(expression):
-        return None
-    return False
+    integers: list[str] = []
+    expressions: list[str] = []
+    sides = [_without_ornaments(side) for side in _sides(bare)]
+    for side in sides:
+        if (number := _integer(side) or _in_base(side)) is not None:
+            integers.append(number)
+        elif (expression := explicit(_without_thousands(side))) is not None:
+            expressions.append(expression)
+        elif len(sides) == 1 or not is_name(side):
+            return Reading(bare)
+    return Reading(bare, tuple(integers), tuple(expressions))
+
+
+def _sides(text: str) -> list[str]:
+    """What stands between the equals signs outside of braces."""
+    sides, depth = [""], 0
+    for character in text.replace(":=", "=").replace("==", "="):
+        depth += (character == "{") - (character == "}")
+        if character == "=" and depth == 0:
+            sides.append("")
+        else:
+            sides[-1] += character
+    return sides
+
+
+def _without_thousands(side: str) -> str:
+    """Without commas between thousands; those in brackets are a list's."""
+    return side if _LIST.search(side) else _THOUSANDS.sub(lambda match: match[0].replace(",", ""), side)
 
 
 def _integer(plain: str) -> str | None:
@@ -91,8 +126,12 @@ def _integer(plain: str) -> str | None:
     return f"-{digits}" if match[1] == "-" and digits != "0" else digits
 
 
-def _decimal(digits: str, base: int) -> str | None:
+def _in_base(text: str) -> str | None:
     """The decimal form of a number written in a base; None if it is no number of that base."""
+    match = _IN_BASE.fullmatch(text)
+    if match is None:
+        return None
+    digits, base = match[1], int(match[2] or match[3])
     if not 2 <= base <= _MAX_BASE or any(int(digit) >= base for digit in digits):
         return None
     return str(int(digits, base))
@@ -105,7 +144,7 @@ def _plain(text: str) -> str:
         text = "".join(unicodedata.normalize("NFKC", c) if _is_variant(c) else c for c in text)
         text = text.replace("\N{MINUS SIGN}", "-")
     text = text.replace("{,}", ",").replace(",\\!", ",")
-    text = _BLANKS.sub(" ", _LOOKS.sub("", text)).strip()
+    text = _BLANKS.sub(" ", _EMPTY.sub(" ", _LOOKS.sub("", text))).rstrip("\\ ").strip()
     return _THOUSANDS_BY_BLANKS.sub(lambda match: match[0].replace(" ", ","), text)
 
 
@@ -114,47 +153,61 @@ def _is_variant(character: str) -> bool:
 
 
 def _without_ornaments(text: str) -> str:
-    """The text without what may surround a number and leave it the number it is: punctuation, delimiters, fonts, the
-    left side of an equation, a unit."""
-    text = text[:-1] if text.endswith((".", ",", ";")) else text
+    """The text without what may surround a number and leave it the number it is: a closing full stop, comma or
+    semicolon, delimiters, fonts, the words "Answer:", a unit."""
     while True:
-        inner = _without_unit(_right_side(_unwrapped(text.strip("$ ")))).strip()
+        inner = _without_unit(_without_lead(_unwrapped(_without_stop(text.strip("$ "))))).strip()
         if inner == text:
             return text
         text = inner
+
+
+def _without_stop(text: str) -> str:
+    ends = text.endswith((".", ",", ";")) and not text[:-1].endswith((".", ",", ";", "\\"))
+    return text[:-1] if ends else text
 
 
 def _unwrapped(text: str) -> str:
     for opening, closing in _DELIMITERS:
         inside = text[len(opening) : -len(closing)]
         if text == opening + inside + closing and opening not in inside and closing not in inside:
-            return inside
+            return text if _LIST.match(text) else inside
     font = _FONT.match(text)
     start = font.end() if font else 0
+    if font and _integer(text[start:]) is not None:
+        return text[start:]
     if text.startswith("{", start) and text.endswith("}"):
         inside = text[start + 1 : -1]
         return inside if braced(text, start) == inside else text
     return text
 
 
-def _right_side(text: str) -> str:
-    """What follows the last equals sign, if what precedes it is no answer of its own: anything that makes one statement
-    and, in a chain, arithmetic."""
-    *sides, right = text.split("=")
-    if not sides:
-        return text
-    first, middle = sides[0], sides[1:]
-    digits_and_words = "\\text" in first and any(character.isdigit() for character in first)
-    if digits_and_words or _SECOND_STATEMENT.search(first) or _CHANGES_THE_VALUE.search(first):
-        return text
-    return right if all(_ARITHMETIC.fullmatch(side) for side in middle) else text
+def _without_lead(text: str) -> str:
+    lead = _LEAD.match(text)
+    return text[lead.end() :] if lead else text
 
 
 def _without_unit(text: str) -> str:
-    if symbol := _DEGREES_OR_PERCENT.search(text):
+    if symbol := _DEGREES_OR_PERCENT.search(text) or _ORDINAL.search(text):
         return text[: symbol.start()]
-    last = _BEFORE_UNIT.search(text)
-    unit = _UNIT.fullmatch(text, last.end()) if last else None
-    if last is None or unit is None or _CHANGES_THE_VALUE.search(unit[1] or unit[2] or ""):
+    power = _POWER.search(text)
+    measured = text[: power.start()] if power else text
+    number = _BEFORE_UNIT.search(measured)
+    if number is None:
         return text
-    return text[: last.end()]
+    words: list[str] = []
+    end = number.end()
+    while end < len(measured):
+        unit = _UNIT.match(measured, end)
+        if unit is None:
+            return text
+        end = unit.end()
+        found = _WORD.findall(unit["font"] or unit["bare"] or "")
+        glued = unit["bare"] is not None and not unit["bare"].startswith(" ")
+        known = set(found) <= GLUED if glued else not found or is_unit(found, in_font=unit["font"] is not None)
+        if not known:
+            return text
+        words += found
+    if power and not (words and words[-1].lower() in LENGTHS):
+        return text
+    return text[: number.end()]

@@ -24,7 +24,7 @@ START_TIMEOUT_S = 120.0
 class Outcome:
     """What a call came to: its value, or why there is none."""
 
-    value: bool | None
+    value: bool | str | None
     failure: str = ""
 
 
@@ -81,7 +81,7 @@ class Worker:
 
 
 class WorkerPool:
-    """At most `size` workers for `target` ("module:function", texts -> bool), each started when it is first needed."""
+    """At most `size` workers for `target` ("module:function", texts to a bool or text), started when needed."""
 
     def __init__(self, target: str, *, size: int, timeout_s: float) -> None:
         self._target = target

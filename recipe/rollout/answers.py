@@ -1,6 +1,6 @@
 """Reads SGLang's answer to /generate."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,8 @@ class SampleAnswer:
     matched: int | str | None
     """The end token or stop string that was found."""
     text: str
+    accepted_drafts: Sequence[int] = ()
+    """Steps by the number of draft tokens that were accepted, from 0; empty where nothing was drafted."""
 
 
 def read_samples(answer: object, count: int) -> list[SampleAnswer]:
@@ -35,18 +37,34 @@ def read_sample(answer: Mapping[str, Any]) -> SampleAnswer:
     try:
         meta = answer["meta_info"]
         finish_reason = FinishReason(meta["finish_reason"]["type"])
-        if finish_reason is FinishReason.ABORT and not answer.get("output_ids"):
-            # What was aborted before its prompt was read has neither version nor log-probs.
-            return SampleAnswer([], [], [], finish_reason, None, "")
+        if finish_reason is FinishReason.ABORT:
+            return _aborted(answer)
         ids = list(answer["output_ids"])
         log_probs = [entry[0] for entry in meta["output_token_logprobs"]]
         matched = meta["finish_reason"].get("matched")
         versions = _token_versions(meta, len(ids))
+        text = answer.get("text", "")
+        if not isinstance(text, str):
+            raise TypeError(f"the text is {text!r}")
     except (KeyError, TypeError, ValueError) as error:
         raise EngineAnswerError(f"the engine's answer is not SGLang's: {error!r}") from error
     if len(log_probs) != len(ids):
         raise EngineAnswerError(f"the engine answered {len(ids)} tokens with {len(log_probs)} log-probs")
-    return SampleAnswer(ids, log_probs, versions, finish_reason, matched, answer.get("text", ""))
+    drafts = meta.get("spec_correct_drafts_histogram") or ()
+    return SampleAnswer(ids, log_probs, versions, finish_reason, matched, text, drafts)
+
+
+def _aborted(answer: Mapping[str, Any]) -> SampleAnswer:
+    """What an engine made before it was told to stop: the tokens whose log-probs it told. It tells neither these nor a
+    version of what it aborted before the prompt was read, and may tell none of what waited to go on."""
+    meta = answer["meta_info"]
+    log_probs = [entry[0] for entry in meta.get("output_token_logprobs") or ()]
+    ids = list(answer.get("output_ids") or ())
+    text = answer.get("text", "") if len(log_probs) == len(ids) else ""
+    known = min(len(ids), len(log_probs))
+    versions = _token_versions(meta, known) if known else []
+    drafts = meta.get("spec_correct_drafts_histogram") or ()
+    return SampleAnswer(ids[:known], log_probs[:known], versions, FinishReason.ABORT, None, text, drafts)
 
 
 def _token_versions(meta: Mapping[str, Any], count: int) -> list[str]:

@@ -1,4 +1,4 @@
-"""The trainer's side of SGLang's HTTP API: generation with retries and recovery, weights, and memory."""
+"""The trainer's side of SGLang's HTTP API: generation with retries and recovery, and memory."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -12,8 +12,10 @@ import aiohttp
 
 from recipe.config import RolloutConfig
 from recipe.rollout.answers import read_samples
-from recipe.rollout.errors import EngineRefused, EngineUnreachable
+from recipe.rollout.errors import EngineAnswerError, EngineUnreachable
 from recipe.rollout.fleet import Engine, Fleet, HealthOptions, Recover
+from recipe.rollout.http import ask
+from recipe.rollout.prompt_check import check_prompt
 from recipe.rollout.sample import FinishReason, Sample, SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
 
@@ -21,6 +23,10 @@ PauseMode = Literal["abort", "retract", "in_place"]
 MemoryTag = Literal["kv_cache", "weights", "cuda_graph"]
 
 HEALTH_TIMEOUT_S = 5.0
+VERB_TIMEOUT_S = 600.0
+"""Of whatever else than generation an engine is told to do."""
+KEEP_ALIVE_S = 2.0
+"""An idle connection is not used again after so long: servers (uvicorn) close theirs after 5 s."""
 ABORT_AGAIN_S = 0.5
 """An abort may reach an engine before a request that was sent first."""
 
@@ -31,16 +37,20 @@ class ClientOptions:
 
     max_concurrency: int = 256
     """Generation requests in flight at most."""
-    request_timeout_s: float = 600.0
+    request_timeout_s: float | None = None
+    """Of generation; None: as long as it takes."""
     max_retries: int = 3
     """Times a request is sent again after the engine did not answer it."""
     backoff_s: float = 0.2
     """Wait before the first retry; doubles with each."""
     health: HealthOptions = field(default_factory=HealthOptions)
+    vocab_size: int | None = None
+    """Token ids beyond it are refused here, for SGLang ends at one; None: whatever comes is sent."""
 
     @classmethod
-    def of(cls, rollout: RolloutConfig) -> Self:
+    def of(cls, rollout: RolloutConfig, vocab_size: int) -> Self:
         return cls(
+            vocab_size=vocab_size,
             max_concurrency=rollout.rollout_max_concurrency,
             request_timeout_s=rollout.rollout_request_timeout_s,
             max_retries=rollout.rollout_max_retries,
@@ -92,10 +102,7 @@ class RolloutClient:
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0),
-            timeout=aiohttp.ClientTimeout(total=self._options.request_timeout_s),
-        )
+        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S))
         return self
 
     async def __aexit__(
@@ -145,8 +152,9 @@ class RolloutClient:
         While the client is drained they may also be aborted, with or without new tokens.
 
         Raises EngineRefused if the engine finds the request wrong, EngineUnreachable if it never answers,
-        EngineAnswerError if its answer is not SGLang's.
+        EngineAnswerError if its answer is not SGLang's, UserError for a prompt that no engine may be sent.
         """
+        check_prompt(group.prompt, self._options.vocab_size)
         todo: list[tuple[Sample, int]] = []
         for sample, seed in zip(group.samples, seeds, strict=True):
             if not sample.is_finished and sample.response_length >= sampling.max_new_tokens:
@@ -186,6 +194,7 @@ class RolloutClient:
                 sample.append(result.ids, result.log_probs, result.versions)
                 sample.finish_reason, sample.matched = result.finish_reason, result.matched
                 sample.response += result.text
+                sample.count_drafts(result.accepted_drafts)
                 sample.engine = engine.number
                 self._retried_tokens += len(result.ids) if attempt else 0
             return
@@ -230,45 +239,6 @@ class RolloutClient:
     async def resume_memory_occupation(self, tags: Sequence[MemoryTag] | None = None) -> None:
         await self._post_all("/resume_memory_occupation", {"tags": tags})
 
-    @asynccontextmanager
-    async def weight_update(self) -> AsyncIterator[None]:
-        """The session in which SGLang 0.5.19 and later take `update_weights_from_tensor`; older ones know none."""
-        try:
-            await self._post_all("/begin_weight_update", {})
-        except EngineRefused as error:
-            if error.status != HTTPStatus.NOT_FOUND:
-                raise
-            yield
-            return
-        yield
-        await self._post_all("/end_weight_update", {})
-
-    async def update_weights_from_tensor(
-        self, payloads: Sequence[Sequence[str]], *, load_format: str | None = None, weight_version: str | None = None
-    ) -> None:
-        """Gives engine i the tensors of `payloads[i]`: a string of `weights_payload.serialize_named_tensors` for each
-        tensor-parallel rank. A string can be read once, so nothing is sent twice."""
-        bodies = [
-            {
-                "serialized_named_tensors": list(payload),
-                "load_format": load_format,
-                "flush_cache": True,
-                "weight_version": weight_version,
-            }
-            for payload in payloads
-        ]
-        await asyncio.gather(
-            *(
-                self._post(engine, "/update_weights_from_tensor", body)
-                for engine, body in zip(self._engines, bodies, strict=True)
-            )
-        )
-
-    async def update_weights_from_disk(self, model_path: str, *, weight_version: str) -> None:
-        """Every engine reads the Hugging Face checkpoint in `model_path`."""
-        body = {"model_path": model_path, "flush_cache": True, "weight_version": weight_version}
-        await self._post_all("/update_weights_from_disk", body)
-
     async def weight_versions(self) -> list[str]:
         """The version of the weights each engine holds."""
         return [str(info["weight_version"]) for info in await self.model_info()]
@@ -276,6 +246,10 @@ class RolloutClient:
     async def model_info(self) -> list[dict[str, Any]]:
         """What each engine says of its model: `model_path`, `tokenizer_path`, `weight_version` and more."""
         return await self._get_all("/model_info")
+
+    async def server_info(self) -> list[dict[str, Any]]:
+        """What each engine says of its settings."""
+        return await self._get_all("/server_info")
 
     async def healthy(self) -> list[bool]:
         """Whether each engine answers."""
@@ -289,7 +263,8 @@ class RolloutClient:
         }
         engine.load += len(todo)
         try:
-            return await engine.answer(self._post(engine, "/generate", body))
+            request = self._request(engine, "POST", "/generate", body, self._options.request_timeout_s)
+            return await engine.answer(request)
         finally:
             engine.load -= len(todo)
 
@@ -305,22 +280,20 @@ class RolloutClient:
         await asyncio.gather(*(self._post(engine, path, body) for engine in self._engines))
 
     async def _get_all(self, path: str) -> list[dict[str, Any]]:
-        return list(await asyncio.gather(*(self._request(engine, "GET", path, None) for engine in self._engines)))
+        requests = (self._request(engine, "GET", path, None, VERB_TIMEOUT_S) for engine in self._engines)
+        answers = list(await asyncio.gather(*requests))
+        for engine, answer in zip(self._engines, answers, strict=True):
+            if not isinstance(answer, dict):
+                raise EngineAnswerError(f"{engine.url}{path} did not answer with a JSON object: it is no SGLang server")
+        return answers
 
     async def _post(self, engine: Engine, path: str, body: dict[str, Any]) -> Any:
-        return await self._request(engine, "POST", path, body)
+        return await self._request(engine, "POST", path, body, VERB_TIMEOUT_S)
 
-    async def _request(self, engine: Engine, method: str, path: str, body: dict[str, Any] | None) -> Any:
-        """The JSON of an answer; None where SGLang answers without one."""
-        try:
-            async with self._connected().request(method, engine.url + path, json=body) as response:
-                if response.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-                    raise EngineUnreachable(f"{engine.url}{path} answered {response.status}")
-                if response.status >= HTTPStatus.BAD_REQUEST:
-                    raise EngineRefused(engine.url + path, response.status, await response.text())
-                return await response.json() if response.content_type == "application/json" else None
-        except (aiohttp.ClientError, TimeoutError) as error:
-            raise EngineUnreachable(f"{engine.url}{path} did not answer: {error or type(error).__name__}") from error
+    async def _request(
+        self, engine: Engine, method: str, path: str, body: dict[str, Any] | None, timeout_s: float | None
+    ) -> Any:
+        return await ask(self._connected(), method, engine.url + path, body, timeout_s=timeout_s)
 
     def _connected(self) -> aiohttp.ClientSession:
         if self._session is None:

@@ -98,8 +98,16 @@ class RolloutCollector:
         return [pending.as_json() for pending in self._waiting]
 
     def load_state(self, state: Sequence[dict[str, Any]]) -> None:
-        """Takes over the waiting groups of a checkpoint, whose source must be loaded."""
-        self._waiting = [PendingGroup.from_json(content, self._source.prompt_of) for content in state]
+        """Takes over the waiting groups of a checkpoint, whose source must be loaded. Raises UserError if they are of
+        another size than this run's: samples are numbered by it."""
+        waiting = [PendingGroup.from_json(content, self._source.prompt_of) for content in state]
+        sizes = {len(pending.seeds) for pending in waiting} - {self._plan.n_samples}
+        if sizes:
+            raise UserError(
+                f"in the checkpoint {len(waiting)} groups of {max(sizes)} samples wait to be continued, and "
+                f"--n-samples-per-prompt is {self._plan.n_samples}: resume with --n-samples-per-prompt {max(sizes)}"
+            )
+        self._waiting = waiting
 
     async def collect(self, seeds: SeedStream, expected_version: str) -> Rollout:
         """The next rollout, graded. Raises NothingToLearn if too few groups pass the filter, StaleWeights if an engine
@@ -125,7 +133,7 @@ class RolloutCollector:
                         selection.submit()
                         tasks.create_task(complete(number))
                 number = await finished.get()
-                selection.decide(number, self._keep(groups[number].group))
+                selection.decide(number, await asyncio.to_thread(self._keep, groups[number].group))
             await self._client.drain()
         self._put_aside([groups[number] for number in selection.unused])
         kept = sorted((groups[number].group for number in selection.kept), key=lambda group: group.index)

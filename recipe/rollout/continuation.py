@@ -21,12 +21,17 @@ def rejoin(sample: Sample, border: int, stop: Sequence[str], decode: Decode) -> 
         sample.response = _text(sample, decode)
 
 
+def stop_window(stop: Sequence[str]) -> int:
+    """The newest tokens in whose text stop strings are looked for: a token has at least a byte of one, and the first
+    may begin before it."""
+    return max(len(string.encode()) for string in stop) + 1
+
+
 def _spanning_stop(ids: Sequence[int], border: int, stop: Sequence[str], decode: Decode) -> tuple[int, str] | None:
-    """Where the first stop string over the border is complete, in tokens. As in SGLang, it is looked for in the text of
-    as many of the newest tokens as the longest stop string has characters, and one more."""
+    """Where the first stop string over the border is complete, in tokens."""
     if not stop:
         return None
-    window = max(map(len, stop)) + 1
+    window = stop_window(stop)
     for length in range(border + 1, min(len(ids), border + window - 1) + 1):
         text = decode(ids[max(0, length - window) : length])
         matched = next((string for string in stop if string in text), None)

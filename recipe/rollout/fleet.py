@@ -15,13 +15,16 @@ T = TypeVar("T")
 Recover = Callable[[str], Awaitable[str]]
 """Replaces the dead engine at a URL by one that holds the current weights; returns the new URL."""
 
+ASK_AGAIN_S = 0.5
+"""After a check that failed, before the second one, which ends the engine."""
+
 IsHealthy = Callable[["Engine", float], Awaitable[bool]]
 """Whether an engine generates, found out within so many seconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class HealthOptions:
-    """How engines are watched while they generate. One that hangs is found after `interval_s` + `timeout_s`."""
+    """How engines are watched while they generate. One that hangs is found after `interval_s` + 2 * `timeout_s`."""
 
     interval_s: float = 30.0
     timeout_s: float = 30.0
@@ -56,6 +59,10 @@ class Engine:
         self.url, self.started = url.rstrip("/"), time.monotonic()
         self.restarts += 1
         self.replacement = None
+
+    def is_as_after(self, restarts: int) -> bool:
+        """Whether it has not been replaced since it had so many restarts."""
+        return self.replacement is None and self.restarts == restarts
 
     async def answer(self, request: Coroutine[Any, Any, T]) -> T:
         """The result of a request to it. Raises EngineUnreachable if it is found dead meanwhile, though its connections
@@ -103,14 +110,17 @@ class Fleet:
 
     async def examine(self, engine: Engine, restarts: int) -> bool:
         """After an unanswered request to `engine` when it had had so many restarts: replaces it if it does not
-        generate. Whether it is the same as before, and well."""
+        generate, asked twice, and not before it has had its first wait. Whether it is the same as before, and well."""
         if self._recover is None:
             return True
-        if engine.replacement is None and engine.restarts == restarts:
-            healthy = await self._is_healthy(engine, self._options.timeout_s)
-            if not healthy and engine.replacement is None and engine.restarts == restarts:
-                self._replace(engine)
-        return engine.replacement is None and engine.restarts == restarts
+        await asyncio.sleep(engine.started + self._options.first_wait_s - time.monotonic())
+        for pause in (ASK_AGAIN_S, 0.0):
+            if not engine.is_as_after(restarts) or await self._is_healthy(engine, self._options.timeout_s):
+                return engine.is_as_after(restarts)
+            await asyncio.sleep(pause)
+        if engine.is_as_after(restarts):
+            self._replace(engine)
+        return False
 
     async def watch(self) -> None:
         """Asks every engine again and again, for ever, and replaces those that do not generate. Raises what a
@@ -137,8 +147,7 @@ class Fleet:
         while True:
             if engine.replacement is not None:
                 await asyncio.shield(engine.replacement)  # who ends the watch does not end the replacement
-            wait = engine.started + options.first_wait_s - time.monotonic()
-            await asyncio.sleep(max(wait, options.interval_s))
+            await asyncio.sleep(options.interval_s)
             await self.examine(engine, engine.restarts)
 
     def _replace(self, engine: Engine) -> None:

@@ -8,7 +8,7 @@ from typing import Self
 from recipe.data.prompts import Prompt
 from recipe.rollout.client import ClientCounters, RolloutClient
 from recipe.rollout.errors import EngineError, StaleWeights
-from recipe.rollout.sample import SampleGroup
+from recipe.rollout.sample import Sample, SampleGroup, added
 from recipe.rollout.sampling_params import SamplingParams
 from recipe.seeds import derive
 
@@ -47,6 +47,8 @@ class GenerationMetrics:
     """Samples cut at the longest response."""
     counters: ClientCounters
     """What went wrong with engines meanwhile, and was mended."""
+    accepted_drafts: tuple[int, ...] = ()
+    """The engines' steps, a sequence, by the number of draft tokens that were accepted, from 0."""
     stale_tokens: int = 0
     """Response tokens that were made before this generation, under older weights."""
 
@@ -61,6 +63,7 @@ class GenerationMetrics:
             seconds=seconds,
             truncated=sum(sample.truncated for sample in samples),
             counters=counters,
+            accepted_drafts=_all_drafts(samples),
             stale_tokens=sum(made_under != version for sample in samples for made_under in sample.weight_versions),
         )
 
@@ -78,8 +81,29 @@ class GenerationMetrics:
         return self.stale_tokens / self.response_tokens
 
     @property
+    def accept_length(self) -> float | None:
+        """Tokens a step: the accepted drafts and the one that follows them; None without speculation."""
+        steps = sum(self.accepted_drafts)
+        accepted = sum(number * count for number, count in enumerate(self.accepted_drafts))
+        return 1 + accepted / steps if steps else None
+
+    @property
+    def accept_rates(self) -> tuple[float, ...]:
+        """Share of the steps in which the first draft token was accepted, the second, and so on."""
+        steps = sum(self.accepted_drafts)
+        return tuple(sum(self.accepted_drafts[depth:]) / steps for depth in range(1, len(self.accepted_drafts)))
+
+    @property
     def tokens_per_second(self) -> float:
-        return self.response_tokens / self.seconds
+        """Tokens made now; what was made for groups that were not kept is not counted."""
+        return (self.response_tokens - self.stale_tokens) / self.seconds
+
+
+def _all_drafts(samples: Sequence[Sample]) -> tuple[int, ...]:
+    drafts: list[int] = []
+    for sample in samples:
+        drafts = added(drafts, sample.accepted_drafts)
+    return tuple(drafts)
 
 
 @dataclass(frozen=True, slots=True)

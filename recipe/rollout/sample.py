@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import zip_longest
 
 from recipe.data.prompts import Prompt
 from recipe.rewards import Grade
@@ -40,6 +41,8 @@ class Sample:
     """The end token or stop string that ended it."""
     response: str = ""
     """The response as text, without what ended it."""
+    accepted_drafts: list[int] = field(default_factory=list)
+    """The engine's steps by the number of draft tokens that were accepted, from 0; empty without speculation."""
     engine: int | None = None
     """Number of the engine that made the newest tokens."""
     grade: Grade | None = None
@@ -56,6 +59,10 @@ class Sample:
         self.loss_mask.extend([int(trainable)] * len(ids))
         self.rollout_log_probs.extend(log_probs)
         self.weight_versions.extend(versions)
+
+    def count_drafts(self, steps: Sequence[int]) -> None:
+        """Adds steps by the number of draft tokens that were accepted."""
+        self.accepted_drafts = added(self.accepted_drafts, steps)
 
     def cut(self, length: int) -> None:
         """Drops the response tokens after the first `length`."""
@@ -97,6 +104,11 @@ class Sample:
     def reward(self) -> float | None:
         """The grade's reward; None before grading."""
         return None if self.grade is None else self.grade.reward
+
+
+def added(left: Sequence[int], right: Sequence[int]) -> list[int]:
+    """Two histograms together."""
+    return [one + other for one, other in zip_longest(left, right, fillvalue=0)]
 
 
 @dataclass(frozen=True, slots=True)

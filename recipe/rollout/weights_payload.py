@@ -1,8 +1,8 @@
 """Weights on their way to an engine on the same machine: SGLang's serialization, tensors by shared-memory handle.
 
-A payload is the base64 text of a pickle of (name, tensor) pairs in which a tensor is the name of a shared-memory
-segment. Nothing but the handle crosses; the segment goes when both sides have let go of it, and torch's watcher process
-removes it should they be killed first. A payload can be read once: each engine gets its own.
+A payload is the base64 text of a pickle in which a tensor is the name of a shared-memory segment, or CUDA's handle of
+a piece of the GPU's memory. Nothing but the handle crosses; a segment goes when both sides have let go of it, and
+torch's watcher process removes it should they be killed first. A payload can be read once: each engine gets its own.
 """
 
 import base64
@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any, Self
 
 import torch
 import torch.multiprocessing
@@ -28,42 +29,60 @@ class PayloadError(ValueError):
     """A payload that is not one, or that asks for more than tensors."""
 
 
-def stage(weights: Sequence[NamedTensor]) -> list[NamedTensor]:
-    """Copies the tensors into one buffer that another process can open (shared memory, or the GPU's own); the result
-    are views of it, under the same names. All tensors are on one device."""
-    sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for _, tensor in weights]
-    with _shared_by_name():
-        buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=weights[0][1].device).share_memory_()
-    staged: list[NamedTensor] = []
-    for (name, tensor), room in zip(weights, buffer.split(sizes), strict=True):
-        view = room[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-        view.copy_(tensor)
-        staged.append((name, view))
-    return staged
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Tensors in one buffer that another process can open: shared memory, or the GPU's own."""
+
+    buffer: Tensor
+    """Bytes."""
+    weights: list[NamedTensor]
+    """Views of it."""
+
+    @classmethod
+    def of(cls, weights: Sequence[NamedTensor]) -> Self:
+        """Copies the tensors, which are all on one device."""
+        sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for _, tensor in weights]
+        with _shared_by_name():
+            buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=weights[0][1].device).share_memory_()
+        views: list[NamedTensor] = []
+        for (name, tensor), room in zip(weights, buffer.split(sizes), strict=True):
+            view = room[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            view.copy_(tensor)
+            views.append((name, view))
+        if buffer.is_cuda:
+            torch.cuda.synchronize(buffer.device)  # who opens the buffer knows nothing of this process's stream
+        return cls(buffer, views)
+
+    def payload(self) -> str:
+        """What one engine process is sent: SGLang's "flattened_bucket", the buffer and a table of its parts. SGLang
+        reads the table by the names of its attributes alone."""
+        parts = [
+            SimpleNamespace(
+                name=name,
+                shape=view.shape,
+                dtype=view.dtype,
+                start_idx=view.data_ptr() - self.buffer.data_ptr(),
+                end_idx=view.data_ptr() - self.buffer.data_ptr() + view.nbytes,
+                numel=view.nbytes,
+            )
+            for name, view in self.weights
+        ]
+        content = io.BytesIO()
+        with _shared_by_name():
+            bucket = {"flattened_tensor": self.buffer, "metadata": parts}
+            ForkingPickler(content, pickle.HIGHEST_PROTOCOL).dump(bucket)
+        return base64.b64encode(content.getvalue()).decode()
 
 
-def serialize_named_tensors(weights: Sequence[NamedTensor]) -> str:
-    """A payload for one engine. Tensors outside shared memory are moved there one by one: `stage` them first."""
-    buffer = io.BytesIO()
-    with _shared_by_name():
-        ForkingPickler(buffer, pickle.HIGHEST_PROTOCOL).dump(list(weights))
-    return base64.b64encode(buffer.getvalue()).decode()
-
-
-def deserialize_named_tensors(payload: str, load_format: str | None = None) -> list[NamedTensor]:
-    """The tensors of a payload; load_format "flattened_bucket" is SGLang's one tensor with a table of its parts.
+def read_payload(payload: str) -> list[NamedTensor]:
+    """The tensors of a `Bucket.payload`, also of one whose table is of SGLang's own class.
 
     Raises PayloadError for anything but tensors: a pickle that names any function besides those that rebuild them
     is refused before the function is called.
     """
     try:
-        content = _TensorUnpickler(io.BytesIO(base64.b64decode(payload, validate=True))).load()
-        return (
-            _from_bucket(content)
-            if load_format == "flattened_bucket"
-            else [(str(name), _tensor(t)) for name, t in content]
-        )
-    except (pickle.UnpicklingError, ValueError, TypeError, KeyError, EOFError, RuntimeError) as error:
+        return _parts(_TensorUnpickler(io.BytesIO(base64.b64decode(payload, validate=True))).load())
+    except (pickle.UnpicklingError, ValueError, TypeError, KeyError, AttributeError, EOFError, RuntimeError) as error:
         raise PayloadError(f"the serialized tensors cannot be read: {error}") from error
 
 
@@ -78,28 +97,15 @@ def _shared_by_name() -> Iterator[None]:
         torch.multiprocessing.set_sharing_strategy(before)
 
 
-@dataclass
-class _BucketPart:
-    """SGLang's FlattenedTensorMetadata: bytes [start_idx, end_idx) of the bucket."""
-
-    name: str
-    shape: torch.Size
-    dtype: torch.dtype
-    start_idx: int
-    end_idx: int
-    numel: int
-
-
-def _from_bucket(content: dict[str, Any]) -> list[NamedTensor]:
-    flat = _tensor(content["flattened_tensor"]).view(torch.uint8)
-    parts = cast(list[_BucketPart], content["metadata"])
-    return [(part.name, flat[part.start_idx : part.end_idx].view(part.dtype).view(part.shape)) for part in parts]
-
-
-def _tensor(value: object) -> Tensor:
-    if not isinstance(value, Tensor):
-        raise PayloadError(f"a {type(value).__name__} where a tensor should be")
-    return value
+def _parts(content: dict[str, Any]) -> list[NamedTensor]:
+    buffer = content["flattened_tensor"]
+    if not isinstance(buffer, Tensor):
+        raise PayloadError(f"a {type(buffer).__name__} where a tensor should be")
+    flat = buffer.view(torch.uint8)
+    return [
+        (part.name, flat[part.start_idx : part.end_idx].view(part.dtype).view(part.shape))
+        for part in content["metadata"]
+    ]
 
 
 _REDUCTIONS = "torch.multiprocessing.reductions"
@@ -112,13 +118,14 @@ _ALLOWED = {
     ("torch", "Tensor"),
     ("torch.storage", "UntypedStorage"),
     ("torch.nn.parameter", "Parameter"),
+    ("types", "SimpleNamespace"),
 } | {("torch", name) for name in ("float32", "float16", "bfloat16", "float64", "int64", "int32", "uint8")}
 
 
 class _TensorUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("sglang.srt.weight_sync.tensor_bucket", "FlattenedTensorMetadata"):
-            return _BucketPart
+            return SimpleNamespace
         if (module, name) not in _ALLOWED:
             raise PayloadError(f"{module}.{name} is no part of a tensor")
         return super().find_class(module, name)

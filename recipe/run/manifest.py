@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config import Config, Resolved
+from recipe.container.provenance import inside_image, read_provenance
 from recipe.files import atomic_write_text, sha256_file
 
 _SECRET = re.compile(r"api_key|auth_token|access_token|secret|password|passwd|credential")
@@ -18,8 +19,9 @@ _SINGLE_SHARD = "model.safetensors"
 
 
 def write_manifest(path: Path, resolved: Resolved) -> None:
-    """Writes the manifest: configuration and where each value came from, seed, versions, git commit, hashes of the
-    inputs. A run that goes on keeps the manifests of its earlier commands under `earlier`, oldest first.
+    """Writes the manifest: configuration and where each value came from, seed, versions, git commit, the image's
+    provenance, hashes of the inputs. A run that goes on keeps the manifests of its earlier commands under `earlier`,
+    oldest first.
 
     The environment is not recorded, and values whose name says that they are secret are masked.
     """
@@ -33,6 +35,7 @@ def write_manifest(path: Path, resolved: Resolved) -> None:
         "seed": config.misc.seed,
         "versions": _versions(),
         "git": _git(Path(__file__).parent),
+        "image": read_provenance() if inside_image() else None,
         "sha256": _hashes(config),
         "earlier": [],
     }

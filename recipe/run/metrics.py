@@ -97,8 +97,14 @@ class RolloutMetrics:
     """Groups that were not needed: aborted, or finished too late."""
     refills: int
     """Times that prompts had to be drawn again."""
+    rollout_tokens_per_second: float
+    """Tokens of these samples that the current weights made, a second of the rollout, grading included."""
     stale_token_share: float
     """Share of the response tokens that older weights made (`--partial-rollout`)."""
+    draft_accept_length: float | None = None
+    """Tokens an engine's step brings a sequence, with speculation."""
+    draft_accept_rates: tuple[float, ...] = ()
+    """Share of the steps in which the draft token of each depth was accepted: `draft_accept_rate_1` and on."""
     engine_restarts: int
     """Engines that had to be started again since the last rollout, up to the end of this one."""
     request_retries: int
@@ -184,7 +190,10 @@ class StepMetrics:
         is left out."""
         line: dict[str, Scalar] = {"step": self.step}
         if self.rollout is not None:
-            line |= asdict(self.rollout)
+            values = asdict(self.rollout)
+            rates = enumerate(values.pop("draft_accept_rates"), start=1)
+            line |= {name: value for name, value in values.items() if value is not None}
+            line |= {f"draft_accept_rate_{depth}": rate for depth, rate in rates}
         if self.train is not None:
             line |= {name: value for name, value in asdict(self.train).items() if value is not None}
         for name, metrics in self.evals.items():

@@ -47,8 +47,8 @@ def _draw_evaluation(axes: Axes, name: str, lines: Sequence[Mapping[str, Any]]) 
     if not lines:
         return
     rewards = [line[f"eval/{name}"] for line in lines]
-    below = [reward - line[f"eval/{name}_ci95_low"] for reward, line in zip(rewards, lines, strict=True)]
-    above = [line[f"eval/{name}_ci95_high"] - reward for reward, line in zip(rewards, lines, strict=True)]
-    axes.errorbar(
-        [line["step"] for line in lines], rewards, [below, above], marker="o", capsize=3, label=f"{name} (95%)"
-    )
+    bars = [
+        [0.0 if bound is None else abs(bound - reward) for reward, bound in zip(rewards, bounds, strict=True)]
+        for bounds in ([line[f"eval/{name}_ci95_{end}"] for line in lines] for end in ("low", "high"))
+    ]
+    axes.errorbar([line["step"] for line in lines], rewards, bars, marker="o", capsize=3, label=f"{name} (95%)")

@@ -1,7 +1,5 @@
 """What a sequence costs this architecture to train on."""
 
-import math
-
 from recipe.batching.cost import SequenceCost
 from recipe.config import Architecture
 from recipe.weights.table import placements
@@ -11,7 +9,7 @@ def active_parameters(architecture: Architecture) -> int:
     """Parameters of the main model that a token meets, the output head included and the embedding not."""
     total = 0
     for placement in placements(architecture, with_mtp=False).values():
-        size = len(placement.hf_names) * math.prod(placement.hf_shape)
+        size = placement.elements
         if placement.is_expert:
             size = size * architecture.num_experts_per_tok // architecture.n_routed_experts
         total += size

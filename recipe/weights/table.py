@@ -52,6 +52,11 @@ class Placement:
     """Split by expert parallelism along the grid's first axis, and by expert-TP instead of TP."""
     is_fp32: bool = False
 
+    @property
+    def elements(self) -> int:
+        """Elements of the whole parameter."""
+        return len(self.hf_names) * math.prod(self.hf_shape)
+
     def _tensor_shard(self, at: ShardCoordinates) -> tuple[int, int]:
         return (at.expert_tensor_rank, at.expert_tensor_size) if self.is_expert else (at.tensor_rank, at.tensor_size)
 

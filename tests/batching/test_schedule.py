@@ -9,6 +9,8 @@ from recipe.batching.cost import SequenceCost
 from recipe.batching.packing import pack
 from recipe.batching.schedule import schedule
 
+pytestmark = pytest.mark.smoke
+
 COST = SequenceCost(linear=1.0, quadratic=0.001)
 
 

@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ def resolved(tmp_path: Path) -> Resolved:
                 "rollout_batch_size": 1,
                 "rollout_max_response_len": 4,
                 "rollout_health_check_timeout": 2,
+                "update_weight_timeout": 2,
             },
             "optimizer": {"lr": 1e-3},
             "misc": {"runs_dir": tmp_path},
@@ -41,12 +42,12 @@ def resolved(tmp_path: Path) -> Resolved:
 def owner(resolved: Resolved) -> Iterator[Any]:
     from recipe.cluster.engines import EngineActor
 
-    owner = EngineActor(resolved, 0)
+    owner = EngineActor(resolved, 0, gpus=())
     yield owner
     owner.stop()
 
 
-def test_an_engine_that_does_not_answer_between_two_rollouts_is_started_again(owner: Any) -> None:
+def test_an_engine_that_does_not_generate_between_two_rollouts_is_started_again(owner: Any) -> None:
     address = owner.start()
     pid = owner.process.pid
     assert owner.keep_alive() == address
@@ -57,9 +58,38 @@ def test_an_engine_that_does_not_answer_between_two_rollouts_is_started_again(ow
         began = time.monotonic()
         assert owner.keep_alive() != address
         assert time.monotonic() - began < BOUND_S
-        assert owner.process.answers(30)
+        assert owner.process.generates(30)
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_an_engine_gives_its_memory_back_and_takes_it_again_in_two_parts(owner: Any) -> None:
+    from recipe.cluster.engines import THE_REST, WEIGHTS
+
+    address = owner.start()
+    owner.release_memory()
+    assert not owner.process.generates(5)
+    assert owner.keep_alive() == address
+    assert owner.resume_memory(WEIGHTS) == address
+    assert not owner.process.generates(5)
+    assert owner.resume_memory(THE_REST) == address
+    assert owner.process.generates(5)
+    assert owner.resume_memory(WEIGHTS) == address
+
+
+def test_an_engine_that_hangs_over_its_memory_is_ended_or_started_again(owner: Any) -> None:
+    from recipe.cluster.engines import WEIGHTS
+
+    address = owner.start()
+    os.killpg(owner.process.pid, signal.SIGSTOP)
+    owner.release_memory()
+    assert not owner.process.alive
+    assert owner.keep_alive() != address
+    owner.release_memory()
+    os.killpg(owner.process.pid, signal.SIGSTOP)
+    address = owner.process.url
+    assert owner.resume_memory(WEIGHTS) != address
+    assert owner.process.generates(5)
 
 
 def test_an_engine_that_cannot_be_started_again_is_given_up_with_its_log(
@@ -84,6 +114,49 @@ def test_an_engine_is_started_so_often_and_no_oftener() -> None:
     with pytest.raises(UserError, match="in 3 attempts: its port was taken"):
         start_again("engine 0", start)
     assert len(attempts) == START_ATTEMPTS
+
+
+class Update:
+    """A weight update to engines "a", "b" and "c", of which some fail, time after time."""
+
+    def __init__(self, *deliveries: dict[str, Any]) -> None:
+        from recipe.rollout.weights_sync import Delivery
+
+        self.deliveries = [Delivery(**delivery) for delivery in deliveries]
+        self.urls = ["a", "b", "c"]
+        self.sent: list[list[str]] = []
+
+    def send(self, numbers: Sequence[int]) -> Any:
+        self.sent.append([self.urls[number] for number in numbers])
+        return self.deliveries[len(self.sent) - 1]
+
+    def start_again(self, number: int) -> None:
+        self.urls[number] += "2"
+
+    def carry_out(self) -> None:
+        from recipe.cluster.engines import deliver
+
+        deliver([0, 1, 2], self.send, self.urls, self.start_again)
+
+
+def test_an_engine_that_fails_over_an_update_is_started_again_and_gets_the_weights() -> None:
+    update = Update({"failed": {"b": "it hung"}}, {"failed": {"b2": "it hung again"}}, {})
+    update.carry_out()
+    assert update.sent == [["a", "b", "c"], ["b2"], ["b22"]]
+    assert update.urls == ["a", "b22", "c"]
+
+
+def test_engines_that_lost_a_broadcast_get_it_again_with_the_one_that_failed() -> None:
+    update = Update({"failed": {"c": "it died"}, "incomplete": ("a",)}, {})
+    update.carry_out()
+    assert update.sent == [["a", "b", "c"], ["a", "c2"]]
+
+
+def test_an_engine_that_fails_over_every_update_ends_the_run_with_the_reason() -> None:
+    update = Update(*({"failed": {"a" + "2" * number: "out of memory"}} for number in range(3)))
+    with pytest.raises(UserError, match=r"engine 0 failed in 3 attempts to send it the weights.* out of memory"):
+        update.carry_out()
+    assert len(update.sent) == 3
 
 
 def test_an_engine_may_start_at_a_later_attempt() -> None:

@@ -14,7 +14,7 @@ from recipe.errors import UserError
 @pytest.fixture(autouse=True)
 def without_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same results whether SGLang is installed or not; its parser has tests of its own."""
-    monkeypatch.setattr(sglang_rules, "sglang_is_installed", lambda: False)
+    monkeypatch.setattr(sglang_rules, "find_sglang_python", lambda named: None)
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
-import importlib.util
 import sys
 import textwrap
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +35,15 @@ from recipe.errors import UserError
         (
             ["--recipe", "glm4.7-flash-8gpu-eagle", "--sglang-speculative-num-draft-tokens", "4"],
             "a chain has 3 tokens (steps + 1)",
+        ),
+        (["--speculative-max-batch", "16"], "limits --sglang-speculative-algorithm EAGLE, which is not given"),
+        (
+            ["--recipe", "glm4.7-flash-8gpu-eagle", "--speculative-max-batch", "16"],
+            "--speculative-max-batch and --sglang-enable-dp-attention do not go together",
+        ),
+        (
+            ["--speculative-max-batch", "16", "--sglang-speculative-eagle-topk", "2"],
+            "needs --sglang-speculative-eagle-topk 1",
         ),
     ],
 )
@@ -83,24 +90,47 @@ def test_without_sglang_a_note_says_that_names_go_unchecked(resolve_8gpu: Try) -
     assert "SGLang is not installed here, so names and values of --sglang-* are not checked" in resolve_8gpu().notes
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="SGLang is not installed")
-@pytest.mark.parametrize("name", shipped_recipes())
-def test_shipped_recipes_pass_the_installed_sglang(
-    name: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sglang_rules, "sglang_is_installed", lambda: True)
-    resolve(["--recipe", name, "--hf-checkpoint", str(checkpoint)])
+class TestRealSglang:
+    """The installed SGLang's own parser, asked with its own interpreter."""
+
+    @pytest.fixture(autouse=True)
+    def installed(self, sglang_python: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sglang_rules, "find_sglang_python", lambda named: sglang_python)
+
+    @pytest.mark.sglang
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", [name for name in shipped_recipes() if name.startswith("glm")])
+    def test_it_accepts_the_shipped_recipes(self, name: str, checkpoint: Path) -> None:
+        resolve(["--recipe", name, "--hf-checkpoint", str(checkpoint)])
+
+    @pytest.mark.sglang
+    def test_it_knows_its_arguments(self, refusal: Refusal) -> None:
+        told = refusal("--sglang-mem-fraction-statik", "0.7")
+        assert "SGLang has no such argument; did you mean --sglang-mem-fraction-static?" in told
 
 
-def forget_sglang() -> None:
-    for module in [name for name in sys.modules if name.partition(".")[0] == "sglang"]:
-        del sys.modules[module]
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--check-weight-update-equal"], "engines of --rollout-num-gpus-per-engine 8 hold parts of them"),
+        (["--update-weight-transfer", "distributed"], "with --colocate use tensor"),
+    ],
+)
+def test_weights_cannot_go_or_be_compared_in_every_way(refusal: Refusal, flags: list[str], sentence: str) -> None:
+    assert sentence in refusal(*flags)
+
+
+def test_an_environment_without_sglang_is_told(resolve_8gpu: Try, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sglang_rules, "find_sglang_python", lambda named: named)
+    with pytest.raises(UserError, match=r"cannot be checked with \S+python.* \(--rollout-engine-python\): .*sglang"):
+        resolve_8gpu("--rollout-engine-python", sys.executable)
+    with pytest.raises(UserError, match="No such file"):
+        resolve_8gpu("--rollout-engine-python", "/nowhere/python")
 
 
 class TestSglangsOwnParser:
     @pytest.fixture(autouse=True)
-    def sglang(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def sglang(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """A package that answers to SGLang's name with a parser of a few arguments."""
         folder = tmp_path / "site" / "sglang" / "srt"
         folder.mkdir(parents=True)
@@ -123,11 +153,8 @@ class TestSglangsOwnParser:
                         parser.add_argument("--enable-dp-lm-head", action="store_true")
             """)
         )
-        monkeypatch.setattr(sglang_rules, "sglang_is_installed", lambda: True)
-        monkeypatch.syspath_prepend(str(tmp_path / "site"))
-        forget_sglang()
-        yield
-        forget_sglang()
+        monkeypatch.setattr(sglang_rules, "find_sglang_python", lambda named: Path(sys.executable))
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
 
     def test_known_arguments_pass(self, resolve_8gpu: Try) -> None:
         resolved = resolve_8gpu("--sglang-sampling-backend", "pytorch", "--sglang-cuda-graph-bs", "1", "2")
@@ -149,6 +176,6 @@ class TestSglangsOwnParser:
     def test_unknown_ones_do_not(self, refusal: Refusal, flags: list[str], sentence: str) -> None:
         assert sentence in refusal(*flags)
 
-    def test_the_embedded_engine_does_not_ask_it(self, resolve_tiny: Try) -> None:
+    def test_the_embedded_engine_does_not_ask_it(self, resolve_tiny: Try, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sglang_rules, "find_sglang_python", lambda named: Path("/nowhere/python"))
         resolve_tiny()
-        assert "sglang" not in sys.modules

@@ -34,7 +34,7 @@ WAYS: dict[str, Callable[[], None]] = {
 class FaultyRank(trainer.RankActor):
     """A rank that may be the one that fails."""
 
-    def start(self, address: str, port: int, threads: int) -> Progress:
+    def start(self, address: str, port: int, threads: int) -> Progress | None:
         progress = super().start(address, port, threads)
         if str(self.rank) == os.environ[RANK]:
             from recipe.megatron import step

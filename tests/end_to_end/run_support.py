@@ -33,6 +33,12 @@ def digits_reward(prompt: str, response: str, label: str) -> float:
     return sum(character.isdigit() for character in response) / max(1, len(response))
 
 
+def slow_reward(prompt: str, response: str, label: str) -> float:
+    """`digits_reward`, which takes its time."""
+    time.sleep(0.1)
+    return digits_reward(prompt, response, label)
+
+
 def parity_reward(prompt: str, response: str, label: str) -> float:
     """A reward that is often the same for all samples of a prompt."""
     return float(sum(map(ord, response)) % 2)
@@ -45,10 +51,14 @@ def striking_reward(prompt: str, response: str, label: str) -> float:
     """`digits_reward`, which stops one engine and kills another when it has been called so often that a rollout is
     under way."""
     if next(calls) == int(os.environ["STRIKE_AT_CALL"]):
-        first, second = engines(psutil.Process())
-        first.send_signal(signal.SIGSTOP)
-        second.send_signal(signal.SIGKILL)
+        strike(*engines(psutil.Process()))
     return digits_reward(prompt, response, label)
+
+
+def strike(first: psutil.Process, second: psutil.Process) -> None:
+    """Stops one engine and kills another."""
+    first.send_signal(signal.SIGSTOP)
+    second.send_signal(signal.SIGKILL)
 
 
 def engines(run: psutil.Process) -> list[psutil.Process]:
@@ -123,7 +133,7 @@ def rewind(directory: Path, step: int) -> None:
     (directory / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(f"{step}\n")
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 240) -> None:
     """Returns when `condition` holds; fails the test if it does not in time."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -131,7 +141,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
         time.sleep(0.05)
 
 
-def wait_for_step(process: subprocess.Popen, directory: Path, step: int) -> None:
+def wait_for_step(process: subprocess.Popen, directory: Path, step: int, timeout_s: float = 120) -> None:
     """Returns when the run in `directory` has recorded `step`; fails with its output if it ends before."""
     path = directory / "metrics.jsonl"
 
@@ -139,7 +149,7 @@ def wait_for_step(process: subprocess.Popen, directory: Path, step: int) -> None
         assert process.poll() is None or process.stdout is None, process.stdout.read()
         return path.exists() and path.read_bytes().count(b"\n") > step
 
-    wait_until(is_done)
+    wait_until(is_done, timeout_s)
 
 
 def family(process: subprocess.Popen) -> list[psutil.Process]:

@@ -27,10 +27,11 @@ BOUND_S = 90.0
 def test_one_engine_stopped_and_one_killed_in_mid_rollout_change_nothing(
     inputs: TinyInputs, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """Two requests are under way at a time and one group is graded: the others are still to be made."""
+    """Two requests are under way at a time and one group is graded: the others are still to be made. As on GPUs that
+    they share with the trainer, the engines give their memory back while it trains."""
     more = (
-        "--custom-rm-path run_support:striking_reward --rollout-max-concurrency 2 --rollout-health-check-interval 1 "
-        "--rollout-health-check-timeout 2"
+        "--colocate --custom-rm-path run_support:striking_reward --rollout-max-concurrency 2 "
+        "--rollout-health-check-interval 1 --rollout-health-check-timeout 2"
     )
     before = 8 * 4 + 2 * 16
     with leaves_no_process(str(tmp_path)):
@@ -48,6 +49,26 @@ def test_one_engine_stopped_and_one_killed_in_mid_rollout_change_nothing(
     assert samples(tmp_path / "struck") == samples(uninterrupted)
     steps = [json.loads(line) for line in (tmp_path / "struck" / "metrics.jsonl").read_text().splitlines()]
     assert steps[3]["seconds_rollout"] < BOUND_S
+
+
+def test_one_engine_stopped_and_one_killed_while_weights_are_sent_change_nothing(
+    inputs: TinyInputs, uninterrupted: Path, tmp_path: Path
+) -> None:
+    more = "--num-rollout 3 --update-weight-timeout 2 --update-weight-transfer distributed"
+    command = arguments(inputs, tmp_path, "struck", *more.split())
+    command[command.index("recipe.train")] = "struck_update"
+    with leaves_no_process(str(tmp_path)):
+        status, output = finish(start(command))
+    assert status == 0, output
+    assert "failed while it was sent weights" in output
+    lines, expected = metrics(tmp_path / "struck"), metrics(uninterrupted)[:4]
+    assert [line.get("engine_restarts", 0) for line in lines] == [0, 0, 2, 0]
+    engine_counts(lines)
+    engine_counts(expected)
+    assert lines == expected
+    assert samples(tmp_path / "struck") == samples(uninterrupted)[: 3 * 16]
+    steps = [json.loads(line) for line in (tmp_path / "struck" / "metrics.jsonl").read_text().splitlines()]
+    assert steps[2]["seconds_update_weights"] < BOUND_S
 
 
 def test_dropped_groups_are_replaced_and_a_resumed_run_repeats_them(inputs: TinyInputs, tmp_path: Path) -> None:

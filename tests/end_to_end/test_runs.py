@@ -123,7 +123,7 @@ def test_doors_are_shut_and_an_interrupt_ends_everything(inputs: TinyInputs, tmp
         assert_gcs_refuses_strangers(next(iter(gcs)).split(":")[-1])
         process.send_signal(signal.SIGINT)
         status, output = finish(process, 60)
-    assert status != 0
+    assert status == 128 + signal.SIGINT
     assert "Traceback" not in output
     summary = json.loads((tmp_path / "interrupted" / "summary.json").read_text())
     assert summary["outcome"] == "interrupted"

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ QUESTIONS = {
 }
 N_SAMPLES = 4
 MAX_TOKENS = 12
+STALL_S = 20.0
+"""Longer than any test waits."""
 
 _KINDS = (Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER, Verdict.TRUNCATED, Verdict.CORRECT)
 
@@ -43,8 +46,13 @@ class KnownServer:
     """The label of a prompt, by a part of its text."""
     checkpoint: Path
     version: str = "1"
+    dtype: str = "bfloat16"
     healthy: bool = True
     fault: Callable[[int, int], int | str | None] | None = None
+    info: str | None = None
+    """Its answer to /model_info, instead of the true one."""
+    stalls: bool = False
+    """It answers nothing any more, but lets everybody connect."""
     asked: Counter[int] = field(default_factory=Counter)
     url: str = ""
 
@@ -96,15 +104,24 @@ def serving(server: KnownServer) -> Iterator[KnownServer]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            info = {"model_path": str(server.checkpoint), "weight_version": server.version}
-            self._send(json.dumps(info) if server.healthy else 503)
+            if server.stalls:
+                time.sleep(STALL_S)
+            elif self.path == "/model_info":
+                info = {"model_path": str(server.checkpoint), "weight_version": server.version}
+                self._send(json.dumps(info) if server.info is None else server.info)
+            elif self.path == "/server_info":
+                self._send(json.dumps({"port": self.server.server_address[1], "dtype": server.dtype}))
+            else:
+                self._send("{}" if server.healthy else 503)
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if server.stalls:
+                time.sleep(STALL_S)
             self._send(server.answer(body, tokenizer.decode))
 
         def _send(self, answer: int | str) -> None:
-            content = answer.encode() if isinstance(answer, str) else b"{}"
+            content = answer.encode(errors="surrogateescape") if isinstance(answer, str) else b"{}"
             try:
                 self.send_response(200 if isinstance(answer, str) else answer)
                 self.send_header("Content-Type", "application/json")
@@ -147,9 +164,9 @@ def open_one(*words: object) -> Evaluation:
 
 def evaluate(*words: object) -> Result:
     """Carries it out, files included."""
-    evaluation = open_one(*words)
-    result = evaluation.complete()
-    evaluation.directory.finish(result)
+    with open_one(*words) as evaluation:
+        result = evaluation.complete()
+        evaluation.directory.finish(result)
     return result
 
 

@@ -1,5 +1,6 @@
 """The commands of the README."""
 
+import json
 import os
 import re
 import shlex
@@ -8,11 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from evaluation_support import KnownServer, evaluate
+from grading_support import conformance_cases
 
 from evaluation.options import parse
+from recipe.config import help_text
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = re.findall(r"^(?:\.venv/bin/|\+ \S+)(.*evaluation\.aime.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^(?:\.venv/bin/|\+ \S+)(.*evaluation\.aime.*)$", README, re.MULTILINE)
+OTHERS = re.findall(r"^\.venv/bin/python -m evaluation\.(?:compare|grade) .*$", README, re.MULTILINE)
 
 
 def last_line(*command: str) -> str:
@@ -36,6 +42,45 @@ def test_commands_parse(command: str) -> None:
         1,
         1,
     )
+
+
+def test_results_are_compared_and_responses_graded_by_the_commands_of_the_readme(
+    server: KnownServer, data: Path, tmp_path: Path
+) -> None:
+    """As they stand there, in a directory with what they name."""
+    for name, seed in (("eval-A", 1), ("eval-B", 2)):
+        evaluate("--url", server.url, "--data", data, "--save", tmp_path / "runs" / name, "--seed", seed)
+    (tmp_path / "responses.jsonl").write_text('{"response": "a</think>\\\\boxed{025}", "label": 25}\n')
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    assert len(OTHERS) == 2
+    said = ""
+    for command in OTHERS:
+        line = command.replace(".venv/bin/python", shlex.quote(sys.executable))
+        ended = subprocess.run(
+            line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+        )
+        assert ended.returncode == 0, ended.stderr
+        said += ended.stdout
+    assert "A - B: " in said
+    verdict = json.loads((tmp_path / "verdicts.jsonl").read_text())
+    assert (verdict["verdict"], verdict["answer"]) == ("correct", "025")
+
+
+def test_flags_of_the_readme_are_training_s() -> None:
+    part = README[README.index("## AIME") : README.index("## Habits")]
+    flags = set(re.findall(r"`(--eval-[a-z-]+)", part))
+    assert flags == {
+        "--eval-prompt-data",
+        "--eval-instruction",
+        "--eval-labels",
+        "--eval-input-key",
+        "--eval-label-key",
+    }
+    assert all(flag in help_text() for flag in flags)
+
+
+def test_the_readme_tells_the_number_of_cases() -> None:
+    assert f"conformance.jsonl` has {len(conformance_cases())} cases" in README
 
 
 def test_the_task_and_its_profile() -> None:

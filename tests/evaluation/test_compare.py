@@ -7,6 +7,7 @@ import pytest
 from evaluation_support import N_SAMPLES, KnownServer, evaluate, write_questions
 
 from evaluation.compare import compare, describe, main
+from evaluation.grading import Verdict
 from evaluation.result import Result
 from evaluation.statistics import paired_difference
 from recipe.errors import UserError
@@ -28,7 +29,7 @@ def test_problems_are_paired_by_name_not_by_place(pair: tuple[Result, Result]) -
     found = compare(a, b)
     shares = [[problem.correct_share for problem in result.problems] for result in pair]
     assert shares[0] != shares[1]
-    assert found.difference == paired_difference(*shares, seed=1234)
+    assert found.difference == paired_difference(*shares, (N_SAMPLES, N_SAMPLES), seed=1234)
     assert found.difference.estimate.mean == pytest.approx(a.score.avg_at_n.mean - b.score.avg_at_n.mean)
     shuffled = b.model_copy(update={"problems": b.problems[::-1]})
     assert compare(a, shuffled) == found
@@ -72,3 +73,39 @@ def test_the_command(
     main()
     found = json.loads(capsys.readouterr().out)
     assert found["difference"]["p_value"] == compare(*pair).difference.p_value
+
+
+def test_labels_are_compared_as_integers(pair: tuple[Result, Result]) -> None:
+    def relabelled(result: Result, label: str) -> Result:
+        first, *rest = result.problems
+        return result.model_copy(update={"problems": (first.model_copy(update={"label": label}), *rest)})
+
+    assert compare(relabelled(pair[0], "3.0"), relabelled(pair[1], "003")) == compare(*pair)
+    with pytest.raises(UserError, match="different labels for problem a"):
+        compare(relabelled(pair[0], "3.5"), pair[1])
+
+
+def test_what_may_not_be_compared_is_said(pair: tuple[Result, Result]) -> None:
+    a, b = pair
+    assert compare(a, a).notes == (
+        "A and B are of one model with one seed: their samples are the same draw, and not independent",
+    )
+    longer = b.model_copy(update={"settings": b.settings.model_copy(update={"context_length": 131_072})})
+    assert "the context was 64 tokens for A and 131,072 for B" in compare(a, longer).notes
+    verdicts = b.score.verdicts | {Verdict.GRADER_FAILED: 2}
+    failed = b.model_copy(update={"score": b.score.model_copy(update={"verdicts": verdicts})})
+    assert compare(a, failed).notes == ("2 samples of B could not be graded, and count as not correct",)
+
+
+def test_one_problem_is_compared_in_finite_numbers(
+    server: KnownServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_questions(tmp_path / "one.jsonl", {"a": ("1+2=", 3)})
+    for name, seed in (("a", 1), ("b", 2)):
+        evaluate("--url", server.url, "--data", data, "--save", tmp_path / name, "--seed", seed)
+    monkeypatch.setattr("sys.argv", ["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--json"])
+    main()
+    said = capsys.readouterr().out
+    assert "Infinity" not in said
+    estimate = json.loads(said)["difference"]["estimate"]
+    assert (estimate["low"], estimate["high"]) == (-1, 1)

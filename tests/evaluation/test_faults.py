@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import time
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,7 @@ from evaluation_support import (
     MAX_TOKENS,
     N_SAMPLES,
     QUESTIONS,
+    STALL_S,
     KnownServer,
     evaluate,
     kind_of,
@@ -164,4 +166,81 @@ def test_a_server_may_go_on_at_another_address_and_a_model_at_another_path(
     elsewhere = tmp_path / "elsewhere"
     elsewhere.symlink_to(server.checkpoint)
     for path in (server.checkpoint, elsewhere):
-        open_one("--model", path, "--data", data, "--save", tmp_path / "of model")
+        open_one("--model", path, "--data", data, "--save", tmp_path / "of model").__exit__()
+
+
+def test_a_directory_is_not_continued_with_other_weights(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(checkpoint, model)
+    words = ("--model", model, "--data", data, "--save", tmp_path / "out", "--engine", "embedded")
+    open_one(*words).__exit__()
+    with pytest.raises(UserError, match=r"engine_args was \[\] and is \['--threads', '1'\]"):
+        open_one(*words, "--engine-args", "--threads 1")
+    [weights] = model.glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match="model_sha256 was"):
+        open_one(*words)
+
+
+@pytest.mark.parametrize("change", [{"version": "2"}, {"dtype": "float32"}])
+def test_a_directory_is_not_continued_with_another_server(
+    server: KnownServer, data: Path, tmp_path: Path, change: dict[str, str]
+) -> None:
+    words = ("--url", server.url, "--data", data, "--save", tmp_path / "out")
+    evaluate(*words)
+    for name, value in change.items():
+        setattr(server, name, value)
+    with pytest.raises(UserError, match="model_sha256 was"):
+        open_one(*words)
+
+
+@pytest.mark.parametrize(
+    ("fault", "problem"),
+    [("stalls", "no server has passed a health check for 1 s"), ("slow", "no sample was finished for 2 s")],
+)
+def test_a_server_that_stalls_ends_the_run_in_bounded_time(
+    server: KnownServer, data: Path, tmp_path: Path, fault: str, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recipe.rollout.client.HEALTH_TIMEOUT_S", 0.2)
+
+    def stall(_: int, __: int) -> int | None:
+        if len(server.asked) < 8:
+            return None
+        server.stalls = fault == "stalls"
+        time.sleep(STALL_S)
+        return 500
+
+    server.fault = stall
+    limits = ("--health-timeout-s", 1, "--stall-timeout-s", 2 if fault == "slow" else 15)
+    began = time.monotonic()
+    with pytest.raises(UserError, match=rf"samples are missing.*{problem}.*the same command again"):
+        evaluate("--url", server.url, "--data", data, "--save", tmp_path / "out", "--concurrency", 4, *limits)
+    assert time.monotonic() - began < 12
+    assert len(lines_of(tmp_path / "out" / "samples.jsonl")) == 7
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        ("<html>", "answered with damaged JSON"),
+        ("{", "answered with damaged JSON"),
+        ("[]", "answered 0 of 1 samples"),
+        ("[5]", "is not SGLang's"),
+        (
+            '[{"meta_info": {"finish_reason": {"type": "stop"}, "weight_version": "1", "output_token_logprobs": []}, '
+            '"output_ids": [], "text": 5}]',
+            "the text is 5",
+        ),
+    ],
+)
+def test_answers_that_cannot_be_read(
+    server: KnownServer, data: Path, tmp_path: Path, answer: str, problem: str
+) -> None:
+    server.fault = lambda *_: answer
+    with pytest.raises(UserError, match=problem):
+        evaluate(
+            *("--url", server.url, "--data", data, "--save", tmp_path / "out"),
+            *("--concurrency", 1, "--max-failures", 2),
+        )

@@ -49,15 +49,16 @@ def judgements() -> list[Judgement]:
 
 
 def test_the_suite_is_large_and_no_case_is_there_twice() -> None:
-    assert len(CASES) >= 500
-    assert len({json.dumps({**case, "why": "", "verdict": ""}) for case in CASES}) == len(CASES)
+    assert len(CASES) >= 700
+    assert len({json.dumps({**case, "why": "", "verdict": "", "answer": ""}) for case in CASES}) == len(CASES)
     assert set(Counter(case["verdict"] for case in CASES)) == set(Verdict)
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda number: f"line-{number + 1}")
 def test_conformance(number: int, judgements: list[Judgement]) -> None:
     case = CASES[number]
-    assert judgements[number].verdict == case["verdict"], (case, judgements[number])
+    found = judgements[number]
+    assert (found.verdict, found.answer) == (case["verdict"], case["answer"]), (case, found)
 
 
 def test_training_takes_no_wrong_answer_of_the_suite_for_right() -> None:
@@ -79,11 +80,31 @@ def test_a_judgement_says_why() -> None:
             ]
         )
     assert given == [
-        Judgement(Verdict.CORRECT, "025", "025 is 25"),
-        Judgement(Verdict.WRONG, r"\frac{60}{2}", r"\frac{60}{2} is not 25"),
+        Judgement(Verdict.CORRECT, "025", "025 is 25", "25"),
+        Judgement(Verdict.WRONG, r"\frac{60}{2}", r"\frac{60}{2} is not 25", "30"),
         Judgement(Verdict.TRUNCATED, None, r"cut off, and the last \boxed{ is never closed"),
         Judgement(Verdict.NO_ANSWER, None, "the thinking part never ends"),
     ]
+
+
+def test_all_spellings_of_an_answer_have_one_value() -> None:
+    spellings = [
+        "30",
+        "030",
+        "30.0",
+        "x = 30",
+        r"30 \text{ cm}",
+        r"\frac{60}{2}",
+        "5(6)",
+        r"\textbf{30}",
+        "28 + 2 = 30",
+    ]
+    others = ["31", "72 = 73", r"\text{none}", "x + 1", "25, 30"]
+    with Judge() as judge:
+        found = judge.judge([Response(rf"\boxed{{{answer}}}", "25") for answer in [*spellings, *others]])
+    assert {judgement.verdict for judgement in found} == {Verdict.WRONG}
+    assert {judgement.value for judgement in found[: len(spellings)]} == {"30"}
+    assert len({judgement.value for judgement in found[len(spellings) - 1 :]}) == 1 + len(others)
 
 
 def test_a_thousand_hostile_responses() -> None:
@@ -102,6 +123,8 @@ def test_the_command_writes_a_verdict_a_line_in_order() -> None:
         {"response": r"a</think>\boxed{30}", "label": "25", "finish_reason": "stop"},
         "",
         {"response": "thoughts", "label": "25", "finish_reason": "length"},
+        {"response": "thoughts", "label": "25", "finish_reason": {"type": "length", "length": 16384}},
+        {"response": "a</think>", "label": "25", "finish_reason": {"type": "stop", "matched": 7}},
         {"response": r"\boxed{25}", "label": "25", "prompt": "<think>"},
         {"response": r"\boxed{25!!}", "label": "25"},
     ]
@@ -111,10 +134,13 @@ def test_the_command_writes_a_verdict_a_line_in_order() -> None:
         "correct",
         "wrong",
         "truncated",
+        "truncated",
+        "no_answer",
         "no_answer",
         "grader_failed",
     ]
-    assert [verdict["answer"] for verdict in verdicts] == ["025", "30", None, None, "25!!"]
+    assert [verdict["answer"] for verdict in verdicts] == ["025", "30", None, None, None, None, "25!!"]
+    assert all(list(verdict) == ["verdict", "answer", "reason"] for verdict in verdicts)
     assert all(verdict["reason"] for verdict in verdicts)
 
 
@@ -127,15 +153,20 @@ def test_the_command_writes_a_verdict_a_line_in_order() -> None:
         ({"response": "x", "label": None}, "line 2: the label null is no answer"),
         ({"response": 5, "label": "1"}, "line 2: 'response' is not a text"),
         ({"response": "x", "label": "1", "prompt": []}, "line 2: 'prompt' is not a text"),
+        (
+            {"response": "x", "label": "1", "finish_reason": []},
+            "line 2: 'finish_reason' is neither a text nor an object",
+        ),
         ("[]", "line 2: not a JSON object"),
         ('{"response": "x', "line 2: not valid JSON"),
         ("[" * 100_000, "line 2: not valid JSON"),
         ("9" * 5000, "line 2: not valid JSON"),
     ],
 )
-def test_a_bad_line_is_named(line: object, problem: str) -> None:
-    status, _, said = grade({"response": "x", "label": "1"}, line)
+def test_a_bad_line_is_named_after_the_verdicts_of_those_before_it(line: object, problem: str) -> None:
+    status, verdicts, said = grade({"response": "x", "label": "1"}, line)
     assert status == 2
+    assert [verdict["verdict"] for verdict in verdicts] == ["no_answer"]
     assert problem in said
     assert "Traceback" not in said
 

@@ -7,9 +7,11 @@ from evaluation.scoring import Judged, majority_answer, score
 
 
 def judged(answer: str | None, *, right: bool = False, tokens: int = 10) -> Judged:
+    """Of an integer that may be spelled with zeros."""
     if answer is None:
         return Judged(Judgement(Verdict.TRUNCATED, None, ""), tokens, truncated=True)
-    return Judged(Judgement(Verdict.CORRECT if right else Verdict.WRONG, answer, ""), tokens, truncated=False)
+    value = answer.removesuffix(".0").lstrip("0")
+    return Judged(Judgement(Verdict.CORRECT if right else Verdict.WRONG, answer, "", value), tokens, truncated=False)
 
 
 def test_spellings_of_an_integer_vote_together_and_silence_does_not_vote() -> None:

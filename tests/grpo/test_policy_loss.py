@@ -1,4 +1,5 @@
 import itertools
+import math
 from dataclasses import fields, replace
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from recipe.grpo.kl import KLEstimator
 from recipe.grpo.loss import LossMetrics, Metric, PolicyLossConfig, PolicyLossInputs, policy_loss, sft_loss
 from recipe.grpo.reduction import sequence_weights
+
+pytestmark = pytest.mark.smoke
 
 EVERYTHING = PolicyLossConfig(
     eps_clip=0.2,
@@ -80,12 +83,16 @@ def test_loss_metrics_and_gradient_do_not_depend_on_the_microbatches(per_token):
 
 def test_the_mismatch_of_a_source_is_that_of_its_trained_tokens():
     inputs = random_inputs()
+    inputs = replace(inputs, rollout_log_probs=10 * inputs.rollout_log_probs)
     found = policy_loss(inputs, EVERYTHING).metrics.source_differences()
     for source, difference in enumerate(found):
         own = (inputs.sources == source) & (inputs.weights > 0)
         expected = (inputs.old_log_probs - inputs.rollout_log_probs)[own].abs().sum()
         assert difference.tokens == own.sum()
         assert difference.total == pytest.approx(expected.item())
+        far = (inputs.old_log_probs - inputs.rollout_log_probs)[own].abs() > math.log(10)
+        assert difference.beyond_10 == far.sum()
+    assert sum(difference.beyond_10 for difference in found) > 0
     assert policy_loss(replace(inputs, sources=None), EVERYTHING).metrics.source_differences() == ()
 
 

@@ -3,7 +3,9 @@ import time
 import pytest
 
 from recipe.rewards.equality import plainly_equal
-from recipe.rewards.integers import canonical_integer
+from recipe.rewards.integers import MAX_ANSWER_CHARACTERS, canonical_integer
+
+pytestmark = pytest.mark.smoke
 
 
 @pytest.mark.parametrize(
@@ -85,6 +87,53 @@ def test_what_is_no_plain_integer(text):
 )
 def test_decides_what_takes_no_algebra(answer, label, equal):
     assert plainly_equal(answer, label) is equal
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        *(
+            "a",
+            " a",
+            "a.",
+            r"\text{a}",
+            r"\text{ cm }",
+            "answer ",
+            "the answer is ",
+            r"\text{answer ",
+            "=",
+            "x=",
+            "1=",
+            "_a",
+        ),
+        *(
+            "(1",
+            "f(1)",
+            "{",
+            "{}",
+            "{1}",
+            "1 ",
+            "1,000 ",
+            r"\frac",
+            r"\frac1",
+            "(",
+            "|",
+            "|1",
+            "^1",
+            "!",
+            "\\",
+            r"\ ",
+            "$ ",
+        ),
+        *(r"\textbf{", r"\mathrm{m}", r"\textcolor{red}", "**", "cm^2", "^{", r"^{\text{th}}", ":=", " ,", ". "),
+    ],
+)
+@pytest.mark.parametrize("end", ["", "1", "!", "}", "=12"])
+def test_no_answer_takes_long_to_read(part, end):
+    started = time.perf_counter()
+    for answer in ("12 " + part * (990 // len(part)), part * (990 // len(part))):
+        plainly_equal(answer[: MAX_ANSWER_CHARACTERS - len(end)] + end, "12")
+    assert time.perf_counter() - started < 2
 
 
 @pytest.mark.parametrize("unit", ["9", "1,", "{,}", "$", "-", "\N{FULLWIDTH DIGIT ONE}", " "])

@@ -83,7 +83,7 @@ def test_a_response_without_answer_says_why(grader):
         Grade(0.0, GradeStatus.NO_ANSWER, None, "no </think>"),
         Grade(0.0, GradeStatus.TRUNCATED, None, "no </think>"),
         Grade(0.0, GradeStatus.NO_ANSWER, None, "the last \\boxed{ is never closed"),
-        Grade(1.0, GradeStatus.GRADED, "12", ""),
+        Grade(1.0, GradeStatus.GRADED, "12", "", "12"),
     ]
 
 
@@ -117,7 +117,7 @@ def test_equal_questions_are_asked_once(grader, monkeypatch):
     monkeypatch.setattr(grader._pool, "submit", lambda *pair: asked.append(pair) or submit(*pair))
     for _ in range(2):
         assert [grade.reward for grade in grader.grade([boxed(r"\frac{36}{3}")] * 8)] == [1.0] * 8
-    assert asked == [(r"\frac{36}{3}", "12")]
+    assert asked == [("value", r"\frac{36}{3}")]
 
 
 async def test_grades_from_an_event_loop_without_blocking_it(grader):

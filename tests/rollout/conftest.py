@@ -1,12 +1,13 @@
-"""One embedded engine for all tests of this folder."""
+"""One engine of each kind for all tests of this folder: `engine` is both in turn, `embedded` the embedded one."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from rollout_support import CONTEXT, EngineUnderTest, make_checkpoint
+from rollout_support import CONTEXT, EngineUnderTest, Kind, make_checkpoint
 
-from recipe.rollout.servers.launch import launch_embedded
+from recipe.config import resolve
+from recipe.rollout.servers.launch import SglangServer, launch_embedded, launch_sglang
 from recipe.rollout.servers.process import EngineProcess
 
 
@@ -22,20 +23,49 @@ def other_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared_engine(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineUnderTest]:
+def shared_embedded(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineUnderTest]:
     log = tmp_path_factory.mktemp("engine") / "log"
     launch = launch_embedded(checkpoint, weight_version="1", threads=1, context_length=CONTEXT, max_running_requests=48)
     with EngineProcess(launch, log) as process:
         process.wait_healthy(120)
-        yield EngineUnderTest(process, checkpoint)
+        yield EngineUnderTest(process, checkpoint, Kind.EMBEDDED)
+
+
+@pytest.fixture(scope="session")
+def shared_sglang(
+    sglang_python: Path, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[EngineUnderTest]:
+    log = tmp_path_factory.mktemp("sglang") / "log"
+    flags = ["--rollout-engine", "sglang", "--rollout-engine-python", str(sglang_python)]
+    config = resolve(["--recipe", "tiny", "--hf-checkpoint", str(checkpoint), *flags]).config
+    launch = launch_sglang(
+        checkpoint,
+        SglangServer.of(config, gpus=()),
+        weight_version="1",
+        threads=1,
+        context_length=CONTEXT,
+        random_seed=7,
+    )
+    with EngineProcess(launch, log) as process:
+        process.wait_healthy(300)
+        yield EngineUnderTest(process, checkpoint, Kind.SGLANG)
+
+
+@pytest.fixture(params=[Kind.EMBEDDED, pytest.param(Kind.SGLANG, marks=pytest.mark.sglang)])
+def engine(request: pytest.FixtureRequest) -> Iterator[EngineUnderTest]:
+    """Each engine, as it was at the start when a test begins."""
+    yield from _restored(request.getfixturevalue(f"shared_{request.param}"))
 
 
 @pytest.fixture
-def engine(shared_engine: EngineUnderTest) -> Iterator[EngineUnderTest]:
-    """The engine, as it was at the start when a test begins."""
-    yield shared_engine
-    shared_engine.post("/continue_generation")
-    shared_engine.post("/abort_request", {"abort_all": True})
-    if shared_engine.request("GET", "/model_info")[1]["weight_version"] != "1":
-        body = {"model_path": str(shared_engine.checkpoint), "weight_version": "1"}
-        shared_engine.post("/update_weights_from_disk", body)
+def embedded(shared_embedded: EngineUnderTest) -> Iterator[EngineUnderTest]:
+    """The embedded engine, for what SGLang does not promise."""
+    yield from _restored(shared_embedded)
+
+
+def _restored(engine: EngineUnderTest) -> Iterator[EngineUnderTest]:
+    yield engine
+    engine.post("/continue_generation")
+    engine.post("/abort_request", {"abort_all": True})
+    if engine.request("GET", "/model_info")[1]["weight_version"] != "1":
+        engine.load(engine.checkpoint, "1")

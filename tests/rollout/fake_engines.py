@@ -1,5 +1,6 @@
 """Engines that answer what a test wants."""
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -38,18 +39,22 @@ class FakeEngine:
         self.bodies: list[dict[str, Any]] = []
         self.calls: list[str] = []
         self.healthy = True
+        self.busy = asyncio.Event()
+        """It has had two requests."""
         self.url = ""
 
     async def generate(self, request: web.Request) -> web.Response:
         body = await request.json()
         self.bodies.append(body)
+        if len(self.bodies) > 1:
+            self.busy.set()
         return answers(body) if self.handler is None else await self.handler(body)
 
     async def verb(self, request: web.Request) -> web.Response:
         self.calls.append(request.path)
         if request.path == "/health_generate":
             return web.Response(status=200 if self.healthy else 503)
-        if request.path == "/begin_weight_update" and self.handler is not None:
+        if request.path.endswith("_weight_update") and self.handler is not None:
             return web.Response(status=404)
         return web.json_response({"success": True, "message": "", "weight_version": "1"})
 

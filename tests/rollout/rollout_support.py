@@ -3,6 +3,7 @@
 import json
 import urllib.error
 import urllib.request
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,26 @@ from transformers import Glm4MoeLiteForCausalLM
 
 from recipe.data.prompts import Prompt
 from recipe.rollout.servers.process import EngineProcess
+from recipe.rollout.weights_payload import Bucket
 from recipe.weights.tiny import write_tiny_checkpoint
 
 CONTEXT = 64
 
 
+class Kind(StrEnum):
+    """The servers that keep one contract."""
+
+    EMBEDDED = "embedded"
+    SGLANG = "sglang"
+
+
 class EngineUnderTest:
     """Blocking calls to an engine, and the model it should be equal to."""
 
-    def __init__(self, process: EngineProcess, checkpoint: Path) -> None:
+    def __init__(self, process: EngineProcess, checkpoint: Path, kind: Kind) -> None:
+        self.kind = kind
+        self.tolerance = {Kind.EMBEDDED: 1e-5, Kind.SGLANG: 2e-3}[kind]
+        """Of log-probs, in nats: SGLang's kernels round more, by up to 2e-4 here."""
         self.process = process
         self.url = process.url
         self.checkpoint = checkpoint
@@ -46,6 +58,25 @@ class EngineUnderTest:
         assert status == 400
         assert set(answer) == {"error"}
         return str(answer["error"]["message"])
+
+    def flush(self) -> None:
+        """Forgets cached prompts, so that what follows does not depend on what was before."""
+        self.post("/flush_cache")
+
+    def update(self, weights: dict[str, torch.Tensor], version: str | None = "2", **more: object) -> tuple[int, Any]:
+        """The answer to a tensor update, in a session of its own."""
+        payload = Bucket.of(list(weights.items())).payload()
+        self.post("/begin_weight_update")
+        body = {"serialized_named_tensors": [payload], "load_format": "flattened_bucket", "weight_version": version}
+        answer = self.request("POST", "/update_weights_from_tensor", body | more)
+        self.post("/end_weight_update")
+        return answer
+
+    def load(self, checkpoint: Path, version: str) -> None:
+        """Reads a checkpoint."""
+        assert self.post("/update_weights_from_disk", {"model_path": str(checkpoint), "weight_version": version})[
+            "success"
+        ]
 
     def generate(self, ids: object, **sampling: object) -> Any:
         return self.post("/generate", {"input_ids": ids, "return_logprob": True, "sampling_params": sampling})

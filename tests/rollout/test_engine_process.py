@@ -15,10 +15,11 @@ from rollout_support import EngineUnderTest
 from safetensors.torch import save_file
 from transformers import Glm4MoeLiteConfig
 
-from recipe.config import SglangConfig
+from recipe.config import SglangConfig, resolve
 from recipe.errors import UserError
+from recipe.rollout.servers import launch
 from recipe.rollout.servers.embedded.fused import build_model
-from recipe.rollout.servers.launch import Launch, launch_embedded, launch_sglang
+from recipe.rollout.servers.launch import Launch, SglangServer, launch_embedded, launch_sglang, sglang_python
 from recipe.rollout.servers.process import EngineProcess, reserve_port, without_secrets
 
 SERVER = """
@@ -79,13 +80,13 @@ def test_stop_ends_the_server_and_its_children(tmp_path: Path, monkeypatch: pyte
 
 def test_a_server_that_ends_is_told_with_its_last_words(tmp_path: Path) -> None:
     process = EngineProcess(_python("import sys; print('first'); sys.exit('no such model')"), tmp_path / "log")
-    with pytest.raises(UserError, match=r"ended with status 1; its log .*log ends: no such model"):
+    with pytest.raises(UserError, match=r"ended with status 1; its log .*log says: no such model"):
         process.wait_healthy(30)
 
 
 def test_a_server_that_never_becomes_healthy_is_told_and_ended(tmp_path: Path) -> None:
     process = EngineProcess(Launch(("sh", "-c", "echo thinking; sleep 600")), tmp_path / "log")
-    with pytest.raises(UserError, match=r"never became healthy in 0.5 s; .* ends: thinking"):
+    with pytest.raises(UserError, match=r"never became healthy in 0.5 s; .* says: thinking"):
         process.wait_healthy(0.5)
     assert not process.alive
 
@@ -131,12 +132,15 @@ def test_a_server_dies_with_its_parent(tmp_path: Path) -> None:
 
 
 def test_the_engine_listens_on_the_loopback_only(engine: EngineUnderTest) -> None:
+    server = psutil.Process(engine.process.pid)
     listening = [
-        connection.laddr.ip
-        for connection in psutil.Process(engine.process.pid).net_connections()
+        connection.laddr
+        for process in (server, *server.children(recursive=True))
+        for connection in process.net_connections()
         if connection.status == psutil.CONN_LISTEN
     ]
-    assert listening == ["127.0.0.1"]
+    assert {ip for ip, _ in listening} == {"127.0.0.1"}
+    assert engine.process.port in {port for _, port in listening}
 
 
 def test_a_reserved_port_is_only_for_a_server_that_was_told_of_it() -> None:
@@ -160,9 +164,155 @@ def test_secrets_and_rays_variables_are_not_passed_on() -> None:
     assert without_secrets(environment) == {"PATH": "/bin", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def test_sglangs_command_line_has_the_users_arguments() -> None:
-    sglang = SglangConfig(args={"mem_fraction_static": 0.5, "enable_dp_attention": True, "tp_size": 2})
-    arguments = launch_sglang(Path("/model"), sglang, weight_version="7").arguments
-    assert arguments[1:3] == ("-m", "sglang.launch_server")
-    assert arguments[arguments.index("--weight-version") + 1] == "7"
-    assert arguments[-5:] == ("--mem-fraction-static", "0.5", "--enable-dp-attention", "--tp-size", "2")
+@pytest.mark.parametrize("on_gpus", [True, False])
+def test_sglangs_command_line_has_the_users_arguments_last(checkpoint: Path, on_gpus: bool) -> None:
+    flags = ["--rollout-engine", "sglang", "--rollout-engine-python", sys.executable, "--colocate"]
+    limits = ["--rollout-health-check-timeout", "45.5"]
+    resolved = resolve(["--recipe", "tiny", "--hf-checkpoint", str(checkpoint), *flags, *limits])
+    sglang = SglangConfig(args={"mem_fraction_static": 0.5, "attention_backend": "triton", "disable_radix_cache": True})
+    config = resolved.config.model_copy(update={"sglang": sglang})
+    started = launch_sglang(
+        Path("/model"),
+        SglangServer.of(config, (2, 3) if on_gpus else ()),
+        weight_version="7",
+        threads=3,
+        context_length=64,
+        random_seed=5,
+    )
+    words = started.arguments
+    assert words[0] == sys.executable
+    assert words[-5:] == ("--mem-fraction-static", "0.5", "--attention-backend", "triton", "--disable-radix-cache")
+    for name, value in {"weight-version": "7", "tp-size": "1", "context-length": "64", "dtype": "float32"}.items():
+        assert words[words.index(f"--{name}") + 1] == value
+    assert ("--enable-memory-saver" in words) == on_gpus
+    assert ("cpu" in words) != on_gpus
+    # Else SGLang's own limit, 20 s, would rule.
+    assert started.environment["SGLANG_HEALTH_CHECK_TIMEOUT"] == "46"
+    assert started.environment.get("OMP_NUM_THREADS") == (None if on_gpus else "3")
+    assert started.environment.get("CUDA_VISIBLE_DEVICES") == ("2,3" if on_gpus else None)
+
+
+def test_an_engine_speculates_up_to_a_number_of_sequences(checkpoint: Path, tmp_path: Path) -> None:
+    """By a file of SGLang's form, which lies in the server's own folder and goes with it."""
+    flags = ["--rollout-engine", "sglang", "--rollout-engine-python", sys.executable, "--colocate"]
+    config = resolve(["--recipe", "tiny", "--hf-checkpoint", str(checkpoint), *flags]).config
+    args = {"speculative_algorithm": "EAGLE", "speculative_num_steps": 2}
+    for limit, expected in ((None, {}), (32, {"1": {"candidate_steps": [2]}, "33": {"candidate_steps": [0]}})):
+        sglang = SglangConfig(args=args, speculative_max_batch=limit)
+        server = SglangServer.of(config.model_copy(update={"sglang": sglang}), gpus=(0,))
+        assert server.speculation == expected
+        assert not server.keeps_draft  # the tiny recipe trains the MTP layer
+    started = launch_sglang(Path("/model"), server, weight_version="7", threads=1, context_length=64)
+    assert "--speculative-adaptive" in started.arguments
+    path = started.arguments[started.arguments.index("--speculative-adaptive-config") + 1]
+    program = "import os, sys; print(os.environ['FOLDER']); sys.exit(open(sys.argv[1]).read())"
+    environment = {"FOLDER": launch.SCRATCH}
+    process = EngineProcess(Launch((sys.executable, "-c", program, path), environment, started.files), tmp_path / "log")
+    with pytest.raises(UserError, match=r'says: {"1": {"candidate_steps": \[2\]}, "33": {"candidate_steps": \[0\]}}'):
+        process.wait_healthy(30)
+    assert not Path((tmp_path / "log").read_text().split()[0]).exists()
+
+
+def test_without_sglang_the_user_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "find_sglang_python", lambda named: None)
+    with pytest.raises(UserError, match="`make install-sglang`"):
+        sglang_python(None)
+
+
+STUCK = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    answers = iter(ANSWERS)
+    def do_GET(self):
+        self.send_response(next(self.answers) if self.path == "/health_generate" else 200)
+        self.end_headers()
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+@pytest.mark.parametrize(("answers", "generates"), [([503, 200], True), ([503, 503], False)])
+def test_a_server_that_answers_and_does_not_generate_is_found_by_asking_twice(
+    tmp_path: Path, answers: list[int], generates: bool
+) -> None:
+    with EngineProcess(_python(STUCK.replace("ANSWERS", str([200, *answers]))), tmp_path / "log") as process:
+        process.wait_healthy(30)
+        assert process.generates(5) is generates
+
+
+CHILD_FAILS = """
+print('''Traceback (most recent call last):
+ValueError: was handled
+[2026-11-23] Scheduler hit an exception: Traceback (most recent call last):
+  File "x.py", line 1, in <module>
+torch.OutOfMemoryError: 60 GiB are too much
+
+Traceback (most recent call last):
+EOFError
+RuntimeError: Rank 0 scheduler died during initialization''')
+raise SystemExit(1)
+"""
+
+
+def test_of_many_exceptions_the_one_that_began_it_is_told(tmp_path: Path) -> None:
+    process = EngineProcess(_python(CHILD_FAILS), tmp_path / "log")
+    with pytest.raises(UserError, match=r"ended with status 1; its log \S+ says: torch.OutOfMemoryError: 60 GiB are"):
+        process.wait_healthy(30)
+
+
+SGLANG_PARENT = """
+import sys, time
+from pathlib import Path
+from recipe.rollout.servers.launch import Launch
+from recipe.rollout.servers.process import EngineProcess
+print(EngineProcess(Launch(tuple(sys.argv[2:])), Path(sys.argv[1])).pid, flush=True)
+time.sleep(600)
+"""
+
+
+def _group(leader: int) -> set[int]:
+    """The living processes of a group."""
+    return {pid for pid in psutil.pids() if _alive(pid) and _group_of(pid) == leader}
+
+
+def _group_of(pid: int) -> int | None:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return None
+
+
+@pytest.mark.sglang
+@pytest.mark.slow
+def test_sglang_that_loses_its_owner_while_it_starts_leaves_nothing(
+    shared_sglang: EngineUnderTest, tmp_path: Path
+) -> None:
+    command = psutil.Process(shared_sglang.process.pid).cmdline()
+    words = command[: command.index("--host")]
+    owner = subprocess.Popen(
+        [sys.executable, "-c", SGLANG_PARENT, str(tmp_path / "log"), *words], stdout=subprocess.PIPE, text=True
+    )
+    assert owner.stdout is not None
+    server = int(owner.stdout.readline())
+    deadline = time.monotonic() + 120
+    # The server, multiprocessing's tracker, scheduler and detokenizer.
+    while len(_group(server)) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    # They have read what the server handed them, and import for some seconds before SGLang's own guard is up.
+    time.sleep(2)
+    owner.kill()
+    owner.wait()
+    owner.stdout.close()
+    while _group(server):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.sglang
+def test_sglang_is_one_group_and_speaks_locally(shared_sglang: EngineUnderTest) -> None:
+    server = psutil.Process(shared_sglang.process.pid)
+    assert os.getpgid(server.pid) == server.pid
+    assert all(os.getpgid(child.pid) == server.pid for child in server.children(recursive=True))
+    [http] = [c for c in server.net_connections() if c.status == psutil.CONN_LISTEN]
+    assert http.laddr.ip == "127.0.0.1"

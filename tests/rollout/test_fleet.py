@@ -1,7 +1,7 @@
 """Engines that die or hang while they generate: found in bounded time, replaced, and nothing is lost."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -102,16 +102,46 @@ async def test_an_engine_that_hangs_alone_has_its_samples_made_by_its_replacemen
     assert len(fresh.bodies) == 3
 
 
-async def test_a_busy_engine_is_left_alone() -> None:
-    async def busy(body: dict[str, Any]) -> web.Response:
-        await asyncio.sleep(1.5)
+class BusyEngine(FakeEngine):
+    """Answers requests when it has been asked so often whether it is well; `says` what it answers then."""
+
+    def __init__(self, *says: bool) -> None:
+        super().__init__(self._work)
+        self._says = list(says)
+        self._done = asyncio.Event()
+
+    async def _work(self, body: dict[str, Any]) -> web.Response:
+        await self._done.wait()
         return answers(body)
 
-    engine = FakeEngine(busy)
+    async def verb(self, request: web.Request) -> web.Response:
+        self.healthy = self._says.pop(0) if self._says else True
+        if not self._says:
+            self._done.set()
+        return await super().verb(request)
+
+
+@pytest.mark.parametrize("says", [(True, True), (False, True, True, False, True)])
+async def test_a_busy_engine_is_left_alone_though_a_single_check_may_fail(says: tuple[bool, ...]) -> None:
+    engine = BusyEngine(*says)
     async with serving(engine) as urls, opened(urls, Recovery("")) as client:
         assert made_once(await generate(client, 2))
         assert client.counters == ClientCounters()
-    assert engine.calls.count("/health_generate") >= 2
+    assert engine.calls.count("/health_generate") >= len(says)
+
+
+async def test_an_engine_that_has_just_started_is_not_asked_after_an_unanswered_request_either() -> None:
+    async def fail(_: dict[str, Any]) -> web.Response:
+        return web.Response(status=500)
+
+    engine, fresh = FakeEngine(fail), FakeEngine()
+    engine.healthy = False
+    options = replace(OPTIONS, health=replace(OPTIONS.health, interval_s=60, first_wait_s=1.5))
+    began = asyncio.get_running_loop().time()
+    async with serving(engine, fresh) as (first, second), opened([first], Recovery(second), options) as client:
+        assert made_once(await generate(client, 1))
+        assert client.counters.restarts == 1
+    assert asyncio.get_running_loop().time() - began > 1.5
 
 
 async def test_an_engine_that_has_just_started_is_not_asked() -> None:
@@ -121,7 +151,7 @@ async def test_an_engine_that_has_just_started_is_not_asked() -> None:
     async with serving(hanging, fresh) as (first, second), opened([first], Recovery(second), options) as client:
         assert made_once(await generate(client, 1))
     assert asyncio.get_running_loop().time() - began > 1.5
-    assert hanging.calls == ["/health_generate"]
+    assert hanging.calls == ["/health_generate"] * 2
 
 
 async def test_an_engine_that_cannot_be_replaced_ends_the_rollout_with_the_reason() -> None:
@@ -165,12 +195,14 @@ class StubbornEngine(FakeEngine):
         return await super().verb(request)
 
 
-async def drained(client: RolloutClient, count: int, after: Callable[[], Awaitable[None]]) -> list[SampleGroup]:
+async def drained(client: RolloutClient, count: int, *asked: FakeEngine) -> list[SampleGroup]:
+    """Groups of which the engines have had two requests each when the client is drained."""
     groups = [group_of(index) for index in range(count)]
     async with asyncio.timeout(BOUND_S), client.watched() as tasks:
         for group in groups:
             tasks.create_task(client.generate(group, SAMPLING, [1, 2]))
-        await after()
+        for engine in asked:
+            await engine.busy.wait()
         await client.drain()
     return groups
 
@@ -179,7 +211,7 @@ async def test_draining_aborts_until_all_have_answered_and_sends_nothing_more() 
     engine = StubbornEngine(deaf=1)
     options = replace(OPTIONS, max_concurrency=2)
     async with serving(engine) as urls, opened(urls, Recovery(""), options) as client:
-        groups = await drained(client, 5, lambda: asyncio.sleep(0.1))
+        groups = await drained(client, 5, engine)
     assert len(engine.bodies) == 2
     lengths = [[sample.response_length for sample in group.samples] for group in groups]
     assert sorted(lengths) == [[0, 0]] * 3 + [[1, 1]] * 2
@@ -191,7 +223,7 @@ async def test_an_engine_that_hangs_while_it_is_drained_loses_its_samples_only()
     async with serving(hanging, other, fresh) as (first, second, third):
         recovery = Recovery(third)
         async with opened([first, second], recovery) as client:
-            groups = await drained(client, 4, lambda: asyncio.sleep(0.05))
+            groups = await drained(client, 4, hanging, other)
             assert client.counters == ClientCounters(restarts=1)
     assert recovery.replaced == [first]
     lengths = [[sample.response_length for sample in group.samples] for group in groups]
@@ -207,7 +239,10 @@ async def test_an_engine_that_dies_while_another_is_replaced_is_waited_for_too()
 
     async def recover(url: str) -> str:
         begun[url].set()
-        await asyncio.sleep(0.3)
+        await begun["http://a"].wait()
+        if url == "http://a":
+            assert fleet.engines[1].replacement is not None
+            await asyncio.wait([fleet.engines[1].replacement])
         return url + "/new"
 
     fleet = Fleet(list(begun), is_healthy, recover, HealthOptions(interval_s=0.02, timeout_s=1))
@@ -226,20 +261,21 @@ async def test_an_engine_that_dies_while_another_is_replaced_is_waited_for_too()
 
 async def test_who_ends_the_watch_ends_no_replacement() -> None:
     """The next rollout would wait for it for ever."""
-    begun = asyncio.Event()
+    begun, may_end = asyncio.Event(), asyncio.Event()
 
     async def is_healthy(_: Engine, __: float) -> bool:
         return False
 
     async def recover(url: str) -> str:
         begun.set()
-        await asyncio.sleep(0.2)
+        await may_end.wait()
         return url + "/new"
 
     fleet = Fleet(["http://a"], is_healthy, recover, HealthOptions(interval_s=0.02, timeout_s=1))
     watch = asyncio.create_task(fleet.watch())
     async with asyncio.timeout(BOUND_S):
         await begun.wait()
-        await asyncio.sleep(0.05)
         watch.cancel()
+        await asyncio.wait([watch])
+        may_end.set()
         assert (await fleet.least_loaded()).url == "http://a/new"

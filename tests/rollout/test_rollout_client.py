@@ -1,6 +1,7 @@
 """The client: least-loaded engines, bounded retries, recovery of dead engines, each sample exactly once."""
 
 import asyncio
+import dataclasses
 import os
 import signal
 from collections.abc import Callable
@@ -10,16 +11,18 @@ from typing import Any
 import pytest
 from aiohttp import web
 from fake_engines import FakeEngine, answers, group_of, serving
+from rollout_support import make_prompt
 
+from recipe.errors import UserError
 from recipe.rollout.client import ClientOptions, RolloutClient
 from recipe.rollout.errors import EngineAnswerError, EngineRefused, EngineUnreachable
 from recipe.rollout.sample import SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
 from recipe.rollout.servers.launch import launch_embedded
 from recipe.rollout.servers.process import EngineProcess
+from recipe.rollout.weights_client import WeightsClient
 
 SAMPLING = SamplingParams(max_new_tokens=4)
-
 
 QUICK = ClientOptions(request_timeout_s=5, max_retries=2, backoff_s=0.01)
 
@@ -177,9 +180,6 @@ async def test_verbs_reach_every_engine() -> None:
         await client.flush_cache()
         await client.release_memory_occupation(["kv_cache"])
         await client.resume_memory_occupation(["kv_cache"])
-        async with client.weight_update():
-            await client.update_weights_from_tensor([["a"], ["b"]], weight_version="2")
-        await client.update_weights_from_disk("/model", weight_version="3")
         await client.continue_generation()
         assert await client.weight_versions() == ["1", "1"]
         assert await client.healthy() == [True, True]
@@ -189,10 +189,6 @@ async def test_verbs_reach_every_engine() -> None:
         "/flush_cache",
         "/release_memory_occupation",
         "/resume_memory_occupation",
-        "/begin_weight_update",
-        "/update_weights_from_tensor",
-        "/end_weight_update",
-        "/update_weights_from_disk",
         "/continue_generation",
         "/model_info",
         "/health_generate",
@@ -205,9 +201,10 @@ async def test_servers_without_update_sessions_are_known() -> None:
         return answers(body)
 
     engine = FakeEngine(answer)
-    async with serving(engine) as urls, RolloutClient(urls, QUICK) as client, client.weight_update():
-        pass
-    assert engine.calls == ["/begin_weight_update"]
+    async with serving(engine) as [url], WeightsClient(url, 5) as client:
+        await client.begin_weight_update()
+        await client.end_weight_update()
+    assert engine.calls == ["/begin_weight_update", "/end_weight_update"]
 
 
 async def test_an_engine_killed_midway_loses_and_doubles_nothing(checkpoint: Path, tmp_path: Path) -> None:
@@ -238,3 +235,21 @@ def content_of(groups: list[SampleGroup]) -> list[object]:
     return [
         (sample.index, sample.response_ids, sample.rollout_log_probs) for group in groups for sample in group.samples
     ]
+
+
+@pytest.mark.parametrize(
+    ("ids", "sentence"),
+    [
+        ((5, 8), "prompt 3 has the token id 8, outside the model's vocabulary of 8: the tokenizer is not the model's"),
+        ((-1, 5), "prompt 3 has the token id -1, outside"),
+        ((), "prompt 3 has no tokens"),
+    ],
+)
+async def test_a_prompt_that_would_end_sglang_is_never_sent(ids: tuple[int, ...], sentence: str) -> None:
+    engine = FakeEngine()
+    options = dataclasses.replace(QUICK, vocab_size=8)
+    async with serving(engine) as urls, RolloutClient(urls, options) as client:
+        with pytest.raises(UserError, match=sentence):
+            await client.generate(SampleGroup.of(make_prompt(3, ids), 0, 2), SAMPLING, [1, 2])
+        await client.generate(SampleGroup.of(make_prompt(3, (0, 7)), 0, 1), SAMPLING, [1])
+    assert [body["input_ids"] for body in engine.bodies] == [[[0, 7]]]

@@ -19,8 +19,8 @@ SAMPLING = SamplingParams(max_new_tokens=8)
 
 
 @pytest.fixture
-async def client(engine: EngineUnderTest) -> AsyncIterator[RolloutClient]:
-    async with RolloutClient([engine.url]) as client:
+async def client(embedded: EngineUnderTest) -> AsyncIterator[RolloutClient]:
+    async with RolloutClient([embedded.url]) as client:
         yield client
 
 
@@ -57,7 +57,7 @@ async def test_metrics_count_what_was_made(client: RolloutClient) -> None:
     assert metrics.prompt_tokens == sum(len(prompt.ids) for prompt in PROMPTS)
     assert metrics.response_tokens == sum(len(sample.response_ids) for sample in samples)
     assert metrics.truncated_share == sum(sample.truncated for sample in samples) / 24
-    assert metrics.tokens_per_second > 0
+    assert metrics.tokens_per_second == pytest.approx(metrics.response_tokens / metrics.seconds)
     assert metrics.counters == ClientCounters()
 
 
@@ -88,7 +88,7 @@ async def test_groups_are_graded_as_they_complete_and_progress_is_told(client: R
     assert told == [(done, 6) for done in range(1, 7)]
 
 
-async def test_an_error_in_grading_ends_the_rollout(client: RolloutClient, engine: EngineUnderTest) -> None:
+async def test_an_error_in_grading_ends_the_rollout(client: RolloutClient, embedded: EngineUnderTest) -> None:
     async def grade(_: SampleGroup) -> None:
         raise ZeroDivisionError
 
@@ -97,7 +97,7 @@ async def test_an_error_in_grading_ends_the_rollout(client: RolloutClient, engin
         await generate_rollout(
             client, PROMPTS, n_samples=2, sampling=SAMPLING, seeds=stream, expected_version="1", on_group=grade
         )
-    assert engine.post("/generate", {"input_ids": [1], "sampling_params": {"max_new_tokens": 1}})["output_ids"]
+    assert embedded.post("/generate", {"input_ids": [1], "sampling_params": {"max_new_tokens": 1}})["output_ids"]
 
 
 async def test_an_aborted_sample_is_an_error(client: RolloutClient) -> None:
@@ -127,4 +127,4 @@ def test_evaluation_samples_as_training_where_nothing_else_is_said() -> None:
     assert SamplingParams.for_evaluation(EvalConfig(), rollout) == training
     changed = SamplingParams.for_evaluation(EvalConfig(eval_temperature=0.0, eval_max_response_len=5), rollout)
     assert changed == SamplingParams(5, temperature=0.0, top_p=0.9, stop=("END",))
-    assert ClientOptions.of(rollout).max_concurrency == 7
+    assert ClientOptions.of(rollout, 112).max_concurrency == 7

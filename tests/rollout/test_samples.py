@@ -4,7 +4,9 @@ import pytest
 from rollout_support import make_prompt
 
 from recipe.rollout.answers import read_sample
+from recipe.rollout.client import ClientCounters
 from recipe.rollout.errors import EngineAnswerError
+from recipe.rollout.generate import GenerationMetrics
 from recipe.rollout.sample import FinishReason, Sample, SampleGroup
 
 
@@ -75,3 +77,32 @@ def test_what_sglang_aborts_before_it_reads_the_prompt_has_no_tokens(more: dict)
     result = read_sample({"text": "", "meta_info": meta, **more})
     assert result.finish_reason is FinishReason.ABORT
     assert (result.ids, result.log_probs, result.versions) == ([], [], [])
+
+
+@pytest.mark.parametrize(("told", "kept"), [(0, 0), (2, 2), (3, 3)])
+def test_of_an_aborted_sample_the_tokens_are_kept_whose_log_probs_are_known(told: int, kept: int) -> None:
+    meta: dict[str, object] = {"finish_reason": {"type": "abort", "message": "Abort"}, "weight_version": "4"}
+    if told:
+        meta["output_token_logprobs"] = [[-0.5, token, None] for token in (5, 6, 7)[:told]]
+    result = read_sample({"text": "abc", "output_ids": [5, 6, 7], "meta_info": meta})
+    assert result.ids == [5, 6, 7][:kept]
+    assert result.log_probs == [-0.5] * kept
+    assert result.versions == ["4"] * kept
+    assert result.text == ("abc" if kept == 3 else "")
+
+
+def test_accepted_drafts_are_counted_over_pieces_samples_and_depths() -> None:
+    """Ten steps: four without a draft token accepted, three with one, three with two."""
+    samples = SampleGroup.of(make_prompt(0, (1,)), 0, 2)
+    for sample, pieces in zip(samples.samples, ([[2, 1], [1, 1, 1]], [[1, 1, 2]]), strict=True):
+        for piece in pieces:
+            answer = read_sample(_answer(spec_correct_drafts_histogram=piece))
+            sample.append(answer.ids, answer.log_probs, answer.versions)
+            sample.count_drafts(answer.accepted_drafts)
+    metrics = GenerationMetrics.of([samples], "2", 1.0, ClientCounters())
+    assert metrics.accepted_drafts == (4, 3, 3)
+    assert metrics.accept_length == pytest.approx(1 + 9 / 10)
+    assert metrics.accept_rates == pytest.approx((0.6, 0.3))
+    samples.samples[0].accepted_drafts = samples.samples[1].accepted_drafts = []
+    without = GenerationMetrics.of([samples], "2", 1.0, ClientCounters())
+    assert (without.accept_length, without.accept_rates) == (None, ())

@@ -11,23 +11,23 @@ import pytest
 import torch
 from rollout_support import shared_segments
 
-from recipe.rollout.weights_payload import PayloadError, deserialize_named_tensors, serialize_named_tensors, stage
+from recipe.rollout.weights_payload import Bucket, PayloadError, read_payload
 
 WEIGHTS = [("a", torch.randn(7, 3)), ("b", torch.randn(5).bfloat16()), ("c", torch.arange(3)), ("d", torch.tensor(2.0))]
 
 READER = """
 import sys
-from recipe.rollout.weights_payload import deserialize_named_tensors
-weights = deserialize_named_tensors(sys.stdin.readline().strip())
+from recipe.rollout.weights_payload import read_payload
+weights = read_payload(sys.stdin.readline().strip())
 print([(name, tensor.double().sum().item()) for name, tensor in weights], flush=True)
 del weights
 """
 STUCK_READER = READER.replace("del weights", "sys.stdin.readline()")
 WRITER = """
 import torch, time
-from recipe.rollout.weights_payload import serialize_named_tensors, stage
-weights = stage([("a", torch.ones(1000))])
-print(serialize_named_tensors(weights), flush=True)
+from recipe.rollout.weights_payload import Bucket
+bucket = Bucket.of([("a", torch.ones(1000))])
+print(bucket.payload(), flush=True)
 time.sleep(60)
 """
 
@@ -44,16 +44,16 @@ def _becomes_true(holds: Callable[[], bool]) -> bool:
 
 def test_staged_tensors_are_equal_and_one_segment() -> None:
     before = shared_segments(os.getpid())
-    staged = stage(WEIGHTS)
+    staged = Bucket.of(WEIGHTS)
     assert len(shared_segments(os.getpid()) - before) == 1
-    assert [name for name, _ in staged] == [name for name, _ in WEIGHTS]
-    assert all(torch.equal(view, tensor) for (_, view), (_, tensor) in zip(staged, WEIGHTS, strict=True))
+    assert [name for name, _ in staged.weights] == [name for name, _ in WEIGHTS]
+    assert all(torch.equal(view, tensor) for (_, view), (_, tensor) in zip(staged.weights, WEIGHTS, strict=True))
 
 
 def test_a_reader_in_another_process_sees_them_and_the_segment_goes() -> None:
     before = shared_segments(os.getpid())
-    staged = stage(WEIGHTS)
-    payload = serialize_named_tensors(staged)
+    staged = Bucket.of(WEIGHTS)
+    payload = staged.payload()
     reader = subprocess.run(
         [sys.executable, "-c", READER], input=payload + "\n", text=True, capture_output=True, check=True
     )
@@ -92,4 +92,4 @@ def _watchers_of(pid: int) -> list[str]:
 
 def test_what_is_no_payload_is_an_error() -> None:
     with pytest.raises(PayloadError):
-        deserialize_named_tensors("AAAA")
+        read_payload("AAAA")

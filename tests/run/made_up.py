@@ -28,6 +28,7 @@ def step_metrics(step: int, seconds: float = 2.0, **evals: float) -> StepMetrics
         dropped_groups=0,
         unused_groups=0,
         refills=0,
+        rollout_tokens_per_second=48 / seconds,
         stale_token_share=0.0,
         engine_restarts=0,
         request_retries=0,

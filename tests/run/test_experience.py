@@ -1,6 +1,9 @@
 """What the trainer is told of where a token is from."""
 
+from dataclasses import replace
+
 import pytest
+from made_up import step_metrics
 
 from recipe.config import Config
 from recipe.data.prompts import Prompt
@@ -40,3 +43,13 @@ def test_older_tokens_and_engines_are_told_apart(versions: list[str], engine: in
     rollout = Rollout([group], "4", GenerationMetrics.of([group], "4", 1.0, ClientCounters()))
     assert [sample.sources.tolist() for sample in with_advantages(rollout, CONFIG)] == [sources] * 2
     assert rollout.metrics.stale_share == versions.count("3") / len(versions)
+
+
+def test_a_metrics_line_has_the_acceptance_of_drafts_by_depth_where_there_are_drafts() -> None:
+    plain = step_metrics(1)
+    assert plain.rollout is not None
+    assert not [name for name in plain.as_line() if "draft" in name]
+    drafting = replace(plain.rollout, draft_accept_length=1.9, draft_accept_rates=(0.6, 0.3))
+    line = replace(plain, rollout=drafting).as_line()
+    found = {name: value for name, value in line.items() if "draft" in name}
+    assert found == {"draft_accept_length": 1.9, "draft_accept_rate_1": 0.6, "draft_accept_rate_2": 0.3}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from recipe.grpo.loss import Metric, SourceDifference
+from recipe.grpo.loss import SourceDifference
 from recipe.messages import StepReport
 from recipe.mismatch import MismatchWatch, StepMismatch
 
@@ -10,14 +10,19 @@ LIMIT = 0.05
 
 
 def step(older: float | None, *engines: float | None, beyond_10: float = 0.0) -> StepMismatch:
-    """A rollout of 100 tokens a source, whose means are given, learned in two optimizer steps."""
+    """A rollout of 100 tokens a source, whose means are given, learned in two optimizer steps. All older tokens and a
+    share of the engines' differ by more than a factor of 10."""
+
+    def source(tokens: float, mean: float | None, far: float) -> SourceDifference:
+        return (
+            SourceDifference(0.0, 0, 0)
+            if mean is None
+            else SourceDifference(tokens * mean, int(tokens), int(tokens * far))
+        )
 
     def report(share: float) -> StepReport:
-        sources = [
-            SourceDifference(0.0, 0) if mean is None else SourceDifference(100 * share * mean, int(100 * share))
-            for mean in (older, *engines)
-        ]
-        return StepReport({Metric.ROLLOUT_BEYOND_10: beyond_10}, 1.0, None, 1e-6, False, tuple(sources))
+        of_engines = [source(100 * share, mean, beyond_10) for mean in engines]
+        return StepReport({}, 1.0, None, 1e-6, False, (source(100 * share, older, 1.0), *of_engines))
 
     mismatch = StepMismatch.of([report(0.25), report(0.75)])
     assert mismatch is not None
@@ -46,7 +51,8 @@ def test_what_is_small_is_not_told() -> None:
             step(None, 0.01, 0.9, 0.01),
             "engine 1 disagrees with the trainer by 0.900 nats a token, the other",
         ),
-        (step(None, 0.2, 0.2, beyond_10=0.05), "most of it at the 5.0% of tokens"),
+        (step(None, 0.2, 0.2, beyond_10=0.08), "most of it at the 8.0% of tokens"),
+        (step(0.01, 0.2, 0.2), "at many tokens a little: likely a temperature or a precision"),
         (step(None, 0.2, 0.2), "at many tokens a little: likely a temperature or a precision"),
         (step(None, 0.2), "at many tokens a little"),
     ],

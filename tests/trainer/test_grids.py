@@ -51,7 +51,7 @@ GROUPS = st.lists(st.tuples(st.integers(1, 90), st.lists(st.integers(1, 200), ma
 
 
 @given(GROUPS, st.booleans())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_grids_give_what_plain_products_give(groups: list[tuple[int, list[int]]], few_shapes: bool) -> None:
     """In one grid, and in those that suit cuDNN; gradients of a prompt's keys are summed over its responses."""
     whole = attention.SegmentGrids

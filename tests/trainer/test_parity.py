@@ -8,6 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from recipe.messages import TrainSample
 
+pytestmark = pytest.mark.smoke
+
 
 def rank_log_probs(trainer, samples: list[TrainSample]) -> dict[int, np.ndarray]:
     trainer.load()

@@ -185,3 +185,25 @@ def test_bf16_weights_alone_would_not_do() -> None:
     folder, expected = uninterrupted("bf16-offloaded")
     found = on_ranks(resume_from_the_rounded_weights, config_of("bf16-offloaded"), folder, 2)[0]
     assert any(not torch.equal(weight, expected[2].weights[name]) for name, weight in found.weights.items())
+
+
+def optimizer_shards_and_copies(trainer) -> tuple[int, int]:
+    """Tensors of the optimizer that this rank would write, and how many of them are not the optimizer's own memory."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+
+    from recipe.megatron import checkpoint
+
+    own = {state.untyped_storage().data_ptr() for state in trainer.optimization.state_tensors}
+    own |= {weight.untyped_storage().data_ptr() for chunk in trainer.chunks for weight in chunk.parameters()}
+    shards = nested_values(checkpoint.own_shards(trainer.chunks, trainer.optimization))
+    written = [shard.data for shard in shards if shard.key.startswith("optimizer.")]
+    return len(written), sum(tensor.untyped_storage().data_ptr() not in own for tensor in written)
+
+
+@pytest.mark.parametrize("layout", ["single", "bf16-offloaded", "EP2"])
+def test_state_that_one_rank_holds_alone_is_written_without_a_copy(layout: str) -> None:
+    """With EP2 that is the experts'; what both ranks have parts of is gathered on the first."""
+    ranks = on_ranks(optimizer_shards_and_copies, config_of(layout))
+    assert all(written for written, _ in ranks)
+    assert ranks[-1][1] == 0
+    assert (ranks[0][1] > 0) == (layout == "EP2")

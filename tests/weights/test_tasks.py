@@ -54,3 +54,13 @@ def test_a_download_without_a_hub_says_so(tmp_path: Path) -> None:
     assert status == 2
     assert "http://127.0.0.1:9" in output
     assert "Traceback" not in output
+
+
+def test_a_plan_needs_neither_weights_nor_gpus() -> None:
+    words = ("--recipe", "glm4.7-flash-16gpu", "--gpu", "H200-141GB", "--json")
+    status, output = invoke("plan", *words, "--dry-run")
+    assert status == 0
+    assert "-m recipe.plan --recipe glm4.7-flash-16gpu --gpu H200-141GB --host-memory 1TB --price 2.5 --json" in output
+    status, output = invoke("plan", *words)
+    assert status == 0
+    assert '"fits": true' in output

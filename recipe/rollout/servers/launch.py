@@ -1,11 +1,31 @@
 """How the two kinds of server are started."""
 
+import json
+import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
-from recipe.config import SglangConfig
+from recipe.config import Config, SglangConfig
+from recipe.config.sglang_rules import EngineLayout, find_sglang_python
+from recipe.errors import UserError
+
+SERVE_ON_CPU = Path(__file__).parent / "sglang_cpu" / "serve.py"
+"""Starts SGLang where there is no GPU; it is run by path, in SGLang's own environment."""
+
+SCRATCH = "{scratch}"
+RENDEZVOUS = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
+"""Where SGLang's processes meet; by default at a port that is open on every address, whatever its --host says."""
+
+DEFAULT_DRAFT_STEPS = 3
+"""SGLang's --speculative-num-steps for this architecture."""
+
+CPU_RUNNING_REQUESTS = 128
+"""Sequences that SGLang generates at once on a CPU."""
+CPU_CACHE_TOKENS = 1 << 18
+"""Largest cache there, which SGLang would else size by the machine's whole memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +34,9 @@ class Launch:
 
     arguments: tuple[str, ...]
     environment: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    """What lies in the server's own folder when it starts, by name. SCRATCH in its arguments and environment stands for
+    this folder."""
 
 
 def launch_embedded(
@@ -39,21 +62,120 @@ def launch_embedded(
     return Launch(tuple(arguments), {"OMP_NUM_THREADS": str(threads)})
 
 
+@dataclass(frozen=True, slots=True)
+class SglangServer:
+    """What one server of SGLang's is."""
+
+    python: Path
+    """The interpreter that it is installed in."""
+    gpus: tuple[int, ...] | None
+    """The numbers of its GPUs on its machine; empty: whichever it sees first; None: it runs on the CPU."""
+    arguments: tuple[str, ...] = ()
+    """The user's own, which have the last word."""
+    dtype: str = "auto"
+    tp_size: int = 1
+    releases_memory: bool = False
+    """Whether its GPUs are a trainer's too."""
+    keeps_draft: bool = False
+    """Whether it drafts with weights that no trainer sends, and that must outlive a release of its memory."""
+    names_tensors: bool = False
+    """Whether its tensors are to be those that `weights_checksum` knows."""
+    speculation: Mapping[str, Mapping[str, Sequence[int]]] = field(default_factory=dict)
+    """SGLang's `speculative_adaptive_config`, by the least batch size that each part is for; empty: it always
+    speculates as its arguments say."""
+    health_timeout_s: float = 20.0
+    """After so long without a token /health_generate tells that it does not generate."""
+
+    @classmethod
+    def of(cls, config: Config, gpus: Sequence[int]) -> Self:
+        """An engine of a run, in the trainer's precision. Raises UserError if SGLang is installed nowhere."""
+        return cls(
+            python=sglang_python(config.rollout.rollout_engine_python),
+            gpus=tuple(gpus) or None,
+            arguments=tuple(config.sglang.command_line()),
+            dtype="bfloat16" if config.model.bf16 else "float32",
+            tp_size=EngineLayout.of(config).tp,
+            releases_memory=config.cluster.colocate,
+            keeps_draft="speculative_algorithm" in config.sglang.args and not config.mtp.mtp_num_layers,
+            names_tensors=config.rollout.check_weight_update_equal,
+            speculation=_speculation(config.sglang),
+            health_timeout_s=config.rollout.rollout_health_check_timeout,
+        )
+
+
+def _speculation(sglang: SglangConfig) -> Mapping[str, Mapping[str, Sequence[int]]]:
+    """As many draft tokens as ever up to `--speculative-max-batch` sequences at once, and none beyond."""
+    if sglang.speculative_max_batch is None:
+        return {}
+    steps = sglang.args.get("speculative_num_steps", DEFAULT_DRAFT_STEPS)
+    assert isinstance(steps, int)
+    return {"1": {"candidate_steps": [steps]}, str(sglang.speculative_max_batch + 1): {"candidate_steps": [0]}}
+
+
 def launch_sglang(
     model_path: Path,
-    sglang: SglangConfig,
+    server: SglangServer,
     *,
     weight_version: str,
-    context_length: int | None = None,
+    threads: int,
+    context_length: int,
     random_seed: int = 0,
 ) -> Launch:
-    """SGLang, installed beside this program, with the user's `--sglang-*` arguments after ours."""
+    """SGLang. It keeps its tokenizer: stop strings need one, and both engines answer with text."""
     arguments = [
-        *(sys.executable, "-m", "sglang.launch_server"),
         *("--model-path", str(model_path)),
         *("--weight-version", weight_version),
         *("--random-seed", str(random_seed)),
+        *("--dtype", server.dtype),
+        *("--context-length", str(context_length)),
+        *("--tp-size", str(server.tp_size)),
     ]
-    if context_length is not None:
-        arguments += ["--context-length", str(context_length)]
-    return Launch((*arguments, *sglang.command_line()))
+    python = str(server.python)
+    # An engine's processes are on one machine: they need no door to others.
+    environment = {
+        "SGLANG_HEALTH_CHECK_TIMEOUT": str(math.ceil(server.health_timeout_s)),
+        "GLOO_SOCKET_IFNAME": "lo",
+        RENDEZVOUS: f"file://{SCRATCH}/rendezvous",
+    }
+    if server.gpus is not None:
+        if server.gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, server.gpus))
+        files = {"speculation.json": json.dumps(server.speculation)} if server.speculation else {}
+        words = (python, "-m", "sglang.launch_server", *arguments, *_on_gpus(server), *server.arguments)
+        return Launch(words, environment, files)
+    tokens = min(CPU_RUNNING_REQUESTS * context_length, CPU_CACHE_TOKENS)
+    arguments += [
+        *("--device", "cpu"),
+        *("--attention-backend", "torch_native"),
+        *("--sampling-backend", "pytorch"),
+        *("--max-running-requests", str(CPU_RUNNING_REQUESTS)),
+        *("--max-total-tokens", str(tokens)),
+        "--disable-overlap-schedule",
+        "--disable-cuda-graph",
+    ]
+    environment["OMP_NUM_THREADS"] = str(threads)
+    return Launch((python, str(SERVE_ON_CPU), *arguments, *server.arguments), environment)
+
+
+def _on_gpus(server: SglangServer) -> list[str]:
+    arguments = []
+    if server.releases_memory:
+        arguments.append("--enable-memory-saver")
+        if server.keeps_draft:
+            arguments.append("--enable-draft-weights-cpu-backup")
+    if server.names_tensors:
+        arguments.append("--disable-shared-experts-fusion")
+    if server.speculation:
+        arguments += ["--speculative-adaptive", "--speculative-adaptive-config", f"{SCRATCH}/speculation.json"]
+    return arguments
+
+
+def sglang_python(named: Path | None) -> Path:
+    """The interpreter that SGLang is installed in, see `find_sglang_python`. Raises UserError if there is none."""
+    python = find_sglang_python(named)
+    if python is None:
+        raise UserError(
+            "SGLang is not installed: `make install-sglang` puts it, for CPUs, into .venv-sglang; name the interpreter "
+            "of an environment that has it with --rollout-engine-python, or use --rollout-engine embedded"
+        )
+    return python

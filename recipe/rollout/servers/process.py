@@ -2,12 +2,15 @@
 
 import contextlib
 import ctypes
+import json
 import os
+import re
 import signal
 import socket
 import subprocess
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -15,7 +18,7 @@ from types import TracebackType
 from typing import Self
 
 from recipe.errors import UserError
-from recipe.rollout.servers.launch import Launch
+from recipe.rollout.servers.launch import SCRATCH, Launch
 
 LOCAL = "127.0.0.1"
 POLL_S = 0.1
@@ -25,6 +28,8 @@ GRACE_S = 5.0
 
 _PR_SET_PDEATHSIG = 1
 _SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIALS")
+_HIT = "hit an exception"
+_EXCEPTION = re.compile(r"[\w.]*(Error|Exception): ")
 _libc = ctypes.CDLL(None)
 
 
@@ -38,17 +43,25 @@ class EngineProcess:
         self.url = f"http://{host}:{self.port}"
         self._host = host
         self._log = log
+        self._scratch = tempfile.TemporaryDirectory(prefix="engine-")
+        for name, content in launch.files.items():
+            Path(self._scratch.name, name).write_text(content)
+        arguments = [self._filled_in(word) for word in launch.arguments]
+        environment = {name: self._filled_in(value) for name, value in launch.environment.items()}
         parent = os.getpid()
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                [*launch.arguments, "--host", host, "--port", str(self.port)],
+                [*arguments, "--host", host, "--port", str(self.port)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=without_secrets(os.environ) | dict(launch.environment),
+                env=without_secrets(os.environ) | environment,
                 start_new_session=True,
-                preexec_fn=lambda: _die_with(parent),
+                preexec_fn=lambda: die_with(parent),
             )
+
+    def _filled_in(self, word: str) -> str:
+        return word.replace(SCRATCH, self._scratch.name)
 
     def __enter__(self) -> Self:
         return self
@@ -70,7 +83,7 @@ class EngineProcess:
     def wait_healthy(self, timeout_s: float) -> None:
         """Returns when the server can generate. Raises UserError, and stops it, if it ends or takes too long."""
         deadline = time.monotonic() + timeout_s
-        while not self._gets("/health_generate", HEALTH_TIMEOUT_S):
+        while not self._asks("GET", "/health_generate", HEALTH_TIMEOUT_S):
             ended = not self.alive
             if ended or time.monotonic() > deadline:
                 self.stop()
@@ -79,7 +92,9 @@ class EngineProcess:
                     if ended
                     else f"never became healthy in {timeout_s:g} s"
                 )
-                raise UserError(f"the engine at {self.url} {what}; its log {self._log} ends: {self._last_line()}")
+                raise UserError(
+                    f"the engine at {self.url} {what}; its log {self._log} says: {_telling_line(self._log)}"
+                )
             time.sleep(POLL_S)
 
     def stop(self) -> None:
@@ -94,10 +109,28 @@ class EngineProcess:
         self._signal(signal.SIGKILL)
         self._process.wait()
         self._reservation.close()
+        self._scratch.cleanup()
+
+    def generates(self, timeout_s: float) -> bool:
+        """Whether the server generates a token. It is asked twice, so that one lost answer ends no engine."""
+        return any(self.alive and self._asks("GET", "/health_generate", timeout_s) for _ in range(2))
 
     def answers(self, timeout_s: float) -> bool:
         """Whether the server answers anything at all, which it does even while its memory is released."""
-        return self.alive and self._gets("/model_info", timeout_s)
+        return self.alive and self._asks("GET", "/model_info", timeout_s)
+
+    def release_memory(self, tags: Sequence[str], timeout_s: float) -> bool:
+        """Has the server give the memory of `tags` back, once it is idle. Whether it did in time."""
+        deadline = time.monotonic() + timeout_s
+        while not self._asks("POST", "/flush_cache", timeout_s, {}):  # refused while a request is under way
+            if not self.alive or time.monotonic() > deadline:
+                return False
+            time.sleep(POLL_S)
+        return self._asks("POST", "/release_memory_occupation", timeout_s, {"tags": list(tags)})
+
+    def resume_memory(self, tags: Sequence[str], timeout_s: float) -> bool:
+        """Has the server take it again. Whether it did in time."""
+        return self.alive and self._asks("POST", "/resume_memory_occupation", timeout_s, {"tags": list(tags)})
 
     def _signal(self, number: signal.Signals) -> bool:
         """Whether there was anybody in the group."""
@@ -107,19 +140,16 @@ class EngineProcess:
             return False
         return True
 
-    def _gets(self, path: str, timeout_s: float) -> bool:
+    def _asks(self, method: str, path: str, timeout_s: float, body: dict[str, object] | None = None) -> bool:
         connection = HTTPConnection(self._host, self.port, timeout=timeout_s)
         try:
-            connection.request("GET", path)
+            content = None if body is None else json.dumps(body)
+            connection.request(method, path, content, {"Content-Type": "application/json"})
             return connection.getresponse().status == HTTPStatus.OK
         except (OSError, HTTPException):
             return False
         finally:
             connection.close()
-
-    def _last_line(self) -> str:
-        lines = self._log.read_text(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "(empty)")
 
 
 def reserve_port(host: str = LOCAL) -> socket.socket:
@@ -131,6 +161,16 @@ def reserve_port(host: str = LOCAL) -> socket.socket:
     return reservation
 
 
+def _telling_line(log: Path) -> str:
+    """What ended a server: its last line; if that is an exception, the first one told after a process of SGLang's said
+    that it hit one, for the others only follow from it."""
+    text = log.read_text(errors="replace")
+    lines = [line.strip() for line in text.rpartition(_HIT)[2].splitlines() if line.strip()] or ["(empty)"]
+    if not _EXCEPTION.match(lines[-1]) and _HIT not in text:
+        return lines[-1]
+    return next((line for line in lines if _EXCEPTION.match(line)), lines[-1])
+
+
 def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment without credentials and without Ray's own variables."""
     return {
@@ -140,7 +180,7 @@ def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """In the child, before the server runs: end when the parent does."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

@@ -1,15 +1,17 @@
 """SGLang's HTTP API over the embedded engine.
 
-Differences from SGLang 0.5.21, all on the side of leniency or safety: a tensor update needs no session, an
-out-of-vocabulary input id is refused (SGLang's server dies), and sampling parameters it does not know are errors.
+Differences from SGLang 0.5.21, all on the side of leniency or safety: a tensor update needs no session; an empty
+prompt in a batch, an out-of-vocabulary input id and weights of a wrong shape are refused (SGLang's server dies);
+sampling parameters it does not know, or of a wrong type, are errors (SGLang answers 500); prompt and response may fill
+the context (SGLang cuts them two tokens short of it, without a word); and seeds always decide.
 """
 
 import asyncio
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -27,7 +29,9 @@ from recipe.rollout.servers.embedded.protocol import (
 )
 from recipe.rollout.servers.embedded.sequence import Sequence
 from recipe.rollout.servers.embedded.weights import WeightError
-from recipe.rollout.weights_payload import PayloadError, deserialize_named_tensors
+from recipe.rollout.weights_broadcast import BroadcastGroup, Meeting, TensorHeader
+from recipe.rollout.weights_checksum import overall
+from recipe.rollout.weights_payload import PayloadError, read_payload
 
 CLIENT_CLOSED_REQUEST = 499
 
@@ -43,12 +47,14 @@ class Service:
     model_type: str
     architectures: list[str]
     max_running_requests: int
+    groups: dict[str, BroadcastGroup] = field(default_factory=dict)
+    """The broadcast groups that weights come by, by name."""
 
 
 class TensorUpdateBody(BaseModel):
     serialized_named_tensors: list[str]
     """One for each tensor-parallel rank; this engine is one rank."""
-    load_format: str | None = None
+    load_format: Literal["flattened_bucket"]
     flush_cache: bool = True
     abort_all_requests: bool = False
     weight_version: str | None = None
@@ -60,6 +66,34 @@ class DiskUpdateBody(BaseModel):
     flush_cache: bool = True
     abort_all_requests: bool = False
     weight_version: str | None = None
+
+
+class GroupBody(BaseModel):
+    master_address: str
+    master_port: int
+    rank_offset: int
+    world_size: int
+    group_name: str = "weight_update_group"
+    backend: Literal["gloo"] = "gloo"
+
+
+class LeaveGroupBody(BaseModel):
+    group_name: str = "weight_update_group"
+
+
+class DistributedUpdateBody(BaseModel):
+    names: list[str]
+    dtypes: list[str]
+    shapes: list[tuple[int, ...]]
+    group_name: str = "weight_update_group"
+    load_format: Literal["flattened_bucket"]
+    flush_cache: bool = True
+    abort_all_requests: bool = False
+    weight_version: str | None = None
+
+
+class CheckBody(BaseModel):
+    action: Literal["checksum"] = "checksum"
 
 
 class PauseBody(BaseModel):
@@ -100,6 +134,10 @@ def build_app() -> FastAPI:
     app.add_route("/generate", generate, methods=["POST", "PUT"])
     app.post("/update_weights_from_tensor")(update_weights_from_tensor)
     app.post("/update_weights_from_disk")(update_weights_from_disk)
+    app.post("/init_weights_update_group")(init_weights_update_group)
+    app.post("/update_weights_from_distributed")(update_weights_from_distributed)
+    app.post("/destroy_weights_update_group")(destroy_weights_update_group)
+    app.api_route("/weights_checker", methods=["GET", "POST"])(check_weights)
     app.post("/begin_weight_update")(begin_weight_update)
     app.post("/end_weight_update")(end_weight_update)
     app.post("/pause_generation")(pause_generation)
@@ -143,7 +181,7 @@ async def update_weights_from_tensor(body: TensorUpdateBody, service: Ready) -> 
     if body.abort_all_requests:
         await service.engine.abort(None)
     try:
-        weights = deserialize_named_tensors(body.serialized_named_tensors[0], body.load_format)
+        weights = read_payload(body.serialized_named_tensors[0])
         await service.engine.update_weights(weights, body.weight_version)
     except (PayloadError, WeightError) as error:
         return _outcome(False, str(error))
@@ -158,6 +196,52 @@ async def update_weights_from_disk(body: DiskUpdateBody, service: Ready) -> JSON
     except WeightError as error:
         return _outcome(False, str(error), num_paused_requests=0)
     return _outcome(True, _updated(body.weight_version), num_paused_requests=0)
+
+
+async def init_weights_update_group(body: GroupBody, service: Ready) -> JSONResponse:
+    meeting = Meeting(body.master_address, body.master_port, body.group_name, body.world_size, body.backend)
+    try:
+        service.groups[body.group_name] = await asyncio.to_thread(BroadcastGroup.join, meeting, body.rank_offset)
+    except (RuntimeError, ValueError) as error:
+        return _outcome(False, f"Failed to initialize custom process group: {error}.")
+    return _outcome(True, "Succeeded to initialize custom process group.")
+
+
+async def update_weights_from_distributed(body: DistributedUpdateBody, service: Ready) -> JSONResponse:
+    group = service.groups.get(body.group_name)
+    if group is None:
+        return _outcome(False, f"there is no group {body.group_name}; call init_weights_update_group first")
+    if body.abort_all_requests:
+        await service.engine.abort(None)
+    headers = [TensorHeader(*header) for header in zip(body.names, body.dtypes, body.shapes, strict=True)]
+    try:
+        weights = await asyncio.to_thread(group.receive, headers)
+        await service.engine.update_weights(weights, body.weight_version)
+    except (RuntimeError, WeightError) as error:
+        return _outcome(False, f"Failed to update parameter online: {error}.")
+    return _outcome(True, _updated(body.weight_version))
+
+
+async def destroy_weights_update_group(body: LeaveGroupBody, service: Ready) -> JSONResponse:
+    group = service.groups.pop(body.group_name, None)
+    if group is None:
+        return _outcome(False, "The group to be destroyed does not exist.")
+    group.leave()
+    return _outcome(True, "Succeeded to destroy custom process group.")
+
+
+async def check_weights(service: Ready, body: CheckBody | None = None) -> dict[str, Any]:
+    checksums = await service.engine.weight_checksums()
+    alone = {"role": "target", "rank": 0, "size": 1} | {
+        f"{kind}_{what}": value for kind in ("tp", "dp", "pp") for what, value in (("rank", 0), ("size", 1))
+    }
+    whole = overall(checksums)
+    return {
+        "success": True,
+        "message": "Success.",
+        "ranks": [{"checksums": checksums, "per_gpu_checksum": whole, "parallelism_info": [alone]}],
+        "per_engine_checksum": overall({"rank 0": whole}),
+    }
 
 
 async def begin_weight_update(service: Ready) -> JSONResponse:
@@ -205,8 +289,7 @@ async def resume_memory_occupation(service: Ready, body: MemoryBody | None = Non
 
 
 async def health(service: Ready) -> Response:
-    await service.engine.answer()
-    return Response()
+    return Response(status_code=HTTPStatus.OK if await service.engine.generates() else HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 async def model_info(service: Ready) -> dict[str, Any]:

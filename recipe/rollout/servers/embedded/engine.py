@@ -17,7 +17,8 @@ from recipe.rollout.servers.embedded.forward import RowModel
 from recipe.rollout.servers.embedded.generation import Generation
 from recipe.rollout.servers.embedded.protocol import RequestError
 from recipe.rollout.servers.embedded.sequence import Request, Sequence
-from recipe.rollout.servers.embedded.weights import NamedTensor, WeightTable
+from recipe.rollout.servers.embedded.weights import WeightTable
+from recipe.rollout.weights_payload import NamedTensor
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +138,10 @@ class Engine:
         """`update_weights` with those of a checkpoint, which must be complete."""
         await self._call(lambda: self._update(lambda: self._weights.replace_all(folder), version), exclusive=True)
 
+    async def weight_checksums(self) -> dict[str, str]:
+        """Checksum of every tensor, by SGLang's name."""
+        return await self._call(self._weights.checksums)
+
     async def open_session(self) -> bool:
         """Opens a weight update of several parts; False if one is open."""
         opened, self._session_open = not self._session_open, True
@@ -170,9 +175,9 @@ class Engine:
 
         await self._call(resume)
 
-    async def answer(self) -> None:
-        """Returns when the engine's thread is between two batches: it is alive."""
-        await self._call(lambda: None)
+    async def generates(self) -> bool:
+        """Whether it can: answered by the thread that does, between two batches."""
+        return await self._call(lambda: not self._released)
 
     async def _call(self, run: Callable[[], T], *, exclusive: bool = False) -> T:
         return await asyncio.wrap_future(self._tell(run, exclusive=exclusive))

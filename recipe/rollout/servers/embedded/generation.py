@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from recipe.rollout.continuation import stop_window
 from recipe.rollout.servers.embedded.forward import CHUNK, RowModel
 from recipe.rollout.servers.embedded.probe import measure_granule
 from recipe.rollout.servers.embedded.rows import Rows
@@ -197,7 +198,7 @@ class Generation:
     def _matched_string(self, row: int) -> str | None:
         """The first stop string that the newest tokens of a row complete."""
         stops = self._rows.sequences[row].sampling.stop
-        text = self._decode(self._rows.newest(row, max(map(len, stops)) + 1))
+        text = self._decode(self._rows.newest(row, stop_window(stops)))
         return next((stop for stop in stops if stop in text), None)
 
     def _finish_without_tokens(self, sequence: Sequence) -> None:

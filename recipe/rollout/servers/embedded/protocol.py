@@ -231,10 +231,9 @@ def answer(sequence: Sequence, text: str | None) -> dict[str, Any]:
             (log_prob, token, None) for log_prob, token in zip(sequence.log_probs, sequence.output_ids, strict=True)
         ]
         meta["output_token_logprobs_length"] = len(sequence.output_ids)
-        if sequence.logprob_start is not None:
-            scored = sequence.prompt_ids[sequence.logprob_start :]
-            pairs = zip(sequence.input_log_probs, scored, strict=True)
-            meta["input_token_logprobs"] = [(log_prob, token, None) for log_prob, token in pairs]
+        scored = () if sequence.logprob_start is None else sequence.prompt_ids[sequence.logprob_start :]
+        pairs = zip(sequence.input_log_probs, scored, strict=True)
+        meta["input_token_logprobs"] = [(log_prob, token, None) for log_prob, token in pairs]
         if sequence.top_logprobs:
             meta["output_top_logprobs"] = [
                 [(log_prob, token, None) for log_prob, token in entries] for entries in sequence.top

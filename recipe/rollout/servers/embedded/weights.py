@@ -9,7 +9,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import Glm4MoeLiteForCausalLM
 
-NamedTensor = tuple[str, Tensor]
+from recipe.rollout.weights_checksum import EngineChecksums
+from recipe.rollout.weights_payload import NamedTensor
 
 _EXPERTS = re.compile(r"(?P<prefix>.*\.mlp\.experts)\.(?P<kind>gate_up_proj|down_proj)")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -27,7 +28,7 @@ class WeightTable:
     """
 
     def __init__(self, model: Glm4MoeLiteForCausalLM) -> None:
-        self._layers = model.config.num_hidden_layers
+        self._layers, self._experts = model.config.num_hidden_layers, model.config.n_routed_experts
         persistent = model.state_dict(keep_vars=True)
         self._places: Mapping[str, Tensor] = {
             place: part for name, tensor in persistent.items() for place, part in _checkpoint_places(name, tensor.data)
@@ -50,6 +51,13 @@ class WeightTable:
         if missing:
             raise WeightError(f"{folder} lacks {len(missing)} of the model's weights, among them {min(missing)}")
         self.replace(weights.items())
+
+    def checksums(self) -> dict[str, str]:
+        """Checksum of every tensor, as SGLang would hold and name it."""
+        checksums = EngineChecksums(self._layers, self._experts)
+        for name, place in self._places.items():
+            checksums.add(name, place)
+        return checksums.result()
 
     def _is_mtp(self, name: str) -> bool:
         layer = _LAYER.match(name)

@@ -1,0 +1,162 @@
+"""Starts Ray on this machine, waits for the others, and trains as a job of Ray's: python -m recipe.cluster.launch FLAGS
+
+FLAGS are those of recipe.train. With several nodes (--actor-num-nodes) this one is the head: --master-addr is its
+address, BASE_DIR the storage that all nodes share, and each other node runs `python -m recipe.cluster.join`. The job's
+output is followed, and its exit status returned. SIGTERM here, or on a node that has joined, lets the run save and end.
+"""
+
+import asyncio
+import os
+import shlex
+import signal
+import sys
+import tempfile
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import psutil
+import ray
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from recipe.cluster.meeting import POLL_S, HeadCard, Meeting, check_own_address
+from recipe.cluster.node import DASHBOARD_PORT, GCS_PORT, LOOPBACK, TOKEN_PATH, RayNode
+from recipe.config import Config, resolve
+from recipe.errors import UserError, run_main
+from recipe.train import CHECK
+
+ROOT = Path(__file__).parents[2]
+JOIN_TIMEOUT_S = 1800
+"""Longest wait for the other nodes: images are pulled meanwhile."""
+FAILED_STATUS = 1
+"""Where the job has left no status of its own."""
+
+
+def main() -> int:
+    flags = sys.argv[1:]
+    command = [sys.executable, "-m", "recipe.train", *flags]
+    config = resolve([flag for flag in flags if flag != CHECK]).config
+    if CHECK in flags:
+        os.execv(sys.executable, command)
+    address, several = _head_address(config), config.cluster.actor_num_nodes > 1
+    with ExitStack() as stack:
+        base_dir = _base_dir() if several else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="recipe-")))
+        meeting = Meeting(base_dir)
+        meeting.open()
+        stack.callback(meeting.close)
+        slots = max(os.cpu_count() or 1, config.cluster.actor_num_gpus_per_node + config.num_engines)
+        stack.enter_context(RayNode.head(address, meeting.token, slots))
+        os.environ |= {TOKEN_PATH: str(meeting.token)}
+        if several:
+            wait_for_nodes(meeting, meeting.announce(address, GCS_PORT), config.cluster.actor_num_nodes)
+        return asyncio.run(Job(command, meeting).run())
+
+
+def _head_address(config: Config) -> str:
+    if config.cluster.actor_num_nodes == 1:
+        return LOOPBACK
+    address = config.cluster.master_addr
+    if address is None:
+        raise UserError(
+            f"--master-addr is not set: with {config.cluster.actor_num_nodes} nodes it must be this machine's address, "
+            "as the others reach it (MASTER_ADDR, for the scripts)"
+        )
+    check_own_address(address)
+    return address
+
+
+def _base_dir() -> Path:
+    folder = Path(os.environ.get("BASE_DIR", ""))
+    if not folder.is_absolute() or not folder.is_dir():
+        raise UserError(f"BASE_DIR={str(folder)!r} must be an absolute path to storage that all nodes share")
+    return folder
+
+
+def wait_for_nodes(meeting: Meeting, card: HeadCard, count: int) -> None:
+    """Returns when `count` nodes, this one among them, belong to the cluster. Raises UserError if they do not come, or
+    one of them has left no card in BASE_DIR."""
+    print(
+        f"waiting for {count - 1} more of {count} nodes; on each: "
+        f"MASTER_ADDR={card.address} BASE_DIR={meeting.folder.parent} make join",
+        flush=True,
+    )
+    ray.init(address=f"{card.address}:{card.port}", log_to_driver=False, configure_logging=False)
+    try:
+        deadline, known = time.monotonic() + JOIN_TIMEOUT_S, {card.address}
+        while len(known) < count:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"only {len(known)} of {count} nodes have come in {JOIN_TIMEOUT_S} s: {', '.join(sorted(known))}"
+                )
+            time.sleep(POLL_S)
+            alive = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
+            for address in sorted(alive - known):
+                print(f"{address} has joined", flush=True)
+            known |= alive
+        if strangers := known - {card.address} - meeting.introduced(card):
+            raise UserError(
+                f"{', '.join(sorted(strangers))} joined, but left no card in {meeting.folder}: BASE_DIR must be the "
+                "same storage on every node"
+            )
+    finally:
+        ray.shutdown()
+
+
+class Job:
+    """The run, as a job of the cluster on this machine."""
+
+    def __init__(self, command: list[str], meeting: Meeting) -> None:
+        self._command, self._meeting = command, meeting
+        self._id = ""
+
+    async def run(self) -> int:
+        """Submits the job and follows its output. Returns its exit status."""
+        loop = asyncio.get_running_loop()
+        self._client = JobSubmissionClient(f"http://{LOOPBACK}:{DASHBOARD_PORT}")
+        entrypoint = f"cd {shlex.quote(str(ROOT))} && exec {shlex.join(self._command)}"
+        print(
+            f"+ ray job submit --address http://{LOOPBACK}:{DASHBOARD_PORT} -- {shlex.join(self._command)}", flush=True
+        )
+        self._id = self._client.submit_job(entrypoint=entrypoint)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._pass_on, number)
+        notices = asyncio.create_task(self._heed_notices())
+        try:
+            async for lines in self._client.tail_job_logs(self._id):
+                print(lines, end="", flush=True)
+            return await self._exit_status()
+        finally:
+            notices.cancel()
+
+    async def _exit_status(self) -> int:
+        info = self._client.get_job_info(self._id)
+        while not info.status.is_terminal():
+            await asyncio.sleep(POLL_S)
+            info = self._client.get_job_info(self._id)
+        status = info.driver_exit_code
+        if status is None:
+            status = 0 if info.status == JobStatus.SUCCEEDED else FAILED_STATUS
+            if status:
+                print(f"error: the job ended without a status: {info.message}", file=sys.stderr)
+        return status if status >= 0 else 128 - status
+
+    def _pass_on(self, number: signal.Signals) -> None:
+        """To the run itself: Ray's own way of stopping a job leaves it three seconds and ends its children with it."""
+        info = self._client.get_job_info(self._id).driver_info
+        if info is None or not info.pid:
+            self._client.stop_job(self._id)
+            return
+        with suppress(psutil.NoSuchProcess):
+            psutil.Process(int(info.pid)).send_signal(number)
+
+    async def _heed_notices(self) -> None:
+        leaving: list[str] = []
+        while not leaving:
+            await asyncio.sleep(POLL_S)
+            leaving = self._meeting.notices()
+        print(f"{', '.join(leaving)} will be taken away", file=sys.stderr, flush=True)
+        self._pass_on(signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,184 @@
+"""Running a command in the image: what it may use, what it sees, and how it ends."""
+
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from recipe.container.build import IMAGE, ROOT
+from recipe.container.engine import check_gpus, connect
+from recipe.container.terminal import attach_terminal
+from recipe.errors import UserError
+
+if TYPE_CHECKING:
+    from docker import DockerClient
+    from docker.models.containers import Container
+
+WORKSPACE = PurePosixPath("/workspace")
+IMAGE_UID = 10001
+"""The image's own user: who commands run as when root starts them."""
+SHARED_MEMORY_BYTES = 64 << 30
+"""A limit, not a reservation: Ray's object store, NCCL's buffers and weights on their way to the engines lie there."""
+ULIMITS = {"memlock": -1, "stack": 64 << 20, "nofile": 1 << 20}
+"""Pinned memory for the optimizer and the bus, deep stacks of compiled kernels, a connection a sample."""
+WRITABLE = (Path("runs"), Path("build"))
+"""Folders that commands write to."""
+SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
+PASSED = (*SECRETS, "BASE_DIR", "MASTER_ADDR", "NODE_ADDR", "HF_ENDPOINT", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG")
+"""Variables that go along, by name: no value is ever on a command line."""
+INFINIBAND = Path("/dev/infiniband")
+
+
+@dataclass(frozen=True)
+class ContainerRun:
+    """A command to run in the image."""
+
+    command: Sequence[str]
+    """Empty: a shell, on this terminal."""
+    image: str = IMAGE
+    gpus: bool = True
+    """All of them; or none."""
+    data: Path | None = None
+    """A folder besides runs/ and build/ that the command sees under the same name, if it exists."""
+    work_dir: Path = ROOT
+    """Holds the folders runs/ and build/ that the command writes to."""
+    several_nodes: bool = False
+    """Whether processes on other machines must reach it: it has this machine's network then."""
+
+    def options(self) -> dict[str, Any]:
+        """The container, as the SDK spells it."""
+        options: dict[str, Any] = {
+            "image": self.image,
+            "command": list(self.command) or ["bash"],
+            "environment": {name: os.environ[name] for name in PASSED if name in os.environ},
+            "init": True,
+            "ipc_mode": "private",
+            "shm_size": SHARED_MEMORY_BYTES,
+            "mounts": [
+                {"Type": "bind", "Source": str(source), "Target": str(target)} for source, target in self._mounts()
+            ],
+            "stop_signal": "SIGTERM",
+            "tty": self.interactive,
+            "ulimits": [{"Name": name, "Soft": limit, "Hard": limit} for name, limit in ULIMITS.items()],
+            "working_dir": str(WORKSPACE),
+        }
+        if os.getuid() != 0:
+            options["user"] = f"{os.getuid()}:{os.getgid()}"
+        if self.gpus:
+            options["device_requests"] = [{"Driver": "", "Count": -1, "Capabilities": [["gpu"]]}]
+        if self.several_nodes:
+            options |= {"network_mode": "host", "cap_add": ["IPC_LOCK"]}
+            options["devices"] = [f"{INFINIBAND}:{INFINIBAND}:rwm"] if INFINIBAND.exists() else []
+        return options
+
+    def command_line(self) -> str:
+        """The same by Docker's command line, for a user to read."""
+        options = self.options()
+        words = ["docker", "run", "--rm", "--init", "--ipc", "private", "--shm-size", str(SHARED_MEMORY_BYTES)]
+        words += ["--interactive", "--tty"] if self.interactive else []
+        words += ["--gpus", "all"] if self.gpus else []
+        words += ["--network", "host", "--cap-add", "IPC_LOCK"] if self.several_nodes else []
+        words += [word for device in options.get("devices", []) for word in ("--device", device)]
+        words += [word for name, limit in ULIMITS.items() for word in ("--ulimit", f"{name}={limit}")]
+        words += [word for name in options["environment"] for word in ("--env", name)]
+        for source, target in self._mounts():
+            words += ["--mount", f"type=bind,source={source},target={target}"]
+        words += ["--user", options["user"]] if "user" in options else []
+        return shlex.join([*words, "--workdir", str(WORKSPACE), self.image, *options["command"]])
+
+    @property
+    def interactive(self) -> bool:
+        """Whether it is a shell."""
+        return not self.command
+
+    def folders(self) -> list[Path]:
+        """What the command writes to."""
+        return [self.work_dir.resolve() / folder for folder in WRITABLE]
+
+    def _mounts(self) -> Iterator[tuple[Path, PurePosixPath]]:
+        """Folders under the name they have here, so that a command means the same inside and outside."""
+        for folder in self.folders():
+            yield folder, WORKSPACE / folder.name
+        if self.data is not None and (ROOT / self.data).is_dir():
+            yield (ROOT / self.data).resolve(), WORKSPACE / self.data
+
+
+def run_in_image(run: ContainerRun) -> int:
+    """Runs the command in a container of its own, which ends with this call, and returns its exit status (for one that
+    a signal ended: 128 plus its number). SIGINT and SIGTERM are passed on to it.
+
+    Raises UserError if there is no engine, no image, no GPU where one is asked for, or a folder it cannot write to.
+    """
+    with connect() as client:
+        _check_image(client, run.image)
+        if run.gpus and _is_local():
+            check_gpus()
+        for folder in run.folders():
+            _make_writable(folder)
+        container = client.containers.create(**run.options(), stdin_open=run.interactive)
+        try:
+            return _attend(client, container, run)
+        finally:
+            container.remove(v=True, force=True)
+
+
+def _attend(client: "DockerClient", container: "Container", run: ContainerRun) -> int:
+    if run.interactive:
+        attach_terminal(client, container)
+    else:
+        # Attached before it starts: no word of it is lost.
+        output = container.attach(stream=True, logs=False)
+        with _passing_signals_on(lambda name: client.api.kill(str(container.id), name)):
+            container.start()
+            for chunk in output:
+                sys.stdout.buffer.write(chunk)
+                sys.stdout.buffer.flush()
+    return int(container.wait()["StatusCode"])
+
+
+@contextmanager
+def _passing_signals_on(send: Callable[[str], None]) -> Iterator[None]:
+    def pass_on(number: int, _: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        print(f"{name} is passed on to the container", file=sys.stderr, flush=True)
+        send(name)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _check_image(client: "DockerClient", image: str) -> None:
+    from docker.errors import ImageNotFound
+
+    try:
+        client.images.get(image)
+    except ImageNotFound as error:
+        raise UserError(f"there is no image {image} on this machine: build it with `make image`") from error
+
+
+def _is_local() -> bool:
+    return os.environ.get("DOCKER_HOST", "unix://").startswith("unix://")
+
+
+def _make_writable(folder: Path) -> None:
+    """Makes the folder. What root starts runs as the image's user, to whom the folder must belong then."""
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        if os.getuid() == 0:
+            os.chown(folder, IMAGE_UID, IMAGE_UID)
+    state = folder.stat()
+    if os.getuid() == 0 and state.st_uid != IMAGE_UID and not state.st_mode & 0o002:
+        raise UserError(
+            f"{folder} is not writable for the image's user: chown -R {IMAGE_UID}:{IMAGE_UID} {folder}, or run this as "
+            "the user who owns it"
+        )

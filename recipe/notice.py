@@ -1,0 +1,65 @@
+"""SIGTERM as a notice that the machine will be taken away, as spot nodes get it: what is done is saved in time."""
+
+import asyncio
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from recipe.errors import unwind
+
+SAVED_STATUS = 75
+"""Exit status of a run that ended on a notice with everything saved: EX_TEMPFAIL of sysexits.h, try again later."""
+
+
+async def safe_point() -> None:
+    """A place where a notice may end the run: all ranks hold the same step, and nothing is half done."""
+    await asyncio.sleep(0)
+
+
+@contextmanager
+def saving_on_notice(save: Callable[[], None], grace_s: float) -> Iterator[None]:
+    """In the block, which must belong to an asyncio task, the first SIGTERM lets the work go on to the next await, and
+    then ends it by `save` and exit status SAVED_STATUS. The second one, and the end of `grace_s` seconds, unwind the
+    program at once, with status 143."""
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+    noticed = False
+
+    def heed(number: int, _: FrameType | None) -> None:
+        nonlocal noticed
+        if noticed:
+            give_up("a second SIGTERM received")
+        noticed = True
+        _say(f"SIGTERM received: saving what is done, for at most {grace_s:g} s")
+        signal.setitimer(signal.ITIMER_REAL, grace_s)
+        loop.call_soon_threadsafe(task.cancel)
+
+    def run_out_of_time(*_: object) -> None:
+        give_up(f"not saved in {grace_s:g} s (--sigterm-grace-s)")
+
+    def give_up(why: str) -> None:
+        unwind(signal.SIGTERM, f"{why}; the last checkpoint is as it was")
+
+    before = [
+        (signal.SIGTERM, signal.signal(signal.SIGTERM, heed)),
+        (signal.SIGALRM, signal.signal(signal.SIGALRM, run_out_of_time)),
+    ]
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not noticed:
+            raise
+        task.uncancel()
+        save()
+        _say(f"saved; go on with --load (exit status {SAVED_STATUS})")
+        raise SystemExit(SAVED_STATUS) from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before:
+            signal.signal(number, handler)
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)

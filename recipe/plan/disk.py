@@ -1,0 +1,60 @@
+"""Disk that checkpoints take."""
+
+from dataclasses import dataclass
+
+from recipe.config import Resolved
+from recipe.plan.hardware import Machine
+from recipe.plan.shards import table_of
+
+OPTIMIZER_BYTES = 12
+"""Of a parameter in a training checkpoint beside its weight: master weight and two moments."""
+
+
+@dataclass(frozen=True)
+class DiskPlan:
+    """Bytes where checkpoints go."""
+
+    checkpoint: int
+    """Of one training checkpoint."""
+    saves: int
+    """Checkpoints that the run writes."""
+    kept: int
+    """Checkpoints that are there at once, at most: a new one is whole before an old one goes."""
+    export: int
+    """Of all Hugging Face exports."""
+    free: int | None
+    """None: not known."""
+
+    @property
+    def needed(self) -> int:
+        return self.checkpoint * self.kept + self.export
+
+    @property
+    def fits(self) -> bool:
+        return self.free is None or self.needed <= self.free
+
+
+def plan_disk(resolved: Resolved, machine: Machine) -> DiskPlan:
+    """Of the whole run."""
+    config, settings = resolved.config, resolved.config.checkpoint
+    parameters = mtp = 0
+    for name, placement in table_of(resolved.architecture, bool(config.mtp.mtp_num_layers)).items():
+        size = placement.elements
+        parameters += size
+        mtp += size * (name.startswith("mtp.") and not config.mtp.enable_mtp_training)
+    weight = 2 if config.model.bf16 else 4
+    rollouts, every = config.rollout.num_rollout, settings.save_interval
+    saves = 1 if every is None else -(-rollouts // every)
+    kept = saves if settings.save_keep is None else min(saves, settings.save_keep + 1)
+    exports = (
+        0
+        if settings.save_hf is None
+        else sum(settings.hugging_face_target(number, number == saves) is not None for number in range(1, saves + 1))
+    )
+    return DiskPlan(
+        checkpoint=parameters * weight + (parameters - mtp) * OPTIMIZER_BYTES,
+        saves=saves,
+        kept=kept,
+        export=exports * parameters * weight,
+        free=machine.disk,
+    )

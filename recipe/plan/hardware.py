@@ -1,0 +1,96 @@
+"""The machines that a plan is made for."""
+
+import re
+from dataclasses import dataclass, replace
+from typing import Self
+
+from recipe.config.problems import did_you_mean, listed
+from recipe.errors import UserError
+
+GIB, GB = 2**30, 10**9
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A kind of GPU: what a process can allocate there, and how fast it is. Bandwidths are one way, in bytes/s."""
+
+    name: str
+    memory: int
+    """Bytes that the CUDA driver reports as the device's total."""
+    flops: float
+    """bf16 matrix products, dense, FLOP/s."""
+    memory_bandwidth: float
+    link_bandwidth: float
+    """NVLink, to the other GPUs of the machine."""
+    pcie_bandwidth: float
+    """To host memory."""
+
+
+def _gpu(name: str, gib: float, tflops: float, memory_tb: float, link_gb: float, pcie_gb: float) -> Gpu:
+    return Gpu(name, int(gib * GIB), tflops * 1e12, memory_tb * 1e12, link_gb * GB, pcie_gb * GB)
+
+
+GPUS = {
+    gpu.name: gpu
+    for gpu in (
+        _gpu("H100-80GB", 79.1, 989, 3.35, 450, 64),
+        _gpu("H200-141GB", 139.8, 989, 4.8, 450, 64),
+        _gpu("A100-80GB", 79.1, 312, 2.04, 300, 32),
+        _gpu("A100-40GB", 39.4, 312, 1.55, 300, 32),
+    )
+}
+"""Rates from NVIDIA's data sheets of the SXM modules (dense bf16; half of the NVLink total; PCIe 5 or 4 x16)."""
+DEFAULT_GPU = "H100-80GB"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One of the run's machines, all of which are alike."""
+
+    gpu: Gpu
+    gpus: int
+    host_memory: int
+    """Bytes that the run may use."""
+    disk: int | None = None
+    """Free bytes where checkpoints go; None: not known."""
+    host_bandwidth: float = 300e9
+    """Of host memory, bytes/s: assumed, about half of what two sockets of DDR5 have."""
+    network_bandwidth: float = 50e9
+    """Between machines, a GPU, bytes/s: one 400 Gbit/s port each, as in the usual 8-GPU machines."""
+    disk_bandwidth: float = 2e9
+    """Written, bytes/s: assumed, one NVMe disk."""
+    price: float = 2.5
+    """Dollars a GPU and hour."""
+
+    @classmethod
+    def described(cls, gpu: str, gpus: int, host_memory: str, disk: str | None, price: float) -> Self:
+        """From the command line's words. Raises UserError for those that mean nothing."""
+        kind = named_gpu(gpu)
+        free = None if disk is None else parse_size(disk, "--disk")
+        return cls(kind, gpus, parse_size(host_memory, "--host-memory"), free, price=price)
+
+
+def named_gpu(name: str) -> Gpu:
+    """A kind of GPU by its name here, or H100 for the first of them; NAME=GIB is that kind with other memory. Raises
+    UserError."""
+    word, _, gib = name.partition("=")
+    found = [gpu for known, gpu in GPUS.items() if known == word or known.startswith(f"{word}-")]
+    if not found:
+        raise UserError(f"--gpu {name} is not known{did_you_mean(name, GPUS)} (known: {listed(GPUS)})")
+    if not gib:
+        return found[0]
+    try:
+        return replace(found[0], name=name, memory=int(float(gib) * GIB))
+    except ValueError as error:
+        raise UserError(f"--gpu {name}: what follows = is the memory in GiB, a number") from error
+
+
+def parse_size(text: str, flag: str) -> int:
+    """Bytes of `1TB`, `900 GB`, `512GiB`. Raises UserError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise UserError(f"{flag} {text} is no size; write 1TB, 900GB or 512GiB")
+    number, unit, binary = match.groups()
+    scale = _UNITS[unit.upper()]
+    return int(float(number) * (1024 ** list(_UNITS).index(unit.upper()) if binary else scale))

@@ -1,0 +1,110 @@
+"""The machine that this process runs on: GPUs by nvidia-smi, memory, disk, and its container's limits."""
+
+import re
+import resource
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from recipe.available_memory import available_bytes
+from recipe.plan.hardware import DEFAULT_GPU, GPUS, Gpu
+
+NVIDIA_SMI = "nvidia-smi"
+_QUERY = ("name", "memory.total", "memory.reserved", "memory.used", "driver_version")
+_TIMEOUT_S = 30
+SHARED_MEMORY = Path("/dev/shm")
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class FoundGpu:
+    """One GPU of this machine; memory in bytes."""
+
+    name: str
+    memory: int
+    """What a process can allocate at most."""
+    used: int
+    driver: str
+
+    def described(self) -> Gpu:
+        """Its kind, with the memory that it really has. Of one that is not known, the rates of the default kind."""
+        word = next((name for name in GPUS if name.partition("-")[0] in self.name), DEFAULT_GPU)
+        known = GPUS[word]
+        rates = known.flops, known.memory_bandwidth, known.link_bandwidth, known.pcie_bandwidth
+        return Gpu(self.name, self.memory, *rates)
+
+
+@dataclass(frozen=True)
+class FoundMachine:
+    """What there is, in bytes where nothing else is said."""
+
+    gpus: tuple[FoundGpu, ...]
+    linked: bool
+    """Whether every pair of GPUs has NVLink."""
+    host_memory: int
+    """Of this machine, or of the container that this process runs in, without what others use."""
+    shared_memory: int
+    """Free in /dev/shm."""
+    disk: int
+    """Free where checkpoints go."""
+    open_files: int
+    """Most files that a process may have open."""
+
+
+def read_machine(checkpoints: Path) -> FoundMachine:
+    """This machine. Without a driver there are no GPUs."""
+    gpus = _gpus()
+    return FoundMachine(
+        gpus=gpus,
+        linked=len(gpus) < 2 or _all_linked(),
+        host_memory=available_bytes(),
+        shared_memory=_free(SHARED_MEMORY),
+        disk=_free(checkpoints),
+        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+    )
+
+
+def _free(path: Path) -> int:
+    """Free bytes of the file system that `path` is, or would be, on."""
+    while not path.exists():
+        path = path.absolute().parent
+    return shutil.disk_usage(path).free
+
+
+def _ask(*arguments: str) -> str | None:
+    """What nvidia-smi prints; None where there is none, or no driver."""
+    if shutil.which(NVIDIA_SMI) is None:
+        return None
+    try:
+        done = subprocess.run([NVIDIA_SMI, *arguments], capture_output=True, text=True, timeout=_TIMEOUT_S, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout
+
+
+def _gpus() -> tuple[FoundGpu, ...]:
+    told = _ask(f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits")
+    return parse_gpus(told) if told is not None else ()
+
+
+def parse_gpus(told: str) -> tuple[FoundGpu, ...]:
+    """The lines of `nvidia-smi --query-gpu`; a field that the driver does not know counts as 0."""
+    found = []
+    for line in told.strip().splitlines():
+        name, total, reserved, used, driver = (field.strip() for field in line.split(","))
+        kept = int(reserved) if reserved.isdigit() else 0
+        found.append(FoundGpu(name, (int(total) - kept) * MIB, int(used) * MIB, driver))
+    return tuple(found)
+
+
+def _all_linked() -> bool:
+    told = _ask("topo", "-m")
+    return told is not None and pairs_are_linked(told)
+
+
+def pairs_are_linked(told: str) -> bool:
+    """Whether the matrix of `nvidia-smi topo -m` has NV between every two GPUs."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", told)
+    rows = [line.split() for line in plain.splitlines() if re.match(r"GPU\d+\s", line)]
+    return all(cell == "X" or cell.startswith("NV") for row in rows for cell in row[1 : len(rows) + 1])

@@ -1,0 +1,329 @@
+"""Memory of the run's GPUs and machines, by phase and part."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from functools import cached_property
+from typing import Self
+
+from recipe.config import Resolved
+from recipe.plan import constants
+from recipe.plan.activations import ActivationModel, Pack, microbatches_in_flight
+from recipe.plan.engine import EngineMemory, EngineModel
+from recipe.plan.hardware import Machine
+from recipe.plan.shards import Layout, StageShard, stage_shards, table_of
+from recipe.weights.table import Placement
+
+FP32, BF16 = 4, 2
+SLOT_ELEMENTS = 4 << 20
+"""Of a pinned staging buffer of CPU Adam (`recipe.megatron.adam`)."""
+
+
+class Phase(StrEnum):
+    """Of a step, and of the run's start."""
+
+    RESUME = "resume"
+    TRAINING = "training"
+    UPDATE_WEIGHTS = "weight update"
+    ROLLOUT = "rollout"
+    SAVE = "save"
+
+
+class Use(StrEnum):
+    """What memory is used for."""
+
+    WEIGHTS = "weights"
+    GRADIENTS = "gradients"
+    OPTIMIZER = "optimizer"
+    ACTIVATIONS = "activations"
+    LOG_PROBS = "log-probs and loss"
+    REFERENCE = "reference model"
+    ENGINE_WEIGHTS = "engine weights"
+    KV_CACHE = "KV cache"
+    CUDA_GRAPHS = "CUDA graphs"
+    ENGINE_ACTIVATIONS = "engine activations"
+    BUFFERS = "weights on their way"
+    CHECKPOINT = "checkpoint"
+    COMMUNICATION = "communication"
+    PROCESSES = "processes"
+
+
+@dataclass(frozen=True)
+class PhaseMemory:
+    """Bytes by use at a phase's worst moment, and what there is."""
+
+    phase: Phase
+    uses: Mapping[Use, int]
+    capacity: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.uses.values())
+
+    @property
+    def margin(self) -> int:
+        """Negative: it does not fit."""
+        return self.capacity - self.total
+
+
+def longest_sample(resolved: Resolved) -> int:
+    """Tokens of the longest prompt and response together."""
+    config = resolved.config
+    prompt = config.data.rollout_max_prompt_len or min(constants.LONGEST_PROMPT, resolved.max_prompt_len)
+    return min(prompt + config.rollout.rollout_max_response_len, resolved.max_context_len)
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """The memory of one run. Without GPUs everything lies in host memory."""
+
+    resolved: Resolved
+    machine: Machine
+    on_gpu: bool
+    pack: Pack
+
+    @classmethod
+    def of(cls, resolved: Resolved, machine: Machine, on_gpu: bool) -> Self:
+        return cls(resolved, machine, on_gpu, Pack.largest(resolved.config, longest_sample(resolved)))
+
+    @cached_property
+    def shards(self) -> list[StageShard]:
+        """What the ranks of each pipeline stage hold."""
+        return stage_shards(self.resolved.config, self.resolved.architecture)
+
+    @property
+    def table(self) -> Mapping[str, Placement]:
+        """The trainer's parameters."""
+        return table_of(self.resolved.architecture, bool(self.resolved.config.mtp.mtp_num_layers))
+
+    @cached_property
+    def layout(self) -> Layout:
+        return Layout.of(self.resolved.config)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Of a weight in the trainer."""
+        return BF16 if self.resolved.config.model.bf16 else FP32
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the optimizer's state a parameter: two moments, and master weights where there are any."""
+        config = self.resolved.config
+        return 12 if config.model.bf16 or config.optimizer.optimizer_cpu_offload else 8
+
+    @property
+    def offloaded(self) -> float:
+        """Share of the optimizer that lies in host memory."""
+        settings = self.resolved.config.optimizer
+        return settings.optimizer_offload_fraction if settings.optimizer_cpu_offload else 0.0
+
+    def held(self, shard: StageShard) -> dict[Use, int]:
+        """What a rank's tensors take on its device throughout the run."""
+        state = int(shard.optimizer_elements * self.state_bytes * (1 - self.offloaded))
+        return {
+            Use.WEIGHTS: shard.weight_elements * self.weight_bytes + shard.bias_elements * FP32,
+            Use.GRADIENTS: shard.buffer_elements * FP32,
+            Use.OPTIMIZER: state if self.on_gpu else shard.optimizer_elements * self.state_bytes,
+        }
+
+    def computing(self, shard: StageShard) -> dict[Use, int]:
+        """What a rank needs besides while it goes forward and backward."""
+        config, a = self.resolved.config, self.resolved.architecture
+        model = ActivationModel(a, config, self.pack, self.on_gpu)
+        samples = config.global_batch_size // config.data_parallel_size
+        microbatches = max(1, samples * longest_sample(self.resolved) // max(1, self.pack.tokens * self.layout.cp))
+        flying = microbatches_in_flight(shard.stage, self.layout.pp, len(shard.chunks), microbatches)
+        found = model.of_stage(shard, flying)
+        tables = len(shard.layers) * 2 ** math.ceil(math.log2(max(2, self.pack.longest))) * a.qk_rope_head_dim * FP32
+        layer = found.layer if found.layer > found.log_probs else 0
+        uses = {
+            Use.ACTIVATIONS: found.kept + layer + tables,
+            Use.LOG_PROBS: found.log_probs if not layer else 0,
+        }
+        if self.on_gpu:
+            uses[Use.ACTIVATIONS] += constants.CUBLAS_WORKSPACE
+        return uses
+
+    def processes(self) -> dict[Use, int]:
+        """What the trainer's process takes on its GPU outside its tensors."""
+        layout = self.layout
+        sizes = layout.tp, layout.pp, layout.cp, layout.ep, layout.etp, layout.dense_replicas, layout.expert_replicas
+        groups = sum(size > 1 for size in (*sizes, layout.world))
+        return {Use.COMMUNICATION: groups * constants.NCCL_COMMUNICATOR, Use.PROCESSES: constants.CUDA_CONTEXT}
+
+
+@dataclass(frozen=True)
+class GpuPlan:
+    """The fullest GPU in each phase, and what its engine's cache holds."""
+
+    phases: tuple[PhaseMemory, ...]
+    engine: EngineMemory | None
+
+
+class GpuModel(MemoryModel):
+    """The GPUs. Where engine and trainer share them, the engine is started when the trainer holds its tensors, so that
+    `mem_fraction_static` is a share of what they leave, and releases its memory while the trainer computes."""
+
+    @property
+    def has_engine(self) -> bool:
+        config = self.resolved.config
+        return config.needs_engine and config.rollout.engine == "sglang"
+
+    @property
+    def shares(self) -> bool:
+        return self.has_engine and self.resolved.config.cluster.colocate
+
+    def plan(self) -> GpuPlan:
+        """All phases, each on the rank whose GPU is fullest in it."""
+        engine = self.engine_memory()
+        phases = []
+        for phase in (Phase.TRAINING, Phase.UPDATE_WEIGHTS, Phase.ROLLOUT, Phase.SAVE):
+            found = [self.phase(phase, shard, engine) for shard in self.shards]
+            if any(one.uses for one in found):
+                phases.append(min(found, key=lambda one: one.margin))
+        return GpuPlan(tuple(phases), engine)
+
+    def resident(self, shard: StageShard) -> int:
+        """Bytes that a rank never gives back."""
+        return sum(self.held(shard).values()) + sum(self.processes().values())
+
+    def engine_memory(self) -> EngineMemory | None:
+        """On the GPU where the trainer leaves least."""
+        if not self.has_engine:
+            return None
+        model = EngineModel(self.resolved.architecture, self.resolved.config, longest_sample(self.resolved))
+        gpu = self.machine.gpu
+        if self.shares:
+            gpu = replace(gpu, memory=gpu.memory - max(map(self.resident, self.shards)))
+        return model.memory(gpu)
+
+    def engine_process(self) -> dict[Use, int]:
+        """An engine's process beside its tensors."""
+        return {Use.COMMUNICATION: 2 * constants.NCCL_COMMUNICATOR, Use.PROCESSES: constants.CUDA_CONTEXT}
+
+    def phase(self, phase: Phase, shard: StageShard, engine: EngineMemory | None) -> PhaseMemory:
+        """One rank's GPU in one phase; on GPUs of its own, an engine's GPU in rollouts."""
+        parts: list[Mapping[Use, int]] = []
+        if self.shares or phase is not Phase.ROLLOUT:
+            parts += [self.held(shard), self.processes()]
+        if phase is Phase.TRAINING:
+            computing = self.computing(shard)
+            spare = int(constants.FRAGMENTATION * sum(computing.values()))
+            parts += [computing, {Use.ACTIVATIONS: spare}]
+            if self.shares:
+                parts += [self.engine_process(), {Use.PROCESSES: constants.RELEASED_ENGINE}]
+        if phase is Phase.UPDATE_WEIGHTS and self.has_engine:
+            parts += [{Use.BUFFERS: self.gathered()}]
+        if engine is not None and (self.shares or phase is Phase.ROLLOUT) and phase is not Phase.TRAINING:
+            parts += [self.engine_process(), {Use.ENGINE_WEIGHTS: engine.weights}]
+            if phase is not Phase.UPDATE_WEIGHTS:
+                parts += [{Use.KV_CACHE: engine.kv_cache, Use.CUDA_GRAPHS: engine.cuda_graphs}]
+            if phase is Phase.ROLLOUT:
+                parts += [{Use.ENGINE_ACTIVATIONS: engine.activations}]
+        return PhaseMemory(phase, _sum(parts), self.machine.gpu.memory)
+
+    def gathered(self) -> int:
+        """The largest parameter (the experts of a layer), gathered and joined, and a bucket that is copied."""
+        a = self.resolved.architecture
+        experts = a.n_routed_experts * 2 * a.moe_intermediate_size * a.hidden_size
+        embedding = a.vocab_size * a.hidden_size
+        whole = max(experts, embedding) * self.weight_bytes
+        return 2 * whole + 2 * self.resolved.config.rollout.update_weight_buffer_size
+
+
+class HostModel(MemoryModel):
+    """The machines."""
+
+    def plan(self) -> tuple[PhaseMemory, ...]:
+        """All phases, each on the machine that is fullest in it."""
+        config = self.resolved.config
+        phases = [Phase.RESUME, Phase.TRAINING, Phase.UPDATE_WEIGHTS, Phase.ROLLOUT, Phase.SAVE]
+        if not config.needs_engine:
+            phases = [Phase.RESUME, Phase.TRAINING, Phase.SAVE]
+        found = []
+        for phase in phases:
+            machines = [self.phase(phase, machine) for machine in range(config.cluster.actor_num_nodes)]
+            found.append(min(machines, key=lambda one: one.margin))
+        return tuple(found)
+
+    def ranks(self, machine: int) -> Iterator[StageShard]:
+        """The stages of a machine's ranks: stages are the outermost dimension of megatron's rank order."""
+        each = self.resolved.config.cluster.actor_num_gpus_per_node
+        for rank in range(machine * each, (machine + 1) * each):
+            yield self.shards[rank * self.layout.pp // self.layout.world]
+
+    def phase(self, phase: Phase, machine: int) -> PhaseMemory:
+        """One machine in one phase."""
+        ranks = list(self.ranks(machine))
+        parts: list[Mapping[Use, int]] = [self.always(ranks)]
+        if not self.on_gpu:
+            parts += [self.held(shard) for shard in ranks]
+            if phase is Phase.TRAINING:
+                parts += [self.computing(shard) for shard in ranks]
+        if phase is Phase.TRAINING and self.resolved.config.needs_reference:
+            parts += [{Use.REFERENCE: sum(self.held(shard)[Use.WEIGHTS] for shard in ranks)}]
+        if phase is Phase.SAVE:
+            parts += [{Use.CHECKPOINT: self.gathered_for_save(ranks, machine)}]
+        if phase is Phase.RESUME:
+            parts += [{Use.CHECKPOINT: sum(map(self.read_on_resume, ranks))}]
+        if phase is Phase.UPDATE_WEIGHTS and not self.on_gpu:
+            whole = sum(self.held(shard)[Use.WEIGHTS] for shard in self.shards)
+            parts += [{Use.BUFFERS: 2 * min(whole, self.resolved.config.rollout.update_weight_buffer_size)}]
+        return PhaseMemory(phase, _sum(parts), self.machine.host_memory)
+
+    def always(self, ranks: list[StageShard]) -> dict[Use, int]:
+        """What is there in every phase."""
+        config = self.resolved.config
+        uses = {Use.PROCESSES: self.process_bytes(len(ranks))}
+        if self.offloaded and self.on_gpu:
+            state = sum(shard.optimizer_elements for shard in ranks) * self.state_bytes
+            slots = 2 * SLOT_ELEMENTS * (FP32 + self.weight_bytes) * len(ranks)
+            uses[Use.OPTIMIZER] = int(state * self.offloaded) + slots
+        if config.needs_reference:
+            uses[Use.REFERENCE] = sum(self.held(shard)[Use.WEIGHTS] for shard in ranks)
+        if not self.on_gpu and config.needs_engine:
+            engines = config.num_engines // config.cluster.actor_num_nodes
+            uses[Use.ENGINE_WEIGHTS] = engines * sum(self.held(shard)[Use.WEIGHTS] for shard in self.shards)
+        return uses
+
+    def process_bytes(self, ranks: int) -> int:
+        """Of the programs themselves."""
+        config = self.resolved.config
+        if not self.on_gpu:
+            engines = config.num_engines // config.cluster.actor_num_nodes
+            return constants.CPU_DRIVER_HOST + (ranks + engines) * constants.CPU_PROCESS_HOST
+        engines = 0
+        if config.needs_engine and config.cluster.colocate:
+            engines = ranks
+        return constants.DRIVER_HOST + ranks * constants.RANK_HOST + engines * constants.ENGINE_HOST
+
+    def gathered_for_save(self, ranks: list[StageShard], machine: int) -> int:
+        """Optimizer state that is gathered for a checkpoint (`recipe.megatron.checkpoint`): where several ranks share
+        it, the first of them holds all of it (12 bytes a parameter) and for a moment 8 more, and each its own part."""
+        total = 0
+        for shard in ranks:
+            for chunk in shard.chunks:
+                for size, replicas in zip(chunk.buffers, self.replicas, strict=True):
+                    if replicas > 1:
+                        total += size * 12 // replicas + size * 20 // replicas
+        if self.resolved.config.checkpoint.async_save:
+            held = sum(shard.optimizer_elements * 12 for shard in ranks)
+            total += held + sum(self.held(shard)[Use.WEIGHTS] for shard in ranks) // max(1, self.layout.dense_replicas)
+        return total
+
+    def read_on_resume(self, shard: StageShard) -> int:
+        """Optimizer state that is read whole by every rank that holds a part of it."""
+        sizes = (zip(chunk.buffers, self.replicas, strict=True) for chunk in shard.chunks)
+        return sum(12 * size for chunk in sizes for size, replicas in chunk if replicas > 1)
+
+    @property
+    def replicas(self) -> tuple[int, int]:
+        """Ranks that share the optimizer of a parameter, outside the experts and in them."""
+        return self.layout.dense_replicas, self.layout.expert_replicas
+
+
+def _sum(parts: list[Mapping[Use, int]]) -> dict[Use, int]:
+    """Uses added up, in the order of `Use`; those of nothing left out."""
+    total = {use: sum(part.get(use, 0) for part in parts) for use in Use}
+    return {use: size for use, size in total.items() if size}

@@ -1,0 +1,130 @@
+"""The plan of a run: everything that it takes, what does not fit, and the smallest change that would."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from recipe.config import Resolved
+from recipe.plan import constants
+from recipe.plan.disk import DiskPlan, plan_disk
+from recipe.plan.hardware import GB, GIB, Machine
+from recipe.plan.layout import Division, divisions
+from recipe.plan.memory import GpuModel, GpuPlan, HostModel, PhaseMemory, longest_sample
+from recipe.plan.shards import Part, part_of, table_of
+from recipe.plan.speed import SpeedModel, TimePlan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes on machines of one kind."""
+
+    resolved: Resolved
+    machine: Machine
+    parameters: dict[Part, int]
+    """Of the whole model as the trainer holds it, by part."""
+    divisions: tuple[Division, ...]
+    longest_sample: int
+    """Tokens."""
+    pack_tokens: int
+    """Of the largest microbatch of a rank."""
+    gpu: GpuPlan | None
+    """None where nothing runs on a GPU."""
+    host: tuple[PhaseMemory, ...]
+    disk: DiskPlan
+    time: TimePlan | None
+    """None where nothing runs on a GPU."""
+    problems: tuple[str, ...]
+    """What does not fit, a sentence each."""
+    warnings: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        return not self.problems
+
+
+def make_plan(resolved: Resolved, machine: Machine, on_gpu: bool, mean_response: float | None = None) -> Plan:
+    """The plan of `resolved` on its machines, all like `machine`."""
+    config = resolved.config
+    parameters = dict.fromkeys(Part, 0)
+    for name, placement in table_of(resolved.architecture, bool(config.mtp.mtp_num_layers)).items():
+        parameters[part_of(name)] += placement.elements * (not placement.is_fp32)
+    model = GpuModel.of(resolved, machine, on_gpu)
+    gpu = model.plan() if on_gpu else None
+    response = mean_response or constants.MEAN_RESPONSE * config.rollout.rollout_max_response_len
+    plan = Plan(
+        resolved=resolved,
+        machine=machine,
+        parameters={part: size for part, size in parameters.items() if size},
+        divisions=tuple(divisions(resolved)),
+        longest_sample=longest_sample(resolved),
+        pack_tokens=model.pack.tokens,
+        gpu=gpu,
+        host=HostModel.of(resolved, machine, on_gpu).plan(),
+        disk=plan_disk(resolved, machine),
+        time=SpeedModel(resolved, machine, model, response).plan() if on_gpu else None,
+        problems=(),
+        warnings=(),
+    )
+    return replace(plan, problems=tuple(_problems(plan)), warnings=tuple(_warnings(plan)))
+
+
+def _problems(plan: Plan) -> list[str]:
+    problems = []
+    if plan.gpu is not None:
+        worst = min(plan.gpu.phases, key=lambda one: one.margin)
+        if worst.margin < 0:
+            problems.append(
+                f"a GPU needs {worst.total / GIB:.1f} GiB in {worst.phase} and has {worst.capacity / GIB:.1f} GiB"
+            )
+        engine = plan.gpu.engine
+        if engine is not None and engine.tokens < plan.longest_sample:
+            problems.append(
+                f"the engine's cache holds {engine.tokens:,} tokens of a GPU, fewer than one sample of "
+                f"{plan.longest_sample:,} may have"
+            )
+    fullest = min(plan.host, key=lambda one: one.margin)
+    if fullest.margin < 0:
+        problems.append(
+            f"a machine needs {fullest.total / GB:.0f} GB of host memory in {fullest.phase} and has "
+            f"{fullest.capacity / GB:.0f} GB"
+        )
+    if not plan.disk.fits:
+        assert plan.disk.free is not None
+        problems.append(
+            f"{plan.disk.kept} checkpoints of {plan.disk.checkpoint / GB:.0f} GB need {plan.disk.needed / GB:,.0f} GB "
+            f"of disk, and {plan.disk.free / GB:,.0f} GB are free"
+        )
+    return problems
+
+
+def _tightest(plan: Plan) -> Iterator[tuple[PhaseMemory, int, str]]:
+    """The phase with the smallest margin, on a GPU and on a machine."""
+    if plan.gpu is not None:
+        yield min(plan.gpu.phases, key=lambda one: one.margin), GIB, "GiB of a GPU are left"
+    yield min(plan.host, key=lambda one: one.margin), GB, "GB of host memory are left"
+
+
+def _warnings(plan: Plan) -> list[str]:
+    warnings = []
+    for one, unit, name in _tightest(plan):
+        if 0 <= one.margin < constants.TIGHT * one.capacity:
+            warnings.append(
+                f"in {one.phase} {one.margin / unit:.1f} {name}, under {constants.TIGHT:.0%}: some parts of the plan "
+                "are assumed, and may take that"
+            )
+    engine = plan.gpu.engine if plan.gpu is not None else None
+    if engine is not None and plan.longest_sample <= engine.tokens < engine.needed_tokens:
+        warnings.append(
+            f"the engine's cache holds {engine.tokens:,} tokens of a GPU; if all that run at once were "
+            f"{plan.longest_sample:,} long it would need {engine.needed_tokens:,}, and SGLang would retract some"
+        )
+    if plan.disk.free is None and plan.disk.kept > constants.MANY_CHECKPOINTS:
+        warnings.append(
+            f"without --save-keep the run leaves {plan.disk.saves} checkpoints of "
+            f"{plan.disk.checkpoint / GB:.0f} GB each, {plan.disk.needed / GB / 1000:.1f} TB"
+        )
+    if plan.pack_tokens > (plan.resolved.config.perf.max_tokens_per_gpu or plan.pack_tokens):
+        warnings.append(
+            f"a sample of {plan.longest_sample:,} tokens is longer than --max-tokens-per-gpu: planned with "
+            f"{plan.pack_tokens:,} tokens a GPU"
+        )
+    return warnings

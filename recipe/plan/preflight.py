@@ -1,0 +1,126 @@
+"""Before a run starts anything: the plan against the machine that is really here."""
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from recipe.config import Config, Resolved
+from recipe.errors import UserError
+from recipe.plan import constants
+from recipe.plan.hardware import DEFAULT_GPU, GB, GIB, GPUS, Machine
+from recipe.plan.machine import FoundMachine, read_machine
+from recipe.plan.plan import Plan, make_plan
+from recipe.plan.report import refusal
+from recipe.plan.suggest import suggestion
+
+logger = logging.getLogger(__name__)
+
+LEAST_DRIVER = 580
+"""NVIDIA's driver for CUDA 13 (CUDA's release notes)."""
+LEAST_OPEN_FILES = 4096
+"""Of a machine with GPUs: Ray's processes, sockets between all ranks, and checkpoint files. Assumed."""
+BUSY = GIB
+"""Of a GPU's memory; more in use is somebody else's work."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something about this machine that the run will not like."""
+
+    sentence: str
+    stops: bool
+    """Whether the run cannot go well with it."""
+
+
+def preflight(resolved: Resolved, *, force: bool) -> None:
+    """Raises UserError, one sentence for everything that is wrong, if the run cannot fit this machine or will fail on
+    it; with `force` it is only told. Machines of the run are taken to be like this one."""
+    config = resolved.config
+    found = read_machine(config.save_dir)
+    if "RAY_ADDRESS" in os.environ and not found.gpus and config.cluster.device != "cpu":
+        logger.warning("this machine has no GPU and the cluster's others are not looked at: memory is not planned for")
+        return
+    plan = plan_here(resolved, found)
+    findings = [Finding(refusal(plan, suggestion(plan)), stops=True)] if not plan.fits else []
+    findings += [Finding(warning, stops=False) for warning in plan.warnings]
+    findings += findings_on(config, found)
+    stopping = [finding.sentence for finding in findings if finding.stops]
+    for finding in findings:
+        if force or not finding.stops:
+            logger.warning("%s", finding.sentence)
+    if stopping and not force:
+        raise UserError(f"{'; '.join(stopping)} (--force goes on all the same)")
+
+
+def uses_gpus(config: Config, found: FoundMachine) -> bool:
+    """Whether the run computes on this machine's GPUs."""
+    return config.cluster.device == "cuda" or (config.cluster.device == "auto" and bool(found.gpus))
+
+
+def plan_here(resolved: Resolved, found: FoundMachine) -> Plan:
+    """The plan on machines like this one, its smallest GPU taken for all."""
+    smallest = min(found.gpus, key=lambda gpu: gpu.memory).described() if found.gpus else GPUS[DEFAULT_GPU]
+    machine = Machine(
+        gpu=smallest,
+        gpus=resolved.config.cluster.actor_num_gpus_per_node,
+        host_memory=found.host_memory,
+        disk=found.disk,
+    )
+    return make_plan(resolved, machine, uses_gpus(resolved.config, found))
+
+
+def findings_on(config: Config, found: FoundMachine) -> Iterator[Finding]:
+    """What is wrong with the machine itself, apart from what the plan says of memory and disk."""
+    if not uses_gpus(config, found):
+        return
+    yield from _gpus(config, found)
+    ranks = config.cluster.actor_num_gpus_per_node
+    needed = constants.OBJECT_STORE + ranks * constants.SHARED_MEMORY_PER_GPU
+    if found.shared_memory < needed:
+        yield Finding(
+            f"/dev/shm has {found.shared_memory / GB:.2f} GB free and Ray and NCCL need about {needed / GB:.1f}: "
+            "give the container --shm-size or --ipc=host",
+            stops=True,
+        )
+    if found.open_files < LEAST_OPEN_FILES:
+        yield Finding(
+            f"a process may open {found.open_files} files only, and Ray and NCCL need more: `ulimit -n 65536`, or "
+            "--ulimit nofile=65536 for a container",
+            stops=True,
+        )
+
+
+def _gpus(config: Config, found: FoundMachine) -> Iterator[Finding]:
+    here, needed = len(found.gpus), config.cluster.actor_num_gpus_per_node
+    engines = 0 if config.cluster.colocate or not config.needs_engine else config.rollout_gpus
+    if config.cluster.actor_num_nodes == 1 and "RAY_ADDRESS" not in os.environ:
+        needed += engines
+    if here < needed:
+        yield Finding(
+            f"this machine has {here} GPUs and the run needs {needed} of each machine: lower "
+            "--actor-num-gpus-per-node, or take a larger one",
+            stops=True,
+        )
+    old = {gpu.driver for gpu in found.gpus if _major(gpu.driver) < LEAST_DRIVER}
+    if old:
+        yield Finding(
+            f"NVIDIA's driver here is {min(old)} and CUDA 13 needs {LEAST_DRIVER} or newer: update it, or rent another "
+            "machine",
+            stops=True,
+        )
+    busy = [number for number, gpu in enumerate(found.gpus) if gpu.used > BUSY]
+    if busy:
+        most = max(gpu.used for gpu in found.gpus)
+        yield Finding(
+            f"GPU {', '.join(map(str, busy))}: up to {most / GIB:.1f} GiB are in use by others; `nvidia-smi` names "
+            "the processes",
+            stops=True,
+        )
+    if not found.linked:
+        yield Finding("the GPUs of this machine are not all joined by NVLink: exchange will be slow", stops=False)
+
+
+def _major(driver: str) -> int:
+    major = driver.partition(".")[0]
+    return int(major) if major.isdigit() else LEAST_DRIVER

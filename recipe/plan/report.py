@@ -1,0 +1,185 @@
+"""The plan as a page for a terminal, and as JSON."""
+
+import json
+from collections.abc import Iterator, Sequence
+
+from recipe.plan.hardware import GB, GIB
+from recipe.plan.memory import PhaseMemory, Use
+from recipe.plan.plan import Plan
+from recipe.plan.speed import Work
+from recipe.plan.suggest import Change
+
+SCHEMA_VERSION = 1
+SCHEMA = {
+    "schema": "1; grows when a field changes its meaning or goes",
+    "name": "of the run",
+    "fits": "whether anything is refused",
+    "problems": "what does not fit, a sentence each",
+    "warnings": "what fits and deserves a thought",
+    "suggestion": "flags with which it fits, the fewest and mildest; [] if it fits or nothing tried helps",
+    "machine": "what was planned for: gpu, gpus a machine, machines, gpu_memory and host_memory in bytes",
+    "parameters": "of the whole model in the trainer, by part",
+    "longest_sample": "tokens of the longest prompt and response",
+    "pack_tokens": "tokens of the largest microbatch of a rank",
+    "divisions": "what the layout divides: what, size, over, parts, each, and the valid values of parts",
+    "gpu": "the fullest GPU by phase: bytes by use, total, capacity, margin; null without GPUs",
+    "host": "the fullest machine by phase, in the same form",
+    "cache_tokens": "tokens that the engine's cache holds on a GPU; null without an engine",
+    "needed_cache_tokens": "tokens of all that runs at once on a GPU, were it as long as can be",
+    "disk": "bytes: checkpoint, needed, free (null: not known); saves and kept are numbers of checkpoints",
+    "time": "seconds of a step by phase, step_s, tokens_per_s, hours, dollars_a_step, dollars; null without GPUs",
+}
+"""Every field of the JSON."""
+
+
+def as_json(plan: Plan, changes: Sequence[Change]) -> str:
+    """One object, in the fields of SCHEMA."""
+    machine, time, disk = plan.machine, plan.time, plan.disk
+    engine = plan.gpu.engine if plan.gpu is not None else None
+    document = {
+        "schema": SCHEMA_VERSION,
+        "name": plan.resolved.config.misc.name,
+        "fits": plan.fits,
+        "problems": plan.problems,
+        "warnings": plan.warnings,
+        "suggestion": [change.flags for change in changes],
+        "machine": {
+            "gpu": machine.gpu.name if plan.gpu is not None else None,
+            "gpus": machine.gpus,
+            "machines": plan.resolved.config.cluster.actor_num_nodes,
+            "gpu_memory": machine.gpu.memory if plan.gpu is not None else None,
+            "host_memory": machine.host_memory,
+        },
+        "parameters": plan.parameters,
+        "longest_sample": plan.longest_sample,
+        "pack_tokens": plan.pack_tokens,
+        "divisions": [vars(division) for division in plan.divisions],
+        "gpu": None if plan.gpu is None else {one.phase: _phase(one) for one in plan.gpu.phases},
+        "host": {one.phase: _phase(one) for one in plan.host},
+        "cache_tokens": None if engine is None else engine.tokens,
+        "needed_cache_tokens": None if engine is None else engine.needed_tokens,
+        "disk": {
+            "checkpoint": disk.checkpoint,
+            "saves": disk.saves,
+            "kept": disk.kept,
+            "needed": disk.needed,
+            "free": disk.free,
+        },
+        "time": None
+        if time is None
+        else {
+            "seconds": time.seconds,
+            "step_s": time.step_s,
+            "tokens_per_s": {work: time.tokens_per_s(work) for work in time.seconds},
+            "hours": time.hours,
+            "dollars_a_step": time.dollars_a_step,
+            "dollars": time.dollars,
+        },
+    }
+    return json.dumps(document, indent=2)
+
+
+def _phase(one: PhaseMemory) -> dict[str, object]:
+    return {"uses": one.uses, "total": one.total, "capacity": one.capacity, "margin": one.margin}
+
+
+def page(plan: Plan, changes: Sequence[Change]) -> str:
+    """Some forty lines, the verdict last."""
+    return "\n".join([*_head(plan), "", *_memory(plan), "", *_rest(plan), "", *_verdict(plan, changes)])
+
+
+def _head(plan: Plan) -> Iterator[str]:
+    config, machine = plan.resolved.config, plan.machine
+    total = sum(plan.parameters.values())
+    where = f"{config.cluster.actor_num_nodes} x {machine.gpus} {machine.gpu.name}"
+    if plan.gpu is None:
+        where = f"{config.world_size} ranks without a GPU"
+    memory = f"{machine.host_memory / GB:,.0f} GB of host memory"
+    yield f"{config.misc.name}: {_count(total)} parameters on {where}, {memory}"
+    yield ""
+    for one in plan.divisions:
+        each = one.each if "+" in one.each else f"{one.each} each"
+        over = f"{one.over} {one.parts}"
+        yield f"  {one.size:>6} {one.what:<15} / {over:<14} = {each:<10} valid: {_numbers(one.valid)}"
+
+
+def _numbers(values: Sequence[int]) -> str:
+    return " ".join(map(str, values))
+
+
+def _count(number: float) -> str:
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if number >= scale:
+            return f"{number / scale:.2f} {unit}"
+    return f"{number:.0f}"
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    if plan.gpu is not None:
+        yield from _table("GiB of a GPU", plan.gpu.phases, GIB)
+        yield ""
+    small = max(one.total for one in plan.host) < 20 * GB
+    yield from _table("GB of a machine", plan.host, GB, digits=2 if small else 0)
+
+
+def _table(title: str, phases: Sequence[PhaseMemory], unit: int, digits: int = 1) -> Iterator[str]:
+    """A line a use, a column a phase."""
+    width = 14
+    yield f"  {title:<22}" + "".join(f"{one.phase:>{width}}" for one in phases)
+    for use in Use:
+        if any(use in one.uses for one in phases):
+            cells = (f"{one.uses[use] / unit:.{digits}f}" if use in one.uses else "" for one in phases)
+            yield f"    {use:<20}" + "".join(f"{cell:>{width}}" for cell in cells).rstrip()
+    for name, values in (
+        ("total", [one.total for one in phases]),
+        ("there is", [one.capacity for one in phases]),
+        ("margin", [one.margin for one in phases]),
+    ):
+        yield f"    {name:<20}" + "".join(f"{value / unit:>{width}.{digits}f}" for value in values)
+
+
+def _rest(plan: Plan) -> Iterator[str]:
+    disk, time = plan.disk, plan.time
+    free = "" if disk.free is None else f"; {disk.free / GB:,.0f} GB free"
+    each = f"{disk.checkpoint / GB:,.0f} GB" if disk.checkpoint > GB else f"{disk.checkpoint / 1e6:,.0f} MB"
+    needed = f"{disk.needed / GB:,.0f} GB" if disk.needed > GB else f"{disk.needed / 1e6:,.0f} MB"
+    yield f"  disk: {disk.kept} checkpoints at once, {each} each: {needed}{free}"
+    if plan.gpu is not None and (engine := plan.gpu.engine) is not None:
+        yield f"  cache: {engine.tokens:,} tokens a GPU; what runs at once needs {engine.needed_tokens:,} at most"
+    if time is None:
+        return
+    phases = ", ".join(f"{work} {seconds:.1f}" for work, seconds in time.seconds.items() if seconds >= 0.05)
+    yield f"  step: {time.step_s:.0f} s ({phases}), {time.response_tokens / time.step_s:,.0f} response tokens/s"
+    rates = ", ".join(f"{work} {rate:,.0f}" for work, rate in _rates(plan))
+    yield f"  tokens/s by phase: {rates}"
+    yield (
+        f"  price at ${time.price:g} a GPU hour: ${time.dollars_a_step:.2f} a step, ${time.dollars:,.0f} and "
+        f"{time.hours:,.0f} hours for {time.rollouts:,} steps (evaluations not counted; right within a factor of two)"
+    )
+
+
+def _rates(plan: Plan) -> Iterator[tuple[str, float]]:
+    assert plan.time is not None
+    for work in plan.time.seconds:
+        if work in (Work.ROLLOUT, Work.LOG_PROBS, Work.TRAIN):
+            yield work, plan.time.tokens_per_s(work)
+
+
+def _verdict(plan: Plan, changes: Sequence[Change]) -> Iterator[str]:
+    for warning in plan.warnings:
+        yield f"note: {warning}"
+    if not plan.fits:
+        yield refusal(plan, changes)
+        return
+    margins = [f"{min(one.margin for one in plan.host) / GB:,.0f} GB of each machine's memory"]
+    if plan.gpu is not None:
+        margins.insert(0, f"{min(one.margin for one in plan.gpu.phases) / GIB:.1f} GiB of every GPU")
+    yield f"It fits: at the tightest moment {' and '.join(margins)} are left."
+
+
+def refusal(plan: Plan, changes: Sequence[Change]) -> str:
+    """One sentence: what does not fit, and what would."""
+    what = "; ".join(plan.problems)
+    if not changes:
+        return f"It does not fit: {what}; no change of a few flags mends that: use more or larger machines"
+    return f"It does not fit: {what}; it does with {' '.join(change.flags for change in changes)}"

@@ -1,0 +1,102 @@
+"""SGLang's HTTP API for weights, of one engine."""
+
+from collections.abc import Sequence
+from http import HTTPStatus
+from types import TracebackType
+from typing import Any, Self
+
+import aiohttp
+
+from recipe.rollout.errors import EngineRefused
+from recipe.rollout.http import ask
+from recipe.rollout.weights_broadcast import Meeting, TensorHeader
+
+
+class WeightsClient:
+    """Speaks to one engine. Use as an asynchronous context manager.
+
+    Every verb raises EngineRefused if the engine does not take the weights, EngineUnreachable if it does not answer in
+    `timeout_s`.
+    """
+
+    def __init__(self, url: str, timeout_s: float) -> None:
+        self.url = url
+        self._timeout_s = timeout_s
+
+    async def __aenter__(self) -> Self:
+        self._session = aiohttp.ClientSession()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._session.close()
+
+    async def begin_weight_update(self) -> None:
+        """Opens the session in which SGLang 0.5.19 and later take `update_weights_from_tensor`."""
+        await self._post_if_known("/begin_weight_update")
+
+    async def end_weight_update(self) -> None:
+        await self._post_if_known("/end_weight_update")
+
+    async def update_weights_from_tensor(self, payloads: Sequence[str], *, weight_version: str) -> None:
+        """Gives it the tensors of a `weights_payload.Bucket`, by a payload for each tensor-parallel rank. A payload can
+        be read once, so nothing is sent twice."""
+        body = {
+            "serialized_named_tensors": list(payloads),
+            "load_format": "flattened_bucket",
+            "flush_cache": True,
+            "weight_version": weight_version,
+        }
+        await self._post("/update_weights_from_tensor", body)
+
+    async def update_weights_from_disk(self, model_path: str, *, weight_version: str) -> None:
+        """Has it read the Hugging Face checkpoint in `model_path`."""
+        body = {"model_path": model_path, "flush_cache": True, "weight_version": weight_version}
+        await self._post("/update_weights_from_disk", body)
+
+    async def init_weights_update_group(self, meeting: Meeting, first_rank: int) -> None:
+        """Has it join the broadcast group, its own ranks one after the other from `first_rank`."""
+        body = {
+            "master_address": meeting.address,
+            "master_port": meeting.port,
+            "rank_offset": first_rank,
+            "world_size": meeting.world_size,
+            "group_name": meeting.name,
+            "backend": meeting.backend,
+        }
+        await self._post("/init_weights_update_group", body)
+
+    async def update_weights_from_distributed(
+        self, headers: Sequence[TensorHeader], group_name: str, *, weight_version: str
+    ) -> None:
+        """Has it receive these tensors, in this order, as one broadcast of their bytes."""
+        body = {
+            "names": [header.name for header in headers],
+            "dtypes": [header.dtype for header in headers],
+            "shapes": [list(header.shape) for header in headers],
+            "group_name": group_name,
+            "load_format": "flattened_bucket",
+            "flush_cache": True,
+            "weight_version": weight_version,
+        }
+        await self._post("/update_weights_from_distributed", body)
+
+    async def destroy_weights_update_group(self, group_name: str) -> None:
+        await self._post("/destroy_weights_update_group", {"group_name": group_name})
+
+    async def checksums(self) -> dict[str, str]:
+        """Checksum by SGLang's name of every tensor; of its first GPU, if it has several."""
+        answer = await self._post("/weights_checker", {"action": "checksum"})
+        checksums: dict[str, str] = answer["ranks"][0]["checksums"]
+        return checksums
+
+    async def _post(self, path: str, body: dict[str, Any]) -> Any:
+        return await ask(self._session, "POST", self.url + path, body, timeout_s=self._timeout_s)
+
+    async def _post_if_known(self, path: str) -> None:
+        try:
+            await self._post(path, {})
+        except EngineRefused as error:
+            if error.status != HTTPStatus.NOT_FOUND:
+                raise

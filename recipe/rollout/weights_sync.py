@@ -1,0 +1,278 @@
+"""From the trainer's weights to the engines, in buckets: the whole model is never held a second time."""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
+
+import torch
+
+from recipe.config import Architecture, Config
+from recipe.config.sglang_rules import EngineLayout
+from recipe.errors import UserError
+from recipe.rollout.errors import EngineUnreachable
+from recipe.rollout.weights_broadcast import BroadcastGroup, Meeting, TensorHeader, open_meeting
+from recipe.rollout.weights_checksum import EngineChecksums
+from recipe.rollout.weights_client import WeightsClient
+from recipe.rollout.weights_payload import Bucket, NamedTensor
+
+T = TypeVar("T")
+
+FUSED_ON_LOADING = (".self_attn.q_a_proj.weight", ".self_attn.kv_a_proj_with_mqa.weight")
+NEWS_OF_FAILURE_S = 5.0
+"""Time in which it shows which member of a broadcast failed, when another one has noticed."""
+_SHOWN = 3
+"""Tensors that differ are named up to this number."""
+
+Request = Callable[[WeightsClient], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """What became of a weight update."""
+
+    failed: Mapping[str, str] = field(default_factory=dict)
+    """Engines that died or hung over it, by address, and how it showed."""
+    incomplete: tuple[str, ...] = ()
+    """Engines that are well but have not got everything, since another one failed in a broadcast."""
+
+    def __add__(self, other: "Delivery") -> "Delivery":
+        """To different engines."""
+        return Delivery({**self.failed, **other.failed}, (*self.incomplete, *other.incomplete))
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSync:
+    """How weights reach the engines."""
+
+    transfer: Literal["tensor", "distributed", "disk"]
+    bucket_bytes: int
+    ranks_per_engine: int
+    address: str
+    """Of this machine, for the engines that join a broadcast."""
+    checksums: Callable[[], EngineChecksums] | None = None
+    """Of what is sent, to compare with what the engines hold; None: they are not compared."""
+    timeout_s: float = 120.0
+    """An engine that has not taken a bucket by then has failed."""
+    disk_timeout_s: float = 600.0
+    """Likewise a whole checkpoint."""
+
+    @classmethod
+    def of(cls, config: Config, architecture: Architecture, address: str) -> Self:
+        rollout, cluster = config.rollout, config.cluster
+        own_gpus = not cluster.colocate and cluster.device != "cpu" and torch.cuda.is_available()
+
+        def checksums() -> EngineChecksums:
+            return EngineChecksums(
+                architecture.num_hidden_layers,
+                architecture.n_routed_experts,
+                as_float32=rollout.engine == "embedded",
+            )
+
+        layout = EngineLayout.of(config)
+        return cls(
+            transfer=rollout.update_weight_transfer or ("distributed" if own_gpus else "tensor"),
+            bucket_bytes=rollout.update_weight_buffer_size,
+            ranks_per_engine=layout.tp * layout.pp,
+            address=address,
+            checksums=checksums if rollout.check_weight_update_equal else None,
+            timeout_s=rollout.update_weight_timeout,
+            disk_timeout_s=rollout.rollout_engine_start_timeout_s,
+        )
+
+    def send(self, weights: Iterable[NamedTensor], urls: Sequence[str], version: str) -> Delivery:
+        """Sends all tensors to every engine; after the last bucket they hold `version`. `weights`, a collective of the
+        trainer's ranks, is exhausted also when engines fail. Raises UserError if an engine that is well does not take
+        them, or holds others afterwards."""
+        checksums = self.checksums() if self.checksums is not None else None
+        passing = iter(checksums.watch(weights) if checksums is not None else weights)
+        delivery = asyncio.run(self._send(passing, urls, version, checksums))
+        for _ in passing:
+            pass
+        return delivery
+
+    def load_from_disk(self, folder: Path, urls: Sequence[str], version: str) -> Delivery:
+        """Has every engine read the Hugging Face checkpoint in `folder`, as `version`."""
+
+        async def load() -> Delivery:
+            async with _Receivers(urls, self.disk_timeout_s) as receivers:
+                await receivers.ask(lambda engine: engine.update_weights_from_disk(str(folder), weight_version=version))
+                return receivers.delivery()
+
+        return asyncio.run(load())
+
+    async def _send(
+        self,
+        weights: Iterator[NamedTensor],
+        urls: Sequence[str],
+        version: str,
+        checksums: EngineChecksums | None,
+    ) -> Delivery:
+        async with _Receivers(urls, self.timeout_s) as receivers:
+            await receivers.ask(WeightsClient.begin_weight_update)
+            whole = True
+            if self.transfer == "distributed":
+                whole = await self._broadcast(receivers, weights, version)
+            else:
+                await self._hand_over(receivers, weights, version)
+            await receivers.ask(WeightsClient.end_weight_update)
+            if whole and checksums is not None:
+                expected = checksums.result()
+                await receivers.ask(lambda engine: _compare(engine, expected, version))
+            return receivers.delivery(whole=whole)
+
+    async def _hand_over(self, receivers: "_Receivers", weights: Iterator[NamedTensor], version: str) -> None:
+        """By handles of the trainer's own memory."""
+        for weights_of_bucket in buckets(weights, self.bucket_bytes):
+            if not receivers.present:
+                return
+            bucket = Bucket.of(weights_of_bucket)
+            await receivers.ask(
+                lambda engine, bucket=bucket: engine.update_weights_from_tensor(  # type: ignore[misc]
+                    [bucket.payload() for _ in range(self.ranks_per_engine)], weight_version=version
+                )
+            )
+
+    async def _broadcast(self, receivers: "_Receivers", weights: Iterator[NamedTensor], version: str) -> bool:
+        """Forms a group with the engines, sends them one bucket after the other, and ends it. Whether they got all: a
+        group in which one fails is lost for the others too."""
+        if not receivers.present:
+            return False
+        port, store = open_meeting(self.address)
+        members = 1 + self.ranks_per_engine * len(receivers.present)
+        ranks = {engine: 1 + number * self.ranks_per_engine for number, engine in enumerate(receivers.present)}
+        pending = buckets(weights, self.bucket_bytes)
+        bucket = next(pending)
+        backend = "nccl" if bucket[0][1].is_cuda else "gloo"
+        meeting = Meeting(self.address, port, f"weights-{port}", members, backend)
+        try:
+            group = await receivers.together(
+                lambda engine: engine.init_weights_update_group(meeting, ranks[engine]),
+                lambda: BroadcastGroup(meeting, 0, store),
+            )
+            while True:
+                headers = [TensorHeader.of(name, tensor) for name, tensor in bucket]
+                await receivers.together(
+                    lambda engine, headers=headers: engine.update_weights_from_distributed(  # type: ignore[misc]
+                        headers, meeting.name, weight_version=version
+                    ),
+                    lambda bucket=bucket: group.send(bucket),  # type: ignore[misc]
+                )
+                if (following := next(pending, None)) is None:
+                    break
+                bucket = following
+            await receivers.together(lambda engine: engine.destroy_weights_update_group(meeting.name), group.leave)
+        except EngineUnreachable:
+            return False
+        return True
+
+
+class _Receivers:
+    """The engines that take an update. One that does not answer is left out from then on."""
+
+    def __init__(self, urls: Sequence[str], timeout_s: float) -> None:
+        self.present = [WeightsClient(url, timeout_s) for url in urls]
+        self._failed: dict[str, str] = {}
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        for engine in self.present:
+            await self._stack.enter_async_context(engine)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    def delivery(self, *, whole: bool = True) -> Delivery:
+        """What has become of them."""
+        return Delivery(self._failed, () if whole else tuple(engine.url for engine in self.present))
+
+    async def ask(self, request: Request) -> None:
+        """Asks each, and waits for all. Raises EngineRefused if one refuses."""
+
+        async def one(engine: WeightsClient) -> None:
+            with suppress(EngineUnreachable):
+                await self._ask(engine, request)
+
+        await asyncio.gather(*map(one, tuple(self.present)))
+
+    async def together(self, request: Request, ours: Callable[[], T]) -> T:
+        """Carries out both sides of a collective operation; `ours` blocks, in a thread of its own. Raises
+        EngineUnreachable as soon as one engine fails, and nobody waits for the thread; EngineRefused if one refuses
+        that has not lost a peer."""
+        theirs = {asyncio.create_task(self._ask(engine, request)) for engine in self.present}
+        mine = asyncio.wrap_future(_in_thread(ours))
+        mine.add_done_callback(lambda one: one.cancelled() or one.exception())
+        both: set[asyncio.Future[Any]] = {mine, *theirs}
+        done, _ = await asyncio.wait(both, return_when=asyncio.FIRST_EXCEPTION)
+        if not self._failed and any(one.exception() for one in done):
+            # Who lost a peer fails too, and may say so first.
+            await asyncio.wait(theirs, timeout=NEWS_OF_FAILURE_S)
+        for one in theirs:
+            one.cancel()
+        answers = await asyncio.gather(*theirs, return_exceptions=True)
+        if self._failed:
+            raise EngineUnreachable(next(iter(self._failed.values())))
+        for answer in answers:
+            if isinstance(answer, UserError):
+                raise answer
+        return await mine
+
+    async def _ask(self, engine: WeightsClient, request: Request) -> None:
+        try:
+            await request(engine)
+        except EngineUnreachable as error:
+            self.present.remove(engine)
+            self._failed[engine.url] = str(error)
+            raise
+
+
+def buckets(weights: Iterable[NamedTensor], limit: int) -> Iterator[list[NamedTensor]]:
+    """Consecutive tensors whose bytes add up to at most `limit` (or a single larger one). Only where SGLang fuses two
+    tensors as it loads them, and drops without a word what comes without its partner, a bucket waits for both."""
+    pending: list[NamedTensor] = []
+    size = 0
+    lonely: set[str] = set()
+    for name, tensor in weights:
+        if pending and not lonely and size + tensor.nbytes > limit:
+            yield pending
+            pending, size = [], 0
+        pending.append((name, tensor))
+        size += tensor.nbytes
+        if name.endswith(FUSED_ON_LOADING):
+            lonely ^= {name.rpartition(".self_attn.")[0]}
+    if pending:
+        yield pending
+
+
+def _in_thread(work: Callable[[], T]) -> Future[T]:
+    """The result of `work`, which a thread carries out that nobody has to wait for."""
+    result: Future[T] = Future()
+
+    def carry_out() -> None:
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=carry_out, name="weight broadcast", daemon=True).start()
+    return result
+
+
+async def _compare(engine: WeightsClient, expected: dict[str, str], version: str) -> None:
+    found = await engine.checksums()
+    names = sorted(expected.keys() | found.keys())
+    wrong = [name for name in names if expected.get(name) != found.get(name)]
+    if wrong:
+        raise UserError(
+            f"after the update to version {version}, {len(wrong)} of {len(names)} tensors of the engine at "
+            f"{engine.url} are not the trainer's, the first of them {', '.join(wrong[:_SHOWN])}: samples would come "
+            "from other weights than those that are trained; see the engine's log"
+        )

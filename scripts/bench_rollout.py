@@ -1,0 +1,542 @@
+#!/usr/bin/env python3
+"""Real SGLang on one GPU through this project's rollout code: how fast it starts, generates, gives its memory back and
+takes new weights, at the true size with random weights; on a machine without a GPU, the tiny model.
+
+    scripts/bench_rollout.py [--parts speed,memory,sync,equal,eagle] [--layers 47] [--seconds 600] [--results DIR]
+
+speed   start-up; tokens/s at 1, 32, 128 and 256 requests at once, ours beside `sglang.bench_serving` on the same server
+memory  release and resume by tag: seconds, and the GPU's memory before and after
+sync    all layers from a process on the same GPU, which holds them a second time: seconds and GB/s
+equal   after an update, log-probabilities and acceptance equal those of an engine that was started with these weights
+eagle   as speed, with EAGLE by the MTP layer at a given acceptance length
+
+Every part has its limit of time, and its figures are printed and written (DIR/results.jsonl) as soon as they are known.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from counting_model import TrainerProcess, write_draft, write_model
+
+from recipe.config import Architecture
+from recipe.config.sglang_rules import find_sglang_python
+from recipe.data.prompts import Prompt
+from recipe.errors import UserError, run_main
+from recipe.rollout.client import ClientOptions, RolloutClient
+from recipe.rollout.generate import Rollout, SeedStream, generate_rollout
+from recipe.rollout.sample import Sample
+from recipe.rollout.sampling_params import SamplingParams
+from recipe.rollout.servers.launch import SERVE_ON_CPU, SglangServer, launch_sglang
+from recipe.rollout.servers.process import EngineProcess
+
+LIMITS = {"speed": 330.0, "memory": 60.0, "sync": 150.0, "equal": 100.0, "eagle": 330.0}
+"""Seconds of each part at most, besides the start of its engines; less where less is left of --seconds."""
+ON_GPU = ("--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none")
+EAGLE = (
+    *("--speculative-algorithm", "EAGLE", "--speculative-num-steps", "2"),
+    *("--speculative-eagle-topk", "1", "--speculative-num-draft-tokens", "3"),
+)
+RUN_THEIRS = f"""
+import importlib.machinery, runpy, sys, types
+import torch
+if not torch.cuda.is_available():
+    sys.path.append({str(SERVE_ON_CPU.parent)!r})
+    import serve
+# It imports `datasets` for image benchmarks, whether they run or not.
+unused = types.ModuleType("datasets")
+unused.__spec__ = importlib.machinery.ModuleSpec("datasets", None)
+unused.load_dataset = None
+sys.modules["datasets"] = unused
+runpy.run_module("sglang.bench_serving", run_name="__main__", alter_sys=True)
+"""
+FEWER = (
+    ("--disable-prefill-cuda-graph",),
+    ("--disable-prefill-cuda-graph", "--disable-decode-cuda-graph", "--disable-shared-experts-fusion"),
+)
+"""Of SGLang's features, in turn, until it starts."""
+START_LIMIT_S = 180.0
+FIRST = "initial"
+"""Version of the weights that an engine starts with."""
+PROBES, PROBE_TOKENS = 8, 24
+TOLERANCE = 0.02
+"""Nats between the log-probabilities of two engines with equal weights."""
+
+
+Verb = Callable[[RolloutClient], Awaitable[None]]
+
+
+class FixedLength(SamplingParams):
+    """Responses that no end token ends."""
+
+    def request(self, seed: int, generated: int = 0) -> dict[str, object]:
+        return SamplingParams.request(self, seed, generated) | {"ignore_eos": True}
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all parts share."""
+
+    folder: Path
+    """For models and logs."""
+    results: Path
+    layers: int | None
+    equal_layers: int
+    on_gpu: bool
+    python: Path
+    input_len: int
+    output_len: int
+    at_once: tuple[int, ...]
+    memory_fraction: float
+    accept_length: float
+    bucket_bytes: int
+    engine_args: tuple[str, ...]
+    deadline: float = 0.0
+    """Of the part under way, by time.monotonic()."""
+
+    @property
+    def left(self) -> float:
+        """Seconds that the part has. Raises TimeoutError when it has none."""
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("no time is left")
+        return left
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.on_gpu else torch.float32
+
+    def tell(self, part: str, what: str, **figures: object) -> None:
+        """Prints and keeps what is known."""
+        print(f"{part:7} {what}: {', '.join(f'{name} {_short(value)}' for name, value in figures.items())}", flush=True)
+        with (self.results / "results.jsonl").open("a") as file:
+            print(json.dumps({"part": part, "what": what, **figures}), file=file)
+
+    def model(self, name: str, layers: int | None) -> tuple[Path, Architecture]:
+        """A folder with configuration and tokenizer, made once."""
+        folder = self.folder / name
+        if folder.exists():
+            return folder, Architecture.from_checkpoint(folder)
+        return folder, write_model(folder, layers=layers, tiny=not self.on_gpu)
+
+    def trainer(self, folder: Path) -> TrainerProcess:
+        device = "cuda" if self.on_gpu else "cpu"
+        return TrainerProcess(folder, device, self.dtype, self.bucket_bytes)
+
+    @contextmanager
+    def engine(
+        self, name: str, folder: Path, *arguments: str, environment: Mapping[str, str] | None = None
+    ) -> Iterator[EngineProcess]:
+        """SGLang, not yet healthy. If the block fails, the end of the engine's log is printed."""
+        server = SglangServer(
+            python=self.python,
+            gpus=() if self.on_gpu else None,
+            arguments=(*(ON_GPU if self.on_gpu else ()), *arguments, *self.engine_args),
+            dtype=str(self.dtype).removeprefix("torch."),
+            releases_memory=True,
+        )
+        launch = launch_sglang(
+            folder,
+            server,
+            weight_version=FIRST,
+            threads=os.cpu_count() or 1,
+            context_length=4096 if self.on_gpu else 1024,
+        )
+        launch = replace(launch, environment={**launch.environment, **(environment or {})})
+        log = self.results / f"{name}.log"
+        with EngineProcess(launch, log) as process:
+            try:
+                yield process
+            except Exception:
+                self._show_end(log)
+                raise
+
+    @staticmethod
+    def _show_end(log: Path) -> None:
+        print(f"the end of {log}:", *log.read_text(errors="replace").splitlines()[-40:], sep="\n", flush=True)
+
+    @contextmanager
+    def started(
+        self, part: str, name: str, folder: Path, *arguments: str, environment: Mapping[str, str] | None = None
+    ) -> Iterator[EngineProcess]:
+        """SGLang, healthy; with fewer of its features if it does not start with all."""
+        for attempt, without in enumerate(FEWER if self.on_gpu else [()]):
+            started = time.monotonic()
+            log = f"{name}.{attempt}" if attempt else name
+            with ExitStack() as stack:
+                try:
+                    engine = stack.enter_context(
+                        self.engine(log, folder, *arguments, *without, environment=environment)
+                    )
+                    engine.wait_healthy(min(self.left, START_LIMIT_S))
+                except UserError as error:
+                    print(f"{part:7} {log} does not start ({' '.join(without)}): {error}", flush=True)
+                    self._show_end(self.results / f"{log}.log")
+                    continue
+                seconds = time.monotonic() - started
+                self.tell(part, f"{log} started", seconds=seconds, gpu_gib=self.gpu_gib(), without=" ".join(without))
+                yield engine
+                return
+        raise UserError("the engine does not start")
+
+    def gpu_gib(self) -> float | None:
+        """Memory in use on the GPU, by whomever."""
+        if not self.on_gpu:
+            return None
+        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        return float(subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]) / 1024
+
+
+def _short(value: object) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+
+
+def prompts_of(count: int, length: int, vocabulary: int, seed: int) -> list[Prompt]:
+    """Random tokens, no two prompts alike."""
+    ids = np.random.default_rng(seed).integers(3, vocabulary, (count, length))
+    return [Prompt(number, (), "", tuple(row.tolist()), "") for number, row in enumerate(ids)]
+
+
+async def _generate(
+    bench: Bench,
+    url: str,
+    prompts: Sequence[Prompt],
+    sampling: SamplingParams,
+    at_once: int,
+    n_samples: int,
+    version: str,
+) -> Rollout:
+    options = ClientOptions(max_concurrency=at_once, request_timeout_s=bench.left)
+    async with asyncio.timeout(bench.left), RolloutClient([url], options) as client:
+        return await generate_rollout(
+            client,
+            prompts,
+            n_samples=n_samples,
+            sampling=sampling,
+            seeds=SeedStream(0, ("bench",)),
+            expected_version=version,
+        )
+
+
+def ours(bench: Bench, url: str, vocabulary: int, at_once: int, count: int, n_samples: int = 1) -> float:
+    """Tokens a second of `count` responses, `at_once` of them under way, through the client of training."""
+    prompts = prompts_of(count // n_samples, bench.input_len, vocabulary, seed=at_once * n_samples)
+    sampling = FixedLength(max_new_tokens=bench.output_len)
+    metrics = asyncio.run(_generate(bench, url, prompts, sampling, at_once // n_samples, n_samples, FIRST)).metrics
+    assert metrics.response_tokens == count * bench.output_len
+    return metrics.response_tokens / metrics.seconds
+
+
+def theirs(bench: Bench, url: str, folder: Path, at_once: int, count: int, *, log_probs: bool) -> float:
+    """The same by SGLang's own benchmark, which streams."""
+    output = bench.folder / f"theirs-{at_once}-{log_probs}-{time.monotonic()}.jsonl"
+    words = f"--backend sglang --base-url {url} --model {folder} --tokenizer {folder} --dataset-name random-ids "
+    words += f"--tokenize-prompt --random-input-len {bench.input_len} --random-output-len {bench.output_len} "
+    words += f"--random-range-ratio 1.0 --num-prompts {count} --max-concurrency {at_once} --temperature 1.0 "
+    words += f"--seed {at_once} --disable-tqdm --output-file {output}"
+    result = subprocess.run(
+        [str(bench.python), "-c", RUN_THEIRS, *words.split(), *["--return-logprob"] * log_probs],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=bench.left,
+        check=False,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+    if result.returncode or not output.exists():
+        raise RuntimeError(f"bench_serving ended with {result.returncode}: {result.stdout[-1500:]}")
+    figures = json.loads(output.read_text().splitlines()[-1])
+    if figures["completed"] != count:
+        raise RuntimeError(f"bench_serving completed {figures['completed']} of {count}: {result.stdout[-1500:]}")
+    return float(figures["output_throughput"])
+
+
+def probe(bench: Bench, url: str, vocabulary: int, version: str) -> list[Sample]:
+    """Greedy responses with their log-probabilities, to compare weights by."""
+    prompts = prompts_of(PROBES, 16, vocabulary, seed=1)
+    sampling = FixedLength(max_new_tokens=PROBE_TOKENS, temperature=0.0)
+    asyncio.run(_post(bench, url, lambda client: client.flush_cache()))
+    rollout = asyncio.run(_generate(bench, url, prompts, sampling, PROBES, 1, version))
+    return [group.samples[0] for group in rollout.groups]
+
+
+def difference(left: Sequence[Sample], right: Sequence[Sample]) -> dict[str, float]:
+    """Of log-probabilities as far as the tokens are the same."""
+    gaps = [
+        abs(one - other)
+        for a, b in zip(left, right, strict=True)
+        for id_a, id_b, one, other in zip(
+            a.response_ids, b.response_ids, a.rollout_log_probs, b.rollout_log_probs, strict=True
+        )
+        if id_a == id_b
+    ]
+    total = sum(sample.response_length for sample in left)
+    return {
+        "mean_gap": float(np.mean(gaps or [9])),
+        "max_gap": max(gaps, default=9.0),
+        "same_tokens": len(gaps) / total,
+    }
+
+
+async def _post(bench: Bench, url: str, verb: Verb) -> float:
+    async with asyncio.timeout(bench.left), RolloutClient([url]) as client:
+        started = time.monotonic()
+        await verb(client)
+        return time.monotonic() - started
+
+
+def release(bench: Bench, url: str, *tags: str) -> float:
+    return asyncio.run(_post(bench, url, lambda client: client.release_memory_occupation(list(tags))))
+
+
+def resume(bench: Bench, url: str, *tags: str) -> float:
+    return asyncio.run(_post(bench, url, lambda client: client.resume_memory_occupation(list(tags))))
+
+
+def compare_speed(bench: Bench, part: str, url: str, folder: Path, vocabulary: int) -> None:
+    """Ours and theirs at every load."""
+    ours(bench, url, vocabulary, 8, 16)  # whatever is compiled at first use
+    for at_once in bench.at_once:
+        count = max(2, 2 * at_once)
+        mine = ours(bench, url, vocabulary, at_once, count)
+        bench.tell(part, f"{at_once} at once, ours", tokens_per_s=mine)
+        other = theirs(bench, url, folder, at_once, count, log_probs=True)
+        bench.tell(part, f"{at_once} at once, bench_serving", tokens_per_s=other, ours_over_theirs=mine / other)
+    most = max(bench.at_once)
+    if most >= 16:
+        grouped = ours(bench, url, vocabulary, most, 2 * most, n_samples=8)
+        bench.tell(part, f"{most} at once, ours, groups of 8", tokens_per_s=grouped)
+    plain = theirs(bench, url, folder, most, 2 * most, log_probs=False)
+    again = ours(bench, url, vocabulary, most, 2 * most)
+    bench.tell(
+        part, f"{most} at once, theirs without log-probs, ours again", theirs=plain, ours=again, ratio=again / plain
+    )
+
+
+def full_size_arguments(bench: Bench) -> list[str]:
+    """Of an engine with random weights."""
+    if not bench.on_gpu:
+        return ["--load-format", "dummy"]
+    most = max(bench.at_once)
+    sizes = [size for size in (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512) if size < most] + [most]
+    return [
+        *("--load-format", "dummy", "--mem-fraction-static", str(bench.memory_fraction)),
+        *("--max-running-requests", str(most), "--cuda-graph-bs-decode", *map(str, sizes)),
+    ]
+
+
+def run_main_engine(bench: Bench, parts: Sequence[str], limited: Callable[..., Bench]) -> None:
+    """speed, memory and sync, on one engine."""
+    folder, architecture = bench.model("model", bench.layers)
+    vocabulary = architecture.vocab_size
+    first = limited(parts[0], starts=1)
+    with first.started(parts[0], "engine", folder, *full_size_arguments(first)) as engine:
+        work: dict[str, Callable[[Bench], None]] = {
+            "speed": lambda part: compare_speed(part, "speed", engine.url, folder, vocabulary),
+            "memory": lambda part: measure_memory(part, engine.url),
+            "sync": lambda part: measure_sync(part, engine.url, folder, vocabulary),
+        }
+        for part in parts:
+            attempt(part, lambda part=part: work[part](first if part == parts[0] else limited(part)))  # type: ignore[misc]
+
+
+def measure_memory(bench: Bench, url: str) -> None:
+    """Each tag by itself, then all."""
+    for tags in (("kv_cache",), ("weights",), ("kv_cache", "weights", "cuda_graph")):
+        before = bench.gpu_gib()
+        gone = release(bench, url, *tags)
+        between = bench.gpu_gib()
+        back = resume(bench, url, *tags)
+        bench.tell(
+            "memory",
+            " ".join(tags),
+            release_s=gone,
+            resume_s=back,
+            gib_before=before,
+            gib_released=between,
+            gib_after=bench.gpu_gib(),
+        )
+
+
+def measure_sync(bench: Bench, url: str, folder: Path, vocabulary: int) -> None:
+    """As in colocated training: the engine gives back all, the trainer holds its model, the engine takes the memory of
+    its weights again and gets new ones, then, when the trainer is gone, that of its cache."""
+    probes = {}
+    for round_, seeds in enumerate(((1,), (2, 1))):
+        release(bench, url, "kv_cache", "weights")
+        with bench.trainer(folder) as trainer:
+            for seed in seeds:
+                size = trainer.draw(seed, bench.left)
+                if seed == seeds[0]:
+                    holding = bench.gpu_gib()
+                    resume(bench, url, "weights")
+                seconds = trainer.send(url, f"{round_}{seed}", bench.left)
+                bench.tell(
+                    "sync",
+                    f"{size / 1e9:.1f} GB, seed {seed}",
+                    seconds=seconds,
+                    gb_per_s=size / 1e9 / seconds,
+                    gib_trainer_alone=holding,
+                    gib_both=bench.gpu_gib(),
+                )
+        resume(bench, url, "kv_cache")
+        probes[round_] = probe(bench, url, vocabulary, f"{round_}1")
+    bench.tell("sync", "same weights after others between", **difference(probes[0], probes[1]))
+
+
+def measure_equal(bench: Bench) -> None:
+    """An engine that had other weights, and generated with them, beside one that was started with the new ones."""
+    old, architecture = bench.model("old", bench.equal_layers)
+    new, _ = bench.model("new", bench.equal_layers)
+    vocabulary = architecture.vocab_size
+    with bench.trainer(old) as trainer, ExitStack() as stack:
+        arguments = ["--mem-fraction-static", "0.25", "--disable-shared-experts-fusion"] if bench.on_gpu else []
+        arguments += [*EAGLE, "--cuda-graph-bs-decode", "1", "8"] if bench.on_gpu else []
+        engines = {}
+        for seed, folder in enumerate((old, new)):
+            trainer.draw(seed, bench.left)
+            trainer.write(folder, bench.left)
+            engines[folder] = stack.enter_context(bench.started("equal", folder.name, folder, *arguments))
+        before = probe(bench, engines[old].url, vocabulary, FIRST)
+        fresh = probe(bench, engines[new].url, vocabulary, FIRST)
+        bench.tell("equal", "other weights", **difference(before, fresh))
+        trainer.send(engines[old].url, "1", bench.left)
+        found = difference(probe(bench, engines[old].url, vocabulary, "1"), fresh)
+        bench.tell("equal", "after the update", **found, ok=found["max_gap"] <= TOLERANCE)
+        if bench.on_gpu:
+            lengths = {folder.name: accept_length(bench, engine.url, vocabulary) for folder, engine in engines.items()}
+            bench.tell("equal", "acceptance length", **lengths)
+            release(bench, engines[old].url, "kv_cache", "weights")
+            resume(bench, engines[old].url, "weights")
+            trainer.send(engines[old].url, "2", bench.left)
+            resume(bench, engines[old].url, "kv_cache")
+            found = difference(probe(bench, engines[old].url, vocabulary, "2"), fresh)
+            length = accept_length(bench, engines[old].url, vocabulary)
+            bench.tell("equal", "after release, resume and update", **found, accept_length=length)
+        seconds = trainer.send(engines[old].url, "3", bench.left, check=True)
+        bench.tell("equal", "checksums of all tensors are equal", seconds=seconds)
+
+
+def accept_length(bench: Bench, url: str, vocabulary: int) -> float:
+    """Tokens a step of the large model, greedily."""
+
+    body = {
+        "input_ids": [list(prompt.ids) for prompt in prompts_of(PROBES, 16, vocabulary, seed=2)],
+        "sampling_params": {"temperature": 0, "max_new_tokens": 64, "ignore_eos": True},
+    }
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{url}/generate", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=bench.left) as response:
+        answers = json.load(response)
+    return float(np.mean([answer["meta_info"]["spec_accept_length"] for answer in answers]))
+
+
+def measure_eagle(bench: Bench) -> None:
+    """Throughput with drafts by the MTP layer, of which a given number is accepted whatever it says."""
+    if not bench.on_gpu:
+        bench.tell("eagle", "left out", reason="SGLang speculates on GPUs only")
+        return
+    folder, architecture = bench.model("model", bench.layers)
+    # The loader of random weights cannot make the MTP layer (0.5.17: Glm4MoeLiteModelNextN has no start_layer).
+    draft, _ = bench.model("draft", bench.layers)
+    write_draft(draft, bench.dtype)
+    arguments = ["--speculative-draft-model-path", str(draft), "--speculative-draft-load-format", "auto"]
+    environment = {
+        "SGLANG_SIMULATE_ACC_LEN": str(bench.accept_length),
+        "SGLANG_SIMULATE_ACC_TOKEN_MODE": "real-draft-token",
+    }
+    arguments += [*full_size_arguments(bench), *EAGLE]
+    with bench.started("eagle", "eagle", folder, *arguments, environment=environment) as engine:
+        compare_speed(bench, "eagle", engine.url, folder, architecture.vocab_size)
+
+
+def attempt(part: str, work: Callable[[], None]) -> bool:
+    """Carries out a part; what it fails with is printed, and the others go on. Whether it came to its end."""
+    try:
+        work()
+    except (UserError, RuntimeError, TimeoutError, subprocess.SubprocessError, OSError, AssertionError) as error:
+        print(f"{part:7} FAILED: {type(error).__name__}: {str(error)[:3000]}", flush=True)
+        return False
+    return True
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default=",".join(LIMITS), help="of these, in this order")
+    parser.add_argument("--layers", type=int, help="of the model (default: all)")
+    parser.add_argument("--equal-layers", type=int, default=4, help="of the two engines that are compared")
+    parser.add_argument("--at-once", default="1,32,128,256", help="requests under way")
+    parser.add_argument("--input-len", type=int, default=256)
+    parser.add_argument("--output-len", type=int, default=256)
+    parser.add_argument("--memory-fraction", type=float, default=0.62, help="SGLang's --mem-fraction-static")
+    parser.add_argument(
+        "--accept-length", type=float, default=2.4, help="of EAGLE's drafts, with the token that follows"
+    )
+    parser.add_argument("--bucket-mib", type=int, default=1024, help="of weights on their way at once")
+    parser.add_argument("--seconds", type=float, default=600, help="for everything")
+    parser.add_argument(
+        "--results", type=Path, default=Path("build/bench-rollout"), help="directory of figures and logs"
+    )
+    parser.add_argument("--engine-args", default="", help="further arguments of SGLang")
+    parser.add_argument("--engine-python", type=Path, help="where SGLang is installed")
+    return parser.parse_args()
+
+
+def main() -> int:
+    options = arguments()
+    parts = [part for part in LIMITS if part in options.parts.split(",")]
+    if not parts:
+        raise UserError(f"--parts {options.parts} names none of {', '.join(LIMITS)}")
+    python = find_sglang_python(options.engine_python)
+    if python is None:
+        raise UserError("SGLang is not installed: name its interpreter with --engine-python, or `make install-sglang`")
+    options.results.mkdir(parents=True, exist_ok=True)
+    ending = time.monotonic() + options.seconds
+    done = []
+    with tempfile.TemporaryDirectory(prefix="bench-rollout-") as name:
+        bench = Bench(
+            folder=Path(name),
+            results=options.results.resolve(),
+            layers=options.layers,
+            equal_layers=options.equal_layers,
+            on_gpu=torch.cuda.is_available(),
+            python=python,
+            input_len=options.input_len,
+            output_len=options.output_len,
+            at_once=tuple(int(word) for word in options.at_once.split(",")),
+            memory_fraction=options.memory_fraction,
+            accept_length=options.accept_length,
+            bucket_bytes=options.bucket_mib << 20,
+            engine_args=tuple(options.engine_args.split()),
+        )
+
+        def limited(part: str, starts: int = 0) -> Bench:
+            limit = LIMITS[part] + starts * START_LIMIT_S
+            return replace(bench, deadline=min(ending, time.monotonic() + limit))
+
+        on_main = [part for part in parts if part in ("speed", "memory", "sync")]
+        if on_main:
+            done.append(attempt(on_main[0], lambda: run_main_engine(bench, on_main, limited)))
+        if "equal" in parts:
+            done.append(attempt("equal", lambda: measure_equal(limited("equal", starts=2))))
+        if "eagle" in parts:
+            done.append(attempt("eagle", lambda: measure_eagle(limited("eagle", starts=1))))
+    return 0 if all(done) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,44 @@
+"""Which GPUs the processes of a run get, on a machine that says it has four."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+PROGRAM = """
+import os, sys
+from pathlib import Path
+from recipe.cluster.meeting import write_token
+from recipe.cluster.node import LOOPBACK, OBJECT_STORE_BYTES, TOKEN_PATH
+from recipe.cluster.placement import place
+from recipe.config import Config
+import ray
+from ray.util.placement_group import remove_placement_group
+
+def config_of(**cluster):
+    rollout = {"engine": "sglang", "num_rollout": 1, "rollout_batch_size": 1, "rollout_max_response_len": 4}
+    return Config.model_validate({
+        "model": {"hf_checkpoint": "hf"}, "data": {"prompt_data": "prompts"}, "rollout": rollout,
+        "optimizer": {"lr": 1e-3}, "sglang": {"rollout_num_gpus_per_engine": 2}, "cluster": cluster,
+    })
+
+write_token(Path(sys.argv[1]))
+os.environ[TOKEN_PATH] = sys.argv[1]
+options = {"include_dashboard": False, "log_to_driver": False, "_node_ip_address": LOOPBACK}
+ray.init(address="local", num_cpus=4, num_gpus=4, object_store_memory=OBJECT_STORE_BYTES, **options)
+shared = place(config_of(actor_num_gpus_per_node=4, colocate=True))
+print([shared.gpus_of_engine(engine) for engine in range(2)])
+remove_placement_group(shared.group)
+apart = place(config_of(actor_num_gpus_per_node=2, rollout_num_gpus=2))
+print(apart.gpus_of_engine(0))
+ray.shutdown()
+"""
+
+
+def test_an_engine_sees_all_its_gpus_and_no_others(tmp_path: Path) -> None:
+    """In a process of its own: Ray reads one token for as long as a process lives."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "token")]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["[(0, 1), (2, 3)]", "(2, 3)"]

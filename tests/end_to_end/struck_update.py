@@ -1,0 +1,30 @@
+"""A run whose engines fail while they are sent weights: python -m struck_update [the flags of recipe.train].
+
+As the weights of version 2 are sent, one engine is killed and the other one is stopped.
+"""
+
+from collections.abc import Mapping
+
+import psutil
+from run_support import engines, strike
+
+from recipe.cluster import trainer
+from recipe.errors import run_main
+from recipe.rollout.weights_sync import Delivery
+from recipe.train import main
+
+update_weights = trainer.TrainerGroup.update_weights
+struck: list[str] = []
+
+
+def struck_update(self: trainer.TrainerGroup, engines_: Mapping[int, str], version: str) -> Delivery:
+    """`TrainerGroup.update_weights`, with the failures at its first call for version 2."""
+    if version == "2" and not struck:
+        struck.append(version)
+        strike(*engines(psutil.Process()))
+    return update_weights(self, engines_, version)
+
+
+if __name__ == "__main__":
+    trainer.TrainerGroup.update_weights = struck_update  # type: ignore[method-assign]
+    run_main(main)

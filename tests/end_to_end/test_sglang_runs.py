@@ -1,0 +1,30 @@
+"""The whole loop on real SGLang: two servers, weights by broadcast, every tensor compared after each update."""
+
+from pathlib import Path
+
+import psutil
+import pytest
+from run_support import TinyInputs, arguments, family, finish, leaves_no_process, metrics, start, wait_for_step
+
+pytestmark = [pytest.mark.slow, pytest.mark.sglang]
+
+ROLLOUTS = 3
+
+
+def test_a_run_on_sglang_samples_from_the_weights_it_trains(
+    inputs: TinyInputs, tmp_path: Path, sglang_python: Path
+) -> None:
+    command = arguments(inputs, tmp_path, "sglang", "--rollout-engine", "sglang", "--num-rollout", str(ROLLOUTS))
+    more = f"--rollout-engine-python {sglang_python} --update-weight-transfer distributed --check-weight-update-equal"
+    with leaves_no_process(str(tmp_path)):
+        process = start([*command, *more.split(), "--update-weight-buffer-size", "200000"])
+        wait_for_step(process, tmp_path / "sglang", 0, timeout_s=300)
+        servers = [p for p in family(process) if "sglang_cpu/serve.py" in " ".join(p.cmdline())]
+        ports = {c.laddr for p in servers for c in p.net_connections() if c.status == psutil.CONN_LISTEN}
+        status, output = finish(process)
+    assert status == 0, output
+    assert len({port for ip, port in ports if ip == "127.0.0.1"}) == len(ports) == 2
+    lines = metrics(tmp_path / "sglang")
+    assert len(lines) == ROLLOUTS + 1
+    # Were the engines' weights not the trainer's, the difference would grow with every step.
+    assert all(line["logprob_diff_mean"] < 1e-3 for line in lines[1:])

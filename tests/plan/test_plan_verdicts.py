@@ -1,0 +1,248 @@
+"""What the plan says of the shipped recipes, of the specification's, and of machines that are too small."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from recipe.config import Resolved, sglang_rules
+from recipe.errors import UserError
+from recipe.plan.__main__ import PUBLISHED, resolve_without_weights
+from recipe.plan.activations import ActivationModel, Pack
+from recipe.plan.hardware import GIB, Machine, named_gpu, parse_size
+from recipe.plan.memory import GpuModel, Phase, Use
+from recipe.plan.plan import Plan, make_plan
+from recipe.plan.report import SCHEMA, as_json, page, refusal
+from recipe.plan.suggest import suggestion
+
+SHIPPED = ("8gpu", "8gpu-eagle", "8gpu-mtp", "16gpu", "24gpu")
+FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")
+
+
+@pytest.fixture(autouse=True)
+def without_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same results whether SGLang is installed or not."""
+    monkeypatch.setattr(sglang_rules, "find_sglang_python", lambda named: None)
+
+
+def resolved(recipe: str, *flags: str) -> Resolved:
+    return resolve_without_weights(["--recipe", f"glm4.7-flash-{recipe}", "--hf-checkpoint", str(PUBLISHED), *flags])
+
+
+def plan(recipe: str, *flags: str, gpu: str = "H100-80GB", host: str = "1TB", disk: str | None = "2TB") -> Plan:
+    return make_plan(resolved(recipe, *flags), Machine.described(gpu, 8, host, disk, 2.5), on_gpu=True)
+
+
+@pytest.mark.parametrize("recipe", SHIPPED)
+def test_every_shipped_recipe_fits_h100s_with_a_margin(recipe: str) -> None:
+    made = plan(recipe)
+    assert made.problems == ()
+    assert made.gpu is not None
+    assert min(one.margin for one in made.gpu.phases) > 4 * GIB
+    for one in (*made.gpu.phases, *made.host):
+        assert one.margin == one.capacity - sum(one.uses.values())
+
+
+def test_the_8_gpu_recipe_needs_the_host_memory_of_its_optimizer() -> None:
+    made = plan("8gpu")
+    training = next(one for one in made.host if one.phase is Phase.TRAINING)
+    assert training.uses[Use.OPTIMIZER] == pytest.approx(12 * sum(made.parameters.values()), rel=0.01)
+    assert plan("8gpu", host="500GB").problems != ()
+    assert next(one for one in plan("16gpu").host if one.phase is Phase.TRAINING).uses.keys() == {Use.PROCESSES}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flags", "sentences"),
+    [
+        (
+            "24gpu",
+            ("--sglang-ep-num-redundant-experts", "16", "--sglang-dp-size", "3"),
+            (
+                "makes 80 experts of the model's 64, which --sglang-ep-size 24 does not divide; valid and nearest: "
+                "8 (72 experts, 3 a GPU) or 32 (96 experts, 4 a GPU)",
+                "gives attention TP 8, and 20 heads do not divide by it; valid with --sglang-enable-dp-attention: "
+                "6, 12 or 24",
+            ),
+        ),
+        (
+            "8gpu",
+            (
+                *("--actor-num-nodes", "2", "--tensor-model-parallel-size", "4", "--sequence-parallel"),
+                *("--pipeline-model-parallel-size", "2", "--context-parallel-size", "2"),
+            ),
+            ("--decoder-last-pipeline-num-layers 23 makes it 24+23",),
+        ),
+        ("8gpu", ("--tensor-model-parallel-size", "8"), ("the model's 20 attention heads; nearest that do: 5 or 10",)),
+        (
+            "8gpu",
+            ("--global-batch-size", "100"),
+            ("(ranks / TP / PP / CP); nearest that suit: 64 or 128",),
+        ),
+    ],
+)
+def test_the_specifications_layouts_are_refused_with_what_is_valid(
+    recipe: str, flags: tuple[str, ...], sentences: tuple[str, ...]
+) -> None:
+    with pytest.raises(UserError) as refused:
+        resolved(recipe, *flags)
+    for sentence in sentences:
+        assert sentence in str(refused.value)
+
+
+SMALL = {
+    "a GPU's memory": ("8gpu", (), {"gpu": "H100=52"}),
+    "no recomputation, no CPU Adam": (
+        "8gpu",
+        ("--no-optimizer-cpu-offload", "--no-overlap-cpu-optimizer-d2h-h2d", "--recompute-granularity", "selective"),
+        {},
+    ),
+    "16 GPUs of 40 GB": ("16gpu", (), {"gpu": "A100-40GB"}),
+    "a disk": ("8gpu", ("--save-keep", "100"), {"disk": "2TB"}),
+    "a machine's memory": ("8gpu", (), {"host": "620GB", "gpu": "H200-141GB"}),
+    "a large share for the engine": ("8gpu", ("--sglang-mem-fraction-static", "0.95"), {}),
+}
+
+
+def resolved_small(case: str) -> Plan:
+    recipe, flags, machine = SMALL[case]
+    base = resolved(recipe)
+    if "selective" in flags:
+        perf = base.config.perf.model_copy(
+            update={"recompute_granularity": None, "recompute_method": None, "recompute_num_layers": None}
+        )
+        optimizer = base.config.optimizer.model_copy(
+            update={"optimizer_cpu_offload": False, "overlap_cpu_optimizer_d2h_h2d": False}
+        )
+        base = replace(base, config=base.config.model_copy(update={"perf": perf, "optimizer": optimizer}))
+        return make_plan(base, Machine.described("H100-80GB", 8, "1TB", "2TB", 2.5), on_gpu=True)
+    return plan(recipe, *flags, **machine)
+
+
+@pytest.mark.parametrize("case", SMALL)
+def test_a_suggestion_fits_and_nothing_in_it_is_idle(case: str) -> None:
+    made = resolved_small(case)
+    assert not made.fits
+    changes = suggestion(made)
+    assert changes
+
+    def with_changes(chosen: tuple) -> Plan:
+        config = made.resolved.config
+        for change in chosen:
+            config = change.applied(config)
+        return make_plan(replace(made.resolved, config=config), made.machine, on_gpu=True)
+
+    assert with_changes(changes).fits
+    for left_out in range(len(changes)):
+        assert not with_changes(changes[:left_out] + changes[left_out + 1 :]).fits
+    sentence = refusal(made, changes)
+    assert sentence.endswith(f"it does with {' '.join(change.flags for change in changes)}")
+    assert "\n" not in sentence
+
+
+def test_the_mildest_change_is_suggested() -> None:
+    [change] = suggestion(plan("16gpu", gpu="A100-40GB"))
+    assert change.flags == "--optimizer-cpu-offload --optimizer-offload-fraction 0.75"
+    milder = ("--optimizer-cpu-offload", "--optimizer-offload-fraction", "0.5")
+    assert not plan("16gpu", *milder, gpu="A100-40GB").fits
+
+
+def test_what_nothing_mends_is_said() -> None:
+    made = plan("8gpu", gpu="A100-40GB", host="200GB")
+    assert "use more or larger machines" in refusal(made, suggestion(made))
+
+
+def peak(recipe: str, *flags: str) -> int:
+    made = plan(recipe, *flags)
+    assert made.gpu is not None
+    return next(one for one in made.gpu.phases if one.phase is Phase.TRAINING).total
+
+
+def test_each_knob_moves_the_peak_its_way() -> None:
+    longer = [peak("8gpu", "--max-tokens-per-gpu", str(tokens)) for tokens in (16384, 32768, 65536)]
+    assert all(before < after for before, after in pairwise(longer))
+    chunks = [peak("8gpu", "--log-probs-chunk-size", str(size)) for size in (1024, 4096, 6144, 8192)]
+    assert all(before <= after for before, after in pairwise(chunks))
+    assert chunks[0] < chunks[-1]
+    shares = [peak("8gpu", "--optimizer-offload-fraction", share) for share in ("1.0", "0.5", "0.0")]
+    assert all(before < after for before, after in pairwise(shares))
+    assert shares[2] - shares[0] == pytest.approx(12 * (shares[1] - shares[0]) / 6, rel=1e-6)
+
+
+@pytest.mark.parametrize(("recompute", "measured_gib"), [((), 73.7), (FULL, 67.5)])
+def test_peaks_on_one_h200_are_planned_within_half_a_hundredth(
+    recompute: tuple[str, ...], measured_gib: float, tmp_path: Path
+) -> None:
+    """The two that README reports: 6 layers at the true widths, 4 sequences of 2,048 tokens, four fifths asked."""
+    document = json.loads((PUBLISHED / "config.json").read_text())
+    document |= {"num_hidden_layers": 6, "num_nextn_predict_layers": 0}
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    words = "--rm-type math --num-rollout 1 --rollout-batch-size 1 --n-samples-per-prompt 2 --lr 1e-6 --device cuda "
+    words += "--rollout-max-response-len 1024 --actor-num-gpus-per-node 1 --rollout-engine embedded"
+    flags = ["--hf-checkpoint", str(tmp_path), "--prompt-data", "/dev/null", *words.split(), *recompute]
+    one = resolve_without_weights(flags)
+    machine = Machine.described("H200", 1, "1TB", None, 0.0)
+    model = GpuModel(one, machine, on_gpu=True, pack=Pack(tokens=8192, asked=4 * 1639, longest=2048, keys=8192))
+    [shard] = model.shards
+    total = sum(model.held(shard).values()) + sum(model.computing(shard).values())
+    assert total / GIB == pytest.approx(measured_gib, rel=0.005)
+
+
+def test_pipeline_stages_keep_what_is_in_flight() -> None:
+    one = resolved("16gpu")
+    model = GpuModel.of(one, Machine.described("H100", 8, "1TB", None, 2.5), on_gpu=True)
+    counts = ActivationModel(one.architecture, one.config, model.pack, on_gpu=True)
+    first, last = model.shards
+    assert counts.of_stage(first, 2).kept == 2 * counts.of_stage(first, 1).kept
+    assert counts.of_stage(first, 1).log_probs == 0 < counts.of_stage(last, 1).log_probs
+
+
+def test_the_json_has_the_documented_fields_and_the_page_ends_with_the_verdict() -> None:
+    for made in (plan("8gpu"), plan("8gpu", host="200GB")):
+        changes = () if made.fits else suggestion(made)
+        document = json.loads(as_json(made, changes))
+        assert document.keys() == SCHEMA.keys()
+        assert document["fits"] == made.fits
+        for phase in (*document["gpu"].values(), *document["host"].values()):
+            assert phase["margin"] == phase["capacity"] - sum(phase["uses"].values())
+        assert document["time"]["step_s"] == pytest.approx(sum(document["time"]["seconds"].values()))
+        assert document["time"]["dollars"] == pytest.approx(3000 * document["time"]["dollars_a_step"])
+        last = page(made, changes).splitlines()[-1]
+        assert last.startswith("It fits: " if made.fits else "It does not fit: a machine needs ")
+
+
+def test_twice_the_price_is_twice_the_money() -> None:
+    machines = [Machine.described("H100", 8, "1TB", None, price) for price in (2.0, 4.0)]
+    times = [make_plan(resolved("8gpu"), machine, on_gpu=True).time for machine in machines]
+    assert times[0] is not None
+    assert times[1] is not None
+    assert times[1].dollars == pytest.approx(2 * times[0].dollars)
+    assert times[0].hours == times[1].hours
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("1TB", 10**12), ("512GiB", 512 * 2**30), ("900 gb", 9 * 10**11), ("1.5T", 15 * 10**11)]
+)
+def test_sizes_are_read_as_written(text: str, size: int) -> None:
+    assert parse_size(text, "--disk") == size
+
+
+def test_what_is_no_size_and_no_gpu_is_a_sentence() -> None:
+    with pytest.raises(UserError, match="--disk much is no size; write 1TB"):
+        parse_size("much", "--disk")
+    with pytest.raises(UserError, match="--gpu H100-90GB is not known; did you mean H100-80GB"):
+        named_gpu("H100-90GB")
+    with pytest.raises(UserError, match="what follows = is the memory in GiB"):
+        named_gpu("H100=big")
+    assert named_gpu("H100=94").memory == 94 * GIB
+
+
+def test_the_command_ends_with_2_for_what_does_not_fit() -> None:
+    command = [sys.executable, "-m", "recipe.plan", "--recipe", "glm4.7-flash-8gpu", "--gpu", "H100=20"]
+    ended = subprocess.run([*command, "--hf-checkpoint", str(PUBLISHED)], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    assert ended.stdout.splitlines()[-1].startswith("It does not fit")

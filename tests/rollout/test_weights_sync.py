@@ -1,0 +1,148 @@
+"""Weights leave the trainer in buckets that fit, none of SGLang's pairs is parted, and an engine that fails over them
+is left out."""
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+import torch
+from aiohttp import web
+from fake_engines import FakeEngine, serving
+from hypothesis import given
+from hypothesis import strategies as st
+
+from recipe.errors import UserError
+from recipe.rollout.weights_payload import NamedTensor
+from recipe.rollout.weights_sync import WeightSync, buckets
+
+LAYER = (
+    "self_attn.q_a_proj",
+    "self_attn.q_a_layernorm",
+    "self_attn.q_b_proj",
+    "self_attn.kv_a_proj_with_mqa",
+    "self_attn.o_proj",
+    "mlp.gate",
+)
+
+
+@given(sizes=st.lists(st.integers(1, 40), min_size=18, max_size=18), limit=st.integers(4, 200))
+def test_buckets_fit_and_keep_pairs_together(sizes: list[int], limit: int) -> None:
+    names = [f"model.layers.{layer}.{part}.weight" for layer in range(3) for part in LAYER]
+    weights = [(name, torch.zeros(size)) for name, size in zip(names, sizes, strict=True)]
+    found = list(buckets(weights, limit))
+    assert [name for bucket in found for name, _ in bucket] == names
+    for bucket in found:
+        inside = {name for name, _ in bucket}
+        for layer in range(3):
+            pair = {f"model.layers.{layer}.self_attn.{part}.weight" for part in ("q_a_proj", "kv_a_proj_with_mqa")}
+            assert len(pair & inside) in (0, 2)
+        if len(bucket) > 4:
+            assert sum(tensor.nbytes for _, tensor in bucket[:-4]) <= limit
+
+
+WEIGHTS = [(f"model.layers.{number}.mlp.gate.weight", torch.ones(10)) for number in range(4)]
+BOUND_S = 20.0
+
+
+class FailingEngine(FakeEngine):
+    """Fails at its second bucket."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self._way = way
+
+    async def verb(self, request: web.Request) -> web.StreamResponse:
+        answer = await super().verb(request)
+        if self.calls.count("/update_weights_from_tensor") < 2:
+            return answer
+        match self._way:
+            case "dies":
+                assert request.transport is not None
+                request.transport.abort()
+            case "hangs":
+                await asyncio.sleep(60)
+            case "breaks":
+                return web.Response(status=500)
+            case "refuses":
+                return web.json_response({"success": False, "message": "no room"}, status=400)
+        return answer
+
+
+class Weights:
+    """What the trainer's ranks gather together; notes how far it was taken."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def __iter__(self) -> Iterator[NamedTensor]:
+        for weight in WEIGHTS:
+            self.taken += 1
+            yield weight
+
+
+def sync_of(timeout_s: float = 0.5) -> WeightSync:
+    return WeightSync("tensor", 40, 1, "127.0.0.1", timeout_s=timeout_s)
+
+
+@pytest.mark.parametrize("way", ["dies", "hangs", "breaks"])
+async def test_an_engine_that_fails_over_an_update_is_named_and_the_others_get_all(way: str) -> None:
+    good, bad, weights = FakeEngine(), FailingEngine(way), Weights()
+    async with serving(bad, good) as urls, asyncio.timeout(BOUND_S):
+        delivery = await asyncio.to_thread(sync_of().send, weights, urls, "2")
+    assert list(delivery.failed) == [bad.url]
+    assert bad.url in delivery.failed[bad.url]
+    assert delivery.incomplete == ()
+    assert weights.taken == len(WEIGHTS)
+    update = ["/update_weights_from_tensor"]
+    assert good.calls == ["/begin_weight_update", *update * len(WEIGHTS), "/end_weight_update"]
+    assert bad.calls == ["/begin_weight_update", *update * 2]
+
+
+async def test_the_trainers_ranks_finish_though_no_engine_is_left() -> None:
+    bad, weights = FailingEngine("dies"), Weights()
+    async with serving(bad) as urls, asyncio.timeout(BOUND_S):
+        delivery = await asyncio.to_thread(sync_of().send, weights, urls, "2")
+    assert list(delivery.failed) == [bad.url]
+    assert weights.taken == len(WEIGHTS)
+
+
+async def test_an_engine_that_refuses_weights_ends_the_run() -> None:
+    """Started again it would refuse them again."""
+    async with serving(FailingEngine("refuses")) as urls, asyncio.timeout(BOUND_S):
+        with pytest.raises(UserError, match="no room"):
+            await asyncio.to_thread(sync_of().send, WEIGHTS, urls, "2")
+
+
+class Silent(FakeEngine):
+    """Joins no broadcast group, since it hangs or is dead."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self._way = way
+
+    async def verb(self, request: web.Request) -> web.StreamResponse:
+        if request.path == "/init_weights_update_group":
+            assert request.transport is not None
+            await asyncio.sleep(60 if self._way == "hangs" else 0)
+            request.transport.abort()
+        return await super().verb(request)
+
+
+@pytest.mark.parametrize("way", ["hangs", "dies"])
+async def test_a_broadcast_that_lost_a_member_is_over_for_the_others_at_once(way: str) -> None:
+    """They wait in it, as they would for a member that joined and then failed."""
+
+    class Waiting(FakeEngine):
+        async def verb(self, request: web.Request) -> web.StreamResponse:
+            if request.path == "/init_weights_update_group":
+                await asyncio.sleep(60)
+            return await super().verb(request)
+
+    bad, good, weights = Silent(way), Waiting(), Weights()
+    sync = WeightSync("distributed", 40, 1, "127.0.0.1", timeout_s=1.0 if way == "hangs" else 60.0)
+    async with asyncio.timeout(BOUND_S), serving(bad, good) as urls:
+        delivery = await asyncio.to_thread(sync.send, weights, urls, "2")
+    assert weights.taken == len(WEIGHTS)
+    if way == "dies":
+        assert list(delivery.failed) == [bad.url]
+        assert delivery.incomplete == (good.url,)

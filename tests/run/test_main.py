@@ -1,0 +1,34 @@
+"""How commands end."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import signal, sys
+from recipe.errors import run_main
+
+def main():
+    print("ready", flush=True)
+    try:
+        signal.pause()
+    except SystemExit:
+        sys.exit(1)  # as Ray does when it is interrupted where it waits
+
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_gives_its_status_whatever_ray_makes_of_it(number: signal.Signals) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert said == f"stopping: {number.name} received\n"
