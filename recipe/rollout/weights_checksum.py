@@ -1,12 +1,14 @@
 """Checksums of the policy's tensors as SGLang's /weights_checker tells them: of its own, fused tensors, by its names.
 
 Both sides of a weight update compute them here, the trainer of what it sends and the embedded engine of what it holds.
-SGLang's are of what each of its GPUs holds, so they are the whole tensors' on engines of one GPU only.
+SGLang's are of what each of its GPUs holds, so they are the whole tensors' on engines of one GPU only. An engine that
+drafts tells those of its draft model too: the layer for multi-token prediction, and the policy's embedding and output
+head, which it shares.
 """
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -26,14 +28,17 @@ _FUSED_NAME = {
     "kv_a_proj_with_mqa": "fused_qkv_a_proj_with_mqa",
 }
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+_DRAFT = "draft."
+_OF_THE_DRAFT_ITSELF = ("enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight")
+"""Names in a layer for multi-token prediction that SGLang does not count to its decoder layer."""
+_SHARED_BY_THE_DRAFT = ("embed_tokens.weight", "shared_head.head.weight")
 
 
 class EngineChecksums:
     """Takes a checkpoint's tensors one by one and keeps no more than those of an unfinished fused tensor."""
 
     def __init__(self, num_layers: int, num_experts: int, *, as_float32: bool = False) -> None:
-        """Tensors of later layers, which are for multi-token prediction, are left out. `as_float32`: the engine holds
-        everything in it."""
+        """Tensors of later layers are the draft model's. `as_float32`: the engine holds everything in it."""
         self._num_layers, self._num_experts, self._as_float32 = num_layers, num_experts, as_float32
         self._parts: dict[str, dict[tuple[int, int], Tensor]] = {}
         self._checksums: dict[str, str] = {}
@@ -42,12 +47,18 @@ class EngineChecksums:
         """Takes the tensor of a checkpoint's name."""
         layer = _LAYER.match(name)
         if layer is not None and int(layer[1]) >= self._num_layers:
-            return
+            within = name[layer.end() :]
+            if within in _SHARED_BY_THE_DRAFT:
+                return
+            name = f"{_DRAFT}model.{'' if within in _OF_THE_DRAFT_ITSELF else 'decoder.'}{within}"
         fused, place, count = self._place(name)
         parts = self._parts.setdefault(fused, {})
         parts[place] = tensor.detach().float() if self._as_float32 else tensor.detach()
         if len(parts) == count:
-            self._checksums[fused] = _hash([self._parts[fused][key] for key in sorted(parts)], name in _VOCABULARY)
+            checksum = _hash([self._parts[fused][key] for key in sorted(parts)], name in _VOCABULARY)
+            self._checksums[fused] = checksum
+            if name in _VOCABULARY:
+                self._checksums[_DRAFT + fused] = checksum
             del self._parts[fused]
 
     def watch(self, weights: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
@@ -57,8 +68,20 @@ class EngineChecksums:
             yield name, tensor
 
     def result(self) -> dict[str, str]:
-        """Checksum by SGLang's name; a fused tensor of which a part is missing has none."""
+        """Checksum of the policy's tensors by SGLang's name; a fused tensor of which a part is missing has none."""
+        return {name: checksum for name, checksum in self._checksums.items() if not name.startswith(_DRAFT)}
+
+    def with_draft(self) -> dict[str, str]:
+        """Likewise of the draft model's too."""
         return dict(self._checksums)
+
+    def differing(self, engine: Mapping[str, str]) -> list[str]:
+        """Names of the tensors that are not the same in the checksums an engine tells. Of its draft model, if it has
+        one, those alone are compared that have passed here: what is not trained is not sent."""
+        drafts = any(name.startswith(_DRAFT) for name in engine)
+        expected = self._checksums if drafts else self.result()
+        told = {name for name in engine if name in expected or not name.startswith(_DRAFT)}
+        return sorted(name for name in expected.keys() | told if expected.get(name) != engine.get(name))
 
     def _place(self, name: str) -> tuple[str, tuple[int, int], int]:
         """SGLang's name of the tensor this one is a part of, its place there, and the number of parts."""

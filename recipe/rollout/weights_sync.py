@@ -122,8 +122,7 @@ class WeightSync:
                 await self._hand_over(receivers, weights, version)
             await receivers.ask(WeightsClient.end_weight_update)
             if whole and checksums is not None:
-                expected = checksums.result()
-                await receivers.ask(lambda engine: _compare(engine, expected, version))
+                await receivers.ask(lambda engine: _compare(engine, checksums, version))
             return receivers.delivery(whole=whole)
 
     async def _hand_over(self, receivers: "_Receivers", weights: Iterator[NamedTensor], version: str) -> None:
@@ -266,13 +265,12 @@ def _in_thread(work: Callable[[], T]) -> Future[T]:
     return result
 
 
-async def _compare(engine: WeightsClient, expected: dict[str, str], version: str) -> None:
+async def _compare(engine: WeightsClient, checksums: EngineChecksums, version: str) -> None:
     found = await engine.checksums()
-    names = sorted(expected.keys() | found.keys())
-    wrong = [name for name in names if expected.get(name) != found.get(name)]
+    wrong = checksums.differing(found)
     if wrong:
         raise UserError(
-            f"after the update to version {version}, {len(wrong)} of {len(names)} tensors of the engine at "
-            f"{engine.url} are not the trainer's, the first of them {', '.join(wrong[:_SHOWN])}: samples would come "
+            f"after the update to version {version}, {len(wrong)} of {len(found.keys() | wrong)} tensors of the engine "
+            f"at {engine.url} are not the trainer's, the first of them {', '.join(wrong[:_SHOWN])}: samples would come "
             "from other weights than those that are trained; see the engine's log"
         )
