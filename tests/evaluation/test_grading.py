@@ -126,7 +126,7 @@ def test_the_command_writes_a_verdict_a_line_in_order() -> None:
         {"response": "thoughts", "label": "25", "finish_reason": {"type": "length", "length": 16384}},
         {"response": "a</think>", "label": "25", "finish_reason": {"type": "stop", "matched": 7}},
         {"response": r"\boxed{25}", "label": "25", "prompt": "<think>"},
-        {"response": r"\boxed{25!!}", "label": "25"},
+        {"response": r"\boxed{(25!)!}", "label": "25"},
     ]
     status, verdicts, said = grade(*responses, words=["--timeout-s", "0.5", "--workers", "1"])
     assert (status, said) == (0, "")
@@ -139,7 +139,7 @@ def test_the_command_writes_a_verdict_a_line_in_order() -> None:
         "no_answer",
         "grader_failed",
     ]
-    assert [verdict["answer"] for verdict in verdicts] == ["025", "30", None, None, None, None, "25!!"]
+    assert [verdict["answer"] for verdict in verdicts] == ["025", "30", None, None, None, None, "(25!)!"]
     assert all(list(verdict) == ["verdict", "answer", "reason"] for verdict in verdicts)
     assert all(verdict["reason"] for verdict in verdicts)
 
