@@ -173,7 +173,8 @@ def _ends_in_function(words: Sequence[str]) -> bool:
     """Whether what stands behind the words may belong to the argument of a function in their last term, which no round
     brackets hold together."""
     return any(
-        word.startswith(_FUNCTIONS) and not argument.startswith(_ROUND) for word, argument in pairwise(_last_term(words))
+        word.startswith(_FUNCTIONS) and not argument.startswith(_ROUND)
+        for word, argument in pairwise(_last_term(words))
     )
 
 
