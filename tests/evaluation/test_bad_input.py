@@ -1,6 +1,7 @@
 """A user's mistakes, a sentence each."""
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -138,6 +139,9 @@ def test_a_file_that_is_no_result(server: KnownServer, data: Path, tmp_path: Pat
         path.write_text(changed)
         with pytest.raises(UserError, match=problem):
             read_result(path.parent)
+    os.truncate(path, 1 << 40)
+    with pytest.raises(UserError, match=r"is no result of evaluation.aime: it has 1,099.5 GB, so give result\.json"):
+        read_result(path)
 
 
 @pytest.mark.parametrize(
