@@ -101,7 +101,8 @@ class Evaluation:
     def __init__(
         self, arguments: argparse.Namespace, subject: Subject, problems: Sequence[Prompt], settings: Settings
     ) -> None:
-        self.directory = EvaluationDirectory(arguments.save, settings)
+        is_chosen = subject.checkpoint is not None and subject.checkpoint != arguments.checkpoint
+        self.directory = EvaluationDirectory(arguments.save, settings, arguments.checkpoint if is_chosen else None)
         self._arguments, self._subject, self._settings = arguments, subject, settings
         seeds = SeedStream(arguments.seed, ("eval", arguments.data.stem))
         self.plan = Plan(problems, arguments.n_samples, sampling_params(arguments), seeds)

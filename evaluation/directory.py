@@ -31,10 +31,11 @@ REPORT = "report.html"
 class EvaluationDirectory:
     """Where one evaluation keeps what it has. Use as a context manager: leaving it lets another command in."""
 
-    def __init__(self, path: Path, settings: Settings) -> None:
+    def __init__(self, path: Path, settings: Settings, newest_of: Path | None = None) -> None:
         """Creates the directory, or opens it to go on. Raises UserError if it holds samples of other settings, or if
-        another evaluation is at work in it."""
+        another evaluation is at work in it. `newest_of` has checkpoints, the newest of which is the model."""
         self._path = path
+        self._newest_of = newest_of
         self.engine_log = path / "engine.log"
         self.exported = path / f".exported-{settings.model_sha256[:12]}"
         """Where a checkpoint is exported to; removed in the end."""
@@ -72,11 +73,25 @@ class EvaluationDirectory:
         """The model may be at another path by now: its hash says whether it is the same."""
         names = sorted({*before, *now} - {"model"})
         name = next((name for name in names if before.get(name) != now.get(name)), None)
+        if name == "model_sha256" and self._newest_of is not None:
+            self._refuse_another_checkpoint(Path(str(before.get("model"))), Path(now["model"]))
         if name is not None:
             raise UserError(
                 f"{self._path} holds the samples of other settings ({name} was {before.get(name)!r} and is "
                 f"{now.get(name)!r}): choose another --save"
             )
+
+    def _refuse_another_checkpoint(self, before: Path, now: Path) -> None:
+        """Raises UserError if `now` was written since `before` was the newest."""
+        assert self._newest_of is not None
+        if before.name == now.name:
+            return
+        first = self._newest_of / before.name
+        mend = f"give --checkpoint {first} to go on" if first.is_dir() else f"restore {first}"
+        raise UserError(
+            f"{self._path} holds the samples of {before.name}, but the newest checkpoint of {self._newest_of} is "
+            f"{now.name} by now: {mend}, or choose another --save"
+        )
 
     def record_session(self, samples: int, retries: int) -> None:
         """Takes down what this command generated."""

@@ -15,11 +15,10 @@ import sys
 from collections.abc import Iterable, Iterator
 
 from evaluation.grading import Judge, Response
-from evaluation.options import finite
+from evaluation.options import check_grading_time, finite
 from recipe.errors import UserError, run_main
 from recipe.rollout.sample import FinishReason
 
-LONGEST_TIMEOUT_S = 86400
 BATCH = 1024
 """Lines that are graded together, and then written."""
 
@@ -87,8 +86,9 @@ def main() -> None:
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes that compare (default: the cores)"
     )
     arguments = parser.parse_args()
-    if arguments.workers < 1 or not 0 < arguments.timeout_s <= LONGEST_TIMEOUT_S:
-        raise UserError(f"--workers must be at least 1, and --timeout-s from 0 to {LONGEST_TIMEOUT_S}")
+    if arguments.workers < 1:
+        raise UserError("--workers must be at least 1")
+    check_grading_time("--timeout-s", arguments.timeout_s)
     with Judge(timeout_s=arguments.timeout_s, num_workers=arguments.workers) as judge:
         for line in grade_lines((line.decode(errors="replace") for line in sys.stdin.buffer), judge):
             print(line, flush=True)

@@ -16,6 +16,8 @@ from recipe.rollout.sampling_params import SamplingParams
 _TOKENS_A_SECOND_AT_LEAST = 10
 _REQUEST_S = 600.0
 _GRACE_S = 60.0
+LONGEST_GRADING_S = 86400
+"""The system's calls that wait take no time without bounds."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,12 @@ def finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError
     return value
+
+
+def check_grading_time(flag: str, seconds: float) -> None:
+    """Raises UserError unless the time to compare two answers is one that a process can be given."""
+    if not 0 < seconds <= LONGEST_GRADING_S:
+        raise UserError(f"{flag} must be greater than 0 and at most {LONGEST_GRADING_S} seconds")
 
 
 def request_timeout_s(arguments: argparse.Namespace) -> float:
@@ -161,11 +169,12 @@ def _fill_in(arguments: argparse.Namespace) -> None:
 def _check(arguments: argparse.Namespace) -> None:
     for name in (
         *("n_samples", "max_response_len", "context_length", "concurrency", "max_failures"),
-        *("request_timeout_s", "health_timeout_s", "stall_timeout_s", "grade_timeout_s"),
+        *("request_timeout_s", "health_timeout_s", "stall_timeout_s"),
     ):
         value = getattr(arguments, name)
         if value is not None and value <= 0:
             raise UserError(f"--{name.replace('_', '-')} must be greater than 0")
+    check_grading_time("--grade-timeout-s", arguments.grade_timeout_s)
     if arguments.temperature < 0 or not 0 < arguments.top_p <= 1 or not (arguments.top_k == -1 or arguments.top_k > 0):
         raise UserError("--temperature must be at least 0, --top-p in (0, 1], --top-k -1 or positive")
     if arguments.max_retries < 0:

@@ -15,6 +15,8 @@ from recipe.rollout.sample import FinishReason
 
 SCHEMA_VERSION = 2
 RESULT = "result.json"
+_LARGEST_RESULT = 256 << 20
+"""In bytes: about a million samples. All of it is read at once."""
 MODEL_CARD_RESPONSE_LEN = 131_072
 """Longest response, in tokens, of the scores that the model card of GLM-4.7-Flash gives for AIME."""
 
@@ -140,6 +142,9 @@ def read_result(path: Path) -> Result:
     """The result in a file, or in a directory of `evaluation.aime`. Raises UserError if there is none."""
     file = path / RESULT if path.is_dir() else path
     try:
+        size = file.stat().st_size
+        if size > _LARGEST_RESULT:
+            raise UserError(f"{file} is no result of evaluation.aime: it has {size / 1e9:,.1f} GB, so give result.json")
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error

@@ -1,6 +1,8 @@
 """Mistakes a user can mend are told in one sentence and end the program with a non-zero status."""
 
 import logging
+import os
+import select
 import signal
 import sys
 from collections.abc import Callable
@@ -8,6 +10,7 @@ from types import FrameType
 from typing import NoReturn
 
 USER_ERROR_STATUS = 2
+_STDOUT = 1
 
 
 class UserError(Exception):
@@ -18,19 +21,34 @@ def run_main(main: Callable[[], int | None]) -> None:
     """Runs a command's `main` and exits with its status.
 
     A UserError is printed without a traceback. SIGINT and SIGTERM unwind the program from wherever it is, so that what
-    it started is ended, and give the status that shells expect of them.
+    it started is ended, and give the status that shells expect of them; so does a reader of the output who leaves
+    (`| head`).
     """
     signal.signal(signal.SIGINT, _unwind)
     signal.signal(signal.SIGTERM, _unwind)
     try:
-        sys.exit(main() or 0)
+        status = main() or 0
+        print(end="", flush=True)
+        sys.exit(status)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(USER_ERROR_STATUS)
+    except BrokenPipeError:
+        if not _reader_has_left():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)  # for what is written on the way out
+        sys.exit(128 + signal.SIGPIPE)
     except SystemExit:
         if _unwound_by:  # Ray, where it waits, makes a SystemExit of status 1 out of any other
             sys.exit(128 + _unwound_by[0])
         raise
+
+
+def _reader_has_left() -> bool:
+    """Whether standard output is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(_STDOUT, 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 _unwound_by: list[signal.Signals] = []

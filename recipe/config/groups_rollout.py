@@ -99,7 +99,7 @@ class RolloutConfig(Group):
     """Built-in reward."""
     custom_rm_path: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
     """Reward function of your own, as module:function; it takes the place of `rm_type`."""
-    rm_timeout_s: PositiveFloat = 5.0
+    rm_timeout_s: Annotated[float, Field(gt=0.0, le=86400.0)] = 5.0
     """Longest time to grade one response, in seconds."""
     rm_num_workers: PositiveInt = 2
     """Grading processes."""

@@ -6,6 +6,8 @@ not reach it.
 """
 
 import re
+from collections.abc import Sequence
+from itertools import pairwise
 
 MAX_CHARACTERS = 200
 """Longer arithmetic is no final answer, and takes math-verify's parser more time than it is worth."""
@@ -17,9 +19,13 @@ _FRACTIONS = ("\\frac", "\\dfrac", "\\tfrac", "\\cfrac")
 _CHOOSE = "\\choose"
 _SIGNS = ("+", "-")
 _OPERATORS = (*_SIGNS, "*", "/", "\\cdot", "\\times", "\\div", "\N{MULTIPLICATION SIGN}", "\N{DIVISION SIGN}", _CHOOSE)
-_BRACKETS = {"(": ")", "[": "]", "{": "}", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil", "\\lvert": "\\rvert", "|": "|"}
+_BRACKETS = {"(": ")", "[": "]", "\\lfloor": "\\rfloor", "\\lceil": "\\rceil", "\\lvert": "\\rvert", "|": "|"}
 _CONSTANTS = ("\\pi",)
 _FUNCTIONS = ("\\log", "\\ln")
+_OVER = ("/", "\\div", "\N{DIVISION SIGN}")
+_RAISING = ("^", "!")
+_ROUND = "( "
+"""How a word in round brackets begins."""
 _TIMES = "\\cdot"
 
 
@@ -32,7 +38,10 @@ def explicit(text: str) -> str | None:
     none.
 
     The grammar: numbers, \pi, brackets, absolute values, floors, ceilings, fractions, roots, binomials, logarithms,
-    factorials, powers, + - * /. A number before a fraction is refused: it may be a mixed number or a product.
+    factorials, powers, + - * /. What has two readings is refused: a number before a fraction (a mixed number or a
+    product), a factor or power behind a logarithm (`\log 1000/10`), a factor side by side with a divisor (`8/2(4)`), a
+    power or factorial of a power or factorial (`2^{3}!`, and `3!!`, which is no (3!)!), and a sum or product in braces,
+    which are not seen in print (`5\cdot{2+3}`).
     """
     if len(text) > MAX_CHARACTERS:
         return None
@@ -51,6 +60,9 @@ class _Reader:
 
     def expression(self, closing: str | None) -> str:
         """What comes before `closing`, which is read too; None: everything."""
+        return " ".join(self._words(closing))
+
+    def _words(self, closing: str | None) -> list[str]:
         words: list[str] = []
         last = ""
         while (token := self._peek()) != closing or (token == "|" and _expects_value(last)):
@@ -59,27 +71,33 @@ class _Reader:
             last = self._next(token, last, words)
         if closing is not None:
             self._at += 1
-        if _expects_value(last):
+        if _expects_value(last) or words.count(_CHOOSE) > 1:
             raise _NoArithmetic
-        if words.count(_CHOOSE) == 1:
+        if _CHOOSE in words:
             above, below = words[: words.index(_CHOOSE)], words[words.index(_CHOOSE) + 1 :]
-            return f"\\binom{{{' '.join(above)}}}{{{' '.join(below)}}}"
-        return " ".join(words)
+            return [f"\\binom{{{' '.join(above)}}}{{{' '.join(below)}}}"]
+        return words
 
     def _next(self, token: str, last: str, words: list[str]) -> str:
         """Reads what begins with `token` and adds it; `last` is the token before it. Returns the last token now."""
-        if token in _OPERATORS:
-            if _expects_value(last) and token not in _SIGNS:
+        if token in _SIGNS:
+            if last in _FUNCTIONS:
                 raise _NoArithmetic
             words.append(self._take())
             return token
-        if token in ("^", "!"):
-            if _expects_value(last):
+        if token in _OPERATORS:
+            if _expects_value(last) or _ends_in_function(words):
+                raise _NoArithmetic
+            words.append(self._take())
+            return token
+        if token in _RAISING:
+            if _expects_value(last) or last in _RAISING or _is_applied(words):
                 raise _NoArithmetic
             words[-1] += self._take() + (self._argument(short=False) if token == "^" else "")
-            return ")"
+            return token
         if not _expects_value(last):
-            if last.endswith(_DIGITS) and (token.endswith(_DIGITS) or token in _FRACTIONS):
+            digits_meet = last.endswith(_DIGITS) and (token.endswith(_DIGITS) or token in _FRACTIONS)
+            if digits_meet or _ends_in_function(words) or any(word in _OVER for word in _last_term(words)):
                 raise _NoArithmetic
             words.append(_TIMES)
         return self._factor(token, words)
@@ -89,6 +107,12 @@ class _Reader:
         if token.endswith(_DIGITS) or token in _CONSTANTS:
             words.append(_exact(token))
             return token
+        if token == "{":
+            inside = self._words("}")
+            if len(inside) > 1 or any(sign in inside[0] for sign in _RAISING):
+                raise _NoArithmetic
+            words.append(f"{{ {inside[0]} }}")
+            return ")"
         if token in _BRACKETS:
             words.append(f"{token} {self.expression(_BRACKETS[token])} {_BRACKETS[token]}")
             return ")"
@@ -133,6 +157,25 @@ class _Reader:
 def _exact(number: str) -> str:
     whole, point, rest = number.partition(".")
     return f"(\\frac{{{whole}{rest}}}{{1{'0' * len(rest)}}})" if point else number
+
+
+def _last_term(words: Sequence[str]) -> Sequence[str]:
+    """What stands behind the last sign."""
+    return words[max((at for at, word in enumerate(words) if word in _SIGNS), default=-1) + 1 :]
+
+
+def _is_applied(words: Sequence[str]) -> bool:
+    """Whether the last word is a function's whole argument, in brackets."""
+    return len(words) > 1 and words[-2].startswith(_FUNCTIONS) and words[-1].startswith(_ROUND)
+
+
+def _ends_in_function(words: Sequence[str]) -> bool:
+    """Whether what stands behind the words may belong to the argument of a function in their last term, which no round
+    brackets hold together."""
+    return any(
+        word.startswith(_FUNCTIONS) and not argument.startswith(_ROUND)
+        for word, argument in pairwise(_last_term(words))
+    )
 
 
 def _expects_value(last: str) -> bool:

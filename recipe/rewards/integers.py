@@ -37,7 +37,10 @@ _FONT = re.compile(
     r"|\\(?:[bf]box|boxed|emph|underline|uline|boldsymbol|bm|pmb|[Bb]old|ensuremath)(?![a-zA-Z]))\s*"
 )
 _DELIMITERS = (("\\(", "\\)"), ("\\[", "\\]"), ("\\{", "\\}"), ("(", ")"), ("[", "]"), ("**", "**"))
-_LEAD_WORDS = r"\s*(?:the\s)?(?:final\s|correct\s)?(?:answer|ans\.?|result)(?:\s(?:is|equals))?\s*[:=]?\s*"
+_LEAD_WORDS = (
+    r"\s*(?:the\s)?(?:final\s|correct\s|required\s|desired\s)?(?:(?:answer|ans\.?|result)(?:\s(?:is|equals))?"
+    r"|(?:remainder|sum|product|value|total|number|area|perimeter|volume|length|distance)\s(?:is|equals))\s*[:=]?\s*"
+)
 _LEAD = re.compile(rf"(?:{_TEXT}\s*\{{{_LEAD_WORDS}\}}\s*[:=]?|{_LEAD_WORDS})\s*(?=[^\sa-z])", re.IGNORECASE)
 _DEGREES_OR_PERCENT = re.compile(
     rf"\s*(?:\^\s*(?:\\circ|\{{\s*\\circ\s*\}})(?:\s*{_TEXT}\s*\{{\s*[CF]\s*\}})?|\\degrees?(?![a-zA-Z])|\\textdegree(?![a-zA-Z])|°|\\?%)$"
@@ -45,6 +48,11 @@ _DEGREES_OR_PERCENT = re.compile(
 _ORDINAL = re.compile(rf"\s*\^\s*(?:\{{?\s*{_TEXT}\s*\{{\s*(?:st|nd|rd|th)\s*\}}\s*\}}?|\{{\s*(?:st|nd|rd|th)\s*\}})$")
 _BEFORE_UNIT = re.compile(r"[\d)}](?=\s*(?:\\text|\\math|\\[mh]box)|\s?[a-zA-Z])")
 _UNIT = re.compile(rf"(?:\s*{_TEXT}\s*\{{(?P<font>[^{{}}\d]*)\}}|(?P<bare>\s?[a-zA-Z][a-zA-Z /.]*))", re.ASCII)
+_MODULO_1000 = re.compile(
+    r" ?\(? ?(?:\\[bp]?mod(?![a-zA-Z])|\\(?:text|mathrm|operatorname) ?\{ ?mod ?\}|(?<![a-zA-Z\\{])mod)"
+    r" ?\{? ?1,?000 ?\}? ?\)?$"
+)
+_REMAINDER = re.compile(r"\d{1,3}", re.ASCII)
 _POWER = re.compile(r"\s*\^\s*(?:[23]|\{\s*[23]\s*\})$")
 _WORD = re.compile(r"[^\s/.,()\-\N{MIDDLE DOT}]+")
 
@@ -85,20 +93,30 @@ def read_answer(answer: str) -> Reading:
     """What an answer of at most MAX_ANSWER_CHARACTERS says; without numbers if that is nothing but a text.
 
     Of an equation every side is a value but for names of what was asked for (`m+n`, `f(3)`), on either side; a side
-    that is neither makes the whole a text.
+    that is neither makes the whole a text. Modulo 1000 a number below 1000 is a value (AIME asks for that remainder).
     """
     bare = _without_ornaments(_plain(answer))
     integers: list[str] = []
     expressions: list[str] = []
-    sides = [_without_ornaments(side) for side in _sides(bare)]
-    for side in sides:
-        if (number := _integer(side) or _in_base(side)) is not None:
+    sides, is_remainder = _sides_by_1000(bare) if "mod" in bare else (_sides(bare), False)
+    for side in map(_without_ornaments, sides):
+        if is_remainder and not _REMAINDER.fullmatch(side):
+            if len(sides) == 1 or not is_name(side):
+                return Reading(bare)
+        elif (number := _integer(side) or _in_base(side)) is not None:
             integers.append(number)
         elif (expression := explicit(_without_thousands(side))) is not None:
             expressions.append(expression)
         elif len(sides) == 1 or not is_name(side):
             return Reading(bare)
     return Reading(bare, tuple(integers), tuple(expressions))
+
+
+def _sides_by_1000(text: str) -> tuple[list[str], bool]:
+    """The sides of an equation or congruence without "modulo 1000", and whether that stood there."""
+    congruence = text.replace("\\equiv", "=") if _MODULO_1000.search(text) else text
+    sides = [_MODULO_1000.subn("", side.strip()) for side in _sides(congruence)]
+    return [side for side, _ in sides], any(found for _, found in sides)
 
 
 def _sides(text: str) -> list[str]:

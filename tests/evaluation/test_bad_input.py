@@ -1,6 +1,8 @@
 """A user's mistakes, a sentence each."""
 
 import json
+import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -89,6 +91,8 @@ def test_a_result_of_other_settings(server: KnownServer, data: Path, tmp_path: P
         (["--hf-checkpoint", "x"], "--hf-checkpoint says nothing beside --model"),
         (["--context-length", "0"], "--context-length must be greater than 0"),
         (["--stall-timeout-s", "0"], "--stall-timeout-s must be greater than 0"),
+        (["--grade-timeout-s", "0"], "--grade-timeout-s must be greater than 0 and at most 86400 seconds"),
+        (["--grade-timeout-s", "86401"], "--grade-timeout-s must be greater than 0 and at most 86400 seconds"),
         (["--engine-args", "'--tp-size 2"], "--engine-args .* cannot be split into words"),
     ],
 )
@@ -135,6 +139,9 @@ def test_a_file_that_is_no_result(server: KnownServer, data: Path, tmp_path: Pat
         path.write_text(changed)
         with pytest.raises(UserError, match=problem):
             read_result(path.parent)
+    os.truncate(path, 1 << 40)
+    with pytest.raises(UserError, match=r"is no result of evaluation.aime: it has 1,099.5 GB, so give result\.json"):
+        read_result(path)
 
 
 @pytest.mark.parametrize(
@@ -254,5 +261,15 @@ def test_a_checkpoint_is_chosen_once_and_its_run_knows_the_model(
         with pytest.raises(UserError, match="that is enough"):
             evaluation.complete()
     assert exported == [(checkpoints / "iter_0000002", checkpoint)]
+    newest = r"holds the samples of iter_0000002, but the newest checkpoint of \S+ is iter_0000003 by now: "
+    with pytest.raises(
+        UserError, match=rf"{newest}give --checkpoint (\S+) to go on, or choose another --save"
+    ) as moved:
+        open_one(*words)
     with pytest.raises(UserError, match="model_sha256 was"):
+        open_one("--checkpoint", checkpoints / "iter_0000003", *words[2:])
+    named = str(moved.value).split("--checkpoint ")[1].split()[0]
+    open_one("--checkpoint", named, *words[2:]).__exit__()
+    shutil.rmtree(checkpoints / "iter_0000002")
+    with pytest.raises(UserError, match=rf"{newest}restore {checkpoints / 'iter_0000002'}, or choose another --save"):
         open_one(*words)

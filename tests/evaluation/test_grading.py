@@ -2,17 +2,21 @@
 
 import json
 import os
+import shlex
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 from grading_support import HOSTILE_LABEL, as_response, busy_processes, conformance_cases, hostile_responses
 
 from evaluation.grading import Judge, Judgement, Response, Verdict, aime_label_problem
+from recipe.errors import run_main
 from recipe.rewards import REWARD_RULES, Grader, GradeRequest, RewardType
 
 CASES = conformance_cases()
@@ -126,7 +130,7 @@ def test_the_command_writes_a_verdict_a_line_in_order() -> None:
         {"response": "thoughts", "label": "25", "finish_reason": {"type": "length", "length": 16384}},
         {"response": "a</think>", "label": "25", "finish_reason": {"type": "stop", "matched": 7}},
         {"response": r"\boxed{25}", "label": "25", "prompt": "<think>"},
-        {"response": r"\boxed{25!!}", "label": "25"},
+        {"response": r"\boxed{(25!)!}", "label": "25"},
     ]
     status, verdicts, said = grade(*responses, words=["--timeout-s", "0.5", "--workers", "1"])
     assert (status, said) == (0, "")
@@ -139,7 +143,7 @@ def test_the_command_writes_a_verdict_a_line_in_order() -> None:
         "no_answer",
         "grader_failed",
     ]
-    assert [verdict["answer"] for verdict in verdicts] == ["025", "30", None, None, None, None, "25!!"]
+    assert [verdict["answer"] for verdict in verdicts] == ["025", "30", None, None, None, None, "(25!)!"]
     assert all(list(verdict) == ["verdict", "answer", "reason"] for verdict in verdicts)
     assert all(verdict["reason"] for verdict in verdicts)
 
@@ -169,6 +173,36 @@ def test_a_bad_line_is_named_after_the_verdicts_of_those_before_it(line: object,
     assert [verdict["verdict"] for verdict in verdicts] == ["no_answer"]
     assert problem in said
     assert "Traceback" not in said
+
+
+def test_a_reader_who_leaves_ends_the_command_silently(tmp_path: Path) -> None:
+    """With the status that shells know of it: 128 and SIGPIPE."""
+    responses = tmp_path / "responses.jsonl"
+    responses.write_text('{"response": "", "label": "25"}\n' * 20_000)
+    ended = subprocess.run(
+        [
+            "bash",
+            "-c",
+            f"{shlex.quote(sys.executable)} -m evaluation.grade < responses.jsonl | head -1; exit ${{PIPESTATUS[0]}}",
+        ],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (ended.returncode, ended.stderr) == (128 + signal.SIGPIPE, "")
+    assert json.loads(ended.stdout)["verdict"] == Verdict.NO_ANSWER
+
+
+def test_a_broken_pipe_inside_a_command_is_no_reader_who_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+
+    def main() -> None:
+        raise BrokenPipeError("of a worker")
+
+    with pytest.raises(BrokenPipeError, match="of a worker"):
+        run_main(main)
 
 
 def test_labels_of_aime() -> None:
