@@ -65,6 +65,11 @@ install_packages() {
 
 other_python() { [ -n "${PYTHON:-}" ] && [ "$(version "$PYTHON")" != "$(version "$venv/bin/python")" ]; }
 
+# One installation at a time; a file system without locks must do without.
+mkdir -p build
+exec 9>build/install.lock
+flock 9 2>/dev/null || true
+
 packages=$(digest "$lock")
 if ! holds installed-packages "$packages" || ! suits "$venv/bin/python" || other_python; then
     install_packages
