@@ -1,0 +1,50 @@
+"""GRPO, from prompts to new weights: the loop of the whole recipe."""
+
+from recipe.assembly import Run, open_run
+from recipe.config import Resolved
+from recipe.experience import optimizer_batches, with_advantages, with_log_probs
+from recipe.messages import TrainSample
+from recipe.notice import safe_point, saving_on_notice
+from recipe.run import Phase
+
+
+async def train(resolved: Resolved) -> None:
+    """Carries out the run that `resolved` describes, from its beginning or from the checkpoint in `--load`. A SIGTERM
+    that comes between two steps, or while one samples, ends it there, saved."""
+    config = resolved.config
+    async with open_run(resolved) as run:
+        with saving_on_notice(run.save_what_is_done, config.misc.sigterm_grace_s):
+            run.update_weights()
+            if run.is_first_evaluation_due:
+                await run.evaluate()
+                run.record()
+            while not run.is_over:
+                await safe_point()
+                if config.is_sft:
+                    samples = run.given_responses()
+                else:
+                    rollout = await run.generate()
+                    samples = with_advantages(rollout, config)
+                learn(run, samples)
+                run.update_weights()
+                if run.is_evaluation_due:
+                    await run.evaluate()
+                run.record()
+                if run.is_save_due:
+                    run.save()
+            run.finish_save()
+            await safe_point()
+
+
+def learn(run: Run, samples: list[TrainSample]) -> None:
+    """The optimizer steps of one rollout. Passes whose result cannot matter are not run: with one step a rollout the
+    ratio to the old policy is 1, and without a KL term there is no reference model."""
+    config, trainer = run.config, run.trainer
+    with run.clock.measure(Phase.LOG_PROBS):
+        old = trainer.log_probs(samples) if config.needs_old_log_probs else None
+        reference = trainer.log_probs(samples, of_reference=True) if config.needs_reference else None
+    samples = with_log_probs(samples, old, reference, config.grpo.kl_coef)
+    with run.clock.measure(Phase.TRAIN):
+        for batch in optimizer_batches(samples, config):
+            run.count_step(trainer.train_step(batch))
+    run.finish_rollout(samples)
