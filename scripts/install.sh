@@ -65,9 +65,8 @@ install_packages() {
 
 other_python() { [ -n "${PYTHON:-}" ] && [ "$(version "$PYTHON")" != "$(version "$venv/bin/python")" ]; }
 
-# One installation at a time; a file system without locks must do without.
-mkdir -p build
-exec 9>build/install.lock
+# One installation of a lock at a time; a file system that cannot tell must do without.
+exec 9<"$lock"
 flock 9 2>/dev/null || true
 
 packages=$(digest "$lock")
