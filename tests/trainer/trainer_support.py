@@ -115,8 +115,9 @@ def _rank_main(rank: int, function: Callable, config: Config, folder: Path, argu
 
 
 def preload_megatron() -> None:
-    """Processes of multiprocessing's "forkserver" are forked from one that has imported it."""
-    multiprocessing.set_forkserver_preload(["recipe.megatron.rank"])
+    """Processes of multiprocessing's "forkserver" are forked from one that has imported it, and what else takes long."""
+    modules = ("recipe.megatron.rank", "recipe.weights.tiny", "torch._dynamo", "transformers.modeling_utils", "pytest")
+    multiprocessing.set_forkserver_preload(list(modules))
 
 
 def on_ranks(function: Callable, config: Config, *arguments: Any) -> list[Any]:
