@@ -115,7 +115,7 @@ def _rank_main(rank: int, function: Callable, config: Config, folder: Path, argu
 
 
 def preload_megatron() -> None:
-    """Processes of multiprocessing's "forkserver" are forked from one that has imported it, and what else takes long."""
+    """Processes of multiprocessing's "forkserver" are forked from one that has imported all that takes long."""
     modules = ("recipe.megatron.rank", "recipe.weights.tiny", "torch._dynamo", "transformers.modeling_utils", "pytest")
     multiprocessing.set_forkserver_preload(list(modules))
 
