@@ -102,8 +102,10 @@ RECIPE := glm4.7-flash-8gpu
 plan: install ## memory, disk, time and money of a run: make plan RECIPE=glm4.7-flash-16gpu ARGS="--gpu H200 --price 3"
 	$(RUN) recipe.plan --recipe $(RECIPE) $(ARGS)
 
-test: install ## run the tests
-	$(RUN) pytest $(ARGS)
+# A file's tests share a worker, and what they start; ARGS="-n 0" for none.
+PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
+test: install ## run the tests, in as many processes as there are cores
+	$(RUN) pytest $(PARALLEL) $(ARGS)
 
 lint: install ## ruff, mypy, shellcheck and hadolint
 	$(BIN)/ruff check .

@@ -65,6 +65,10 @@ install_packages() {
 
 other_python() { [ -n "${PYTHON:-}" ] && [ "$(version "$PYTHON")" != "$(version "$venv/bin/python")" ]; }
 
+# One installation of a lock at a time; a file system that cannot tell must do without.
+exec 9<"$lock"
+flock 9 2>/dev/null || true
+
 packages=$(digest "$lock")
 if ! holds installed-packages "$packages" || ! suits "$venv/bin/python" || other_python; then
     install_packages

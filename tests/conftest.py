@@ -1,5 +1,7 @@
-"""What tests of every folder share: Hypothesis without a clock, and real SGLang for those that speak to it."""
+"""What tests of every folder share: Hypothesis without a clock, an order for several workers, and real SGLang for those
+that speak to it."""
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -10,6 +12,23 @@ ROOT = Path(__file__).parents[1]
 
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+MOST_WORKERS = 4
+"""A run of two ranks and two engines takes some GB of memory."""
+DEAREST = ("image", "end_to_end", "rollout", "weights", "trainer", "evaluation", "config", "cluster")
+"""Folders whose tests take longest: they come first, so that no worker is left alone with one of them at the end."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Of `-n auto`."""
+    return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where several workers share the tests, gives them the dearest folders first."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: DEAREST.index(item.path.parent.name) if item.path.parent.name in DEAREST else 99)
 
 
 @pytest.fixture(scope="session")

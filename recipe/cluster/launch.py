@@ -22,8 +22,8 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from recipe.cluster.meeting import POLL_S, HeadCard, Meeting, check_own_address
 from recipe.cluster.node import DASHBOARD_PORT, GCS_PORT, LOOPBACK, TOKEN_PATH, RayNode
 from recipe.config import Config, resolve
+from recipe.config.usage import CHECK, FORCE
 from recipe.errors import UserError, run_main
-from recipe.train import CHECK
 
 ROOT = Path(__file__).parents[2]
 JOIN_TIMEOUT_S = 1800
@@ -35,9 +35,11 @@ FAILED_STATUS = 1
 def main() -> int:
     flags = sys.argv[1:]
     command = [sys.executable, "-m", "recipe.train", *flags]
-    config = resolve([flag for flag in flags if flag != CHECK]).config
+    resolved = resolve([flag for flag in flags if flag not in (CHECK, FORCE)])
     if CHECK in flags:
-        os.execv(sys.executable, command)
+        print(resolved.describe())
+        return 0
+    config = resolved.config
     address, several = _head_address(config), config.cluster.actor_num_nodes > 1
     with ExitStack() as stack:
         base_dir = _base_dir() if several else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="recipe-")))

@@ -71,8 +71,7 @@ def _init_local(config: Config) -> None:
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, processes),
-            dashboard_host=LOOPBACK,
-            include_dashboard=True,
+            include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
             log_to_driver=True,
             logging_level=_level(config),

@@ -12,6 +12,9 @@ from recipe.config.schema import GROUPS
 
 _WIDTH = 110
 
+CHECK, FORCE, HELP = "--check", "--force", "--help"
+"""Of the commands that train; all other flags are the configuration's."""
+
 
 def help_text() -> str:
     """All flags by group, with what they mean and their defaults."""

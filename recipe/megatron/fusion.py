@@ -1,7 +1,7 @@
 """Chains of elementwise operations as one GPU kernel."""
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -23,8 +23,11 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
     """`function`, whose first argument is a tensor, compiled where that lies on a GPU: what passes through memory once
     an operation elsewhere passes through it once in all. One compilation serves packs of every length, which is the
     first axis of every tensor; the other axes are compiled in, since a kernel spends most of its time on division by
-    sizes that it does not know."""
-    compiled = torch.compile(function)
+    sizes that it does not know. The compiler is imported when it is first needed, since that takes seconds."""
+
+    @cache
+    def compiled() -> Callable[P, R]:
+        return torch.compile(function)
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -35,6 +38,6 @@ def fused(function: Callable[P, R]) -> Callable[P, R]:
         for argument in args:
             if isinstance(argument, Tensor) and argument.dim():
                 torch._dynamo.maybe_mark_dynamic(argument, 0)
-        return compiled(*args, **kwargs)
+        return compiled()(*args, **kwargs)
 
     return call

@@ -1,3 +1,5 @@
+import fcntl
+import os
 from pathlib import Path
 
 import pytest
@@ -19,8 +21,15 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> TinyInputs:
 
 @pytest.fixture(scope="session")
 def uninterrupted(inputs: TinyInputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of a run that nothing disturbed."""
-    runs = tmp_path_factory.mktemp("runs")
-    status, output = run(arguments(inputs, runs, "whole"))
-    assert status == 0, output
+    """The directory of a run that nothing disturbed: one for all of pytest's workers."""
+    base = tmp_path_factory.getbasetemp()
+    runs = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "uninterrupted"
+    runs.mkdir(exist_ok=True)
+    done = runs / "done"
+    with (runs / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            status, output = run(arguments(inputs, runs, "whole"))
+            assert status == 0, output
+            done.touch()
     return runs / "whole"

@@ -16,6 +16,10 @@ import psutil
 
 HERE = Path(__file__).parent
 ROLLOUTS = 6
+ONE_ENGINE = ("--rollout-num-gpus", "1")
+ONE_OF_EACH = ("--actor-num-gpus-per-node", "1", *ONE_ENGINE)
+"""Flags of runs in which the number of engines, or of ranks and engines, does not matter: each takes seconds to
+start."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ def arguments(inputs: TinyInputs, runs: Path, name: str, *more: str) -> list[str
         f"--name {name} "
         f"--eval-prompt-data heldout {inputs.heldout} --eval-interval 3 --save-interval 2 --num-rollout {ROLLOUTS} "
         "--rollout-batch-size 4 --n-samples-per-prompt 4 --rollout-max-response-len 8 --lr 1e-3 "
+        "--num-cpus-per-rank 1 --num-cpus-per-engine 1 "
         "--custom-rm-path run_support:digits_reward"
     )
     return [sys.executable, "-m", "recipe.train", *flags.split(), *more]

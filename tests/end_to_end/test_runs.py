@@ -3,13 +3,13 @@
 import json
 import signal
 import socket
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import psutil
 import pytest
 from run_support import (
+    ONE_ENGINE,
+    ONE_OF_EACH,
     ROLLOUTS,
     TinyInputs,
     arguments,
@@ -113,12 +113,8 @@ def test_doors_are_shut_and_an_interrupt_ends_everything(inputs: TinyInputs, tmp
         engine_doors = [doors[name] for name in doors if "recipe.rollout.servers.embedded" in name]
         assert len(engine_doors) == 2
         assert all(address.startswith("127.0.0.1:") for of_one in engine_doors for address in of_one)
-        [dashboard] = [doors[name] for name in doors if "dashboard/dashboard.py" in name]
-        assert "127.0.0.1:8265" in dashboard or any(address.startswith("127.0.0.1:") for address in dashboard)
-        port = next(address.split(":")[1] for address in dashboard if address.startswith("127.0.0.1:"))
-        with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/api/jobs/", timeout=10)
-        assert refused.value.code in (401, 403)
+        [ray_head] = [doors[name] for name in doors if "dashboard/dashboard.py" in name]
+        assert not any(address.startswith("127.0.0.1:") for address in ray_head), "a dashboard that nobody asked for"
         [gcs] = [doors[name] for name in doors if "gcs_server" in name]
         assert_gcs_refuses_strangers(next(iter(gcs)).split(":")[-1])
         process.send_signal(signal.SIGINT)
@@ -144,7 +140,7 @@ def assert_gcs_refuses_strangers(port: str) -> None:
 
 def test_a_reward_function_that_always_raises_stops_the_run(inputs: TinyInputs, tmp_path: Path) -> None:
     with leaves_no_process(str(tmp_path)):
-        command = arguments(inputs, tmp_path, "faulty", "--skip-eval-before-train")
+        command = arguments(inputs, tmp_path, "faulty", "--skip-eval-before-train", *ONE_OF_EACH)
         status, output = run([*command, "--custom-rm-path", "run_support:failing_reward"])
     assert status == 2
     assert "the reward divides by zero" in output
@@ -152,7 +148,7 @@ def test_a_reward_function_that_always_raises_stops_the_run(inputs: TinyInputs, 
 
 
 def test_kl_terms_and_several_steps_a_rollout_run_the_passes_they_need(inputs: TinyInputs, tmp_path: Path) -> None:
-    command = arguments(inputs, tmp_path, "kl", "--skip-eval-before-train", "--num-rollout", "3")
+    command = arguments(inputs, tmp_path, "kl", "--skip-eval-before-train", "--num-rollout", "3", *ONE_ENGINE)
     more = "--use-kl-loss --kl-loss-coef 0.1 --global-batch-size 8 --use-tis"
     status, output = run([*command, *more.split()])
     assert status == 0, output

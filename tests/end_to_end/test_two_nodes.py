@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from run_support import TinyInputs, arguments, leaves_no_process, metrics, run, samples, wait_until
+from run_support import TinyInputs, arguments, leaves_no_process, metrics, samples, wait_until
 from two_hosts import HEAD, WORKER, Host, cut, python, two_hosts
 
 pytestmark = [
@@ -62,15 +62,12 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
             process.terminate()
 
 
-def test_two_hosts_take_the_steps_of_one(pair: Pair, inputs: TinyInputs, tmp_path: Path) -> None:
-    flags = ("--num-rollout", str(STEPS), "--num-cpus-per-rank", "1", "--num-cpus-per-engine", "1")
-    status, output = run([*arguments(inputs, tmp_path, "one", *flags), "--rollout-num-gpus", "1"])
-    assert status == 0, output
-    launched, joining = pair.begin(arguments(inputs, pair.base, "two", *flags))
+def test_two_hosts_take_the_steps_of_one(pair: Pair, inputs: TinyInputs, uninterrupted: Path) -> None:
+    launched, joining = pair.begin(arguments(inputs, pair.base, "two", "--num-rollout", str(STEPS)))
     assert launched.wait(300) == 0, pair.log("head")
     assert joining.wait(60) == 0, pair.log("join")
-    assert metrics(pair.base / "two") == metrics(tmp_path / "one")
-    assert samples(pair.base / "two") == samples(tmp_path / "one")
+    assert metrics(pair.base / "two") == metrics(uninterrupted)[: STEPS + 1]
+    assert samples(pair.base / "two") == samples(uninterrupted)[: STEPS * 16]
 
 
 def assert_own_servers_listen_on_the_nodes_address_only(pair: Pair) -> None:

@@ -89,7 +89,7 @@ def test_train_tiny_runs_inside(engine: Engine, image: str, tmp_path: Path) -> N
 
 
 def test_the_smoke_tests_pass_inside(engine: Engine, image: str, tmp_path: Path) -> None:
-    command = f"make test ARGS='-m smoke -p no:cacheprovider {' '.join(SMOKE)}'"
+    command = f"make test ARGS='-n 0 -m smoke -p no:cacheprovider {' '.join(SMOKE)}'"
     status, output = in_image(engine, image, command, "--work-dir", str(tmp_path))
     assert status == 0, output[-5000:]
     assert re.search(r"\d+ passed", output)

@@ -1,5 +1,6 @@
 """What a user meets first: `make help`, the lock files, the installer's refusals."""
 
+import fcntl
 import re
 import shutil
 import subprocess
@@ -103,21 +104,37 @@ def test_make_lock_gives_the_same_bytes_again(tmp_path):
         assert (tmp_path / "requirements" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
-def test_an_unsuitable_python_is_one_sentence(tmp_path):
+@pytest.fixture
+def installation(tmp_path):
+    """An installation that an unsuitable Python ends."""
     old = tmp_path / "python"
     old.write_text("#!/bin/sh\necho 3.9\n")
     old.chmod(0o755)
-    result = subprocess.run(
+    return subprocess.Popen(
         [ROOT / "scripts" / "install.sh", str(tmp_path / "venv"), "cpu"],
         env={"PATH": "/usr/bin:/bin", "PYTHON": str(old)},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
     )
-    assert result.returncode == 1
-    assert result.stdout == ""
+
+
+def test_an_unsuitable_python_is_one_sentence(installation, tmp_path):
+    out, error = installation.communicate(timeout=60)
+    assert installation.returncode == 1
+    assert out == ""
     assert (
-        result.stderr
-        == f"error: PYTHON={old} is not Python 3.11 or 3.12; name one that is, as in: make PYTHON=python3.12\n"
+        error == f"error: PYTHON={tmp_path / 'python'} is not Python 3.11 or 3.12; name one that is, as in: "
+        "make PYTHON=python3.12\n"
     )
     assert not (tmp_path / "venv").exists()
+
+
+def test_an_installation_waits_for_another_one(request):
+    with (ROOT / "requirements" / "cpu.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        installation = request.getfixturevalue("installation")
+        with pytest.raises(subprocess.TimeoutExpired):
+            installation.wait(2)
+    installation.communicate(timeout=60)
+    assert installation.returncode == 1

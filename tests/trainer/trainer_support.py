@@ -114,10 +114,15 @@ def _rank_main(rank: int, function: Callable, config: Config, folder: Path, argu
     trainer.close()
 
 
+def preload_megatron() -> None:
+    """Processes of multiprocessing's "forkserver" are forked from one that has imported all that takes long."""
+    modules = ("recipe.megatron.rank", "recipe.weights.tiny", "torch._dynamo", "transformers.modeling_utils", "pytest")
+    multiprocessing.set_forkserver_preload(list(modules))
+
+
 def on_ranks(function: Callable, config: Config, *arguments: Any) -> list[Any]:
-    """The results of `function(trainer, *arguments)` on every rank of `config`'s layout, each in its own process. The
-    processes are forked from one that has imported megatron."""
-    multiprocessing.set_forkserver_preload(["recipe.megatron.rank"])
+    """The results of `function(trainer, *arguments)` on every rank of `config`'s layout, each in its own process."""
+    preload_megatron()
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(
             _rank_main,

@@ -1,15 +1,19 @@
 """Checkpoints to convert, and the commands that convert them."""
 
 import json
+import multiprocessing
+import os
+import runpy
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from trainer_support import random_checkpoint
+from trainer_support import preload_megatron, random_checkpoint
 
 MTP = ("--mtp-num-layers", "1")
 WEIGHTS = "model.safetensors"
@@ -17,10 +21,32 @@ WEIGHTS = "model.safetensors"
 
 def run_module(name: str, *words: object, processes: int = 1) -> tuple[int, str]:
     """Runs a module of the recipe. Exit status, and what it printed."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    if processes == 1:
+        return run_forked(f"recipe.weights.{name}", list(map(str, words)))
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *torchrun, "-m", f"recipe.weights.{name}", *map(str, words)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=180)
     return ended.returncode, ended.stdout + ended.stderr
+
+
+def run_forked(module: str, words: list[str]) -> tuple[int, str]:
+    """Runs a module as a command, in a process forked from one that has imported megatron."""
+    preload_megatron()
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "output"
+        process = multiprocessing.get_context("forkserver").Process(target=_command, args=(module, words, output))
+        process.start()
+        process.join(180)
+        assert process.exitcode is not None, output.read_text()
+        return process.exitcode, output.read_text()
+
+
+def _command(module: str, words: list[str], output: Path) -> None:
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = [module, *words]
+    runpy.run_module(module, run_name="__main__")
 
 
 def convert(source: Path, target: Path, *flags: object, processes: int = 1) -> str:
