@@ -1,13 +1,15 @@
 """Ray's processes, as the program sees them that has started Ray on this machine: it hears at once of the death of one
 that nothing goes on without, and ends all that are left when it is done.
 
-Ray itself tells of a dead control service after a minute, and ends the program where it stands.
+Ray itself tells of a dead control service after a minute, and ends the program where it stands; and when the program is
+killed, Ray's agents look for the control service that long before they end.
 """
 
 import ctypes
 import os
 import selectors
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Collection, Iterator
@@ -18,6 +20,7 @@ from typing import NoReturn, Self
 import psutil
 
 from recipe.errors import USER_ERROR_STATUS, UserError
+from recipe.reaper import GRACE_S
 
 VITAL = {
     "gcs_server": "control service (gcs_server)",
@@ -32,8 +35,6 @@ VITAL_TO_RAY_START = VITAL | {
     "monitor.py": "autoscaler's monitor",
 }
 """`ray start --block` ends with any of its processes."""
-GRACE_S = 3.0
-"""Time that processes have to end by themselves, and then to heed a SIGTERM."""
 _DEATH = signal.SIGUSR2
 """From the thread that waits for a death to the main thread."""
 _PR_SET_CHILD_SUBREAPER = 36
@@ -46,6 +47,8 @@ class RayProcesses:
     children of this process, so that none is lost sight of."""
 
     def __enter__(self) -> Self:
+        reaper = [sys.executable, "-m", "recipe.reaper"]
+        self._reaper = subprocess.Popen(reaper, stdin=subprocess.PIPE, text=True, start_new_session=True)
         self._others = set(psutil.Process().children(recursive=True))
         _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)
         return self
@@ -60,19 +63,25 @@ class RayProcesses:
                     if end is not None:
                         end(process)
             psutil.wait_procs(left, GRACE_S)
+        self._reaper.communicate()
         _libc.prctl(_PR_SET_CHILD_SUBREAPER, 0)
 
     @contextmanager
     def watched(self, vital: dict[str, str]) -> Iterator[None]:
-        """The death of a `vital` process ends the block, which raises UserError then, whatever failed first for it."""
+        """The death of a `vital` process ends the block, which raises UserError then, whatever failed first for it. If
+        this process is killed, what has been started till now is ended."""
         deaths: list[str] = []
+        started = self._started()
+        assert self._reaper.stdin is not None
+        self._reaper.stdin.write("".join(f"{process.pid}\n" for process in started) + "\n")
+        self._reaper.stdin.flush()
 
         def unwind(number: int, frame: FrameType | None) -> NoReturn:
             raise SystemExit(USER_ERROR_STATUS)
 
         before = signal.signal(_DEATH, unwind)
         try:
-            with _told_of_death(self._started(), vital, deaths):
+            with _told_of_death(started, vital, deaths):
                 yield
         except BaseException:
             if deaths:

@@ -61,7 +61,8 @@ def ports_of(processes: list[psutil.Process]) -> set[int]:
 
 def first_of(processes: list[psutil.Process], mark: str) -> psutil.Process:
     """The first one whose command line has `mark`."""
-    return next(process for process in processes if mark in " ".join(process.cmdline()))
+    living = [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    return next(process for process in living if mark in " ".join(process.cmdline()))
 
 
 def test_a_notice_saves_and_the_run_goes_on_as_if_it_had_never_come(
