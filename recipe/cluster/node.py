@@ -13,11 +13,10 @@ from typing import Self
 
 from recipe.errors import UserError
 from recipe.rollout.servers.process import die_with
+from recipe.sizes import OBJECT_STORE_BYTES
 
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 30
-OBJECT_STORE_BYTES = 256 << 20
-"""Enough for the samples of a rollout; weights never pass through Ray."""
 TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
 GCS_PORT, DASHBOARD_PORT = 6379, 8265
 """Of a cluster of several nodes. A run on one node takes free ports: there may be others."""

@@ -16,10 +16,11 @@ from pathlib import Path
 import ray
 
 from recipe.cluster.meeting import write_token
-from recipe.cluster.node import LOOPBACK, OBJECT_STORE_BYTES, TOKEN_PATH
+from recipe.cluster.node import LOOPBACK, TOKEN_PATH
 from recipe.cluster.processes import VITAL, RayProcesses
 from recipe.config import Config
 from recipe.errors import UserError
+from recipe.sizes import OBJECT_STORE_BYTES
 
 logger = logging.getLogger(__name__)
 

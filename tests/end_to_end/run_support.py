@@ -141,7 +141,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 240) -> None:
         time.sleep(0.05)
 
 
-def wait_for_step(process: subprocess.Popen, directory: Path, step: int, timeout_s: float = 120) -> None:
+def wait_for_step(process: subprocess.Popen, directory: Path, step: int, timeout_s: float = 240) -> None:
     """Returns when the run in `directory` has recorded `step`; fails with its output if it ends before."""
     path = directory / "metrics.jsonl"
 

@@ -4,10 +4,9 @@ import json
 import shutil
 import signal
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -38,42 +37,47 @@ HELPERS = ("dashboard/dashboard.py", "log_monitor.py")
 
 
 @contextmanager
-def leaves_nothing(marker: str) -> Iterator[set[int]]:
-    """Afterwards no process of the run lives, nobody listens on the ports put into the set, and /dev/shm holds no more
-    than before."""
+def leaves_nothing(marker: str) -> Iterator[list[psutil.Process]]:
+    """Afterwards no process of the run lives, also none of those put into the list, whatever port they listened on, and
+    /dev/shm holds nothing more that no process uses."""
     before = set(SHARED_MEMORY.iterdir())
-    ports: set[int] = set()
+    processes: list[psutil.Process] = []
     with leaves_no_process(marker):
-        yield ports
-    wait_until(lambda: ports.isdisjoint(listening_ports(psutil.net_connections(kind="tcp"))), 30)
-    assert {path for path in SHARED_MEMORY.iterdir() if path not in before} == set()
+        yield processes
+    wait_until(lambda: not any(lives(process) for process in processes), 30)
+    wait_until(lambda: not set(SHARED_MEMORY.iterdir()) - before - shared_memory_in_use(), 10)
 
 
-def listening_ports(connections: Iterable[Any]) -> set[int]:
-    """Ports that are listened on, of psutil's `connections`."""
-    return {connection.laddr.port for connection in connections if connection.status == psutil.CONN_LISTEN}
+def lives(process: psutil.Process) -> bool:
+    """Whether it is more than an entry that its parent has not read."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
-def ports_of(processes: list[psutil.Process]) -> set[int]:
-    """Ports that the processes listen on."""
-    return listening_ports(one for process in processes for one in process.net_connections(kind="tcp"))
+def shared_memory_in_use() -> set[Path]:
+    """What living processes, of this run or any other, have mapped."""
+    found: set[Path] = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with suppress(OSError):
+            found |= {Path(word) for word in maps.read_text().split() if word.startswith(f"{SHARED_MEMORY}/")}
+    return found
 
 
 def first_of(processes: list[psutil.Process], mark: str) -> psutil.Process:
     """The first one whose command line has `mark`."""
-    living = [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
-    return next(process for process in living if mark in " ".join(process.cmdline()))
+    return next(process for process in processes if lives(process) and mark in " ".join(process.cmdline()))
 
 
 def test_a_notice_saves_and_the_run_goes_on_as_if_it_had_never_come(
     inputs: TinyInputs, uninterrupted: Path, tmp_path: Path
 ) -> None:
     command = arguments(inputs, tmp_path, "noticed", "--save-interval", "1000")
-    with leaves_nothing(str(tmp_path)) as ports:
+    with leaves_nothing(str(tmp_path)) as processes:
         process = start([*command, "--custom-rm-path", "run_support:slow_reward"])
         wait_for_step(process, tmp_path / "noticed", 1)
-        processes = family(process)
-        ports |= ports_of(processes)
+        processes += family(process)
         for helper in HELPERS:
             first_of(processes, helper).kill()
         process.send_signal(signal.SIGTERM)
@@ -95,9 +99,9 @@ def test_a_notice_saves_and_the_run_goes_on_as_if_it_had_never_come(
 VICTIMS = {
     "rank": ("ray::RankActor", "error: training rank"),
     "engine-actor": ("ray::EngineActor", "error: engine"),
-    "raylet": ("raylet/raylet", "error: Ray's node manager (raylet)"),
     "control-service": ("gcs_server", "error: Ray's control service (gcs_server)"),
-    # Its raylet takes the whole program down with it: there may be time for one sentence only.
+    # Ray may end the program where it stands: there may be time for one sentence only.
+    "raylet": ("raylet/raylet", "stopping: Ray's node manager (raylet)"),
     "agent": ("ray::RuntimeEnvAgent", "stopping: Ray's runtime-environment agent"),
 }
 """Kinds of process that a run cannot do without, by what their command line has, and what is said of their loss.
@@ -111,15 +115,14 @@ def test_a_run_that_loses_a_process_leaves_nothing_behind_and_its_checkpoint_is_
     directory = tmp_path / "struck"
     command = arguments(inputs, tmp_path, "struck", "--num-rollout", "1000", "--save-interval", "1", "--save-keep", "2")
     mark, sentence = VICTIMS[victim]
-    with leaves_nothing(str(tmp_path)) as ports:
+    with leaves_nothing(str(tmp_path)) as processes:
         process = start(command)
         wait_for_step(process, directory, 2)
-        processes = family(process)
-        ports |= ports_of(processes)
+        processes += family(process)
         first_of(processes, mark).kill()
         status, output = finish(process, 120)
     assert status != 0
-    assert sentence in output
+    assert sentence in output, output
     assert "Traceback" not in output, output
     newest = latest(directory / "checkpoints")
     assert newest is not None
@@ -130,11 +133,10 @@ def test_the_launch_script_follows_its_job_and_passes_a_notice_on(inputs: TinyIn
     script, environment = script_for_the_tiny_model(inputs, tmp_path)
     flags = "--recipe tiny --name launched --num-rollout 1000 --rollout-batch-size 4 --n-samples-per-prompt 4"
     more = "--rollout-max-response-len 8 --skip-eval-before-train --custom-rm-path run_support:slow_reward"
-    with leaves_nothing(str(tmp_path)) as ports:
+    with leaves_nothing(str(tmp_path)) as processes:
         process = start([str(script), "--runs-dir", str(tmp_path), *flags.split(), *more.split()], **environment)
-        wait_for_step(process, tmp_path / "launched", 1, 240)
-        processes = family(process)
-        ports |= ports_of(processes)
+        wait_for_step(process, tmp_path / "launched", 1)
+        processes += family(process)
         assert_token_is_on_no_command_line(processes)
         process.send_signal(signal.SIGTERM)
         status, output = finish(process, 120)
