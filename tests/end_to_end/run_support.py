@@ -183,6 +183,14 @@ def living(marker: str) -> list[psutil.Process]:
     return [process for process in found if process.pid != os.getpid()]
 
 
+def lives(process: psutil.Process) -> bool:
+    """Whether it is more than an entry that its parent has not read."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def kill_hard(process: subprocess.Popen) -> None:
     """SIGKILL to the run's own process only, as the out-of-memory killer would."""
     process.send_signal(signal.SIGKILL)

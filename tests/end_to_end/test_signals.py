@@ -16,6 +16,7 @@ from run_support import (
     family,
     finish,
     leaves_no_process,
+    lives,
     metrics,
     run,
     samples,
@@ -46,14 +47,6 @@ def leaves_nothing(marker: str) -> Iterator[list[psutil.Process]]:
         yield processes
     wait_until(lambda: not any(lives(process) for process in processes), 30)
     wait_until(lambda: not set(SHARED_MEMORY.iterdir()) - before - shared_memory_in_use(), 10)
-
-
-def lives(process: psutil.Process) -> bool:
-    """Whether it is more than an entry that its parent has not read."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def shared_memory_in_use() -> set[Path]:
