@@ -21,9 +21,11 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from recipe.cluster.meeting import POLL_S, HeadCard, Meeting, check_own_address
 from recipe.cluster.node import DASHBOARD_PORT, GCS_PORT, LOOPBACK, TOKEN_PATH, RayNode
+from recipe.cluster.processes import VITAL_TO_RAY_START, RayProcesses
 from recipe.config import Config, resolve
 from recipe.config.usage import CHECK, FORCE
 from recipe.errors import UserError, run_main
+from recipe.rollout.servers.process import reserve_port
 
 ROOT = Path(__file__).parents[2]
 JOIN_TIMEOUT_S = 1800
@@ -47,11 +49,14 @@ def main() -> int:
         meeting.open()
         stack.callback(meeting.close)
         slots = max(os.cpu_count() or 1, config.cluster.actor_num_gpus_per_node + config.num_engines)
-        stack.enter_context(RayNode.head(address, meeting.token, slots))
+        processes = stack.enter_context(RayProcesses())
+        port, dashboard_port = (GCS_PORT, DASHBOARD_PORT) if several else _free_ports()
+        stack.enter_context(RayNode.head(address, meeting.token, slots, port, dashboard_port))
+        stack.enter_context(processes.watched(VITAL_TO_RAY_START))
         os.environ |= {TOKEN_PATH: str(meeting.token)}
         if several:
-            wait_for_nodes(meeting, meeting.announce(address, GCS_PORT), config.cluster.actor_num_nodes)
-        return asyncio.run(Job(command, meeting).run())
+            wait_for_nodes(meeting, meeting.announce(address, port), config.cluster.actor_num_nodes)
+        return asyncio.run(Job(command, meeting, f"http://{LOOPBACK}:{dashboard_port}").run())
 
 
 def _head_address(config: Config) -> str:
@@ -65,6 +70,11 @@ def _head_address(config: Config) -> str:
         )
     check_own_address(address)
     return address
+
+
+def _free_ports() -> tuple[int, int]:
+    with reserve_port() as one, reserve_port() as another:
+        return one.getsockname()[1], another.getsockname()[1]
 
 
 def _base_dir() -> Path:
@@ -105,20 +115,18 @@ def wait_for_nodes(meeting: Meeting, card: HeadCard, count: int) -> None:
 
 
 class Job:
-    """The run, as a job of the cluster on this machine."""
+    """The run, as a job of the cluster whose dashboard is at `url`."""
 
-    def __init__(self, command: list[str], meeting: Meeting) -> None:
-        self._command, self._meeting = command, meeting
+    def __init__(self, command: list[str], meeting: Meeting, url: str) -> None:
+        self._command, self._meeting, self._url = command, meeting, url
         self._id = ""
 
     async def run(self) -> int:
         """Submits the job and follows its output. Returns its exit status."""
         loop = asyncio.get_running_loop()
-        self._client = JobSubmissionClient(f"http://{LOOPBACK}:{DASHBOARD_PORT}")
+        self._client = JobSubmissionClient(self._url)
         entrypoint = f"cd {shlex.quote(str(ROOT))} && exec {shlex.join(self._command)}"
-        print(
-            f"+ ray job submit --address http://{LOOPBACK}:{DASHBOARD_PORT} -- {shlex.join(self._command)}", flush=True
-        )
+        print(f"+ ray job submit --address {self._url} -- {shlex.join(self._command)}", flush=True)
         self._id = self._client.submit_job(entrypoint=entrypoint)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._pass_on, number)
@@ -139,7 +147,8 @@ class Job:
         if status is None:
             status = 0 if info.status == JobStatus.SUCCEEDED else FAILED_STATUS
             if status:
-                print(f"error: the job ended without a status: {info.message}", file=sys.stderr)
+                reason, *_ = (info.message or "for no reason that Ray tells").splitlines()
+                print(f"error: the job ended without a status: {reason}", file=sys.stderr)
         return status if status >= 0 else 128 - status
 
     def _pass_on(self, number: signal.Signals) -> None:

@@ -13,13 +13,13 @@ from typing import Self
 
 from recipe.errors import UserError
 from recipe.rollout.servers.process import die_with
+from recipe.sizes import OBJECT_STORE_BYTES
 
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 30
-OBJECT_STORE_BYTES = 256 << 20
-"""Enough for the samples of a rollout; weights never pass through Ray."""
 TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
 GCS_PORT, DASHBOARD_PORT = 6379, 8265
+"""Of a cluster of several nodes. A run on one node takes free ports: there may be others."""
 LOOPBACK = "127.0.0.1"
 _STARTED = "Ray runtime started"
 
@@ -34,10 +34,10 @@ class RayNode:
         self._environment = {**os.environ, TOKEN_PATH: str(token), "RAY_USAGE_STATS_ENABLED": "0"}
 
     @classmethod
-    def head(cls, address: str, token: Path, num_cpus: int) -> Self:
-        """The first node. Its dashboard listens on this machine's own loopback only."""
-        ports = [f"--port={GCS_PORT}", f"--dashboard-port={DASHBOARD_PORT}", f"--dashboard-host={LOOPBACK}"]
-        return cls(["--head", *ports, f"--num-cpus={num_cpus}"], address, token)
+    def head(cls, address: str, token: Path, num_cpus: int, port: int, dashboard_port: int) -> Self:
+        """The first node, which others join at `port`. Its dashboard listens on this machine's own loopback only."""
+        dashboard = [f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard_port}"]
+        return cls(["--head", f"--port={port}", *dashboard, f"--num-cpus={num_cpus}"], address, token)
 
     @classmethod
     def worker(cls, address: str, head: str, token: Path, num_cpus: int) -> Self:

@@ -16,9 +16,11 @@ from pathlib import Path
 import ray
 
 from recipe.cluster.meeting import write_token
-from recipe.cluster.node import LOOPBACK, OBJECT_STORE_BYTES, TOKEN_PATH
+from recipe.cluster.node import LOOPBACK, TOKEN_PATH
+from recipe.cluster.processes import VITAL, RayProcesses
 from recipe.config import Config
 from recipe.errors import UserError
+from recipe.sizes import OBJECT_STORE_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +30,8 @@ _START_ATTEMPTS = 2
 @contextmanager
 def ray_session(config: Config) -> Iterator[None]:
     """Ray for this run: the cluster that submitted this job if there is one (RAY_ADDRESS), or a local one of our own,
-    whose processes end with this block and die with this process."""
+    whose processes end with this block and die with this process. The block ends with a UserError if one of them dies
+    that it needs."""
     if "RAY_ADDRESS" in os.environ:
         try:
             with _own_signals():
@@ -38,15 +41,17 @@ def ray_session(config: Config) -> Iterator[None]:
             ray.shutdown()
         return
     secret = Path(tempfile.mkdtemp(prefix="recipe-ray-"))
-    try:
-        write_token(secret / "token")
-        os.environ |= {TOKEN_PATH: str(secret / "token"), "RAY_USAGE_STATS_ENABLED": "0"}
-        _start_local(config)
-        yield
-    finally:
-        ray.shutdown()
-        os.environ.pop(TOKEN_PATH, None)
-        shutil.rmtree(secret)
+    with RayProcesses() as processes:
+        try:
+            write_token(secret / "token")
+            os.environ |= {TOKEN_PATH: str(secret / "token"), "RAY_USAGE_STATS_ENABLED": "0"}
+            _start_local(config)
+            with processes.watched(VITAL):
+                yield
+        finally:
+            ray.shutdown()
+            os.environ.pop(TOKEN_PATH, None)
+            shutil.rmtree(secret)
 
 
 def _start_local(config: Config) -> None:

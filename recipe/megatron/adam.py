@@ -18,10 +18,7 @@ from torch import Tensor
 
 from recipe.megatron.device import to_training_device
 from recipe.megatron.fusion import fused, in_rows
-
-SLOT_ELEMENTS = 4 << 20
-"""Elements of a pinned staging buffer: gradients leave and weights return in pieces of this size, small enough that a
-piece is still in the CPU's cache when its weights are rounded, large enough for all threads."""
+from recipe.sizes import SLOT_ELEMENTS
 
 
 class Adam(torch.optim.Optimizer):

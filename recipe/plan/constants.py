@@ -76,7 +76,10 @@ CPU_DRIVER_HOST, CPU_PROCESS_HOST = 10**9, 6 * 10**8
 """The same without a GPU: Ray and the run, and each rank or engine, of which 0.4 GB were measured."""
 MANY_CHECKPOINTS = 4
 """More of them at once than this are worth a word, where the disk is not known."""
-OBJECT_STORE, SHARED_MEMORY_PER_GPU = 256 << 20, 128 << 20
-"""Of /dev/shm: Ray's object store, and NCCL's buffers and the engines' queues for a GPU. Assumed but for the first."""
+SHARED_MEMORY_PER_GPU = 128 << 20
+"""Of /dev/shm: NCCL's buffers of trainer and engine for a GPU. Assumed."""
+SGLANG_QUEUES = 2 * 6 * (4 << 20)
+"""Of /dev/shm, an engine of several GPUs: rings of 6 messages of 4 MiB, for all of its processes and for those that
+share tensors (0.5.21, `parallel_state.py`)."""
 TIGHT = 0.03
 """A margin below this share of the memory is worth a word."""

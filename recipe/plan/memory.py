@@ -13,11 +13,10 @@ from recipe.plan.activations import ActivationModel, Pack, microbatches_in_fligh
 from recipe.plan.engine import EngineMemory, EngineModel
 from recipe.plan.hardware import Machine
 from recipe.plan.shards import Layout, StageShard, stage_shards, table_of
+from recipe.sizes import SLOT_ELEMENTS
 from recipe.weights.table import Placement
 
 FP32, BF16 = 4, 2
-SLOT_ELEMENTS = 4 << 20
-"""Of a pinned staging buffer of CPU Adam (`recipe.megatron.adam`)."""
 
 
 class Phase(StrEnum):

@@ -13,6 +13,7 @@ from recipe.plan.machine import FoundMachine, read_machine
 from recipe.plan.plan import Plan, make_plan
 from recipe.plan.report import refusal
 from recipe.plan.suggest import suggestion
+from recipe.sizes import OBJECT_STORE_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -76,11 +77,13 @@ def findings_on(config: Config, found: FoundMachine) -> Iterator[Finding]:
         return
     yield from _gpus(config, found)
     ranks = config.cluster.actor_num_gpus_per_node
-    needed = constants.OBJECT_STORE + ranks * constants.SHARED_MEMORY_PER_GPU
+    needed = OBJECT_STORE_BYTES + ranks * constants.SHARED_MEMORY_PER_GPU
+    if config.needs_engine and config.sglang.rollout_num_gpus_per_engine > 1:
+        needed += constants.SGLANG_QUEUES * max(1, ranks // config.sglang.rollout_num_gpus_per_engine)
     if found.shared_memory < needed:
         yield Finding(
-            f"/dev/shm has {found.shared_memory / GB:.2f} GB free and Ray and NCCL need about {needed / GB:.1f}: "
-            "give the container --shm-size or --ipc=host",
+            f"/dev/shm has {found.shared_memory / GB:.2f} GB free and Ray, NCCL and SGLang need about "
+            f"{needed / GB:.1f}: give the container --shm-size or --ipc=host",
             stops=True,
         )
     if found.open_files < LEAST_OPEN_FILES:

@@ -9,7 +9,8 @@ PROGRAM = """
 import os, sys
 from pathlib import Path
 from recipe.cluster.meeting import write_token
-from recipe.cluster.node import LOOPBACK, OBJECT_STORE_BYTES, TOKEN_PATH
+from recipe.cluster.node import LOOPBACK, TOKEN_PATH
+from recipe.sizes import OBJECT_STORE_BYTES
 from recipe.cluster.placement import place
 from recipe.config import Config
 import ray

@@ -146,7 +146,7 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 240) -> None:
         time.sleep(0.05)
 
 
-def wait_for_step(process: subprocess.Popen, directory: Path, step: int, timeout_s: float = 120) -> None:
+def wait_for_step(process: subprocess.Popen, directory: Path, step: int, timeout_s: float = 240) -> None:
     """Returns when the run in `directory` has recorded `step`; fails with its output if it ends before."""
     path = directory / "metrics.jsonl"
 
@@ -186,6 +186,14 @@ def living(marker: str) -> list[psutil.Process]:
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return [process for process in found if process.pid != os.getpid()]
+
+
+def lives(process: psutil.Process) -> bool:
+    """Whether it is more than an entry that its parent has not read."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def kill_hard(process: subprocess.Popen) -> None:

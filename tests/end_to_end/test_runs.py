@@ -19,11 +19,13 @@ from run_support import (
     finish,
     kill_hard,
     leaves_no_process,
+    lives,
     metrics,
     run,
     samples,
     start,
     wait_for_step,
+    wait_until,
     without_ray,
 )
 
@@ -69,7 +71,9 @@ def test_a_run_killed_and_resumed_equals_the_uninterrupted_one(
     with leaves_no_process(str(tmp_path)):
         process = start(command)
         wait_for_step(process, tmp_path / "killed", 3)
+        processes = family(process)
         kill_hard(process)
+        wait_until(lambda: not any(lives(one) for one in processes), 30)
     assert len(metrics(tmp_path / "killed")) < ROLLOUTS + 1, "the run was over before it was killed"
     status, output = run([*command, "--load", str(tmp_path / "killed" / "checkpoints")])
     assert status == 0, output

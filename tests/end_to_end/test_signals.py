@@ -1,11 +1,12 @@
 """Signals to a run, and to each of its processes: nothing stays behind, and the last checkpoint is whole."""
 
 import json
+import shutil
 import signal
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -15,6 +16,7 @@ from run_support import (
     family,
     finish,
     leaves_no_process,
+    lives,
     metrics,
     run,
     samples,
@@ -29,48 +31,48 @@ from recipe.weights.torch_dist import latest
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).parents[2]
 SHARED_MEMORY = Path("/dev/shm")
+HELPERS = ("dashboard/dashboard.py", "log_monitor.py")
+"""Processes of Ray's that a run goes on without."""
 
 
 @contextmanager
-def leaves_nothing(marker: str) -> Iterator[set[int]]:
-    """Afterwards no process of the run lives, nobody listens on the ports put into the set, and /dev/shm holds no more
-    than before but what other programs use."""
+def leaves_nothing(marker: str) -> Iterator[list[psutil.Process]]:
+    """Afterwards no process of the run lives, also none of those put into the list, whatever port they listened on, and
+    /dev/shm holds nothing more that no process uses."""
     before = set(SHARED_MEMORY.iterdir())
-    ports: set[int] = set()
+    processes: list[psutil.Process] = []
     with leaves_no_process(marker):
-        yield ports
-    wait_until(lambda: ports.isdisjoint(listening_ports(psutil.net_connections(kind="tcp"))), 30)
-    wait_until(lambda: set(SHARED_MEMORY.iterdir()) <= before | in_use(), 30)
+        yield processes
+    wait_until(lambda: not any(lives(process) for process in processes), 30)
+    wait_until(lambda: not set(SHARED_MEMORY.iterdir()) - before - shared_memory_in_use(), 10)
 
 
-def in_use() -> set[Path]:
-    """The files of shared memory that some process has opened or mapped."""
-    found = set()
+def shared_memory_in_use() -> set[Path]:
+    """What living processes, of this run or any other, have opened or mapped."""
+    found: set[str] = set()
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            found |= {file.path for file in process.open_files()} | {file.path for file in process.memory_maps()}
-    return {Path(path) for path in found if path.startswith(str(SHARED_MEMORY))}
+            found |= {file.path for file in (*process.open_files(), *process.memory_maps())}
+    return {Path(path) for path in found if path.startswith(f"{SHARED_MEMORY}/")}
 
 
-def listening_ports(connections: Iterable[Any]) -> set[int]:
-    """Ports that are listened on, of psutil's `connections`."""
-    return {connection.laddr.port for connection in connections if connection.status == psutil.CONN_LISTEN}
-
-
-def ports_of(processes: list[psutil.Process]) -> set[int]:
-    """Ports that the processes listen on."""
-    return listening_ports(one for process in processes for one in process.net_connections(kind="tcp"))
+def first_of(processes: list[psutil.Process], mark: str) -> psutil.Process:
+    """The first one whose command line has `mark`."""
+    return next(process for process in processes if lives(process) and mark in " ".join(process.cmdline()))
 
 
 def test_a_notice_saves_and_the_run_goes_on_as_if_it_had_never_come(
     inputs: TinyInputs, uninterrupted: Path, tmp_path: Path
 ) -> None:
     command = arguments(inputs, tmp_path, "noticed", "--save-interval", "1000")
-    with leaves_nothing(str(tmp_path)) as ports:
+    with leaves_nothing(str(tmp_path)) as processes:
         process = start([*command, "--custom-rm-path", "run_support:slow_reward"])
         wait_for_step(process, tmp_path / "noticed", 1)
-        ports |= ports_of(family(process))
+        processes += family(process)
+        for helper in HELPERS:
+            first_of(processes, helper).kill()
         process.send_signal(signal.SIGTERM)
         status, output = finish(process, 90)
     assert status == SAVED_STATUS, output
@@ -88,11 +90,15 @@ def test_a_notice_saves_and_the_run_goes_on_as_if_it_had_never_come(
 
 
 VICTIMS = {
-    "rank": "ray::RankActor",
-    "engine-actor": "ray::EngineActor",
-    "raylet": "raylet/raylet",
+    "rank": ("ray::RankActor", "error: training rank"),
+    "engine-actor": ("ray::EngineActor", "error: engine"),
+    "control-service": ("gcs_server", "error: Ray's control service (gcs_server)"),
+    # Ray may end the program where it stands: there may be time for one sentence only.
+    "raylet": ("raylet/raylet", "stopping: Ray's node manager (raylet)"),
+    "agent": ("ray::RuntimeEnvAgent", "stopping: Ray's runtime-environment agent"),
 }
-"""Kinds of process of a run, by what their command line has. `test_runs` kills an engine, and the run itself."""
+"""Kinds of process that a run cannot do without, by what their command line has, and what is said of their loss.
+`test_runs` kills an engine, and the run itself."""
 
 
 @pytest.mark.parametrize("victim", VICTIMS)
@@ -101,18 +107,69 @@ def test_a_run_that_loses_a_process_leaves_nothing_behind_and_its_checkpoint_is_
 ) -> None:
     directory = tmp_path / "struck"
     command = arguments(inputs, tmp_path, "struck", "--num-rollout", "1000", "--save-interval", "1", "--save-keep", "2")
-    with leaves_nothing(str(tmp_path)) as ports:
+    mark, sentence = VICTIMS[victim]
+    with leaves_nothing(str(tmp_path)) as processes:
         process = start(command)
         wait_for_step(process, directory, 2)
-        processes = family(process)
-        ports |= ports_of(processes)
-        next(p for p in processes if VICTIMS[victim] in " ".join(p.cmdline())).kill()
+        processes += family(process)
+        first_of(processes, mark).kill()
         status, output = finish(process, 120)
     assert status != 0
+    assert sentence in output, output
     assert "Traceback" not in output, output
     newest = latest(directory / "checkpoints")
     assert newest is not None
     assert_whole(newest)
+
+
+def test_the_launch_script_follows_its_job_and_passes_a_notice_on(inputs: TinyInputs, tmp_path: Path) -> None:
+    script, environment = script_for_the_tiny_model(inputs, tmp_path)
+    flags = "--recipe tiny --name launched --num-rollout 1000 --rollout-batch-size 4 --n-samples-per-prompt 4"
+    more = "--rollout-max-response-len 8 --skip-eval-before-train --custom-rm-path run_support:slow_reward"
+    with leaves_nothing(str(tmp_path)) as processes:
+        process = start([str(script), "--runs-dir", str(tmp_path), *flags.split(), *more.split()], **environment)
+        wait_for_step(process, tmp_path / "launched", 1)
+        processes += family(process)
+        assert_token_is_on_no_command_line(processes)
+        process.send_signal(signal.SIGTERM)
+        status, output = finish(process, 120)
+    assert status == SAVED_STATUS, output
+    assert "+ ray job submit --address http://127.0.0.1:" in output
+    assert "step 1/1000" in output
+    assert "SIGTERM received: saving what is done" in output
+    assert "Traceback" not in output
+    newest = latest(tmp_path / "launched" / "checkpoints")
+    assert newest is not None
+    assert_whole(newest)
+
+
+def script_for_the_tiny_model(inputs: TinyInputs, folder: Path) -> tuple[Path, dict[str, str]]:
+    """The launch script beside a file of no architecture flags, and variables with which it finds the tiny model and
+    its data where the real ones would be."""
+    scripts, base = folder / "scripts", folder / "base"
+    (scripts / "models").mkdir(parents=True)
+    (scripts / "models" / "glm4.7-30B-A3B.sh").write_text("MODEL_ARGS=()\n")
+    script = scripts / "run-glm4.7-30B-A3B-8gpus.sh"
+    shutil.copy(ROOT / "scripts" / script.name, script)
+    for name, target in {
+        "GLM-4.7-Flash": inputs.checkpoint,
+        "GLM-4.7-Flash_torch_dist": inputs.checkpoint,
+        "dapo-math-17k/dapo-math-17k.jsonl": inputs.train,
+        "aime-2024/aime-2024.jsonl": inputs.heldout,
+    }.items():
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).symlink_to(target)
+    support = Path(__file__).parent
+    return script, {"BASE_DIR": str(base), "PYTHON": sys.executable, "PYTHONPATH": f"{support}:{ROOT}"}
+
+
+def assert_token_is_on_no_command_line(processes: list[psutil.Process]) -> None:
+    """It lies in a file that nobody else can read."""
+    [path] = {Path(p.environ()["RAY_AUTH_TOKEN_PATH"]) for p in processes if "RAY_AUTH_TOKEN_PATH" in p.environ()}
+    assert path.stat().st_mode & 0o077 == 0
+    token = path.read_text()
+    assert token
+    assert not [p for p in processes if token in " ".join([*p.cmdline(), *p.environ().values()])]
 
 
 def assert_whole(checkpoint: Path) -> None:
