@@ -22,6 +22,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from recipe.cluster.meeting import POLL_S, HeadCard, Meeting, check_own_address
 from recipe.cluster.node import DASHBOARD_PORT, GCS_PORT, LOOPBACK, TOKEN_PATH, RayNode
 from recipe.config import Config, resolve
+from recipe.config.engine_parts import gpus_of_fullest_machine
 from recipe.errors import UserError, run_main
 from recipe.train import CHECK
 
@@ -44,7 +45,7 @@ def main() -> int:
         meeting = Meeting(base_dir)
         meeting.open()
         stack.callback(meeting.close)
-        slots = max(os.cpu_count() or 1, config.cluster.actor_num_gpus_per_node + config.num_engines)
+        slots = max(os.cpu_count() or 1, gpus_of_fullest_machine(config))
         stack.enter_context(RayNode.head(address, meeting.token, slots))
         os.environ |= {TOKEN_PATH: str(meeting.token)}
         if several:

@@ -18,6 +18,7 @@ import ray
 from recipe.cluster.meeting import write_token
 from recipe.cluster.node import LOOPBACK, OBJECT_STORE_BYTES, TOKEN_PATH
 from recipe.config import Config
+from recipe.config.engine_parts import gpus_of_fullest_machine
 from recipe.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -66,11 +67,11 @@ def _start_local(config: Config) -> None:
 
 
 def _init_local(config: Config) -> None:
-    processes = config.world_size + config.num_engines
+    slots = gpus_of_fullest_machine(config)
     with _own_signals():
         ray.init(
             address="local",
-            num_cpus=max(os.cpu_count() or 1, processes),
+            num_cpus=max(os.cpu_count() or 1, slots),
             dashboard_host=LOOPBACK,
             include_dashboard=True,
             object_store_memory=OBJECT_STORE_BYTES,
