@@ -1,8 +1,8 @@
 """Weights for an engine over several machines, by handles that open only on the machine where they were made.
 
 On each of its machines a rank of the trainer holds every bucket in memory that SGLang's processes there can open. The
-first of these ranks speaks to the engine: it gathers the payloads of all, in the order of SGLang's tensor-parallel ranks,
-of which each reads the one with its own number, and tells the others when the bucket is taken and may go.
+first of these ranks speaks to the engine: it gathers the payloads of all, in the order of SGLang's tensor-parallel
+ranks, of which each reads the one with its own number, and tells the others when the bucket is taken and may go.
 """
 
 import json

@@ -80,10 +80,9 @@ def test_a_notice_saves_and_the_run_goes_on_as_if_it_had_never_come(
 
 VICTIMS = {
     "rank": "ray::RankActor",
-    "engine-actor": "ray::EngineActor",
     "raylet": "raylet/raylet",
 }
-"""Kinds of process of a run, by what their command line has. `test_runs` kills an engine, and the run itself."""
+"""Kinds of process of a run, by what their command line has. `test_runs` kills an engine, its owner and the run."""
 
 
 @pytest.mark.parametrize("victim", VICTIMS)

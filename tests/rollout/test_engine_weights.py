@@ -22,12 +22,10 @@ from rollout_support import (
     Kind,
     assert_equals_fresh_load,
     greedy_result,
-    load_reference,
-    log_probs_of,
     shared_segments,
     weights_of,
 )
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from recipe.errors import UserError
