@@ -1,56 +1,25 @@
-"""The rollout servers: an actor owns each one's process and replaces it when it dies."""
+"""All rollout servers of a run: they start, take weights and are replaced, each by the actor that owns it."""
 
 import asyncio
 import logging
-import os
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
 import ray
 from ray.actor import ActorHandle
 
-from recipe.cluster.calls import get
-from recipe.cluster.placement import Placement, own_address
+from recipe.cluster.calls import ActorDied, get
+from recipe.cluster.engine_actor import START_ATTEMPTS, THE_REST, WEIGHTS, EngineActor, start_again
+from recipe.cluster.engine_parts import APPEARS_WITHIN_S
+from recipe.cluster.placement import Placement
 from recipe.cluster.trainer import TrainerGroup
-from recipe.config import Config, Resolved
+from recipe.config import Resolved
 from recipe.errors import UserError
-from recipe.rollout.servers.launch import Launch, SglangServer, launch_embedded, launch_sglang
-from recipe.rollout.servers.process import EngineProcess
 from recipe.rollout.weights_sync import Delivery
-from recipe.seeds import derive
 
 logger = logging.getLogger(__name__)
-
-START_ATTEMPTS = 3
-"""Times that a dead engine is started before the run gives up."""
-
-WEIGHTS, THE_REST = ("weights",), ("kv_cache", "cuda_graph")
-"""The memory that an engine takes again before it is sent weights, and after it."""
-
-INITIAL_VERSION = "initial"
-"""Of the weights that an engine starts with, before the trainer has sent any."""
-
-
-def threads_of_engine(config: Config) -> int:
-    """CPU threads of an engine without a GPU: as configured, or the machine's cores shared by the engines."""
-    if config.cluster.num_cpus_per_engine is not None:
-        return max(1, int(config.cluster.num_cpus_per_engine))
-    return max(1, len(os.sched_getaffinity(0)) // config.num_engines)
-
-
-def start_again(name: str, start: Callable[[], str]) -> str:
-    """The address of an engine that died, from `start`, which is tried START_ATTEMPTS times. Raises UserError, with the
-    end of the engine's log, if it never works."""
-    for attempt in range(1, START_ATTEMPTS):
-        try:
-            return start()
-        except UserError as error:
-            logger.warning("%s does not start (attempt %d of %d): %s", name, attempt, START_ATTEMPTS, error)
-    try:
-        return start()
-    except UserError as error:
-        raise UserError(f"{name} died and could not be started again in {START_ATTEMPTS} attempts: {error}") from error
 
 
 def deliver(
@@ -80,107 +49,25 @@ def deliver(
     )
 
 
-class EngineActor:
-    """Owns one server process, which dies with this one."""
-
-    def __init__(self, resolved: Resolved, number: int, gpus: Sequence[int]) -> None:
-        """`gpus`: the numbers of its GPUs on its machine, if it has any."""
-        self.resolved, self.number, self.gpus = resolved, number, gpus
-        self.process: EngineProcess | None = None
-        self.starts = 0
-        self.released: set[str] = set()
-        """What memory the server has given back, by SGLang's tags."""
-
-    def start(self) -> str:
-        """Starts the server, killing the one before it, and returns its address once it is healthy."""
-        if self.process is not None:
-            self.process.kill()
-        self.starts += 1
-        self.released.clear()
-        logs = self.resolved.config.run_dir.resolve() / "logs"
-        logs.mkdir(parents=True, exist_ok=True)
-        log = logs / f"engine-{self.number}.{self.starts}.log"
-        self.process = EngineProcess(self._launch(), log, host=own_address(self.resolved.config))
-        self.process.wait_healthy(self.resolved.config.rollout.rollout_engine_start_timeout_s)
-        return self.process.url
-
-    def keep_alive(self) -> str:
-        """Starts the server again if it has died or does not generate, which it cannot be asked for while its memory is
-        released. Returns its address. Raises UserError if that fails for good."""
-        timeout_s = self.resolved.config.rollout.rollout_health_check_timeout
-        if self.process is not None:
-            asks = self.process.answers if self.released else self.process.generates
-            if asks(timeout_s):
-                return self.process.url
-        logger.warning("engine %d does not generate any more: it is started again", self.number)
-        return start_again(f"engine {self.number}", self.start)
-
-    def release_memory(self) -> None:
-        """Has the server give back all its memory. One that does not is ended: it is in the trainer's way."""
-        assert self.process is not None
-        tags = (*WEIGHTS, *THE_REST)
-        if self.process.release_memory(tags, self.resolved.config.rollout.update_weight_timeout):
-            self.released.update(tags)
-        elif self.process.alive:
-            logger.warning("engine %d does not give its memory back: it is ended", self.number)
-            self.process.kill()
-
-    def resume_memory(self, tags: Sequence[str]) -> str:
-        """Has the server take memory again that it gave back; one that fails over it is started again, and holds no
-        trained weights then. Returns its address. Raises UserError if that fails for good."""
-        assert self.process is not None
-        again = [tag for tag in tags if tag in self.released]
-        if not again:
-            return self.process.url
-        if self.process.resume_memory(again, self.resolved.config.rollout.update_weight_timeout):
-            self.released.difference_update(again)
-            return self.process.url
-        logger.warning("engine %d does not take its memory again: it is started again", self.number)
-        return start_again(f"engine {self.number}", self.start)
-
-    def _launch(self) -> Launch:
-        config = self.resolved.config
-        model, seed = config.model.hf_checkpoint.resolve(), derive(config.misc.seed, "engine", self.number) % 2**31
-        if config.rollout.engine == "sglang":
-            return launch_sglang(
-                model,
-                SglangServer.of(config, self.gpus),
-                weight_version=INITIAL_VERSION,
-                threads=threads_of_engine(config),
-                context_length=self.resolved.max_context_len,
-                random_seed=seed,
-            )
-        return launch_embedded(
-            model,
-            weight_version=INITIAL_VERSION,
-            threads=threads_of_engine(config),
-            context_length=self.resolved.max_context_len,
-            random_seed=seed,
-        )
-
-    def stop(self) -> None:
-        """Ends the server."""
-        if self.process is not None:
-            self.process.stop()
-            self.process = None
-
-
 class EngineGroup:
     """All engines of a run. Use as a context manager: leaving it ends them."""
 
     def __init__(self, resolved: Resolved, placement: Placement) -> None:
-        actor: Any = ray.remote(EngineActor)
-        self._actors: list[ActorHandle] = [
-            actor.options(name=f"engine {number}", **placement.for_engine(number)).remote(
-                resolved, number, placement.gpus_of_engine(number)
-            )
-            for number in range(resolved.config.num_engines)
-        ]
+        self._resolved, self._placement = resolved, placement
+        self._actors = [self._owner(number) for number in range(resolved.config.num_engines)]
         self._shares_gpus = resolved.config.cluster.colocate
         self._starting: list[ray.ObjectRef] = []
         self._urls: list[str] = []
         self._weights: tuple[TrainerGroup, str] | None = None
         self._sending = asyncio.Lock()
+
+    def _owner(self, number: int) -> ActorHandle:
+        actor: Any = ray.remote(EngineActor)
+        seat, *others = self._placement.seats(number)
+        owner: ActorHandle = actor.options(name=f"engine {number}", **seat.options).remote(
+            self._resolved, number, seat.gpus, others
+        )
+        return owner
 
     def __enter__(self) -> Self:
         return self
@@ -203,13 +90,15 @@ class EngineGroup:
         """Has idle engines that share the trainer's GPUs give back their memory; `update_weights` has them take it
         again."""
         if self._shares_gpus:
-            get([actor.release_memory.remote() for actor in self._actors], self._names)
+            releasing: list[ray.ObjectRef] = [actor.release_memory.remote() for actor in self._actors]
+            for reference, name in zip(releasing, self._names, strict=True):
+                with suppress(ActorDied):
+                    get([reference], [name])
 
     def replace_dead(self) -> list[str]:
         """Starts engines again that have died or hang, for a time in which nothing is generated: they hold no trained
         weights then. Returns the addresses of all. Raises UserError if one does not become healthy."""
-        self._urls = get([actor.keep_alive.remote() for actor in self._actors], self._names)
-        return list(self._urls)
+        return self._all("keep_alive")
 
     def update_weights(self, trainer: TrainerGroup, version: int) -> list[str]:
         """Sends the policy to every engine; one that fails over it is started again. Returns the addresses of all."""
@@ -223,9 +112,8 @@ class EngineGroup:
         """The numbers of the engines that had to be started again for it."""
         if not self._shares_gpus:
             return []
-        before = self._urls
-        self._urls = get([actor.resume_memory.remote(tags) for actor in self._actors], self._names)
-        return [number for number, url in enumerate(before) if url != self._urls[number]]
+        before = list(self._urls)
+        return [number for number, url in enumerate(self._all("resume_memory", tags)) if url != before[number]]
 
     async def recover(self, url: str) -> str:
         """Replaces the engine at `url` by a new one that holds the current weights, which the trainer still has: it
@@ -253,7 +141,33 @@ class EngineGroup:
         self._urls[number] = start_again(self._names[number], self._start(number))
 
     def _start(self, number: int) -> Callable[[], str]:
-        return lambda: str(get([self._actors[number].start.remote()], [self._names[number]])[0])
+        timeout_s = APPEARS_WITHIN_S + self._resolved.config.rollout.rollout_engine_start_timeout_s
+
+        def start() -> str:
+            try:
+                return str(get([self._actors[number].start.remote()], [self._names[number]], timeout_s)[0])
+            except ActorDied:
+                self._replace_owner(number)
+                raise
+
+        return start
+
+    def _all(self, verb: str, *arguments: Any) -> list[str]:
+        """The address that each owner answers with. Where the owner died, the engine, which died with it, is started
+        again by another one."""
+        references = [getattr(actor, verb).remote(*arguments) for actor in self._actors]
+        for number, reference in enumerate(references):
+            try:
+                [self._urls[number]] = get([reference], [self._names[number]])
+            except ActorDied:
+                logger.warning("the owner of engine %d died, and the engine with it: both are started again", number)
+                self._replace_owner(number)
+                self._start_again(number)
+        return list(self._urls)
+
+    def _replace_owner(self, number: int) -> None:
+        ray.kill(self._actors[number])
+        self._actors[number] = self._owner(number)
 
     @property
     def _names(self) -> list[str]:

@@ -23,6 +23,7 @@ from recipe.cluster.meeting import POLL_S, HeadCard, Meeting, check_own_address
 from recipe.cluster.node import DASHBOARD_PORT, GCS_PORT, LOOPBACK, TOKEN_PATH, RayNode
 from recipe.cluster.processes import VITAL_TO_RAY_START, RayProcesses
 from recipe.config import Config, resolve
+from recipe.config.engine_parts import gpus_of_fullest_machine
 from recipe.config.usage import CHECK, FORCE
 from recipe.errors import UserError, run_main
 from recipe.rollout.servers.process import reserve_port
@@ -48,7 +49,7 @@ def main() -> int:
         meeting = Meeting(base_dir)
         meeting.open()
         stack.callback(meeting.close)
-        slots = max(os.cpu_count() or 1, config.cluster.actor_num_gpus_per_node + config.num_engines)
+        slots = max(os.cpu_count() or 1, gpus_of_fullest_machine(config))
         processes = stack.enter_context(RayProcesses())
         port, dashboard_port = (GCS_PORT, DASHBOARD_PORT) if several else _free_ports()
         stack.enter_context(RayNode.head(address, meeting.token, slots, port, dashboard_port))

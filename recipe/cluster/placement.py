@@ -10,6 +10,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from recipe.cluster.node import LOOPBACK
 from recipe.config import Config
+from recipe.config.engine_parts import EnginePart, machine_of_gpu, parts_of
 from recipe.errors import UserError
 
 PLACEMENT_TIMEOUT_S = 300
@@ -18,6 +19,16 @@ TRAINER_SHARE, ENGINE_SHARE = 0.6, 0.3
 
 _NODE_SHARE = 0.001
 """Of the resource by which Ray names a node: enough to ask for the node."""
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Of the actor that owns an engine, or a part of one."""
+
+    options: dict[str, Any]
+    """Ray's, of the actor."""
+    gpus: tuple[int, ...]
+    """The numbers of its GPUs on its machine. Ray would show the actor the first one only."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +51,13 @@ class Placement:
         """The number of its GPU on its machine, if it has one."""
         return self.gpus[rank] if self.gpus else None
 
-    def for_engine(self, engine: int) -> dict[str, Any]:
-        """Options of the actor that owns an engine: it sits at the first of the engine's bundles."""
-        return self._options(self._first_of_engine(engine), ENGINE_SHARE)
+    def seats(self, engine: int) -> tuple[Seat, ...]:
+        """Where the actors of an engine's parts sit: each at the first of its part's bundles."""
+        return tuple(map(self._seat, parts_of(self.config, engine)))
 
-    def gpus_of_engine(self, engine: int) -> tuple[int, ...]:
-        """The numbers of its GPUs on its machine. Ray would show its actor the first one only."""
-        first, each = self._first_of_engine(engine), self.config.sglang.rollout_num_gpus_per_engine
-        return tuple(self.gpus[first : first + each])
-
-    def _first_of_engine(self, engine: int) -> int:
-        first = engine * self.config.sglang.rollout_num_gpus_per_engine
-        return first if self.config.cluster.colocate else first + self.config.world_size
+    def _seat(self, part: EnginePart) -> Seat:
+        first = part.first_gpu if self.config.cluster.colocate else part.first_gpu + self.config.world_size
+        return Seat(self._options(first, ENGINE_SHARE), tuple(self.gpus[first : first + part.gpus]))
 
     def _options(self, position: int, gpu_share: float) -> dict[str, Any]:
         strategy = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=self.bundles[position])
@@ -75,12 +81,6 @@ def uses_gpus(config: Config) -> bool:
 def place(config: Config) -> Placement:
     """Reserves what the run needs. Raises UserError if the cluster does not have it."""
     on_gpus = uses_gpus(config)
-    of_engine, of_node = config.sglang.rollout_num_gpus_per_engine, config.cluster.actor_num_gpus_per_node
-    if on_gpus and config.needs_engine and of_engine > of_node:
-        raise UserError(
-            f"--rollout-num-gpus-per-engine {of_engine}, but an engine runs on one machine, which has {of_node} GPUs "
-            f"for it: give each machine its own, as with --rollout-num-gpus-per-engine {of_node}"
-        )
     engines = 0 if config.cluster.colocate or not config.needs_engine else config.rollout_gpus
     bundle: dict[str, float] = {"CPU": 1, "GPU": 1} if on_gpus else {"CPU": 1}
     count = config.world_size + engines
@@ -113,7 +113,7 @@ def _place_on_nodes(config: Config, bundle: dict[str, float], engines: int, on_g
             f"nodes ({', '.join(fit) or 'none'}): let the others join (make join)"
         )
     chosen = [address for address in fit[:nodes] for _ in range(per_node)]
-    chosen += [fit[number // per_node % nodes] for number in range(engines)]
+    chosen += [fit[machine_of_gpu(config, number)] for number in range(engines)]
     group = placement_group([{**bundle, f"node:{address}": _NODE_SHARE} for address in chosen])
     if not group.wait(PLACEMENT_TIMEOUT_S):
         raise UserError(

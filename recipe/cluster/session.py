@@ -19,6 +19,7 @@ from recipe.cluster.meeting import write_token
 from recipe.cluster.node import LOOPBACK, TOKEN_PATH
 from recipe.cluster.processes import VITAL, RayProcesses
 from recipe.config import Config
+from recipe.config.engine_parts import gpus_of_fullest_machine
 from recipe.errors import UserError
 from recipe.sizes import OBJECT_STORE_BYTES
 
@@ -71,11 +72,11 @@ def _start_local(config: Config) -> None:
 
 
 def _init_local(config: Config) -> None:
-    processes = config.world_size + config.num_engines
+    slots = gpus_of_fullest_machine(config)
     with _own_signals():
         ray.init(
             address="local",
-            num_cpus=max(os.cpu_count() or 1, processes),
+            num_cpus=max(os.cpu_count() or 1, slots),
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
             log_to_driver=True,

@@ -8,6 +8,7 @@ import socket
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -24,6 +25,7 @@ from recipe.cluster.calls import get
 from recipe.cluster.placement import Placement, own_address
 from recipe.cluster.watch import WatchedCall, WatchedRank
 from recipe.config import Architecture, Config
+from recipe.config.engine_parts import parts_of, rank_beside
 from recipe.heartbeat import Whereabouts, heartbeat
 from recipe.messages import FloatArray, Progress, StepReport, TrainSample
 from recipe.weights.cost import sequence_cost
@@ -48,6 +50,7 @@ class RankActor:
         self.config, self.architecture, self.rank, self.gpu = config, architecture, rank, gpu
         self.trainer: TrainerRank
         self.store: dist.Store | None = None
+        self.weight_updates = 0
 
     def process(self) -> str:
         """This process and its machine, as a user finds them."""
@@ -85,8 +88,8 @@ class RankActor:
         from recipe.megatron.layout import Rendezvous
         from recipe.megatron.rank import TrainerRank
 
-        store = self.store or dist.TCPStore(address, port)
-        rendezvous = Rendezvous(self.rank, _device_index(self.gpu), self.config.world_size, store)
+        self.store = self.store or dist.TCPStore(address, port)
+        rendezvous = Rendezvous(self.rank, _device_index(self.gpu), self.config.world_size, self.store)
         self.trainer = TrainerRank(self.config, self.architecture, rendezvous)
         progress = self.trainer.load()
         self.make_room()
@@ -113,7 +116,9 @@ class RankActor:
             torch.cuda.empty_cache()
 
     def _send(self, engines: Mapping[int, str], version: str) -> "Delivery":
-        """Rank 0 speaks to all engines, or each rank to those that begin on its GPU, which can open its memory."""
+        """Rank 0 speaks to all engines, or each rank to those that begin on its machine or, where they share GPUs, on
+        its own: they can open its memory."""
+        from recipe.rollout.weights_relay import Relay, Share
         from recipe.rollout.weights_sync import Delivery, WeightSync
 
         sync = WeightSync.of(self.config, self.architecture, own_address(self.config))
@@ -125,18 +130,23 @@ class RankActor:
             delivery = sync.load_from_disk(folder, list(engines.values()), version)
             shutil.rmtree(folder)
             return delivery
-        urls = [url for number, url in engines.items() if self._speaks_to(number)]
+        self.weight_updates += 1
         weights = self.trainer.weights()
-        if urls:
-            return sync.send(weights, urls, version)
-        for _ in weights:
-            pass
-        return Delivery()
-
-    def _speaks_to(self, engine: int) -> bool:
-        if not self.config.cluster.colocate:
-            return self.rank == 0
-        return self.rank == engine * self.config.sglang.rollout_num_gpus_per_engine % self.config.world_size
+        if sync.transfer == "distributed":
+            return sync.send(weights, list(engines.values()) if self.rank == 0 else [], version)
+        shares = [
+            Share(number, url, part.node_rank, part.nnodes, part.gpus)
+            for number, url in engines.items()
+            for part in parts_of(self.config, number)
+            if rank_beside(self.config, part) == self.rank
+        ]
+        assert self.store is not None
+        relay = Relay(
+            dist.PrefixStore(f"weights/{self.weight_updates}", self.store),
+            [share for share in shares if share.nnodes > 1],
+            timedelta(minutes=self.config.cluster.distributed_timeout_minutes),
+        )
+        return sync.send(weights, [share.url for share in shares if share.node_rank == 0], version, relay)
 
     def save(self, directory: Path, progress: Progress) -> None:
         """Writes a checkpoint or, with `--async-save`, begins to."""

@@ -174,7 +174,7 @@ class SglangConfig(Group):
     """The SGLang servers. Any argument of theirs is a flag with the prefix --sglang-, or a key of [sglang.args]."""
 
     rollout_num_gpus_per_engine: PositiveInt = 1
-    """GPUs of one server."""
+    """GPUs of one server: on one machine, or all of several."""
     speculative_max_batch: PositiveInt | None = None
     """Sequences at once up to which an engine speculates; beyond, where drafts cost more than they bring, it does not.
     Default: it always does. Measure it with scripts/bench_rollout.py."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from recipe.config.architecture import Architecture
+from recipe.config.engine_parts import nodes_per_engine
 from recipe.config.flags import SGLANG_KEY, SGLANG_PREFIX, spell
 from recipe.config.problems import did_you_mean, listed
 from recipe.config.schema import Config
@@ -92,6 +93,36 @@ def engines_have_gpus(config: Config, _: Architecture) -> Iterator[str]:
             )
     if config.rollout_gpus % each:
         yield f"--rollout-num-gpus-per-engine {each} does not divide the {config.rollout_gpus} GPUs of the engines"
+
+
+def engines_lie_on_whole_machines(config: Config, _: Architecture) -> Iterator[str]:
+    """SGLang has as many GPUs of an engine on each of its machines, and here that is all that the trainer has there."""
+    nodes, on_each = config.cluster.actor_num_nodes, config.cluster.actor_num_gpus_per_node
+    gpus, each = config.rollout_gpus, config.sglang.rollout_num_gpus_per_engine
+    if nodes == 1 or not config.needs_engine or gpus % each:
+        return
+    within = [size for size in range(1, on_each + 1) if on_each % size == 0 and gpus % size == 0]
+    whole = [on_each * count for count in range(2, nodes + 1) if gpus % (on_each * count) == 0]
+    if config.rollout.engine == "embedded" and each > on_each:
+        yield (
+            f"--rollout-num-gpus-per-engine {each} spreads an engine over machines of {on_each}, and the embedded one "
+            f"is one process: use --rollout-engine sglang, or {listed(within)}"
+        )
+    elif each not in (*within, *whole):
+        yield (
+            f"--rollout-num-gpus-per-engine {each}: an engine lies within one of the {nodes} machines, of which the "
+            f"trainer takes {on_each} GPUs each, or on whole ones; valid: {listed([*within, *whole])}"
+        )
+
+
+def stages_lie_on_one_machine(config: Config, _: Architecture) -> Iterator[str]:
+    """SGLang hands weights to a tensor-parallel rank by its number, which all pipeline stages have."""
+    pp, nodes = size_of(config, "pp_size", default=1), nodes_per_engine(config)
+    if config.rollout.engine == "sglang" and pp > 1 and nodes > 1:
+        yield (
+            f"--sglang-pp-size {pp} on an engine over {nodes} machines: SGLang would give each stage the weights of "
+            "the first one's machine; leave it out"
+        )
 
 
 def embedded_takes_no_sglang_arguments(config: Config, _: Architecture) -> Iterator[str]:
@@ -246,6 +277,8 @@ def transfer_fits_the_engines(config: Config, _: Architecture) -> Iterator[str]:
 
 RULES = (
     engines_have_gpus,
+    engines_lie_on_whole_machines,
+    stages_lie_on_one_machine,
     embedded_takes_no_sglang_arguments,
     arguments_are_the_users,
     attention_heads_divide,

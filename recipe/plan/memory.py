@@ -282,7 +282,7 @@ class HostModel(MemoryModel):
         if config.needs_reference:
             uses[Use.REFERENCE] = sum(self.held(shard)[Use.WEIGHTS] for shard in ranks)
         if not self.on_gpu and config.needs_engine:
-            engines = config.num_engines // config.cluster.actor_num_nodes
+            engines = -(-config.num_engines // config.cluster.actor_num_nodes)
             uses[Use.ENGINE_WEIGHTS] = engines * sum(self.held(shard)[Use.WEIGHTS] for shard in self.shards)
         return uses
 
@@ -290,7 +290,7 @@ class HostModel(MemoryModel):
         """Of the programs themselves."""
         config = self.resolved.config
         if not self.on_gpu:
-            engines = config.num_engines // config.cluster.actor_num_nodes
+            engines = -(-config.num_engines // config.cluster.actor_num_nodes)
             return constants.CPU_DRIVER_HOST + (ranks + engines) * constants.CPU_PROCESS_HOST
         engines = 0
         if config.needs_engine and config.cluster.colocate:

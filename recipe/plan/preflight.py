@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from recipe.config import Config, Resolved
+from recipe.config.engine_parts import gpus_of_fullest_machine
 from recipe.errors import UserError
 from recipe.plan import constants
 from recipe.plan.hardware import DEFAULT_GPU, GB, GIB, GPUS, Machine
@@ -95,14 +96,16 @@ def findings_on(config: Config, found: FoundMachine) -> Iterator[Finding]:
 
 
 def _gpus(config: Config, found: FoundMachine) -> Iterator[Finding]:
-    here, needed = len(found.gpus), config.cluster.actor_num_gpus_per_node
-    engines = 0 if config.cluster.colocate or not config.needs_engine else config.rollout_gpus
-    if config.cluster.actor_num_nodes == 1 and "RAY_ADDRESS" not in os.environ:
-        needed += engines
+    here, needed = len(found.gpus), gpus_of_fullest_machine(config)
+    if config.cluster.actor_num_nodes == 1 and "RAY_ADDRESS" in os.environ:
+        needed = config.cluster.actor_num_gpus_per_node
     if here < needed:
+        engines = needed - config.cluster.actor_num_gpus_per_node
+        for_engines = f", {engines} of them for engines" if engines else ""
+        or_fewer = " or --rollout-num-gpus" if engines else ""
         yield Finding(
-            f"this machine has {here} GPUs and the run needs {needed} of each machine: lower "
-            "--actor-num-gpus-per-node, or take a larger one",
+            f"this machine has {here} GPUs and the run needs {needed} of each machine{for_engines}: lower "
+            f"--actor-num-gpus-per-node{or_fewer}, or take a larger one",
             stops=True,
         )
     old = {gpu.driver for gpu in found.gpus if _major(gpu.driver) < LEAST_DRIVER}

@@ -20,6 +20,7 @@ from recipe.rollout.weights_broadcast import BroadcastGroup, Meeting, TensorHead
 from recipe.rollout.weights_checksum import EngineChecksums
 from recipe.rollout.weights_client import WeightsClient
 from recipe.rollout.weights_payload import Bucket, NamedTensor
+from recipe.rollout.weights_relay import Relay
 
 T = TypeVar("T")
 
@@ -85,13 +86,20 @@ class WeightSync:
             disk_timeout_s=rollout.rollout_engine_start_timeout_s,
         )
 
-    def send(self, weights: Iterable[NamedTensor], urls: Sequence[str], version: str) -> Delivery:
-        """Sends all tensors to every engine; after the last bucket they hold `version`. `weights`, a collective of the
+    def send(
+        self, weights: Iterable[NamedTensor], urls: Sequence[str], version: str, relay: Relay | None = None
+    ) -> Delivery:
+        """Sends all tensors to every engine; after the last bucket they hold `version`. Those over several machines get
+        them by `relay`, which may also serve engines that another rank speaks to. `weights`, a collective of the
         trainer's ranks, is exhausted also when engines fail. Raises UserError if an engine that is well does not take
         them, or holds others afterwards."""
+        if not urls and (relay is None or not relay.is_open):
+            for _ in weights:
+                pass
+            return Delivery()
         checksums = self.checksums() if self.checksums is not None else None
         passing = iter(checksums.watch(weights) if checksums is not None else weights)
-        delivery = asyncio.run(self._send(passing, urls, version, checksums))
+        delivery = asyncio.run(self._send(passing, urls, version, checksums, relay))
         for _ in passing:
             pass
         return delivery
@@ -112,6 +120,7 @@ class WeightSync:
         urls: Sequence[str],
         version: str,
         checksums: EngineChecksums | None,
+        relay: Relay | None,
     ) -> Delivery:
         async with _Receivers(urls, self.timeout_s) as receivers:
             await receivers.ask(WeightsClient.begin_weight_update)
@@ -119,23 +128,29 @@ class WeightSync:
             if self.transfer == "distributed":
                 whole = await self._broadcast(receivers, weights, version)
             else:
-                await self._hand_over(receivers, weights, version)
+                await self._hand_over(receivers, weights, version, relay)
             await receivers.ask(WeightsClient.end_weight_update)
             if whole and checksums is not None:
                 await receivers.ask(lambda engine: _compare(engine, checksums, version))
             return receivers.delivery(whole=whole)
 
-    async def _hand_over(self, receivers: "_Receivers", weights: Iterator[NamedTensor], version: str) -> None:
+    async def _hand_over(
+        self, receivers: "_Receivers", weights: Iterator[NamedTensor], version: str, relay: Relay | None
+    ) -> None:
         """By handles of the trainer's own memory."""
         for weights_of_bucket in buckets(weights, self.bucket_bytes):
-            if not receivers.present:
+            if not receivers.present and (relay is None or not relay.is_open):
                 return
             bucket = Bucket.of(weights_of_bucket)
+            relayed = relay.exchange(bucket) if relay is not None else {}
             await receivers.ask(
-                lambda engine, bucket=bucket: engine.update_weights_from_tensor(  # type: ignore[misc]
-                    [bucket.payload() for _ in range(self.ranks_per_engine)], weight_version=version
+                lambda engine, bucket=bucket, relayed=relayed: engine.update_weights_from_tensor(  # type: ignore[misc]
+                    relayed.get(engine.url) or [bucket.payload() for _ in range(self.ranks_per_engine)],
+                    weight_version=version,
                 )
             )
+            if relay is not None:
+                relay.settle([engine.url for engine in receivers.present])
 
     async def _broadcast(self, receivers: "_Receivers", weights: Iterator[NamedTensor], version: str) -> bool:
         """Forms a group with the engines, sends them one bucket after the other, and ends it. Whether they got all: a

@@ -40,7 +40,7 @@ def resolved(tmp_path: Path) -> Resolved:
 
 @pytest.fixture
 def owner(resolved: Resolved) -> Iterator[Any]:
-    from recipe.cluster.engines import EngineActor
+    from recipe.cluster.engine_actor import EngineActor
 
     owner = EngineActor(resolved, 0, gpus=())
     yield owner
@@ -64,7 +64,7 @@ def test_an_engine_that_does_not_generate_between_two_rollouts_is_started_again(
 
 
 def test_an_engine_gives_its_memory_back_and_takes_it_again_in_two_parts(owner: Any) -> None:
-    from recipe.cluster.engines import THE_REST, WEIGHTS
+    from recipe.cluster.engine_actor import THE_REST, WEIGHTS
 
     address = owner.start()
     owner.release_memory()
@@ -78,7 +78,7 @@ def test_an_engine_gives_its_memory_back_and_takes_it_again_in_two_parts(owner: 
 
 
 def test_an_engine_that_hangs_over_its_memory_is_ended_or_started_again(owner: Any) -> None:
-    from recipe.cluster.engines import WEIGHTS
+    from recipe.cluster.engine_actor import WEIGHTS
 
     address = owner.start()
     os.killpg(owner.process.pid, signal.SIGSTOP)
@@ -95,16 +95,16 @@ def test_an_engine_that_hangs_over_its_memory_is_ended_or_started_again(owner: A
 def test_an_engine_that_cannot_be_started_again_is_given_up_with_its_log(
     owner: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from recipe.cluster import engines
+    from recipe.cluster import engine_actor
 
-    monkeypatch.setattr(engines, "START_ATTEMPTS", 1)
+    monkeypatch.setattr(engine_actor, "START_ATTEMPTS", 1)
     (tmp_path / "hf" / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"engine 0 died and could not be started again in 1 attempts: .*config.json"):
-        engines.start_again("engine 0", owner.start)
+        engine_actor.start_again("engine 0", owner.start)
 
 
 def test_an_engine_is_started_so_often_and_no_oftener() -> None:
-    from recipe.cluster.engines import START_ATTEMPTS, start_again
+    from recipe.cluster.engine_actor import START_ATTEMPTS, start_again
 
     def start() -> str:
         attempts.append(len(attempts))
@@ -160,7 +160,7 @@ def test_an_engine_that_fails_over_every_update_ends_the_run_with_the_reason() -
 
 
 def test_an_engine_may_start_at_a_later_attempt() -> None:
-    from recipe.cluster.engines import start_again
+    from recipe.cluster.engine_actor import start_again
 
     failures = iter(["its port was taken"])
 

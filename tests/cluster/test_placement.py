@@ -28,10 +28,10 @@ os.environ[TOKEN_PATH] = sys.argv[1]
 options = {"include_dashboard": False, "log_to_driver": False, "_node_ip_address": LOOPBACK}
 ray.init(address="local", num_cpus=4, num_gpus=4, object_store_memory=OBJECT_STORE_BYTES, **options)
 shared = place(config_of(actor_num_gpus_per_node=4, colocate=True))
-print([shared.gpus_of_engine(engine) for engine in range(2)])
+print([[seat.gpus for seat in shared.seats(engine)] for engine in range(2)])
 remove_placement_group(shared.group)
 apart = place(config_of(actor_num_gpus_per_node=2, rollout_num_gpus=2))
-print(apart.gpus_of_engine(0))
+print([seat.gpus for seat in apart.seats(0)])
 ray.shutdown()
 """
 
@@ -42,4 +42,4 @@ def test_an_engine_sees_all_its_gpus_and_no_others(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PROGRAM, str(tmp_path / "token")]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines() == ["[(0, 1), (2, 3)]", "(2, 3)"]
+    assert result.stdout.splitlines() == ["[[(0, 1)], [(2, 3)]]", "[(2, 3)]"]

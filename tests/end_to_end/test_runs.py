@@ -81,12 +81,14 @@ def test_a_run_killed_and_resumed_equals_the_uninterrupted_one(
     assert samples(tmp_path / "killed") == samples(uninterrupted)
 
 
+@pytest.mark.parametrize("victim", ["server", "owner"])
 def test_an_engine_killed_in_mid_run_is_replaced_and_changes_nothing(
-    inputs: TinyInputs, uninterrupted: Path, tmp_path: Path
+    victim: str, inputs: TinyInputs, uninterrupted: Path, tmp_path: Path
 ) -> None:
     process = start(arguments(inputs, tmp_path, "bereft"))
     wait_for_step(process, tmp_path / "bereft", 2)
-    engines(psutil.Process(process.pid))[0].kill()
+    server = engines(psutil.Process(process.pid))[0]
+    (server if victim == "server" else server.parent()).kill()
     status, output = finish(process)
     assert status == 0, output
     found = metrics(tmp_path / "bereft")

@@ -91,14 +91,13 @@ def test_a_notice_saves_and_the_run_goes_on_as_if_it_had_never_come(
 
 VICTIMS = {
     "rank": ("ray::RankActor", "error: training rank"),
-    "engine-actor": ("ray::EngineActor", "error: engine"),
     "control-service": ("gcs_server", "error: Ray's control service (gcs_server)"),
     # Ray may end the program where it stands: there may be time for one sentence only.
     "raylet": ("raylet/raylet", "stopping: Ray's node manager (raylet)"),
     "agent": ("ray::RuntimeEnvAgent", "stopping: Ray's runtime-environment agent"),
 }
 """Kinds of process that a run cannot do without, by what their command line has, and what is said of their loss.
-`test_runs` kills an engine, and the run itself."""
+`test_runs` kills an engine, its owner, and the run itself."""
 
 
 @pytest.mark.parametrize("victim", VICTIMS)

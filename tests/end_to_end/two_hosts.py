@@ -15,14 +15,15 @@ HEAD, WORKER = "10.213.77.1", "10.213.77.2"
 
 @dataclass(frozen=True)
 class Host:
-    """A namespace with one address besides its loopback."""
+    """A namespace with one address besides its loopback, and memory that it shares with nobody."""
 
     name: str
     address: str
 
     def command(self, *words: str) -> list[str]:
-        """The command, on this host."""
-        return ["ip", "netns", "exec", self.name, *words]
+        """The command, on this host. It has shared memory of its own, by which programs tell machines apart."""
+        own_memory = ["sh", "-c", 'mount -t tmpfs tmpfs /dev/shm && exec "$@"', "sh"]
+        return ["ip", "netns", "exec", self.name, *own_memory, *words]
 
     def run(self, *words: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """Runs a command on this host to its end."""

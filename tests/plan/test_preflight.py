@@ -73,6 +73,16 @@ def test_what_is_missing_stops_the_run_in_one_sentence(
     assert "\n" not in told
 
 
+def test_engines_gpus_are_counted_on_every_machine(eight_gpus: Resolved, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two engines of 16 GPUs of their own beside a trainer of 16: 16 more on each of the two machines."""
+    recipe = ["--recipe", "glm4.7-flash-16gpu", "--hf-checkpoint", str(PUBLISHED), "--no-colocate"]
+    apart = resolve([*recipe, "--rollout-num-gpus", "32", "--rollout-num-gpus-per-engine", "16"])
+    told = refusal_on(RENTED, apart, monkeypatch)
+    assert "has 8 GPUs and the run needs 24 of each machine, 16 of them for engines: lower" in told
+    monkeypatch.setenv("RAY_ADDRESS", "a cluster of these two")
+    assert "needs 24 of each machine" in refusal_on(RENTED, apart, monkeypatch)
+
+
 def test_force_tells_and_goes_on(
     eight_gpus: Resolved, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -17,6 +17,8 @@ from recipe.rollout.weights_payload import Bucket
 from recipe.weights.tiny import write_tiny_checkpoint
 
 CONTEXT = 64
+PROMPT = [7, 3, 9, 11, 4]
+GREEDY = {"max_new_tokens": 16, "ignore_eos": True, "temperature": 0}
 
 
 class Kind(StrEnum):
@@ -122,3 +124,22 @@ def make_prompt(index: int, ids: tuple[int, ...]) -> Prompt:
 def shared_segments(pid: int) -> set[str]:
     """The shared-memory segments that torch has made in process `pid`."""
     return {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith(f"torch_{pid}_")}
+
+
+def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, by name."""
+    return {name: tensor for file in checkpoint.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def greedy_result(engine: EngineUnderTest) -> tuple[list[int], torch.Tensor]:
+    """Tokens and their log-probs, [16], with nothing cached."""
+    engine.flush()
+    answer = engine.generate(PROMPT, **GREEDY)
+    return answer["output_ids"], torch.tensor([entry[0] for entry in answer["meta_info"]["output_token_logprobs"]])
+
+
+def assert_equals_fresh_load(engine: EngineUnderTest, checkpoint: Path) -> None:
+    """Greedy tokens' log-probs are those that transformers has with the checkpoint's weights."""
+    ids, log_probs = greedy_result(engine)
+    expected = log_probs_of(load_reference(checkpoint), PROMPT + ids)[len(PROMPT) - 1 :]
+    assert torch.allclose(log_probs, expected, atol=engine.tolerance, rtol=0)

@@ -15,8 +15,17 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from rollout_support import EngineUnderTest, Kind, load_reference, log_probs_of, shared_segments
-from safetensors.torch import load_file, save_file
+from rollout_support import (
+    GREEDY,
+    PROMPT,
+    EngineUnderTest,
+    Kind,
+    assert_equals_fresh_load,
+    greedy_result,
+    shared_segments,
+    weights_of,
+)
+from safetensors.torch import save_file
 from torch import Tensor
 
 from recipe.errors import UserError
@@ -24,47 +33,27 @@ from recipe.rollout.answers import read_sample
 from recipe.rollout.weights_checksum import EngineChecksums
 from recipe.rollout.weights_sync import WeightSync
 
-PROMPT = [7, 3, 9, 11, 4]
-GREEDY = {"max_new_tokens": 16, "ignore_eos": True, "temperature": 0}
-
-
-def _weights(checkpoint: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in checkpoint.glob("*.safetensors") for name, tensor in load_file(file).items()}
-
-
-def _result(engine: EngineUnderTest) -> tuple[list[int], Tensor]:
-    """Tokens and their log-probs, [16], with nothing cached."""
-    engine.flush()
-    answer = engine.generate(PROMPT, **GREEDY)
-    return answer["output_ids"], torch.tensor([entry[0] for entry in answer["meta_info"]["output_token_logprobs"]])
-
 
 def _same(one: tuple[list[int], Tensor], other: tuple[list[int], Tensor]) -> bool:
     """Whether two results of one engine are the same; SGLang repeats them too, when nothing else runs."""
     return one[0] == other[0] and torch.equal(one[1], other[1])
 
 
-def _assert_equals_fresh_load(engine: EngineUnderTest, checkpoint: Path) -> None:
-    ids, log_probs = _result(engine)
-    expected = log_probs_of(load_reference(checkpoint), PROMPT + ids)[len(PROMPT) - 1 :]
-    assert torch.allclose(log_probs, expected, atol=engine.tolerance, rtol=0)
-
-
 def test_a_tensor_update_equals_a_fresh_load(engine: EngineUnderTest, other_checkpoint: Path) -> None:
-    status, answer = engine.update(_weights(other_checkpoint))
+    status, answer = engine.update(weights_of(other_checkpoint))
     assert (status, answer["success"]) == (200, True)
     assert engine.request("GET", "/model_info")[1]["weight_version"] == "2"
     assert engine.generate(PROMPT, **GREEDY)["meta_info"]["weight_version"] == "2"
-    _assert_equals_fresh_load(engine, other_checkpoint)
+    assert_equals_fresh_load(engine, other_checkpoint)
 
 
 def test_a_disk_update_equals_a_fresh_load(engine: EngineUnderTest, other_checkpoint: Path) -> None:
     engine.load(other_checkpoint, "2")
-    by_disk = _result(engine)
-    _assert_equals_fresh_load(engine, other_checkpoint)
+    by_disk = greedy_result(engine)
+    assert_equals_fresh_load(engine, other_checkpoint)
     engine.load(engine.checkpoint, "3")
-    engine.update(_weights(other_checkpoint))
-    assert _same(_result(engine), by_disk)
+    engine.update(weights_of(other_checkpoint))
+    assert _same(greedy_result(engine), by_disk)
 
 
 @pytest.mark.parametrize("transfer", ["tensor", "distributed"])
@@ -80,10 +69,10 @@ def test_the_trainers_way_equals_a_fresh_load_and_is_checked(
         address="127.0.0.1",
         checksums=lambda: EngineChecksums(model.num_hidden_layers, model.n_routed_experts),
     )
-    weights = _weights(other_checkpoint)
+    weights = weights_of(other_checkpoint)
     sync.send(weights.items(), [engine.url], "2")
     assert engine.request("GET", "/model_info")[1]["weight_version"] == "2"
-    _assert_equals_fresh_load(engine, other_checkpoint)
+    assert_equals_fresh_load(engine, other_checkpoint)
 
     router = "model.layers.2.mlp.gate.weight"
     stale = {name: tensor for name, tensor in weights.items() if name != router}
@@ -118,36 +107,36 @@ def test_a_broadcast_without_a_group_is_refused(engine: EngineUnderTest) -> None
 def test_each_kind_of_weight_reaches_the_forward_pass(engine: EngineUnderTest, tmp_path: Path, part: str) -> None:
     """The router of some versions of SGLang keeps a copy of its weight; nothing here may. (Of the two `_a_proj`, SGLang
     takes none without the other.)"""
-    weights = _weights(engine.checkpoint)
+    weights = weights_of(engine.checkpoint)
     generator = torch.Generator().manual_seed(0)
     changed = {
         name: tensor + torch.randn(tensor.shape, generator=generator) * 0.3
         for name, tensor in weights.items()
         if part in name
     }
-    before = _result(engine)
+    before = greedy_result(engine)
     assert engine.update(changed)[0] == 200
-    assert not _same(_result(engine), before)
+    assert not _same(greedy_result(engine), before)
     save_file(weights | changed, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_bytes((engine.checkpoint / "config.json").read_bytes())
-    _assert_equals_fresh_load(engine, tmp_path)
+    assert_equals_fresh_load(engine, tmp_path)
 
 
 def test_bfloat16_weights_are_taken_exactly(engine: EngineUnderTest) -> None:
-    rounded = {name: tensor.bfloat16() for name, tensor in _weights(engine.checkpoint).items()}
+    rounded = {name: tensor.bfloat16() for name, tensor in weights_of(engine.checkpoint).items()}
     engine.update(rounded)
-    by_bfloat16 = _result(engine)
+    by_bfloat16 = greedy_result(engine)
     engine.update({name: tensor.float() for name, tensor in rounded.items()})
-    assert _same(_result(engine), by_bfloat16)
+    assert _same(greedy_result(engine), by_bfloat16)
 
 
 def test_a_bucket_with_a_table_of_sglangs_is_taken(
     engine: EngineUnderTest, other_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As other trainers send it: with a table of SGLang's own class."""
-    weights = _weights(other_checkpoint)
+    weights = weights_of(other_checkpoint)
     engine.update(weights)
-    expected = _result(engine)
+    expected = greedy_result(engine)
     engine.load(engine.checkpoint, "3")
 
     for name in ("sglang", "sglang.srt", "sglang.srt.weight_sync", "sglang.srt.weight_sync.tensor_bucket"):
@@ -169,12 +158,12 @@ def test_a_bucket_with_a_table_of_sglangs_is_taken(
     engine.post("/begin_weight_update")
     assert engine.post("/update_weights_from_tensor", body)["success"]
     engine.post("/end_weight_update")
-    assert _same(_result(engine), expected)
+    assert _same(greedy_result(engine), expected)
 
 
 def test_an_update_leaves_no_shared_memory(engine: EngineUnderTest, other_checkpoint: Path) -> None:
     before = shared_segments(os.getpid())
-    engine.update(_weights(other_checkpoint))
+    engine.update(weights_of(other_checkpoint))
     if engine.kind is Kind.EMBEDDED:
         engine.update({"model.norm.weight": torch.zeros(1)})
     assert shared_segments(os.getpid()) == before
@@ -196,18 +185,18 @@ def test_an_update_leaves_no_shared_memory(engine: EngineUnderTest, other_checkp
 def test_weights_that_do_not_fit_change_nothing(
     embedded: EngineUnderTest, other_checkpoint: Path, name: str, tensor: Tensor, word: str
 ) -> None:
-    before = _result(embedded)
-    good = {k: v for k, v in _weights(other_checkpoint).items() if k != name}
+    before = greedy_result(embedded)
+    good = {k: v for k, v in weights_of(other_checkpoint).items() if k != name}
     status, answer = embedded.update(good | {name: tensor})
     assert (status, answer["success"]) == (400, False)
     assert word in answer["message"]
-    assert _same(_result(embedded), before)
+    assert _same(greedy_result(embedded), before)
     assert embedded.request("GET", "/model_info")[1]["weight_version"] == "1"
 
 
 def test_a_checkpoint_that_lacks_weights_changes_nothing(embedded: EngineUnderTest, tmp_path: Path) -> None:
-    before = _result(embedded)
-    weights = _weights(embedded.checkpoint)
+    before = greedy_result(embedded)
+    weights = weights_of(embedded.checkpoint)
     del weights["lm_head.weight"]
     save_file(weights, tmp_path / "model.safetensors")
     for folder, word in ((tmp_path, "lm_head.weight"), (tmp_path / "nowhere", "no *.safetensors")):
@@ -216,7 +205,7 @@ def test_a_checkpoint_that_lacks_weights_changes_nothing(embedded: EngineUnderTe
         assert word in answer["message"]
     (tmp_path / "model.safetensors").write_bytes(b"cut off")
     assert embedded.request("POST", "/update_weights_from_disk", {"model_path": str(tmp_path)})[0] == 400
-    assert _same(_result(embedded), before)
+    assert _same(greedy_result(embedded), before)
 
 
 class _Evil:
@@ -244,7 +233,7 @@ def test_an_update_waits_for_running_requests_and_new_ones_wait_for_it(
     threads = [threading.Thread(target=lambda: answers.extend(engine.generate([PROMPT] * 4, **long))) for _ in range(8)]
     for thread in threads:
         thread.start()
-    engine.update(_weights(other_checkpoint))
+    engine.update(weights_of(other_checkpoint))
     for thread in threads:
         thread.join()
     versions = [answer["meta_info"]["weight_versions"] for answer in answers]
@@ -261,7 +250,7 @@ def test_tokens_know_the_version_they_were_made_under(engine: EngineUnderTest, o
         thread.start()
         time.sleep(0.002 * (attempt % 20))
         engine.post("/pause_generation", {"mode": "in_place"})
-        engine.update(_weights(other_checkpoint), flush_cache=False)
+        engine.update(weights_of(other_checkpoint), flush_cache=False)
         engine.post("/continue_generation")
         thread.join()
         spans = answers[-1]["meta_info"]["weight_versions"]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -63,6 +64,20 @@ def launch_embedded(
 
 
 @dataclass(frozen=True, slots=True)
+class Node:
+    """One machine of an engine over several."""
+
+    node_rank: int
+    nnodes: int
+    dist_init_addr: str
+    """Where they meet, HOST:PORT on the first machine; see `dist_init`."""
+    address: str
+    """This machine's, as the others reach it."""
+    interfaces: Mapping[str, str]
+    """Variables that bind gloo and NCCL to the interface with this address."""
+
+
+@dataclass(frozen=True, slots=True)
 class SglangServer:
     """What one server of SGLang's is."""
 
@@ -83,12 +98,15 @@ class SglangServer:
     speculation: Mapping[str, Mapping[str, Sequence[int]]] = field(default_factory=dict)
     """SGLang's `speculative_adaptive_config`, by the least batch size that each part is for; empty: it always
     speculates as its arguments say."""
+    node: Node | None = None
+    """Which machine of an engine over several this is; None: it is on one."""
     health_timeout_s: float = 20.0
     """After so long without a token /health_generate tells that it does not generate."""
 
     @classmethod
-    def of(cls, config: Config, gpus: Sequence[int]) -> Self:
-        """An engine of a run, in the trainer's precision. Raises UserError if SGLang is installed nowhere."""
+    def of(cls, config: Config, gpus: Sequence[int], node: Node | None = None) -> Self:
+        """An engine of a run, in the trainer's precision, or its part on one machine. Raises UserError if SGLang is
+        installed nowhere."""
         return cls(
             python=sglang_python(config.rollout.rollout_engine_python),
             gpus=tuple(gpus) or None,
@@ -99,6 +117,7 @@ class SglangServer:
             keeps_draft="speculative_algorithm" in config.sglang.args and not config.mtp.mtp_num_layers,
             names_tensors=config.rollout.check_weight_update_equal,
             speculation=_speculation(config.sglang),
+            node=node,
             health_timeout_s=config.rollout.rollout_health_check_timeout,
         )
 
@@ -131,12 +150,13 @@ def launch_sglang(
         *("--tp-size", str(server.tp_size)),
     ]
     python = str(server.python)
-    # An engine's processes are on one machine: they need no door to others.
-    environment = {
-        "SGLANG_HEALTH_CHECK_TIMEOUT": str(math.ceil(server.health_timeout_s)),
-        "GLOO_SOCKET_IFNAME": "lo",
-        RENDEZVOUS: f"file://{SCRATCH}/rendezvous",
-    }
+    environment = {"SGLANG_HEALTH_CHECK_TIMEOUT": str(math.ceil(server.health_timeout_s)), **_doors(server.node)}
+    if server.node is not None:
+        arguments += [
+            *("--nnodes", str(server.node.nnodes)),
+            *("--node-rank", str(server.node.node_rank)),
+            *("--dist-init-addr", server.node.dist_init_addr),
+        ]
     if server.gpus is not None:
         if server.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, server.gpus))
@@ -154,7 +174,23 @@ def launch_sglang(
         "--disable-cuda-graph",
     ]
     environment["OMP_NUM_THREADS"] = str(threads)
+    if server.tp_size > 1:
+        # SGLang wants to be told, or a NUMA node for each rank; its own kernels alone heed it.
+        cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
+        environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join([cores] * server.tp_size)
     return Launch((python, str(SERVE_ON_CPU), *arguments, *server.arguments), environment)
+
+
+def _doors(node: Node | None) -> dict[str, str]:
+    """What keeps an engine's processes from listening anywhere but where their peers are."""
+    if node is None:
+        return {"GLOO_SOCKET_IFNAME": "lo", RENDEZVOUS: f"file://{SCRATCH}/rendezvous"}
+    return {
+        **node.interfaces,
+        "SGLANG_HOST_IP": node.address,
+        RENDEZVOUS: f"tcp://{node.dist_init_addr}",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
 
 
 def _on_gpus(server: SglangServer) -> list[str]:

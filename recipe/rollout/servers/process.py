@@ -10,7 +10,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
@@ -80,22 +80,28 @@ class EngineProcess:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def wait_healthy(self, timeout_s: float) -> None:
-        """Returns when the server can generate. Raises UserError, and stops it, if it ends or takes too long."""
+    def wait_healthy(self, timeout_s: float, check_peers: Callable[[], None] = lambda: None) -> None:
+        """Returns when the server can generate. Raises UserError, and stops it, if it ends or takes too long, or if
+        `check_peers` raises one meanwhile."""
         deadline = time.monotonic() + timeout_s
-        while not self._asks("GET", "/health_generate", HEALTH_TIMEOUT_S):
-            ended = not self.alive
-            if ended or time.monotonic() > deadline:
-                self.stop()
-                what = (
-                    f"ended with status {self._process.returncode}"
-                    if ended
-                    else f"never became healthy in {timeout_s:g} s"
-                )
-                raise UserError(
-                    f"the engine at {self.url} {what}; its log {self._log} says: {_telling_line(self._log)}"
-                )
-            time.sleep(POLL_S)
+        try:
+            while not self._asks("GET", "/health_generate", HEALTH_TIMEOUT_S):
+                check_peers()
+                self.check_alive()
+                if time.monotonic() > deadline:
+                    raise self._failure(f"never became healthy in {timeout_s:g} s")
+                time.sleep(POLL_S)
+        except UserError:
+            self.stop()
+            raise
+
+    def check_alive(self) -> None:
+        """Raises UserError, with what its log says, if the server has ended."""
+        if not self.alive:
+            raise self._failure(f"ended with status {self._process.returncode}")
+
+    def _failure(self, what: str) -> UserError:
+        return UserError(f"the engine at {self.url} {what}; its log {self._log} says: {_telling_line(self._log)}")
 
     def stop(self) -> None:
         """Ends the server and every process of its group; returns when they are gone."""

@@ -1,0 +1,107 @@
+"""The owner of an engine: it starts the server, with its parts on other machines, and replaces them when they die."""
+
+import logging
+from collections.abc import Callable, Sequence
+
+from recipe.cluster.engine_parts import EngineParts, launch_of, new_log
+from recipe.cluster.placement import Seat, own_address
+from recipe.config import Resolved
+from recipe.errors import UserError
+from recipe.rollout.servers.process import EngineProcess
+
+logger = logging.getLogger(__name__)
+
+START_ATTEMPTS = 3
+"""Times that a dead engine is started before the run gives up."""
+
+WEIGHTS, THE_REST = ("weights",), ("kv_cache", "cuda_graph")
+"""The memory that an engine takes again before it is sent weights, and after it."""
+
+
+def start_again(name: str, start: Callable[[], str]) -> str:
+    """The address of an engine that died, from `start`, which is tried START_ATTEMPTS times. Raises UserError, with the
+    end of the engine's log, if it never works."""
+    for attempt in range(1, START_ATTEMPTS):
+        try:
+            return start()
+        except UserError as error:
+            logger.warning("%s does not start (attempt %d of %d): %s", name, attempt, START_ATTEMPTS, error)
+    try:
+        return start()
+    except UserError as error:
+        raise UserError(f"{name} died and could not be started again in {START_ATTEMPTS} attempts: {error}") from error
+
+
+class EngineActor:
+    """Owns one server process, which dies with this one, and, of an engine over several machines, its other parts: they
+    start and end together. SGLang hands every request on to them."""
+
+    def __init__(self, resolved: Resolved, number: int, gpus: Sequence[int], others: Sequence[Seat] = ()) -> None:
+        """`gpus`: the numbers of its GPUs on its machine, if it has any; `others`: where its other parts go."""
+        self.resolved, self.number, self.gpus = resolved, number, gpus
+        self.parts = EngineParts(resolved, number, others)
+        self.process: EngineProcess | None = None
+        self.released: set[str] = set()
+        """What memory the server has given back, by SGLang's tags."""
+
+    def start(self) -> str:
+        """Starts the server, killing the one before it, and returns its address once it is healthy. Raises UserError,
+        and leaves none of its parts, if that or one of them fails."""
+        self._kill()
+        config = self.resolved.config
+        try:
+            launch = launch_of(self.resolved, self.number, self.gpus, self.parts.start())
+            log = new_log(config, f"engine-{self.number}")
+            self.process = EngineProcess(launch, log, host=own_address(config))
+            self.process.wait_healthy(config.rollout.rollout_engine_start_timeout_s, self.parts.check)
+        except UserError:
+            self.parts.end()
+            raise
+        return self.process.url
+
+    def keep_alive(self) -> str:
+        """Starts the server again if it has died or does not generate, which it cannot be asked for while its memory is
+        released. Returns its address. Raises UserError if that fails for good."""
+        timeout_s = self.resolved.config.rollout.rollout_health_check_timeout
+        if self.process is not None:
+            asks = self.process.answers if self.released else self.process.generates
+            if self.parts.are_alive() and asks(timeout_s):
+                return self.process.url
+        logger.warning("engine %d does not generate any more: it is started again", self.number)
+        return start_again(f"engine {self.number}", self.start)
+
+    def release_memory(self) -> None:
+        """Has the server give back all its memory. One that does not is ended: it is in the trainer's way."""
+        assert self.process is not None
+        tags = (*WEIGHTS, *THE_REST)
+        if self.process.release_memory(tags, self.resolved.config.rollout.update_weight_timeout):
+            self.released.update(tags)
+        else:
+            logger.warning("engine %d does not give its memory back: it is ended", self.number)
+            self._kill()
+
+    def resume_memory(self, tags: Sequence[str]) -> str:
+        """Has the server take memory again that it gave back; one that fails over it is started again, and holds no
+        trained weights then. Returns its address. Raises UserError if that fails for good."""
+        assert self.process is not None
+        again = [tag for tag in tags if tag in self.released]
+        if not again:
+            return self.process.url
+        if self.process.resume_memory(again, self.resolved.config.rollout.update_weight_timeout):
+            self.released.difference_update(again)
+            return self.process.url
+        logger.warning("engine %d does not take its memory again: it is started again", self.number)
+        return start_again(f"engine {self.number}", self.start)
+
+    def stop(self) -> None:
+        """Ends the server."""
+        if self.process is not None:
+            self.process.stop()
+            self.process = None
+        self.parts.end()
+
+    def _kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+        self.released.clear()
+        self.parts.end()

@@ -1,0 +1,70 @@
+"""Where the processes of an engine over several machines meet: SGLang's `--dist-init-addr`.
+
+SGLang would open a store there, on every address of the first machine. Instead we open it, at one address and a port
+that is free, and tell torch, as its elastic launcher does, that it is there. With DP attention SGLang derives more
+ports from this one, and asks on each machine whether they are free before it starts.
+"""
+
+import socket
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from typing import Self
+
+import torch.distributed as dist
+
+from recipe.errors import UserError
+
+DERIVED_PORTS = (*range(1, 7), 13)
+"""By how much they are above the address's own (sglang.srt.server_args.PortArgs, DP_ATTENTION_HANDSHAKE_PORT_DELTA)."""
+_ATTEMPTS = 50
+
+
+class DistInit:
+    """The first machine's side: the store, and the ports that SGLang derives from its own."""
+
+    def __init__(self, store: dist.TCPStore, derived: ExitStack) -> None:
+        self.address = f"{store.host}:{store.port}"
+        self._store: dist.TCPStore | None = store
+        self._derived = derived
+
+    @classmethod
+    def open(cls, host: str, free_elsewhere: Callable[[int], bool]) -> Self:
+        """At `host`, which is this machine's, and a port for which the other machines say that its derived ports are
+        free there. Raises UserError if none is found."""
+        for _ in range(_ATTEMPTS):
+            with closing(socket.create_server((host, 0))) as listener:
+                port: int = listener.getsockname()[1]
+                derived = reserve_derived(port)
+                if derived is None:
+                    continue
+                if not free_elsewhere(port):
+                    derived.close()
+                    continue
+                return cls(_store(host, port, listener.detach()), derived)
+        raise UserError(
+            f"of {_ATTEMPTS} free ports of {host} none had those free that SGLang opens beside it, on all machines of "
+            "the engine: see what listens there (ss -ltnp)"
+        )
+
+    def close(self) -> None:
+        """Gives store and ports back."""
+        self._store = None
+        self._derived.close()
+
+
+def reserve_derived(port: int) -> ExitStack | None:
+    """Keeps the ports that SGLang derives from `port` from everybody on this machine who asks for just any port, until
+    it is closed; None if one is taken. They are bound to every address, as SGLang asks for them so; nobody listens."""
+    with ExitStack() as stack:
+        for number in DERIVED_PORTS:
+            reservation = stack.enter_context(socket.socket())
+            reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                reservation.bind(("0.0.0.0", port + number))
+            except (OSError, OverflowError):
+                return None
+        return stack.pop_all()
+
+
+def _store(host: str, port: int, listener: int) -> dist.TCPStore:
+    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener)

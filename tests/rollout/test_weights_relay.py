@@ -1,0 +1,104 @@
+"""Every process of an engine over several machines gets its weights from the trainer's rank on its own machine."""
+
+import asyncio
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from aiohttp import web
+from fake_engines import FakeEngine, serving
+
+from recipe.rollout.weights_payload import NamedTensor, read_payload
+from recipe.rollout.weights_relay import Relay, Share
+from recipe.rollout.weights_sync import Delivery, WeightSync
+
+BUCKETS = 3
+BOUND_S = 20.0
+SYNC = WeightSync("tensor", 40, 4, "127.0.0.1", timeout_s=5.0)
+TIMEOUT = timedelta(seconds=10)
+
+
+class Receiver(FakeEngine):
+    """Notes the value that each of its processes is sent in every bucket; dies over bucket `dies_at`."""
+
+    def __init__(self, dies_at: int | None = None) -> None:
+        super().__init__()
+        self.received: list[list[float]] = []
+        self._dies_at = dies_at
+
+    async def verb(self, request: web.Request) -> web.StreamResponse:
+        if request.path == "/update_weights_from_tensor":
+            payloads = (await request.json())["serialized_named_tensors"]
+            self.received.append([tensor[0].item() for payload in payloads for _, tensor in read_payload(payload)])
+            if len(self.received) == self._dies_at:
+                assert request.transport is not None
+                request.transport.abort()
+        return await super().verb(request)
+
+
+class Weights:
+    """What a rank has gathered: every tensor holds the rank's number, by which the test knows whose it is."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank, self.taken = rank, 0
+
+    def __iter__(self) -> Iterator[NamedTensor]:
+        for number in range(BUCKETS):
+            self.taken += 1
+            yield f"model.layers.{number}.mlp.gate.weight", torch.full((10,), float(self._rank))
+
+
+async def send(*engines: Receiver) -> tuple[list[Delivery], list[Weights]]:
+    """Engine 0 lies beside ranks 0 and 1, engine 1 beside ranks 2 and 0, two of its processes beside each."""
+    store: Any = dist.HashStore()
+    weights = [Weights(rank) for rank in range(3)]
+    async with serving(*engines) as (first, second), asyncio.timeout(BOUND_S):
+        shares = (
+            [Share(0, first, 0, 2, 2), Share(1, second, 1, 2, 2)],
+            [Share(0, first, 1, 2, 2)],
+            [Share(1, second, 0, 2, 2)],
+        )
+        urls = [[share.url for share in of_rank if share.node_rank == 0] for of_rank in shares]
+        deliveries = await asyncio.gather(
+            *(
+                asyncio.to_thread(SYNC.send, weights[rank], urls[rank], "2", Relay(store, shares[rank], TIMEOUT))
+                for rank in range(3)
+            )
+        )
+    return list(deliveries), weights
+
+
+async def test_each_process_gets_the_payload_of_the_rank_beside_it() -> None:
+    first, second = Receiver(), Receiver()
+    deliveries, weights = await send(first, second)
+    assert first.received == [[0, 0, 1, 1]] * BUCKETS
+    assert second.received == [[2, 2, 0, 0]] * BUCKETS
+    assert deliveries == [Delivery()] * 3
+    assert [one.taken for one in weights] == [BUCKETS] * 3
+
+
+@pytest.mark.parametrize("dies_at", [1, 2])
+async def test_an_engine_that_dies_is_left_out_by_all_its_ranks_and_the_other_gets_all(dies_at: int) -> None:
+    good, bad = Receiver(), Receiver(dies_at)
+    deliveries, weights = await send(good, bad)
+    assert good.received == [[0, 0, 1, 1]] * BUCKETS
+    assert len(bad.received) == dies_at
+    assert [list(delivery.failed) for delivery in deliveries] == [[], [], [bad.url]]
+    assert [one.taken for one in weights] == [BUCKETS] * 3
+
+
+async def test_an_engine_that_is_dead_when_the_update_begins_holds_nobody_up() -> None:
+    class Dead(Receiver):
+        async def verb(self, request: web.Request) -> web.StreamResponse:
+            assert request.transport is not None
+            request.transport.abort()
+            return web.Response()
+
+    good, bad = Receiver(), Dead()
+    deliveries, weights = await send(good, bad)
+    assert good.received == [[0, 0, 1, 1]] * BUCKETS
+    assert list(deliveries[2].failed) == [bad.url]
+    assert [one.taken for one in weights] == [BUCKETS] * 3
