@@ -34,6 +34,14 @@ port = int(sys.argv[sys.argv.index("--port") + 1])
 http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 STUBBORN = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN);" + SERVER
+SHARING = (
+    """
+from multiprocessing.shared_memory import SharedMemory
+segment = SharedMemory(create=True, size=4096)
+print("segment", segment._name, flush=True)
+"""
+    + SERVER
+)
 PARENT = """
 import sys, time
 from pathlib import Path
@@ -76,6 +84,19 @@ def test_stop_ends_the_server_and_its_children(tmp_path: Path, monkeypatch: pyte
     assert bystander.poll() is None
     bystander.kill()
     bystander.wait()
+
+
+def test_a_killed_servers_shared_memory_goes_with_it(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with EngineProcess(_python(SHARING), log) as process:
+        process.wait_healthy(30)
+        os.killpg(process.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 5
+        while process.alive:
+            assert time.monotonic() < deadline
+        segment = Path("/dev/shm") / log.read_text().split("segment /")[1].split()[0]
+        assert segment.exists()
+    assert not segment.exists()
 
 
 def test_a_server_that_ends_is_told_with_its_last_words(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import psutil
+
 from recipe.errors import UserError
 from recipe.rollout.servers.launch import SCRATCH, Launch
 
@@ -30,6 +32,7 @@ _PR_SET_PDEATHSIG = 1
 _SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIALS")
 _HIT = "hit an exception"
 _EXCEPTION = re.compile(r"[\w.]*(Error|Exception): ")
+_SHARED_MEMORY = re.compile(r"/dev/shm/\S+")
 _libc = ctypes.CDLL(None)
 
 
@@ -43,6 +46,7 @@ class EngineProcess:
         self.url = f"http://{host}:{self.port}"
         self._host = host
         self._log = log
+        self._segments: set[Path] = set()
         self._scratch = tempfile.TemporaryDirectory(prefix="engine-")
         for name, content in launch.files.items():
             Path(self._scratch.name, name).write_text(content)
@@ -94,6 +98,7 @@ class EngineProcess:
         except UserError:
             self.stop()
             raise
+        self._segments = self._mapped_segments()
 
     def check_alive(self) -> None:
         """Raises UserError, with what its log says, if the server has ended."""
@@ -111,9 +116,12 @@ class EngineProcess:
         self.kill()
 
     def kill(self) -> None:
-        """Ends the server at once, also one that hangs or is stopped."""
+        """Ends the server at once, also one that hangs or is stopped, and the shared memory that its processes talk
+        through, which nobody else ends when they are killed."""
         self._signal(signal.SIGKILL)
         self._process.wait()
+        for segment in self._segments:
+            segment.unlink(missing_ok=True)
         self._reservation.close()
         self._scratch.cleanup()
 
@@ -137,6 +145,17 @@ class EngineProcess:
     def resume_memory(self, tags: Sequence[str], timeout_s: float) -> bool:
         """Has the server take it again. Whether it did in time."""
         return self.alive and self._asks("POST", "/resume_memory_occupation", timeout_s, {"tags": list(tags)})
+
+    def _mapped_segments(self) -> set[Path]:
+        """Files of shared memory that the server's processes have mapped. While it has just become healthy, they are
+        its own: weights come later."""
+        found: set[Path] = set()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            server = psutil.Process(self.pid)
+            for process in (server, *server.children(recursive=True)):
+                with contextlib.suppress(OSError):
+                    found |= set(map(Path, _SHARED_MEMORY.findall(Path(f"/proc/{process.pid}/maps").read_text())))
+        return found
 
     def _signal(self, number: signal.Signals) -> bool:
         """Whether there was anybody in the group."""
