@@ -15,7 +15,7 @@ import pytest
 
 from recipe.cluster import ray_session
 from recipe.cluster.watch import WatchedCall, WatchedRank
-from recipe.config import resolve
+from recipe.config import Config
 from recipe.errors import UserError
 
 TIMEOUT_S = 6.0
@@ -43,8 +43,9 @@ def actor() -> Iterator[Any]:
             heartbeat.follow_this_thread()
             return work(heartbeat.beat)
 
-    config = resolve(["--recipe", "tiny", "--actor-num-gpus-per-node", "4", "--log-level", "warning"]).config
-    with ray_session(config):
+    cluster = SimpleNamespace(colocate=True, actor_num_gpus_per_node=4)
+    config = SimpleNamespace(cluster=cluster, misc=SimpleNamespace(log_level="warning"))
+    with ray_session(cast(Config, config)):
         yield ray.remote(concurrency_groups={"answers": 1})(Rank).options(num_cpus=0)
 
 
