@@ -1,5 +1,6 @@
 """Mistakes a user can mend are told in one sentence and end the program with a non-zero status."""
 
+import errno
 import logging
 import os
 import select
@@ -10,6 +11,7 @@ from types import FrameType
 from typing import NoReturn
 
 USER_ERROR_STATUS = 2
+DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 _STDOUT = 1
 
 
@@ -20,9 +22,9 @@ class UserError(Exception):
 def run_main(main: Callable[[], int | None]) -> None:
     """Runs a command's `main` and exits with its status.
 
-    A UserError is printed without a traceback. SIGINT and SIGTERM unwind the program from wherever it is, so that what
-    it started is ended, and give the status that shells expect of them; so does a reader of the output who leaves
-    (`| head`).
+    A UserError is printed without a traceback, and so is a full disk. SIGINT and SIGTERM unwind the program from
+    wherever it is, so that what it started is ended, and give the status that shells expect of them; so does a reader
+    of the output who leaves (`| head`).
     """
     signal.signal(signal.SIGINT, _unwind)
     signal.signal(signal.SIGTERM, _unwind)
@@ -36,12 +38,24 @@ def run_main(main: Callable[[], int | None]) -> None:
     except BrokenPipeError:
         if not _reader_has_left():
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)  # for what is written on the way out
+        _drop_output()
         sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        if error.errno not in DISK_IS_FULL:
+            raise
+        where = error.filename or "where the output goes"
+        print(f"error: the disk is full: {where} could not be written; free space there", file=sys.stderr)
+        _drop_output()
+        sys.exit(USER_ERROR_STATUS)
     except SystemExit:
         if _unwound_by:  # Ray, where it waits, makes a SystemExit of status 1 out of any other
             sys.exit(128 + _unwound_by[0])
         raise
+
+
+def _drop_output() -> None:
+    """What is written to standard output on the way out goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
 
 
 def _reader_has_left() -> bool:

@@ -1,7 +1,6 @@
 """Fetching what is missing, and recording what is there."""
 
 import asyncio
-import errno
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from recipe.download.interruptible import run_interruptible
 from recipe.download.plan import WORK_NAME, Plan
 from recipe.download.record import FileRecord, Record
 from recipe.download.sources import RepoType
-from recipe.errors import UserError
+from recipe.errors import DISK_IS_FULL, UserError
 from recipe.files import FileLock, sha256_file, sync
 
 CONNECTIONS = 8
@@ -143,7 +142,7 @@ def _writing(plan: Plan) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK_IS_FULL:
             raise UserError(f"{plan.directory} cannot be written: {error}") from error
         raise UserError(
             f"the disk of {plan.directory} is full, and {plan.bytes_to_fetch:,} bytes are still to be fetched: what "

@@ -1,6 +1,5 @@
 """A file of JSON lines that survives crashes and full disks: it holds whole lines only, and can be cut back."""
 
-import errno
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -8,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from recipe.errors import UserError
+from recipe.errors import DISK_IS_FULL, UserError
 from recipe.files import atomic_write_bytes
 
 
@@ -64,6 +63,6 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in DISK_IS_FULL:
             raise UserError(f"the disk is full: {path} could not be written; free space there and go on") from error
         raise UserError(f"{path} could not be written: {error.strerror}") from error

@@ -318,11 +318,13 @@ def test_a_signal_ends_it_at_once_and_the_next_command_goes_on(hub, model, direc
     _, errors = process.communicate(timeout=20)
     assert time.monotonic() - sent < 5
     assert (process.returncode, errors) == (128 + number, f"stopping: {number.name} received\n")
-    assert partial(directory).read_bytes() == CONTENT[:300_000]
+    kept = partial(directory).read_bytes()
+    assert len(kept) >= 250_000
+    assert CONTENT.startswith(kept)
     hub.faults.stall_after.clear()
     hub.requests.clear()
     model()
-    assert hub.fetched() == {SHARD: [300_000]}
+    assert hub.fetched() == {SHARD: [len(kept)]}
     assert_complete(directory)
 
 

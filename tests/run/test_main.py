@@ -32,3 +32,11 @@ def test_a_signal_gives_its_status_whatever_ray_makes_of_it(number: signal.Signa
     _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert said == f"stopping: {number.name} received\n"
+
+
+def test_a_full_disk_under_the_output_is_told_in_a_sentence() -> None:
+    program = "from recipe.errors import run_main; run_main(lambda: print('x' * 100_000))"
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr == "error: the disk is full: where the output goes could not be written; free space there\n"
