@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from recipe.config import Config
 from recipe.data.source import Draw
 from recipe.grpo.advantages import group_advantages, penalise_kl
-from recipe.grpo.loss import Metric
+from recipe.grpo.metrics import Metric
 from recipe.grpo.reduction import sequence_weights
 from recipe.messages import OLDER_TOKENS, FloatArray, StepReport, TrainSample
 from recipe.mismatch import StepMismatch

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from recipe.grpo.loss import Metric, SourceDifference
+from recipe.grpo.metrics import Metric, SourceDifference
 
 FloatArray = NDArray[np.float32]
 

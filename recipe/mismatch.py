@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from recipe.grpo.loss import SourceDifference
+from recipe.grpo.metrics import SourceDifference
 from recipe.messages import OLDER_TOKENS, StepReport
 
 OUTLIER = 3.0

@@ -10,8 +10,7 @@ import ray
 from ray.actor import ActorHandle
 
 from recipe.cluster.calls import get
-from recipe.cluster.placement import Seat, own_address
-from recipe.cluster.trainer import socket_interfaces
+from recipe.cluster.placement import Seat, own_address, socket_interfaces
 from recipe.config import Config, Resolved
 from recipe.errors import UserError
 from recipe.rollout.servers.dist_init import DistInit, reserve_derived

@@ -17,7 +17,7 @@ from recipe.cluster.placement import Placement
 from recipe.cluster.trainer import TrainerGroup
 from recipe.config import Resolved
 from recipe.errors import UserError
-from recipe.rollout.weights_sync import Delivery
+from recipe.rollout.delivery import Delivery
 
 logger = logging.getLogger(__name__)
 

@@ -1,10 +1,11 @@
 """Where the processes of a run go: one bundle of resources a GPU (or, on a CPU, a process), ordered by machine."""
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import ray
-import torch
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -70,9 +71,17 @@ def own_address(config: Config) -> str:
     return LOOPBACK if config.cluster.actor_num_nodes == 1 else ray.util.get_node_ip_address()
 
 
+def socket_interfaces(address: str) -> dict[str, str]:
+    """Variables that bind gloo and NCCL to the interface with this machine's `address`: by themselves they take what
+    the host's name resolves to, often an address that no other machine reaches. What the user has set stays."""
+    interfaces = (name for name, entries in psutil.net_if_addrs().items() if address in (e.address for e in entries))
+    names = {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"} - os.environ.keys()
+    return dict.fromkeys(names, next(interfaces)) if names else {}
+
+
 def uses_gpus(config: Config) -> bool:
     """Whether the run computes on GPUs. Raises UserError if it is told to and there is none."""
-    present = torch.cuda.is_available() or ray.cluster_resources().get("GPU", 0) > 0
+    present = ray.cluster_resources().get("GPU", 0) > 0
     if config.cluster.device == "cuda" and not present:
         raise UserError("--device cuda: there is no GPU here; use --device cpu, or a machine with GPUs")
     return present and config.cluster.device != "cpu"

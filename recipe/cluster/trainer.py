@@ -3,174 +3,28 @@
 import logging
 import os
 import pickle
-import shutil
-import socket
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
-import psutil
 import ray
-import torch
-import torch.distributed as dist
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from recipe.batching.schedule import schedule
 from recipe.cluster.calls import get
-from recipe.cluster.placement import Placement, own_address
+from recipe.cluster.placement import Placement
+from recipe.cluster.rank_actor import ANSWERS, RankActor
 from recipe.cluster.watch import WatchedCall, WatchedRank
 from recipe.config import Architecture, Config
-from recipe.config.engine_parts import parts_of, rank_beside
-from recipe.heartbeat import Whereabouts, heartbeat
 from recipe.messages import FloatArray, Progress, StepReport, TrainSample
+from recipe.rollout.delivery import Delivery
 from recipe.weights.cost import sequence_cost
 
-if TYPE_CHECKING:
-    from recipe.megatron.rank import TrainerRank
-    from recipe.rollout.weights_sync import Delivery
-
 logger = logging.getLogger(__name__)
-
-
-_ANSWERS = "answers"
-"""Ray's group of threads beside the one that works. Where there is such a group, Ray carries out all other methods, one
-at a time, in one thread, which is not Python's main thread."""
-
-
-class RankActor:
-    """One training rank in a process of its own."""
-
-    def __init__(self, config: Config, architecture: Architecture, rank: int, gpu: int | None) -> None:
-        """`gpu`: the number of its GPU on its machine, if it has one."""
-        self.config, self.architecture, self.rank, self.gpu = config, architecture, rank, gpu
-        self.trainer: TrainerRank
-        self.store: dist.Store | None = None
-        self.weight_updates = 0
-
-    def process(self) -> str:
-        """This process and its machine, as a user finds them."""
-        return f"pid {os.getpid()} on {ray.util.get_node_ip_address()}"
-
-    @ray.method(concurrency_group=_ANSWERS)
-    def whereabouts(self) -> Whereabouts:
-        """How far it has come and where it is, told while it works."""
-        return heartbeat.whereabouts()
-
-    @ray.method(concurrency_group=_ANSWERS)
-    def written(self) -> Exception | None:
-        """Waits until a checkpoint in flight is written, whatever became of the rank's work. Returns what it failed
-        with."""
-        in_flight = self.trainer.save_in_flight
-        return in_flight.wait() if in_flight is not None else None
-
-    def open_store(self, address: str | None) -> tuple[str, int]:
-        """Opens the store in which the ranks meet, here at `address` (default: `own_address`) and a
-        port of its own. Returns both."""
-        address = address or own_address(self.config)
-        listener = socket.create_server((address, 0))
-        port = listener.getsockname()[1]
-        self.store = dist.TCPStore(
-            address, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
-        )
-        return address, port
-
-    def start(self, address: str, port: int, threads: int) -> Progress | None:
-        """Builds the rank, with the others that meet at `address` and `port`, and loads its weights. Rank 0 tells how
-        far the run has come."""
-        torch.set_num_threads(threads)
-        os.environ.update(socket_interfaces(own_address(self.config)))
-        heartbeat.follow_this_thread()
-        from recipe.megatron.layout import Rendezvous
-        from recipe.megatron.rank import TrainerRank
-
-        self.store = self.store or dist.TCPStore(address, port)
-        rendezvous = Rendezvous(self.rank, _device_index(self.gpu), self.config.world_size, self.store)
-        self.trainer = TrainerRank(self.config, self.architecture, rendezvous)
-        progress = self.trainer.load()
-        self.make_room()
-        return progress if self.rank == 0 else None
-
-    def train_step(self, shards: bytes) -> StepReport:
-        """One optimizer step; `shards` holds the microbatches of every data-parallel rank."""
-        return self.trainer.train_step(self.trainer.own_shard(pickle.loads(shards)))
-
-    def log_probs(self, shards: bytes, of_reference: bool) -> dict[int, FloatArray]:
-        """Response log-probabilities of the policy or of the reference model."""
-        own = self.trainer.own_shard(pickle.loads(shards))
-        return self.trainer.reference_log_probs(own) if of_reference else self.trainer.log_probs(own)
-
-    def update_weights(self, engines: Mapping[int, str], version: str) -> "Delivery":
-        """Sends the policy to the engines at these addresses, by number, and tells what became of it; a collective."""
-        delivery = self._send(engines, version)
-        self.make_room()
-        return delivery
-
-    def make_room(self) -> None:
-        """Engines on the trainer's GPU get the memory that torch keeps for the next training step."""
-        if self.config.cluster.colocate:
-            torch.cuda.empty_cache()
-
-    def _send(self, engines: Mapping[int, str], version: str) -> "Delivery":
-        """Rank 0 speaks to all engines, or each rank to those that begin on its machine or, where they share GPUs, on
-        its own: they can open its memory."""
-        from recipe.rollout.weights_relay import Relay, Share
-        from recipe.rollout.weights_sync import Delivery, WeightSync
-
-        sync = WeightSync.of(self.config, self.architecture, own_address(self.config))
-        if sync.transfer == "disk":
-            folder = self.config.run_dir.resolve() / "weights-on-their-way"
-            self.trainer.export_hugging_face(folder)
-            if self.rank:
-                return Delivery()
-            delivery = sync.load_from_disk(folder, list(engines.values()), version)
-            shutil.rmtree(folder)
-            return delivery
-        self.weight_updates += 1
-        weights = self.trainer.weights()
-        if sync.transfer == "distributed":
-            return sync.send(weights, list(engines.values()) if self.rank == 0 else [], version)
-        shares = [
-            Share(number, url, part.node_rank, part.nnodes, part.gpus)
-            for number, url in engines.items()
-            for part in parts_of(self.config, number)
-            if rank_beside(self.config, part) == self.rank
-        ]
-        assert self.store is not None
-        relay = Relay(
-            dist.PrefixStore(f"weights/{self.weight_updates}", self.store),
-            [share for share in shares if share.nnodes > 1],
-            timedelta(minutes=self.config.cluster.distributed_timeout_minutes),
-        )
-        return sync.send(weights, [share.url for share in shares if share.node_rank == 0], version, relay)
-
-    def save(self, directory: Path, progress: Progress) -> None:
-        """Writes a checkpoint or, with `--async-save`, begins to."""
-        self.trainer.save(directory, progress)
-
-    def finish_save(self) -> None:
-        """Waits for the checkpoint that is being written, if any."""
-        self.trainer.finish_save()
-
-    def export_hugging_face(self, directory: Path) -> None:
-        """Writes the policy as a Hugging Face checkpoint."""
-        self.trainer.export_hugging_face(directory)
-
-    def host_memory(self) -> dict[str, int]:
-        """Bytes of host memory in use, by part."""
-        return self.trainer.host_memory()
-
-
-def _device_index(gpu: int | None) -> int:
-    """torch's number of a GPU, which counts those that this process sees."""
-    if gpu is None or torch.cuda.device_count() <= 1:
-        return 0
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return seen.split(",").index(str(gpu)) if seen else gpu
 
 
 class TrainerGroup:
@@ -180,7 +34,7 @@ class TrainerGroup:
     def __init__(self, config: Config, architecture: Architecture, placement: Placement) -> None:
         self.config = config
         self.cost = sequence_cost(architecture)
-        actor: Any = ray.remote(concurrency_groups={_ANSWERS: 1})(RankActor)  # type: ignore[call-overload]
+        actor: Any = ray.remote(concurrency_groups={ANSWERS: 1})(RankActor)  # type: ignore[call-overload]
         self._ranks: list[ActorHandle] = [
             actor.options(name=f"training rank {rank}", **placement.for_rank(rank)).remote(
                 config, architecture, rank, placement.gpu_of_rank(rank)
@@ -234,7 +88,7 @@ class TrainerGroup:
         if self.config.cluster.colocate:
             self._all("make_room")
 
-    def update_weights(self, engines: Mapping[int, str], version: str) -> "Delivery":
+    def update_weights(self, engines: Mapping[int, str], version: str) -> Delivery:
         """Sends the policy, as `version`, to the engines at these addresses, by number. Returns what became of it."""
         first, *others = self._all("update_weights", dict(engines), version)
         delivery: Delivery = sum(others, first)
@@ -298,14 +152,6 @@ class TrainerGroup:
     @property
     def _names(self) -> list[str]:
         return [f"training rank {rank}" for rank in range(len(self._ranks))]
-
-
-def socket_interfaces(address: str) -> dict[str, str]:
-    """Variables that bind gloo and NCCL to the interface with this machine's `address`: by themselves they take what
-    the host's name resolves to, often an address that no other machine reaches. What the user has set stays."""
-    interfaces = (name for name, entries in psutil.net_if_addrs().items() if address in (e.address for e in entries))
-    names = {"GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"} - os.environ.keys()
-    return dict.fromkeys(names, next(interfaces)) if names else {}
 
 
 def threads_per_rank(config: Config) -> int:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import ray
-import torch.distributed as dist
 from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
@@ -189,4 +188,6 @@ class WatchedCall:
 
 def _lost_the_others(error: BaseException) -> bool:
     """Whether this is how torch.distributed says that other ranks did not come, or went away."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and bool(_TORN.search(str(error))))
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or (isinstance(error, RuntimeError) and bool(_TORN.search(str(error))))

@@ -16,9 +16,10 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
     """
     if not (directory / "tokenizer.json").is_file():
         raise UserError(f"{directory} has no tokenizer.json: --hf-checkpoint must name a Hugging Face checkpoint")
-    from transformers import AutoTokenizer
+    # What AutoTokenizer would choose for the model, after seconds in which it loads what all models need.
+    from transformers import PreTrainedTokenizerFast
 
     try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError) as error:
         raise UserError(f"the tokenizer in {directory} cannot be read: {error}") from error

@@ -1,5 +1,6 @@
 """One rank's place in the layout: process groups by megatron's parallel state, and which ranks speak for others."""
 
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -25,6 +26,14 @@ class Rendezvous:
     local_rank: int
     world_size: int
     store: dist.Store
+
+
+def local_rank(gpu: int | None) -> int:
+    """torch's number of a GPU, which counts those that this process sees; 0 without one."""
+    if gpu is None or torch.cuda.device_count() <= 1:
+        return 0
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return seen.split(",").index(str(gpu)) if seen else gpu
 
 
 def join(rendezvous: Rendezvous, config: Config, architecture: Architecture) -> None:

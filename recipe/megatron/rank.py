@@ -170,6 +170,10 @@ class TrainerRank:
         whole = with_duplicates(itertools.chain(tensors, untrained), origin, self.architecture)
         write_checkpoint(whole, directory, companions=origin.directory)
 
+    def empty_cache(self) -> None:
+        """Gives the GPU memory back that torch keeps for the next step."""
+        torch.cuda.empty_cache()
+
     def host_memory(self) -> dict[str, int]:
         """Bytes of host memory that this rank's tensors take, by part; what a save gathers for a moment is not among
         them."""

@@ -31,9 +31,10 @@ class Share:
 class Relay:
     """One rank's side of an update, for all its shares."""
 
-    def __init__(self, store: dist.Store, shares: Sequence[Share], timeout: timedelta) -> None:
-        """`store`: of all ranks, and of this update only; `timeout`: after which another rank is given up."""
-        self._store, self._timeout = store, timeout
+    def __init__(self, store: dist.Store, update: int, shares: Sequence[Share], timeout: timedelta) -> None:
+        """`store`: of all ranks; `update`: its number, the same on all; `timeout`: after which another rank is given
+        up."""
+        self._store, self._timeout = dist.PrefixStore(f"weights/{update}", store), timeout
         self._led = [share for share in shares if share.node_rank == 0]
         self._followed = [share for share in shares if share.node_rank]
         self._bucket = 0

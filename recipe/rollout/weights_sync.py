@@ -2,10 +2,10 @@
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -15,6 +15,7 @@ import torch
 from recipe.config import Architecture, Config
 from recipe.config.sglang_rules import EngineLayout
 from recipe.errors import UserError
+from recipe.rollout.delivery import Delivery
 from recipe.rollout.errors import EngineUnreachable
 from recipe.rollout.weights_broadcast import BroadcastGroup, Meeting, TensorHeader, open_meeting
 from recipe.rollout.weights_checksum import EngineChecksums
@@ -31,20 +32,6 @@ _SHOWN = 3
 """Tensors that differ are named up to this number."""
 
 Request = Callable[[WeightsClient], Awaitable[None]]
-
-
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """What became of a weight update."""
-
-    failed: Mapping[str, str] = field(default_factory=dict)
-    """Engines that died or hung over it, by address, and how it showed."""
-    incomplete: tuple[str, ...] = ()
-    """Engines that are well but have not got everything, since another one failed in a broadcast."""
-
-    def __add__(self, other: "Delivery") -> "Delivery":
-        """To different engines."""
-        return Delivery({**self.failed, **other.failed}, (*self.incomplete, *other.incomplete))
 
 
 @dataclass(frozen=True, slots=True)

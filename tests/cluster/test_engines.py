@@ -120,7 +120,7 @@ class Update:
     """A weight update to engines "a", "b" and "c", of which some fail, time after time."""
 
     def __init__(self, *deliveries: dict[str, Any]) -> None:
-        from recipe.rollout.weights_sync import Delivery
+        from recipe.rollout.delivery import Delivery
 
         self.deliveries = [Delivery(**delivery) for delivery in deliveries]
         self.urls = ["a", "b", "c"]

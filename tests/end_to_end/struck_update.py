@@ -10,7 +10,7 @@ from run_support import engines, strike
 
 from recipe.cluster import trainer
 from recipe.errors import run_main
-from recipe.rollout.weights_sync import Delivery
+from recipe.rollout.delivery import Delivery
 from recipe.train import main
 
 update_weights = trainer.TrainerGroup.update_weights

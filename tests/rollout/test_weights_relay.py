@@ -11,9 +11,10 @@ import torch.distributed as dist
 from aiohttp import web
 from fake_engines import FakeEngine, serving
 
+from recipe.rollout.delivery import Delivery
 from recipe.rollout.weights_payload import NamedTensor, read_payload
 from recipe.rollout.weights_relay import Relay, Share
-from recipe.rollout.weights_sync import Delivery, WeightSync
+from recipe.rollout.weights_sync import WeightSync
 
 BUCKETS = 3
 BOUND_S = 20.0
@@ -64,7 +65,7 @@ async def send(*engines: Receiver) -> tuple[list[Delivery], list[Weights]]:
         urls = [[share.url for share in of_rank if share.node_rank == 0] for of_rank in shares]
         deliveries = await asyncio.gather(
             *(
-                asyncio.to_thread(SYNC.send, weights[rank], urls[rank], "2", Relay(store, shares[rank], TIMEOUT))
+                asyncio.to_thread(SYNC.send, weights[rank], urls[rank], "2", Relay(store, 1, shares[rank], TIMEOUT))
                 for rank in range(3)
             )
         )

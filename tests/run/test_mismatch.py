@@ -2,7 +2,7 @@
 
 import pytest
 
-from recipe.grpo.loss import SourceDifference
+from recipe.grpo.metrics import SourceDifference
 from recipe.messages import StepReport
 from recipe.mismatch import MismatchWatch, StepMismatch
 

@@ -8,11 +8,13 @@ ports from this one, and asks on each machine whether they are free before it st
 import socket
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from typing import Self
-
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Self
 
 from recipe.errors import UserError
+from recipe.tcp_store import open_store
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 DERIVED_PORTS = (*range(1, 7), 13)
 """By how much they are above the address's own (sglang.srt.server_args.PortArgs, DP_ATTENTION_HANDSHAKE_PORT_DELTA)."""
@@ -22,9 +24,9 @@ _ATTEMPTS = 50
 class DistInit:
     """The first machine's side: the store, and the ports that SGLang derives from its own."""
 
-    def __init__(self, store: dist.TCPStore, derived: ExitStack) -> None:
+    def __init__(self, store: "TCPStore", derived: ExitStack) -> None:
         self.address = f"{store.host}:{store.port}"
-        self._store: dist.TCPStore | None = store
+        self._store: TCPStore | None = store
         self._derived = derived
 
     @classmethod
@@ -40,7 +42,7 @@ class DistInit:
                 if not free_elsewhere(port):
                     derived.close()
                     continue
-                return cls(_store(host, port, listener.detach()), derived)
+                return cls(open_store(listener), derived)
         raise UserError(
             f"of {_ATTEMPTS} free ports of {host} none had those free that SGLang opens beside it, on all machines of "
             "the engine: see what listens there (ss -ltnp)"
@@ -64,7 +66,3 @@ def reserve_derived(port: int) -> ExitStack | None:
             except (OSError, OverflowError):
                 return None
         return stack.pop_all()
-
-
-def _store(host: str, port: int, listener: int) -> dist.TCPStore:
-    return dist.TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener)
