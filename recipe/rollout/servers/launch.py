@@ -172,6 +172,7 @@ def launch_sglang(
         *("--max-total-tokens", str(tokens)),
         "--disable-overlap-schedule",
         "--disable-cuda-graph",
+        "--sleep-on-idle",  # a core each, which the trainer needs
     ]
     environment["OMP_NUM_THREADS"] = str(threads)
     if server.tp_size > 1:
