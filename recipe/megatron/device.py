@@ -153,7 +153,12 @@ def prepare() -> None:
     # megatron announces in every process that Apex and Transformer Engine are absent, which is as we want it.
     warnings.filterwarnings("ignore", message=".*(Apex is|Apex are) not installed.*")
     warnings.filterwarnings("ignore", message="full scope is deprecated")
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"torch\.distributed|megatron\.core\.dist_checkpointing"
+    )
+    # Its MoE layer is known to it by name; ours, which is one, is built in the same way.
+    transformer_layer = logging.getLogger("megatron.core.transformer.transformer_layer")
+    transformer_layer.addFilter(lambda record: "Unknown MLP type" not in record.getMessage())
     if not torch.cuda.is_available():
         _import_without_compiler()
         _replace_cuda_runtime()
