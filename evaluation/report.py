@@ -13,7 +13,7 @@ from evaluation.sampling import SampleKey, StoredSample
 SHOWN_CHARACTERS = 100_000
 """Of a longer response only beginning and end are shown, half of this each; samples.jsonl has all of it."""
 
-_FIRST = (Verdict.WRONG, Verdict.TRUNCATED, Verdict.NO_ANSWER, Verdict.GRADER_FAILED, Verdict.CORRECT)
+_MISSED = (Verdict.WRONG, Verdict.TRUNCATED, Verdict.NO_ANSWER, Verdict.GRADER_FAILED)
 _BINS = 24
 _environment = Environment(
     loader=PackageLoader("evaluation", "templates"),
@@ -56,12 +56,12 @@ def render_report(result: Result, samples: Mapping[SampleKey, StoredSample]) -> 
         for problem in result.problems
         for sample in problem.samples
     ]
-    shown.sort(key=lambda item: _FIRST.index(item.sample.verdict))
+    shown.sort(key=lambda item: (*_MISSED, Verdict.CORRECT).index(item.sample.verdict))
     return _environment.get_template("report.html.j2").render(
         result=result,
         score=result.score,
         sampling=result.settings.sampling,
-        verdicts=_FIRST,
+        verdicts=(Verdict.CORRECT, *_MISSED),
         problems=sorted(result.problems, key=lambda problem: problem.correct_share),
         counts={problem.id: _counts(problem.samples) for problem in result.problems},
         samples=shown,
@@ -79,7 +79,7 @@ def _shown(problem: ProblemResult, sample: SampleResult, response: str) -> Shown
 
 
 def _counts(samples: Sequence[SampleResult]) -> dict[Verdict, int]:
-    return {verdict: sum(sample.verdict is verdict for sample in samples) for verdict in _FIRST}
+    return {verdict: sum(sample.verdict is verdict for sample in samples) for verdict in Verdict}
 
 
 def _bars(samples: Sequence[SampleResult]) -> list[Bar]:
