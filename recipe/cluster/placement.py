@@ -81,7 +81,10 @@ def socket_interfaces(address: str) -> dict[str, str]:
 
 def uses_gpus(config: Config) -> bool:
     """Whether the run computes on GPUs. Raises UserError if it is told to and there is none."""
-    present = ray.cluster_resources().get("GPU", 0) > 0
+    import torch
+
+    # Ray may have been told of none: then the run is refused for want of them, not carried out on the CPU.
+    present = torch.cuda.is_available() or ray.cluster_resources().get("GPU", 0) > 0
     if config.cluster.device == "cuda" and not present:
         raise UserError("--device cuda: there is no GPU here; use --device cpu, or a machine with GPUs")
     return present and config.cluster.device != "cpu"

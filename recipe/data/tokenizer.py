@@ -16,7 +16,7 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
     """
     if not (directory / "tokenizer.json").is_file():
         raise UserError(f"{directory} has no tokenizer.json: --hf-checkpoint must name a Hugging Face checkpoint")
-    # What AutoTokenizer would choose for the model, after seconds in which it loads what all models need.
+    # What AutoTokenizer chooses for this architecture, after seconds in which it loads what all others need.
     from transformers import PreTrainedTokenizerFast
 
     try:

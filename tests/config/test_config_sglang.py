@@ -54,8 +54,9 @@ def test_engines_sglang_would_refuse(refusal: Refusal, flags: list[str], sentenc
 
 
 def test_tp_size_may_be_said_if_it_is_right(resolve_8gpu: Try) -> None:
-    resolve_8gpu("--sglang-tp-size", "8")
-    resolve_8gpu("--sglang-tp", "4", "--sglang-pp-size", "2", "--sglang-dp-size", "4", "--sglang-ep-size", "4")
+    assert resolve_8gpu("--sglang-tp-size", "8").config.sglang.args["tp_size"] == 8
+    stages = resolve_8gpu("--sglang-tp", "4", "--sglang-pp-size", "2", "--sglang-dp-size", "4", "--sglang-ep-size", "4")
+    assert stages.config.sglang.args["pp_size"] == 2
 
 
 def test_an_all_to_all_backend_spreads_the_experts_itself(resolve_8gpu: Try) -> None:
@@ -101,7 +102,8 @@ class TestRealSglang:
     @pytest.mark.slow
     @pytest.mark.parametrize("name", [name for name in shipped_recipes() if name.startswith("glm")])
     def test_it_accepts_the_shipped_recipes(self, name: str, checkpoint: Path) -> None:
-        resolve(["--recipe", name, "--hf-checkpoint", str(checkpoint)])
+        resolved = resolve(["--recipe", name, "--hf-checkpoint", str(checkpoint)])
+        assert resolved.config.rollout.engine == "sglang"  # the only one that SGLang's parser is asked about
 
     @pytest.mark.sglang
     def test_it_knows_its_arguments(self, refusal: Refusal) -> None:
@@ -178,4 +180,4 @@ class TestSglangsOwnParser:
 
     def test_the_embedded_engine_does_not_ask_it(self, resolve_tiny: Try, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(sglang_rules, "find_sglang_python", lambda named: Path("/nowhere/python"))
-        resolve_tiny()
+        assert resolve_tiny().config.rollout.engine == "embedded"

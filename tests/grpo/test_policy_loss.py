@@ -134,7 +134,7 @@ def test_gradient_is_that_of_finite_differences():
     def loss(log_probs):
         return policy_loss(replace(inputs, log_probs=log_probs), EVERYTHING).loss
 
-    torch.autograd.gradcheck(loss, inputs.log_probs)
+    assert torch.autograd.gradcheck(loss, inputs.log_probs)
 
 
 def test_with_one_step_the_ratio_is_exactly_one_and_the_gradient_is_reinforce():

@@ -118,7 +118,10 @@ def test_a_run_is_never_overwritten(resolve, tmp_path, load):
 
 def test_a_run_that_never_made_a_step_may_begin_anew(resolve):
     RunDirectory(resolve())
-    RunDirectory(resolve()).start(0)
+    again = RunDirectory(resolve())
+    again.start(0)
+    do_steps(again, range(1))
+    assert len(lines_of(again)) == 1
 
 
 def test_a_checkpoint_of_another_run_begins_a_new_one_at_its_step(resolve, tmp_path):

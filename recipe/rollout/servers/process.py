@@ -121,7 +121,8 @@ class EngineProcess:
         self._signal(signal.SIGKILL)
         self._process.wait()
         for segment in self._segments:
-            segment.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                segment.unlink()
         self._reservation.close()
         self._scratch.cleanup()
 

@@ -33,7 +33,7 @@ class _Absent(type):
         return _absent(f"{cls.__name__}.{name}")
 
     def __call__(cls, *arguments: object, **named: object) -> NoReturn:
-        raise NotImplementedError(f"{cls.__name__} has no CPU build, and this request came to need it")
+        raise RuntimeError(f"{cls.__name__} has no CPU build, and this request came to need it")
 
 
 def _absent(name: str) -> _Absent:
