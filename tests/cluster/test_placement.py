@@ -5,6 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import ray
+import torch
+
+from recipe.cluster.placement import uses_gpus
+from recipe.config import Config
+
 PROGRAM = """
 import os, sys
 from pathlib import Path
@@ -43,3 +50,20 @@ def test_an_engine_sees_all_its_gpus_and_no_others(tmp_path: Path) -> None:
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == ["[[(0, 1)], [(2, 3)]]", "[(2, 3)]"]
+
+
+def test_gpus_that_ray_was_not_told_of_are_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a run is refused when it asks Ray for them. On the CPU it would take weeks."""
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 4.0})
+    rollout = {"num_rollout": 1, "rollout_batch_size": 1, "rollout_max_response_len": 4}
+    config = Config.model_validate(
+        {
+            "model": {"hf_checkpoint": "hf"},
+            "data": {"prompt_data": "prompts"},
+            "rollout": rollout,
+            "optimizer": {"lr": 1e-3},
+        }
+    )
+    for there in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert uses_gpus(config) is there

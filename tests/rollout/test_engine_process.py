@@ -337,3 +337,16 @@ def test_sglang_is_one_group_and_speaks_locally(shared_sglang: EngineUnderTest) 
     assert all(os.getpgid(child.pid) == server.pid for child in server.children(recursive=True))
     [http] = [c for c in server.net_connections() if c.status == psutil.CONN_LISTEN]
     assert http.laddr.ip == "127.0.0.1"
+
+
+@pytest.mark.sglang
+def test_idle_sglang_leaves_the_cores_to_others(shared_sglang: EngineUnderTest) -> None:
+    server = psutil.Process(shared_sglang.process.pid)
+    processes = [server, *server.children(recursive=True)]
+
+    def cpu_s() -> float:
+        return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
+
+    before = cpu_s()
+    time.sleep(3)
+    assert cpu_s() - before < 1

@@ -103,3 +103,11 @@ async def test_an_engine_that_is_dead_when_the_update_begins_holds_nobody_up() -
     assert good.received == [[0, 0, 1, 1]] * BUCKETS
     assert list(deliveries[2].failed) == [bad.url]
     assert [one.taken for one in weights] == [BUCKETS] * 3
+
+
+def test_word_that_a_bucket_is_taken_counts_in_its_own_update_only() -> None:
+    store, url = dist.HashStore(), "http://engine"
+    Relay(store, 1, [Share(0, url, 0, 2, 1)], TIMEOUT).settle([url])
+    follower = Relay(store, 2, [Share(0, url, 1, 2, 1)], timedelta(milliseconds=100))
+    with pytest.raises(dist.DistError):
+        follower.settle([])
