@@ -14,7 +14,7 @@ import ray
 
 from recipe.cluster.placement import own_address, socket_interfaces
 from recipe.config import Architecture, Config
-from recipe.config.engine_parts import parts_of, rank_beside
+from recipe.config.engine_parts import weight_sources
 from recipe.heartbeat import Whereabouts, heartbeat
 from recipe.messages import FloatArray, Progress, StepReport
 from recipe.rollout.delivery import Delivery
@@ -103,8 +103,8 @@ class RankActor:
 
     def _send(self, engines: Mapping[int, str], version: str) -> Delivery:
         """Rank 0 speaks to all engines, or each rank to those that begin on its machine or, where they share GPUs, on
-        its own: they can open its memory."""
-        from recipe.rollout.weights_relay import Relay, Share
+        its own."""
+        from recipe.rollout.weights_relay import Recipient, Relay
         from recipe.rollout.weights_sync import WeightSync
 
         sync = WeightSync.of(self.config, self.architecture, own_address(self.config))
@@ -120,20 +120,15 @@ class RankActor:
         weights = self.trainer.weights()
         if sync.transfer == "distributed":
             return sync.send(weights, list(engines.values()) if self.rank == 0 else [], version)
-        shares = [
-            Share(number, url, part.node_rank, part.nnodes, part.gpus)
-            for number, url in engines.items()
-            for part in parts_of(self.config, number)
-            if rank_beside(self.config, part) == self.rank
-        ]
         assert self.store is not None
         relay = Relay(
             self.store,
             self.weight_updates,
-            [share for share in shares if share.nnodes > 1],
+            self.rank,
+            [Recipient(number, url, weight_sources(self.config, number)) for number, url in engines.items()],
             timedelta(minutes=self.config.cluster.distributed_timeout_minutes),
         )
-        return sync.send(weights, [share.url for share in shares if share.node_rank == 0], version, relay)
+        return sync.send(weights, relay.urls, version, relay)
 
     def save(self, directory: Path, progress: Progress) -> None:
         """Writes a checkpoint or, with `--async-save`, begins to."""

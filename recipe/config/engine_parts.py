@@ -43,11 +43,13 @@ def machine_of_gpu(config: Config, number: int) -> int:
     return number // config.cluster.actor_num_gpus_per_node % config.cluster.actor_num_nodes
 
 
-def rank_beside(config: Config, part: EnginePart) -> int:
-    """The training rank that hands the part its weights: the one on its first GPU, or the first one of its machine."""
-    if config.cluster.colocate:
-        return part.first_gpu % config.world_size
-    return part.machine * config.cluster.actor_num_gpus_per_node
+def weight_sources(config: Config, engine: int) -> tuple[int, ...]:
+    """The training ranks that hand engine number `engine` its weights, for each of SGLang's tensor-parallel ranks the
+    one on the same GPU or, where they share none, the first one of its machine."""
+    colocated, per_machine = config.cluster.colocate, config.cluster.actor_num_gpus_per_node
+    if colocated and config.rollout.engine == "sglang":
+        return tuple(part.first_gpu + gpu for part in parts_of(config, engine) for gpu in range(part.gpus))
+    return tuple(part.machine * per_machine for part in parts_of(config, engine) for _ in range(part.gpus))
 
 
 def gpus_of_fullest_machine(config: Config) -> int:

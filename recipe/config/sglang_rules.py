@@ -115,13 +115,19 @@ def engines_lie_on_whole_machines(config: Config, _: Architecture) -> Iterator[s
         )
 
 
-def stages_lie_on_one_machine(config: Config, _: Architecture) -> Iterator[str]:
+def stages_open_one_memory(config: Config, _: Architecture) -> Iterator[str]:
     """SGLang hands weights to a tensor-parallel rank by its number, which all pipeline stages have."""
     pp, nodes = size_of(config, "pp_size", default=1), nodes_per_engine(config)
-    if config.rollout.engine == "sglang" and pp > 1 and nodes > 1:
+    if config.rollout.engine != "sglang" or pp == 1:
+        return
+    if config.cluster.colocate:
+        where, shared = "on the trainer's GPUs (--colocate)", "GPU"
+    else:
+        where, shared = f"over {nodes} machines", "machine"
+    if config.cluster.colocate or nodes > 1:
         yield (
-            f"--sglang-pp-size {pp} on an engine over {nodes} machines: SGLang would give each stage the weights of "
-            "the first one's machine; leave it out"
+            f"--sglang-pp-size {pp} on an engine {where}: SGLang would give each stage the weights of the first one's "
+            f"{shared}; leave it out"
         )
 
 
@@ -278,7 +284,7 @@ def transfer_fits_the_engines(config: Config, _: Architecture) -> Iterator[str]:
 RULES = (
     engines_have_gpus,
     engines_lie_on_whole_machines,
-    stages_lie_on_one_machine,
+    stages_open_one_memory,
     embedded_takes_no_sglang_arguments,
     arguments_are_the_users,
     attention_heads_divide,

@@ -2,11 +2,13 @@
 
 A payload is the base64 text of a pickle in which a tensor is the name of a shared-memory segment, or CUDA's handle of
 a piece of the GPU's memory. Nothing but the handle crosses; a segment goes when both sides have let go of it, and
-torch's watcher process removes it should they be killed first. A payload can be read once: each engine gets its own.
+torch's watcher process removes it should they be killed first. A payload can be read once: each process of an engine
+gets its own. It names a GPU by its UUID, for processes number the GPUs that they see, each by itself.
 """
 
 import base64
 import io
+import os
 import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from typing import Any, Self
 import torch
 import torch.multiprocessing
 from torch import Tensor
+from torch.multiprocessing.reductions import reduce_tensor
 
 NamedTensor = tuple[str, Tensor]
 
@@ -42,7 +45,7 @@ class Bucket:
     def of(cls, weights: Sequence[NamedTensor]) -> Self:
         """Copies the tensors, which are all on one device."""
         sizes = [-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for _, tensor in weights]
-        with _shared_by_name():
+        with _shared_by_name(), _in_whole_segments():
             buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=weights[0][1].device).share_memory_()
         views: list[NamedTensor] = []
         for (name, tensor), room in zip(weights, buffer.split(sizes), strict=True):
@@ -70,7 +73,7 @@ class Bucket:
         content = io.BytesIO()
         with _shared_by_name():
             bucket = {"flattened_tensor": self.buffer, "metadata": parts}
-            ForkingPickler(content, pickle.HIGHEST_PROTOCOL).dump(bucket)
+            _HandlePickler(content, pickle.HIGHEST_PROTOCOL).dump(bucket)
         return base64.b64encode(content.getvalue()).decode()
 
 
@@ -84,6 +87,38 @@ def read_payload(payload: str) -> list[NamedTensor]:
         return _parts(_TensorUnpickler(io.BytesIO(base64.b64decode(payload, validate=True))).load())
     except (pickle.UnpicklingError, ValueError, TypeError, KeyError, AttributeError, EOFError, RuntimeError) as error:
         raise PayloadError(f"the serialized tensors cannot be read: {error}") from error
+
+
+_DEVICE = 6
+"""The place of the GPU's number among what rebuilds a tensor from CUDA's handle. SGLang takes the UUID there too
+(sglang.srt.utils.patch_torch)."""
+
+
+class _HandlePickler(ForkingPickler):
+    def reducer_override(self, value: Any) -> Any:
+        if not (isinstance(value, Tensor) and value.is_cuda):
+            return NotImplemented
+        rebuild, parts = reduce_tensor(value)
+        uuid = str(torch.cuda.get_device_properties(value.device).uuid)
+        return rebuild, (*parts[:_DEVICE], uuid, *parts[_DEVICE + 1 :])
+
+
+EXPANDABLE = "expandable_segments:True"
+ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Variables that torch reads its allocator's settings from."""
+
+
+@contextmanager
+def _in_whole_segments() -> Iterator[None]:
+    """Within it torch allocates GPU memory that CUDA has handles for, also where its segments are expandable."""
+    if not any(EXPANDABLE in os.environ.get(name, "") for name in ALLOCATOR_SETTINGS):
+        yield
+        return
+    torch.cuda.memory._set_allocator_settings(EXPANDABLE.replace("True", "False"))
+    try:
+        yield
+    finally:
+        torch.cuda.memory._set_allocator_settings(EXPANDABLE)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
@@ -76,70 +76,63 @@ class WeightSync:
     def send(
         self, weights: Iterable[NamedTensor], urls: Sequence[str], version: str, relay: Relay | None = None
     ) -> Delivery:
-        """Sends all tensors to every engine; after the last bucket they hold `version`. Those over several machines get
-        them by `relay`, which may also serve engines that another rank speaks to. `weights`, a collective of the
-        trainer's ranks, is exhausted also when engines fail. Raises UserError if an engine that is well does not take
-        them, or holds others afterwards."""
+        """Sends all tensors to every engine; after the last bucket they hold `version`. Engines that open the memory of
+        several ranks get them by `relay`, which also serves engines that another rank speaks to. `weights`, a
+        collective of the trainer's ranks, is exhausted also when engines fail. Raises UserError if an engine that is
+        well does not take them, or holds others afterwards."""
         if not urls and (relay is None or not relay.is_open):
             for _ in weights:
                 pass
             return Delivery()
-        checksums = self.checksums() if self.checksums is not None else None
+        checksums = self.checksums() if self.checksums is not None and urls else None
         passing = iter(checksums.watch(weights) if checksums is not None else weights)
-        delivery = asyncio.run(self._send(passing, urls, version, checksums, relay))
-        for _ in passing:
-            pass
-        return delivery
+        with _Receivers(urls, self.timeout_s) as receivers:
+            receivers.ask(WeightsClient.begin_weight_update)
+            whole = True
+            if self.transfer == "distributed":
+                whole = self._broadcast(receivers, passing, version)
+            else:
+                self._hand_over(receivers, passing, version, relay)
+            receivers.ask(WeightsClient.end_weight_update)
+            for _ in passing:
+                pass
+            if whole and checksums is not None:
+                receivers.ask(lambda engine: _compare(engine, checksums, version))
+            return receivers.delivery(whole=whole)
 
     def load_from_disk(self, folder: Path, urls: Sequence[str], version: str) -> Delivery:
         """Has every engine read the Hugging Face checkpoint in `folder`, as `version`."""
+        with _Receivers(urls, self.disk_timeout_s) as receivers:
+            receivers.ask(lambda engine: engine.update_weights_from_disk(str(folder), weight_version=version))
+            return receivers.delivery()
 
-        async def load() -> Delivery:
-            async with _Receivers(urls, self.disk_timeout_s) as receivers:
-                await receivers.ask(lambda engine: engine.update_weights_from_disk(str(folder), weight_version=version))
-                return receivers.delivery()
-
-        return asyncio.run(load())
-
-    async def _send(
-        self,
-        weights: Iterator[NamedTensor],
-        urls: Sequence[str],
-        version: str,
-        checksums: EngineChecksums | None,
-        relay: Relay | None,
-    ) -> Delivery:
-        async with _Receivers(urls, self.timeout_s) as receivers:
-            await receivers.ask(WeightsClient.begin_weight_update)
-            whole = True
-            if self.transfer == "distributed":
-                whole = await self._broadcast(receivers, weights, version)
-            else:
-                await self._hand_over(receivers, weights, version, relay)
-            await receivers.ask(WeightsClient.end_weight_update)
-            if whole and checksums is not None:
-                await receivers.ask(lambda engine: _compare(engine, checksums, version))
-            return receivers.delivery(whole=whole)
-
-    async def _hand_over(
+    def _hand_over(
         self, receivers: "_Receivers", weights: Iterator[NamedTensor], version: str, relay: Relay | None
     ) -> None:
-        """By handles of the trainer's own memory."""
-        for weights_of_bucket in buckets(weights, self.bucket_bytes):
+        """By handles of the trainer's own memory. While the engines load a bucket, the next one is gathered."""
+
+        def settle(loading: Future[None]) -> None:
+            loading.result()
+            if relay is not None:
+                relay.settle([engine.url for engine in receivers.present])
+
+        loading: Future[None] | None = None
+        for bucket in map(Bucket.of, buckets(weights, self.bucket_bytes)):
+            if loading is not None:
+                settle(loading)
             if not receivers.present and (relay is None or not relay.is_open):
                 return
-            bucket = Bucket.of(weights_of_bucket)
             relayed = relay.exchange(bucket) if relay is not None else {}
-            await receivers.ask(
+            loading = receivers.begin(
                 lambda engine, bucket=bucket, relayed=relayed: engine.update_weights_from_tensor(  # type: ignore[misc]
                     relayed.get(engine.url) or [bucket.payload() for _ in range(self.ranks_per_engine)],
                     weight_version=version,
                 )
             )
-            if relay is not None:
-                relay.settle([engine.url for engine in receivers.present])
+        if loading is not None:
+            settle(loading)
 
-    async def _broadcast(self, receivers: "_Receivers", weights: Iterator[NamedTensor], version: str) -> bool:
+    def _broadcast(self, receivers: "_Receivers", weights: Iterator[NamedTensor], version: str) -> bool:
         """Forms a group with the engines, sends them one bucket after the other, and ends it. Whether they got all: a
         group in which one fails is lost for the others too."""
         if not receivers.present:
@@ -152,13 +145,13 @@ class WeightSync:
         backend = "nccl" if bucket[0][1].is_cuda else "gloo"
         meeting = Meeting(self.address, port, f"weights-{port}", members, backend)
         try:
-            group = await receivers.together(
+            group = receivers.together(
                 lambda engine: engine.init_weights_update_group(meeting, ranks[engine]),
                 lambda: BroadcastGroup(meeting, 0, store),
             )
             while True:
                 headers = [TensorHeader.of(name, tensor) for name, tensor in bucket]
-                await receivers.together(
+                receivers.together(
                     lambda engine, headers=headers: engine.update_weights_from_distributed(  # type: ignore[misc]
                         headers, meeting.name, weight_version=version
                     ),
@@ -167,47 +160,70 @@ class WeightSync:
                 if (following := next(pending, None)) is None:
                     break
                 bucket = following
-            await receivers.together(lambda engine: engine.destroy_weights_update_group(meeting.name), group.leave)
+            receivers.together(lambda engine: engine.destroy_weights_update_group(meeting.name), group.leave)
         except EngineUnreachable:
             return False
         return True
 
 
 class _Receivers:
-    """The engines that take an update. One that does not answer is left out from then on."""
+    """The engines that take an update, spoken to from a thread of its own. One that does not answer is left out from
+    then on."""
 
     def __init__(self, urls: Sequence[str], timeout_s: float) -> None:
         self.present = [WeightsClient(url, timeout_s) for url in urls]
         self._failed: dict[str, str] = {}
         self._stack = AsyncExitStack()
+        self._loop = asyncio.new_event_loop()
 
-    async def __aenter__(self) -> Self:
-        for engine in self.present:
-            await self._stack.enter_async_context(engine)
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._run, name="weight update", daemon=True).start()
+
+        async def connect() -> None:
+            for engine in self.present:
+                await self._stack.enter_async_context(engine)
+
+        self._begin(connect()).result()
         return self
 
-    async def __aexit__(
+    def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._stack.aclose()
+        self._begin(self._stack.aclose()).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def _run(self) -> None:
+        self._loop.run_forever()
+        self._loop.close()
 
     def delivery(self, *, whole: bool = True) -> Delivery:
         """What has become of them."""
         return Delivery(self._failed, () if whole else tuple(engine.url for engine in self.present))
 
-    async def ask(self, request: Request) -> None:
-        """Asks each, and waits for all. Raises EngineRefused if one refuses."""
+    def begin(self, request: Request) -> Future[None]:
+        """Asks each, and returns at once. The result, which comes when all have answered, raises EngineRefused if one
+        refuses."""
 
         async def one(engine: WeightsClient) -> None:
             with suppress(EngineUnreachable):
                 await self._ask(engine, request)
 
-        await asyncio.gather(*map(one, tuple(self.present)))
+        async def all_of_them() -> None:
+            await asyncio.gather(*map(one, tuple(self.present)))
 
-    async def together(self, request: Request, ours: Callable[[], T]) -> T:
+        return self._begin(all_of_them())
+
+    def ask(self, request: Request) -> None:
+        """Asks each, and waits for all. Raises EngineRefused if one refuses."""
+        self.begin(request).result()
+
+    def together(self, request: Request, ours: Callable[[], T]) -> T:
         """Carries out both sides of a collective operation; `ours` blocks, in a thread of its own. Raises
         EngineUnreachable as soon as one engine fails, and nobody waits for the thread; EngineRefused if one refuses
         that has not lost a peer."""
+        return self._begin(self._together(request, ours)).result()
+
+    async def _together(self, request: Request, ours: Callable[[], T]) -> T:
         theirs = {asyncio.create_task(self._ask(engine, request)) for engine in self.present}
         mine = asyncio.wrap_future(_in_thread(ours))
         mine.add_done_callback(lambda one: one.cancelled() or one.exception())
@@ -233,6 +249,9 @@ class _Receivers:
             self.present.remove(engine)
             self._failed[engine.url] = str(error)
             raise
+
+    def _begin(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
 
 def buckets(weights: Iterable[NamedTensor], limit: int) -> Iterator[list[NamedTensor]]:

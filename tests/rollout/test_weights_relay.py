@@ -1,4 +1,4 @@
-"""Every process of an engine over several machines gets its weights from the trainer's rank on its own machine."""
+"""Every process of an engine gets its weights from the training rank on its own GPU or, without, its own machine."""
 
 import asyncio
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from fake_engines import FakeEngine, serving
 
 from recipe.rollout.delivery import Delivery
 from recipe.rollout.weights_payload import NamedTensor, read_payload
-from recipe.rollout.weights_relay import Relay, Share
+from recipe.rollout.weights_relay import Recipient, Relay
 from recipe.rollout.weights_sync import WeightSync
 
 BUCKETS = 3
@@ -57,17 +57,10 @@ async def send(*engines: Receiver) -> tuple[list[Delivery], list[Weights]]:
     store: Any = dist.HashStore()
     weights = [Weights(rank) for rank in range(3)]
     async with serving(*engines) as (first, second), asyncio.timeout(BOUND_S):
-        shares = (
-            [Share(0, first, 0, 2, 2), Share(1, second, 1, 2, 2)],
-            [Share(0, first, 1, 2, 2)],
-            [Share(1, second, 0, 2, 2)],
-        )
-        urls = [[share.url for share in of_rank if share.node_rank == 0] for of_rank in shares]
+        recipients = [Recipient(0, first, (0, 0, 1, 1)), Recipient(1, second, (2, 2, 0, 0))]
+        relays = [Relay(store, 1, rank, recipients, TIMEOUT) for rank in range(3)]
         deliveries = await asyncio.gather(
-            *(
-                asyncio.to_thread(SYNC.send, weights[rank], urls[rank], "2", Relay(store, 1, shares[rank], TIMEOUT))
-                for rank in range(3)
-            )
+            *(asyncio.to_thread(SYNC.send, weights[rank], relay.urls, "2", relay) for rank, relay in enumerate(relays))
         )
     return list(deliveries), weights
 
@@ -106,8 +99,8 @@ async def test_an_engine_that_is_dead_when_the_update_begins_holds_nobody_up() -
 
 
 def test_word_that_a_bucket_is_taken_counts_in_its_own_update_only() -> None:
-    store, url = dist.HashStore(), "http://engine"
-    Relay(store, 1, [Share(0, url, 0, 2, 1)], TIMEOUT).settle([url])
-    follower = Relay(store, 2, [Share(0, url, 1, 2, 1)], timedelta(milliseconds=100))
+    store, recipients = dist.HashStore(), [Recipient(0, "http://engine", (0, 1))]
+    Relay(store, 1, 0, recipients, TIMEOUT).settle(["http://engine"])
+    follower = Relay(store, 2, 1, recipients, timedelta(milliseconds=100))
     with pytest.raises(dist.DistError):
         follower.settle([])

@@ -2,6 +2,7 @@
 is left out."""
 
 import asyncio
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -104,6 +105,30 @@ async def test_the_trainers_ranks_finish_though_no_engine_is_left() -> None:
         delivery = await asyncio.to_thread(sync_of().send, weights, urls, "2")
     assert list(delivery.failed) == [bad.url]
     assert weights.taken == len(WEIGHTS)
+
+
+async def test_the_next_bucket_is_gathered_while_an_engine_loads_this_one() -> None:
+    """The engine takes its first bucket only when the second one is there."""
+    gathered = threading.Event()
+
+    class Noticed(Weights):
+        def __iter__(self) -> Iterator[NamedTensor]:
+            for weight in super().__iter__():
+                if self.taken == 3:  # which closes the second bucket
+                    gathered.set()
+                yield weight
+
+    class Slow(FakeEngine):
+        async def verb(self, request: web.Request) -> web.StreamResponse:
+            if request.path == "/update_weights_from_tensor":
+                assert await asyncio.to_thread(gathered.wait, 10)
+            return await super().verb(request)
+
+    weights = Noticed()
+
+    async with serving(Slow()) as urls, asyncio.timeout(BOUND_S):
+        delivery = await asyncio.to_thread(sync_of(timeout_s=5.0).send, weights, urls, "2")
+    assert delivery.failed == {}
 
 
 async def test_an_engine_that_refuses_weights_ends_the_run() -> None:
