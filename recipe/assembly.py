@@ -294,14 +294,10 @@ async def open_run(resolved: Resolved) -> AsyncIterator[Run]:
         placement = place(config)
         trainer = stack.enter_context(TrainerGroup(config, resolved.architecture, placement))
         group = stack.enter_context(EngineGroup(resolved, placement)) if config.needs_engine else None
-        shares_gpus = placement.on_gpus and config.cluster.colocate
-        if group is not None and not shares_gpus:
+        if group is not None:
             group.begin_start()
         trainer.begin_start()
         progress = trainer.finish_start()
-        if group is not None and shares_gpus:
-            # SGLang sizes its cache by the memory that the trainer leaves.
-            group.begin_start()
         directory.start(progress.rollouts)
         directory.record_host_memory(trainer.host_memory())
         engines = None

@@ -13,6 +13,7 @@ from recipe.cluster.calls import get
 from recipe.cluster.placement import Seat, own_address, socket_interfaces
 from recipe.config import Config, Resolved
 from recipe.errors import UserError
+from recipe.plan.preflight import colocated_cache_tokens
 from recipe.rollout.servers.dist_init import DistInit, reserve_derived
 from recipe.rollout.servers.launch import Launch, Node, SglangServer, launch_embedded, launch_sglang
 from recipe.rollout.servers.process import EngineProcess
@@ -36,11 +37,12 @@ def threads_of_engine(config: Config) -> int:
 def launch_of(resolved: Resolved, number: int, gpus: Sequence[int], node: Node | None) -> Launch:
     """Of engine `number`, or of its part on one machine."""
     config = resolved.config
+    shares_gpus = bool(gpus) and config.cluster.colocate
     model, seed = config.model.hf_checkpoint.resolve(), derive(config.misc.seed, "engine", number) % 2**31
     if config.rollout.engine == "sglang":
         return launch_sglang(
             model,
-            SglangServer.of(config, gpus, node),
+            SglangServer.of(config, gpus, node, colocated_cache_tokens(resolved) if shares_gpus else None),
             weight_version=INITIAL_VERSION,
             threads=threads_of_engine(config),
             context_length=resolved.max_context_len,

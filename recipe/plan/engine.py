@@ -109,6 +109,8 @@ class EngineModel:
         weights = self.weights()
         static = int(static_fraction(self.config) * (gpu.memory - constants.CUDA_CONTEXT))
         cache = max(0, static - weights)
+        if "max_total_tokens" in args:
+            cache = min(cache, size_of(self.config, "max_total_tokens", default=0) * self.cache_bytes_per_token)
         return EngineMemory(
             weights=weights,
             kv_cache=cache,

@@ -161,8 +161,8 @@ class GpuPlan:
 
 
 class GpuModel(MemoryModel):
-    """The GPUs. Where engine and trainer share them, the engine is started when the trainer holds its tensors, so that
-    `mem_fraction_static` is a share of what they leave, and releases its memory while the trainer computes."""
+    """The GPUs. Where engine and trainer share them, `mem_fraction_static` is a share of what the trainer's tensors
+    leave, whichever of the two starts first, and the engine releases its memory while the trainer computes."""
 
     @property
     def has_engine(self) -> bool:

@@ -11,6 +11,7 @@ from recipe.errors import UserError
 from recipe.plan import constants
 from recipe.plan.hardware import DEFAULT_GPU, GB, GIB, GPUS, Machine
 from recipe.plan.machine import FoundMachine, read_machine
+from recipe.plan.memory import GpuModel
 from recipe.plan.plan import Plan, make_plan
 from recipe.plan.report import refusal
 from recipe.plan.suggest import suggestion
@@ -61,15 +62,29 @@ def uses_gpus(config: Config, found: FoundMachine) -> bool:
 
 
 def plan_here(resolved: Resolved, found: FoundMachine) -> Plan:
-    """The plan on machines like this one, its smallest GPU taken for all."""
+    """The plan on machines like this one."""
+    return make_plan(resolved, machine_like(resolved, found), uses_gpus(resolved.config, found))
+
+
+def machine_like(resolved: Resolved, found: FoundMachine) -> Machine:
+    """A machine of the run as this one is, its smallest GPU taken for all."""
     smallest = min(found.gpus, key=lambda gpu: gpu.memory).described() if found.gpus else GPUS[DEFAULT_GPU]
-    machine = Machine(
+    return Machine(
         gpu=smallest,
         gpus=resolved.config.cluster.actor_num_gpus_per_node,
         host_memory=found.host_memory,
         disk=found.disk,
     )
-    return make_plan(resolved, machine, uses_gpus(resolved.config, found))
+
+
+def colocated_cache_tokens(resolved: Resolved) -> int:
+    """Tokens that the cache of an engine holds on each GPU of this machine, which it shares with the trainer: what
+    `mem_fraction_static` leaves of the memory that the trainer never gives back, whichever of the two starts first."""
+    found = read_machine(resolved.config.save_dir)
+    model = GpuModel.of(resolved, machine_like(resolved, found), on_gpu=True)
+    memory = model.engine_memory()
+    assert memory is not None
+    return memory.tokens
 
 
 def findings_on(config: Config, found: FoundMachine) -> Iterator[Finding]:

@@ -8,7 +8,6 @@ gets its own. It names a GPU by its UUID, for processes number the GPUs that the
 
 import base64
 import io
-import os
 import pickle
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,8 @@ import torch
 import torch.multiprocessing
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
+
+from recipe.rollout.allocator import EXPANDABLE, segments_are_expandable
 
 NamedTensor = tuple[str, Tensor]
 
@@ -103,15 +104,10 @@ class _HandlePickler(ForkingPickler):
         return rebuild, (*parts[:_DEVICE], uuid, *parts[_DEVICE + 1 :])
 
 
-EXPANDABLE = "expandable_segments:True"
-ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-"""Variables that torch reads its allocator's settings from."""
-
-
 @contextmanager
 def _in_whole_segments() -> Iterator[None]:
     """Within it torch allocates GPU memory that CUDA has handles for, also where its segments are expandable."""
-    if not any(EXPANDABLE in os.environ.get(name, "") for name in ALLOCATOR_SETTINGS):
+    if not segments_are_expandable():
         yield
         return
     torch.cuda.memory._set_allocator_settings(EXPANDABLE.replace("True", "False"))

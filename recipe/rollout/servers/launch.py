@@ -12,6 +12,7 @@ from typing import Self
 from recipe.config import Config, SglangConfig
 from recipe.config.sglang_rules import EngineLayout, find_sglang_python
 from recipe.errors import UserError
+from recipe.rollout.allocator import without_expandable_segments
 
 SERVE_ON_CPU = Path(__file__).parent / "sglang_cpu" / "serve.py"
 """Starts SGLang where there is no GPU; it is run by path, in SGLang's own environment."""
@@ -22,6 +23,10 @@ RENDEZVOUS = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
 
 DEFAULT_DRAFT_STEPS = 3
 """SGLang's --speculative-num-steps for this architecture."""
+
+COLOCATED_FRACTION = 0.97
+"""SGLang's --mem-fraction-static where its cache is told its size: it lessens the cache by what is not free when it
+looks, beyond this share of what was free when it began, and meanwhile the trainer takes its own."""
 
 CPU_RUNNING_REQUESTS = 128
 """Sequences that SGLang generates at once on a CPU."""
@@ -91,6 +96,8 @@ class SglangServer:
     tp_size: int = 1
     releases_memory: bool = False
     """Whether its GPUs are a trainer's too."""
+    cache_tokens: int | None = None
+    """Tokens that its cache holds on each of its GPUs; None: SGLang sizes the cache by what is free."""
     keeps_draft: bool = False
     """Whether it drafts with weights that no trainer sends, and that must outlive a release of its memory."""
     names_tensors: bool = False
@@ -104,7 +111,7 @@ class SglangServer:
     """After so long without a token /health_generate tells that it does not generate."""
 
     @classmethod
-    def of(cls, config: Config, gpus: Sequence[int], node: Node | None = None) -> Self:
+    def of(cls, config: Config, gpus: Sequence[int], node: Node | None = None, cache_tokens: int | None = None) -> Self:
         """An engine of a run, in the trainer's precision, or its part on one machine. Raises UserError if SGLang is
         installed nowhere."""
         return cls(
@@ -114,6 +121,7 @@ class SglangServer:
             dtype="bfloat16" if config.model.bf16 else "float32",
             tp_size=EngineLayout.of(config).tp,
             releases_memory=config.cluster.colocate,
+            cache_tokens=cache_tokens,
             keeps_draft="speculative_algorithm" in config.sglang.args and not config.mtp.mtp_num_layers,
             names_tensors=config.rollout.check_weight_update_equal,
             speculation=_speculation(config.sglang),
@@ -161,8 +169,14 @@ def launch_sglang(
         if server.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, server.gpus))
         files = {"speculation.json": json.dumps(server.speculation)} if server.speculation else {}
-        words = (python, "-m", "sglang.launch_server", *arguments, *_on_gpus(server), *server.arguments)
-        return Launch(words, environment, files)
+        words = [python, "-m", "sglang.launch_server", *arguments, *_on_gpus(server), *server.arguments]
+        if server.releases_memory:
+            environment |= without_expandable_segments()
+        if server.cache_tokens is not None:
+            words += ["--mem-fraction-static", str(COLOCATED_FRACTION), "--max-total-tokens", str(server.cache_tokens)]
+            # While the trainer takes its memory, GPUs are not equally full.
+            environment["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"
+        return Launch(tuple(words), environment, files)
     tokens = min(CPU_RUNNING_REQUESTS * context_length, CPU_CACHE_TOKENS)
     arguments += [
         *("--device", "cpu"),
