@@ -32,11 +32,14 @@ NIC0    PIX     SYS      X
 """
 
 
+RECIPE = ["--recipe", "glm4.7-flash-8gpu", "--hf-checkpoint", str(PUBLISHED)]
+
+
 @pytest.fixture
 def eight_gpus(monkeypatch: pytest.MonkeyPatch) -> Resolved:
     monkeypatch.setattr(sglang_rules, "find_sglang_python", lambda named: None)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    return resolve(["--recipe", "glm4.7-flash-8gpu", "--hf-checkpoint", str(PUBLISHED)])
+    return resolve(RECIPE)
 
 
 def refusal_on(found: FoundMachine, resolved: Resolved, monkeypatch: pytest.MonkeyPatch) -> str:
@@ -160,3 +163,20 @@ def test_training_stops_before_it_starts_anything(tmp_path: Path) -> None:
     assert "--save-keep 3" in ended.stderr
     assert "Traceback" not in ended.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_colocated_engine_is_told_the_cache_that_the_plan_counts(
+    eight_gpus: Resolved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The smallest GPU of the machine decides, and what the user limits is not exceeded."""
+    smaller = FoundMachine(
+        **(vars(RENTED) | {"gpus": (*RENTED.gpus[1:], FoundGpu(H100.name, 76 * GIB, 0, H100.driver))})
+    )
+    monkeypatch.setattr(preflight, "read_machine", lambda folder: smaller)
+    plan = preflight.plan_here(eight_gpus, smaller)
+    assert plan.gpu is not None
+    assert plan.gpu.engine is not None
+    tokens = preflight.colocated_cache_tokens(eight_gpus)
+    assert tokens == plan.gpu.engine.tokens > plan.gpu.engine.needed_tokens
+    limited = resolve([*RECIPE, "--sglang-max-total-tokens", "1000"])
+    assert preflight.colocated_cache_tokens(limited) == 1000

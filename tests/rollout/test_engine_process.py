@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -211,6 +212,25 @@ def test_sglangs_command_line_has_the_users_arguments_last(checkpoint: Path, on_
     assert started.environment["SGLANG_HEALTH_CHECK_TIMEOUT"] == "46"
     assert started.environment.get("OMP_NUM_THREADS") == (None if on_gpus else "3")
     assert started.environment.get("CUDA_VISIBLE_DEVICES") == ("2,3" if on_gpus else None)
+
+
+def test_an_engine_on_a_trainers_gpus_has_the_cache_that_it_is_told(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is free when SGLang looks; and it does without a setting of torch's that its memory saver refuses."""
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True,max_split_size_mb:64")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    server = SglangServer(Path("python"), (0, 1), ("--mem-fraction-static", "0.7"), releases_memory=True)
+    told = replace(server, cache_tokens=4096)
+    for one in (server, told):
+        launch = launch_sglang(checkpoint, one, weight_version="7", threads=1, context_length=64)
+        assert launch.environment["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:64"
+        assert launch.environment["PYTORCH_ALLOC_CONF"] == ""
+        words = list(launch.arguments)
+        fractions = [words[place + 1] for place, word in enumerate(words) if word == "--mem-fraction-static"]
+        assert fractions == (["0.7", "0.97"] if one is told else ["0.7"])
+        assert ("--max-total-tokens" in words) == (one is told)
+    assert words[words.index("--max-total-tokens") + 1] == "4096"
 
 
 def test_an_engine_speculates_up_to_a_number_of_sequences(checkpoint: Path, tmp_path: Path) -> None:
