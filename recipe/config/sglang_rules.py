@@ -40,17 +40,38 @@ _OWNED = {
 }
 """SGLang's arguments that are not the user's to set, and why."""
 
+_RUNNERS = ("auto", "triton", "deep_gemm")
+_COMPARABLE: dict[str, tuple[tuple[object, ...], str]] = {
+    "pp_size": ((1,), "has SGLang tell those of the first stage only"),
+    "quantization": ((), "rounds them"),
+    "torchao_config": (("",), "rounds them"),
+    "moe_runner_backend": (_RUNNERS, "has another order of the experts' rows"),
+    "speculative_moe_runner_backend": (_RUNNERS, "has another order of the experts' rows"),
+    "enable_eplb": ((False,), "moves experts from GPU to GPU"),
+    "init_expert_location": (("trivial",), "puts experts elsewhere"),
+    "attn_cp_size": ((1,), "divides them otherwise"),
+    "moe_dp_size": ((1,), "divides them otherwise"),
+    "dwdp_size": ((1,), "divides them otherwise"),
+}
+"""Arguments by which an engine's tensors become others than slices of those it is sent, their values by which they do
+not, and how."""
+
 
 @dataclass(frozen=True)
 class EngineLayout:
-    """How one SGLang server is spread over its GPUs."""
+    """How one SGLang server is spread over its GPUs; by default it has one."""
 
-    tp: int
-    pp: int
-    dp: int
-    ep: int
-    redundant_experts: int
-    dp_attention: bool
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    ep: int = 1
+    redundant_experts: int = 0
+    dp_attention: bool = False
+    dp_lm_head: bool = False
+    """Whether DP attention splits the output head as it does attention."""
+    whole_dense_mlp: bool = False
+    """Whether every GPU has the whole MLP of the dense layers."""
+    whole_shared_experts: bool = False
 
     @classmethod
     def of(cls, config: Config) -> Self:
@@ -59,15 +80,47 @@ class EngineLayout:
         if gpus % pp:
             raise UserError(f"--sglang-pp-size {pp} does not divide --rollout-num-gpus-per-engine {gpus}")
         tp = gpus // pp
-        spreads_by_backend = config.sglang.args.get("moe_a2a_backend", "none") != "none"
+        args = config.sglang.args
+        backend = args.get("moe_a2a_backend", "none")
         return cls(
             tp=tp,
             pp=pp,
             dp=size_of(config, "dp_size", default=1),
-            ep=tp if spreads_by_backend else size_of(config, "ep_size", default=1),
+            ep=tp if backend != "none" else size_of(config, "ep_size", default=1),
             redundant_experts=size_of(config, "ep_num_redundant_experts", default=0, least=0),
-            dp_attention=config.sglang.args.get("enable_dp_attention", False) is True,
+            dp_attention=args.get("enable_dp_attention", False) is True,
+            dp_lm_head=args.get("enable_dp_lm_head", False) is True,
+            whole_dense_mlp=size_of(config, "moe_dense_tp_size", default=tp) == 1,
+            whole_shared_experts=backend in ("deepep", "mooncake"),
         )
+
+    @property
+    def attention_tp(self) -> int:
+        """GPUs among which attention and the embedding are split."""
+        return self.tp // self.dp if self.dp_attention else self.tp
+
+    @property
+    def head_tp(self) -> int:
+        """GPUs among which the output head is split."""
+        return self.attention_tp if self.dp_lm_head else self.tp
+
+    @property
+    def dense_tp(self) -> int:
+        """GPUs among which the MLP of the dense layers is split."""
+        return 1 if self.whole_dense_mlp else self.tp
+
+    @property
+    def shared_expert_tp(self) -> int:
+        """GPUs among which the shared experts are split."""
+        return 1 if self.whole_shared_experts else self.tp
+
+    @property
+    def expert_tp(self) -> int:
+        """GPUs among which each routed expert is split."""
+        return self.tp // self.ep
+
+
+ONE_GPU = EngineLayout()
 
 
 def size_of(config: Config, name: str, default: int, least: int = 1) -> int:
@@ -266,13 +319,17 @@ def find_sglang_python(named: Path | None) -> Path | None:
 
 
 def checksums_are_comparable(config: Config, _: Architecture) -> Iterator[str]:
-    """SGLang tells the checksums of what each of its GPUs holds, which are whole tensors on engines of one GPU only."""
-    each = config.sglang.rollout_num_gpus_per_engine
-    if config.rollout.check_weight_update_equal and config.rollout.engine == "sglang" and each > 1:
-        yield (
-            f"--check-weight-update-equal compares whole tensors, and engines of --rollout-num-gpus-per-engine {each} "
-            "hold parts of them; drop it, or use engines of one GPU"
-        )
+    """Each of SGLang's tensors is compared as a slice of the trainer's, or two of them one after the other."""
+    if not config.rollout.check_weight_update_equal or config.rollout.engine == "embedded":
+        return
+    dtype = (("bfloat16" if config.model.bf16 else "float32",), "holds them in another type")
+    for name, (allowed, effect) in {**_COMPARABLE, "dtype": dtype}.items():
+        value = config.sglang.args.get(name)
+        if value is not None and value not in allowed:
+            yield (
+                f"--check-weight-update-equal compares an engine's tensors with slices of the trainer's, and "
+                f"{spell(f'{SGLANG_KEY}.{name}', value)} {effect}; leave one of the two out"
+            )
 
 
 def transfer_fits_the_engines(config: Config, _: Architecture) -> Iterator[str]:

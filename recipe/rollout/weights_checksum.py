@@ -1,47 +1,56 @@
 """Checksums of the policy's tensors as SGLang's /weights_checker tells them: of its own, fused tensors, by its names.
 
 Both sides of a weight update compute them here, the trainer of what it sends and the embedded engine of what it holds.
-SGLang's are of what each of its GPUs holds, so they are the whole tensors' on engines of one GPU only. An engine that
-drafts tells those of its draft model too: the layer for multi-token prediction, and the policy's embedding and output
-head, which it shares.
+SGLang's are of what each rank of an engine holds, which `weights_slices` knows. An engine that drafts tells those of
+its draft model too: the layer for multi-token prediction, and the policy's embedding and output head, which it shares.
 """
 
 import hashlib
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from recipe.config.sglang_rules import ONE_GPU, EngineLayout
 from recipe.rollout.weights_payload import NamedTensor
-
-VOCABULARY_MULTIPLE = 64
-"""SGLang pads embedding and output head with zeros to a multiple of as many rows."""
+from recipe.rollout.weights_slices import Slice, slices
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
-_FUSED = re.compile(r"(.*)\.(gate_proj|up_proj|q_a_proj|kv_a_proj_with_mqa)\.weight")
-_FUSED_NAME = {
-    "gate_proj": "gate_up_proj",
-    "up_proj": "gate_up_proj",
-    "q_a_proj": "fused_qkv_a_proj_with_mqa",
-    "kv_a_proj_with_mqa": "fused_qkv_a_proj_with_mqa",
-}
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+_ROUTER = ".mlp.gate.weight"
 _DRAFT = "draft."
 _OF_THE_DRAFT_ITSELF = ("enorm.weight", "hnorm.weight", "eh_proj.weight", "shared_head.norm.weight")
 """Names in a layer for multi-token prediction that SGLang does not count to its decoder layer."""
 _SHARED_BY_THE_DRAFT = ("embed_tokens.weight", "shared_head.head.weight")
 
+RankChecksums = Mapping[int, Mapping[str, str]]
+"""Checksum of every tensor by SGLang's name, for each tensor-parallel rank of an engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """What has become of the tensors of an engine's ranks."""
+
+    compared: int
+    differing: list[str]
+    """SGLang's names, with the rank where an engine has several."""
+
 
 class EngineChecksums:
-    """Takes a checkpoint's tensors one by one and keeps no more than those of an unfinished fused tensor."""
+    """Takes a checkpoint's tensors one by one and keeps no more than the pieces of an unfinished tensor of SGLang's."""
 
-    def __init__(self, num_layers: int, num_experts: int, *, as_float32: bool = False) -> None:
-        """Tensors of later layers are the draft model's. `as_float32`: the engine holds everything in it."""
-        self._num_layers, self._num_experts, self._as_float32 = num_layers, num_experts, as_float32
-        self._parts: dict[str, dict[tuple[int, int], Tensor]] = {}
-        self._checksums: dict[str, str] = {}
+    def __init__(
+        self, num_layers: int, num_experts: int, layout: EngineLayout = ONE_GPU, *, as_float32: bool = False
+    ) -> None:
+        """`layout`: of the engine, which has one pipeline stage. Tensors of later layers are the draft model's.
+        `as_float32`: the engine holds everything in it."""
+        self._num_layers, self._num_experts, self._layout = num_layers, num_experts, layout
+        self._as_float32 = as_float32
+        self._pieces: dict[tuple[str, tuple[int, ...]], dict[tuple[int, int], Tensor]] = defaultdict(dict)
+        self._checksums: dict[int, dict[str, tuple[str, ...]]] = {rank: {} for rank in range(layout.tp)}
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Takes the tensor of a checkpoint's name."""
@@ -51,15 +60,9 @@ class EngineChecksums:
             if within in _SHARED_BY_THE_DRAFT:
                 return
             name = f"{_DRAFT}model.{'' if within in _OF_THE_DRAFT_ITSELF else 'decoder.'}{within}"
-        fused, place, count = self._place(name)
-        parts = self._parts.setdefault(fused, {})
-        parts[place] = tensor.detach().float() if self._as_float32 else tensor.detach()
-        if len(parts) == count:
-            checksum = _hash([self._parts[fused][key] for key in sorted(parts)], name in _VOCABULARY)
-            self._checksums[fused] = checksum
-            if name in _VOCABULARY:
-                self._checksums[_DRAFT + fused] = checksum
-            del self._parts[fused]
+        tensor = tensor.detach().float() if self._as_float32 else tensor.detach()
+        for piece in slices(name, tensor, self._layout, self._num_experts):
+            self._take(piece)
 
     def watch(self, weights: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
         """The same tensors, each taken as it passes."""
@@ -68,31 +71,42 @@ class EngineChecksums:
             yield name, tensor
 
     def result(self) -> dict[str, str]:
-        """Checksum of the policy's tensors by SGLang's name; a fused tensor of which a part is missing has none."""
-        return {name: checksum for name, checksum in self._checksums.items() if not name.startswith(_DRAFT)}
+        """Checksum of the policy's tensors on the first rank by SGLang's name; a fused tensor of which a part is
+        missing has none."""
+        return {name: checksum for name, checksum in self.with_draft()[0].items() if not name.startswith(_DRAFT)}
 
-    def with_draft(self) -> dict[str, str]:
-        """Likewise of the draft model's too."""
-        return dict(self._checksums)
+    def with_draft(self) -> dict[int, dict[str, str]]:
+        """Likewise of the draft model's too, on every rank."""
+        return {rank: {name: right[0] for name, right in held.items()} for rank, held in self._checksums.items()}
 
-    def differing(self, engine: Mapping[str, str]) -> list[str]:
-        """Names of the tensors that are not the same in the checksums an engine tells. Of its draft model, if it has
-        one, those alone are compared that have passed here: what is not trained is not sent."""
-        drafts = any(name.startswith(_DRAFT) for name in engine)
-        expected = self._checksums if drafts else self.result()
-        told = {name for name in engine if name in expected or not name.startswith(_DRAFT)}
-        return sorted(name for name in expected.keys() | told if expected.get(name) != engine.get(name))
+    def compare(self, engine: RankChecksums) -> Comparison:
+        """With the checksums that an engine tells. Of its draft model, if it has one, those tensors alone are compared
+        that have passed here: what is not trained is not sent."""
+        compared, differing = 0, []
+        for rank in sorted(self._checksums.keys() | engine.keys()):
+            expected, told = self._checksums.get(rank, {}), engine.get(rank, {})
+            drafts = any(name.startswith(_DRAFT) for name in told)
+            names = {name for name in expected if drafts or not name.startswith(_DRAFT)}
+            names |= {name for name in told if not name.startswith(_DRAFT)}
+            compared += len(names)
+            differing += [
+                name if self._layout.tp == 1 else f"{name} on rank {rank}"
+                for name in sorted(names)
+                if told.get(name) not in expected.get(name, ())
+            ]
+        return Comparison(compared, differing)
 
-    def _place(self, name: str) -> tuple[str, tuple[int, int], int]:
-        """SGLang's name of the tensor this one is a part of, its place there, and the number of parts."""
-        if expert := _EXPERT.fullmatch(name):
-            prefix, number, kind = expert[1], int(expert[2]), expert[3]
-            if kind == "down":
-                return f"{prefix}.w2_weight", (number, 0), self._num_experts
-            return f"{prefix}.w13_weight", (number, int(kind == "up")), 2 * self._num_experts
-        if part := _FUSED.fullmatch(name):
-            return f"{part[1]}.{_FUSED_NAME[part[2]]}.weight", (0, int(part[2] in ("up_proj", "kv_a_proj_with_mqa"))), 2
-        return name, (0, 0), 1
+    def _take(self, piece: Slice) -> None:
+        pieces = self._pieces[piece.name, piece.ranks]
+        pieces[piece.place] = piece.content
+        if len(pieces) < piece.pieces:
+            return
+        del self._pieces[piece.name, piece.ranks]
+        right = _checksums(piece.name, [pieces[place] for place in sorted(pieces)])
+        for rank in piece.ranks:
+            self._checksums[rank][piece.name] = right
+            if piece.name in _VOCABULARY:
+                self._checksums[rank][_DRAFT + piece.name] = right
 
 
 def overall(checksums: dict[str, str]) -> str:
@@ -103,14 +117,19 @@ def overall(checksums: dict[str, str]) -> str:
     return digest.hexdigest()
 
 
-def _hash(parts: list[Tensor], pad: bool) -> str:
-    """SGLang's `tensor_hash` of the parts one after the other, in hexadecimal."""
-    whole = torch.cat([part.reshape(-1) for part in parts])
-    if pad:
-        rows, width = parts[0].shape
-        whole = torch.cat([whole, whole.new_zeros(-rows % VOCABULARY_MULTIPLE * width)])
-    if whole.is_cuda:
+def _checksums(name: str, pieces: list[Tensor]) -> tuple[str, ...]:
+    """What SGLang may tell of the pieces one after the other: 0.5.21 holds the router in float32, whatever the rest is
+    in."""
+    whole = torch.cat([piece.reshape(-1) for piece in pieces])
+    if name.endswith(_ROUTER) and whole.dtype != torch.float32:
+        return _hash(whole), _hash(whole.float())
+    return (_hash(whole),)
+
+
+def _hash(tensor: Tensor) -> str:
+    """SGLang's `tensor_hash`, in hexadecimal."""
+    if tensor.is_cuda:
         from sglang.srt.managers.mm_utils import tensor_hash  # a GPU kernel, in the environment that serves on GPUs
 
-        return f"{tensor_hash(whole):016x}"
-    return hashlib.sha256(whole.view(torch.uint8).numpy().data).hexdigest()[:16]
+        return f"{tensor_hash(tensor):016x}"
+    return hashlib.sha256(tensor.view(torch.uint8).numpy().data).hexdigest()[:16]

@@ -10,6 +10,7 @@ import aiohttp
 from recipe.rollout.errors import EngineRefused
 from recipe.rollout.http import ask
 from recipe.rollout.weights_broadcast import Meeting, TensorHeader
+from recipe.rollout.weights_checksum import RankChecksums
 
 
 class WeightsClient:
@@ -85,11 +86,11 @@ class WeightsClient:
     async def destroy_weights_update_group(self, group_name: str) -> None:
         await self._post("/destroy_weights_update_group", {"group_name": group_name})
 
-    async def checksums(self) -> dict[str, str]:
-        """Checksum by SGLang's name of every tensor; of its first GPU, if it has several."""
+    async def checksums(self) -> RankChecksums:
+        """Those of every rank of its first pipeline stage, on whichever machine. With DP attention SGLang tells all of
+        them once for each group."""
         answer = await self._post("/weights_checker", {"action": "checksum"})
-        checksums: dict[str, str] = answer["ranks"][0]["checksums"]
-        return checksums
+        return {_tensor_rank(told["parallelism_info"]): told["checksums"] for told in answer["ranks"]}
 
     async def _post(self, path: str, body: dict[str, Any]) -> Any:
         return await ask(self._session, "POST", self.url + path, body, timeout_s=self._timeout_s)
@@ -100,3 +101,9 @@ class WeightsClient:
         except EngineRefused as error:
             if error.status != HTTPStatus.NOT_FOUND:
                 raise
+
+
+def _tensor_rank(info: dict[str, Any] | list[dict[str, Any]]) -> int:
+    """`info`: where a rank lies in the engine; SGLang 0.5.21 says it for each of the rank's models."""
+    first = info[0] if isinstance(info, list) else info
+    return int(first["tp_rank"])

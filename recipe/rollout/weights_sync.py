@@ -13,7 +13,7 @@ from typing import Any, Literal, Self, TypeVar
 import torch
 
 from recipe.config import Architecture, Config
-from recipe.config.sglang_rules import EngineLayout
+from recipe.config.sglang_rules import ONE_GPU, EngineLayout
 from recipe.errors import UserError
 from recipe.rollout.delivery import Delivery
 from recipe.rollout.errors import EngineUnreachable
@@ -55,14 +55,17 @@ class WeightSync:
         rollout, cluster = config.rollout, config.cluster
         own_gpus = not cluster.colocate and cluster.device != "cpu" and torch.cuda.is_available()
 
+        layout = EngineLayout.of(config)
+
         def checksums() -> EngineChecksums:
+            is_embedded = rollout.engine == "embedded"
             return EngineChecksums(
                 architecture.num_hidden_layers,
                 architecture.n_routed_experts,
-                as_float32=rollout.engine == "embedded",
+                ONE_GPU if is_embedded else layout,
+                as_float32=is_embedded,
             )
 
-        layout = EngineLayout.of(config)
         return cls(
             transfer=rollout.update_weight_transfer or ("distributed" if own_gpus else "tensor"),
             bucket_bytes=rollout.update_weight_buffer_size,
@@ -287,11 +290,10 @@ def _in_thread(work: Callable[[], T]) -> Future[T]:
 
 
 async def _compare(engine: WeightsClient, checksums: EngineChecksums, version: str) -> None:
-    found = await engine.checksums()
-    wrong = checksums.differing(found)
-    if wrong:
+    found = checksums.compare(await engine.checksums())
+    if found.differing:
         raise UserError(
-            f"after the update to version {version}, {len(wrong)} of {len(found.keys() | wrong)} tensors of the engine "
-            f"at {engine.url} are not the trainer's, the first of them {', '.join(wrong[:_SHOWN])}: samples would come "
-            "from other weights than those that are trained; see the engine's log"
+            f"after the update to version {version}, {len(found.differing)} of {found.compared} tensors of the engine "
+            f"at {engine.url} are not the trainer's, the first of them {', '.join(found.differing[:_SHOWN])}: samples "
+            "would come from other weights than those that are trained; see the engine's log"
         )
