@@ -8,6 +8,7 @@ from recipe.errors import UserError
 from recipe.plan import constants
 from recipe.plan.hardware import Gpu
 from recipe.plan.shards import Part, part_of, table_of
+from recipe.weights.table import Placement
 
 BF16, FP32 = 2, 4
 
@@ -60,24 +61,30 @@ class EngineModel:
     def weights(self) -> int:
         """Bytes of weights: experts over all GPUs (whole ones over EP, the rest by width), attention, embedding and
         output head over the GPUs that share sequences, dense MLPs as --sglang-moe-dense-tp-size says."""
-        layout, args = self.layout, self.config.sglang.args
-        attention_tp = layout.tp // self.attention_groups
-        head_tp = attention_tp if args.get("enable_dp_lm_head") else layout.tp
-        dense_tp = size_of(self.config, "moe_dense_tp_size", default=layout.tp)
-        copies = {Part.ROUTER: 1, Part.NORMS: 1, Part.OUTPUT_HEAD: head_tp, Part.DENSE_MLP: dense_tp}
-        copies |= {Part.ATTENTION: attention_tp, Part.EMBEDDING: attention_tp, Part.SHARED_EXPERTS: layout.tp}
+        layout, experts = self.layout, self.architecture.n_routed_experts
         total = 0.0
         for placement in table_of(self.architecture, self.is_speculative).values():
-            part = part_of(placement.name)
-            size = placement.elements
             if placement.is_expert:
-                experts = self.architecture.n_routed_experts
-                total += size * (experts + layout.redundant_experts) / experts / layout.tp
-            elif part is Part.MTP:
-                total += size / (attention_tp if "self_attention" in placement.name else 1)
+                total += placement.elements * (experts + layout.redundant_experts) / experts / layout.tp
             else:
-                total += size / copies[part]
+                total += placement.elements / self._gpus_that_split(placement)
         return int(total / layout.pp) * BF16
+
+    def _gpus_that_split(self, placement: Placement) -> int:
+        """GPUs among which SGLang splits a tensor that is no expert's; where it keeps it whole, one."""
+        layout, part = self.layout, part_of(placement.name)
+        if placement.tensor_axis is None:
+            return 1
+        if "self_attention" in placement.name:
+            return layout.attention_tp
+        if "shared_experts" in placement.name:
+            return layout.shared_expert_tp
+        of_parts = {
+            Part.EMBEDDING: layout.attention_tp,
+            Part.OUTPUT_HEAD: layout.head_tp,
+            Part.DENSE_MLP: layout.dense_tp,
+        }
+        return of_parts.get(part, 1)
 
     @property
     def cache_bytes_per_token(self) -> int:
