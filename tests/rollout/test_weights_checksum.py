@@ -58,13 +58,13 @@ def checksums(passing: list[NamedTensor]) -> EngineChecksums:
     return found
 
 
-def engine(passing: list[NamedTensor]) -> dict[str, str]:
-    """The checksums of an engine that holds these tensors and drafts."""
+def engine(passing: list[NamedTensor]) -> dict[int, dict[str, str]]:
+    """The checksums of an engine of one GPU that holds these tensors and drafts."""
     return checksums(passing).with_draft()
 
 
 def test_a_draft_models_tensors_have_sglangs_names() -> None:
-    names = set(engine(weights(with_mtp=True)))
+    names = set(engine(weights(with_mtp=True))[0])
     assert {name for name in names if name.startswith("draft.")} == OF_SGLANGS_DRAFT
 
 
@@ -80,18 +80,29 @@ def test_a_draft_models_tensors_have_sglangs_names() -> None:
 def test_a_tensor_that_is_another_is_named(changed: str, named: list[str]) -> None:
     sent = weights(with_mtp=True)
     held = [(name, tensor + 1 if changed in name else tensor) for name, tensor in sent]
-    assert checksums(sent).differing(engine(sent)) == []
-    assert checksums(sent).differing(engine(held)) == named
+    assert checksums(sent).compare(engine(sent)).differing == []
+    assert checksums(sent).compare(engine(held)).differing == named
 
 
 def test_a_draft_model_that_is_not_trained_is_not_compared() -> None:
     trained = checksums(weights(with_mtp=False))
     held = engine(weights(with_mtp=True))
-    assert trained.differing(held) == []
-    assert trained.differing(held | {"draft.lm_head.weight": "stale"}) == ["draft.lm_head.weight"]
+    assert trained.compare(held).differing == []
+    assert trained.compare({0: held[0] | {"draft.lm_head.weight": "stale"}}).differing == ["draft.lm_head.weight"]
 
 
 def test_an_engine_that_does_not_draft_has_the_policy_alone() -> None:
     sent = checksums(weights(with_mtp=True))
-    assert sent.differing(sent.result()) == []
-    assert sent.differing(sent.result() | {"model.more": "1"}) == ["model.more"]
+    assert sent.compare({0: sent.result()}).differing == []
+    assert sent.compare({0: sent.result() | {"model.more": "1"}}).differing == ["model.more"]
+
+
+def test_a_router_may_be_held_in_float32() -> None:
+    """As SGLang 0.5.21 does in a bfloat16 engine, and 0.5.17 does not."""
+    sent = [(name, tensor.bfloat16()) for name, tensor in weights(with_mtp=True)]
+    router = "model.layers.2.mlp.gate.weight"
+    in_float32 = [(name, tensor.float() if name == router else tensor) for name, tensor in sent]
+    rounded = [(name, tensor.half() if name == router else tensor) for name, tensor in sent]
+    assert checksums(sent).compare(engine(sent)).differing == []
+    assert checksums(sent).compare(engine(in_float32)).differing == []
+    assert checksums(sent).compare(engine(rounded)).differing == [router]
