@@ -80,7 +80,7 @@ def trainer(folder: Path, flags: str, *, load: bool = False) -> TrainerRank:
                 weight.fill_(1)
             else:
                 weight.normal_(0, 0.02, generator=generator)
-    rank.optimization.reload_weights()
+    rank.optimization.begin()
     return rank
 
 

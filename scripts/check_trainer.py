@@ -177,6 +177,7 @@ def adam_distance(offloaded: float) -> tuple[float, float]:
     optimizer, reference = MasterAdam(ours, **settings), torch.optim.AdamW(exact, fused=True, **settings)
     optimizer.offload(offloaded)
     optimizer.allocate()
+    optimizer.begin()
     for _ in range(5):
         for mine, theirs in zip(ours, exact, strict=True):
             theirs.grad = torch.randn(theirs.shape, device="cuda", generator=generator)

@@ -7,6 +7,7 @@ parameter. Gradients are clipped as they are read: a group's "clip", which serve
 by.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import megatron.core.optimizer as megatron_optimizer
@@ -21,8 +22,9 @@ from recipe.megatron.fusion import fused, in_rows
 from recipe.sizes import SLOT_ELEMENTS
 
 
-class Adam(torch.optim.Optimizer):
-    """AdamW by torch's fused kernel, its state beside the fp32 shards that megatron hands over."""
+class Adam:
+    """AdamW by torch's fused kernel, its state beside the fp32 shards that megatron hands over. It has what megatron
+    asks of a torch.optim.Optimizer and is none: that imports torch's compiler as soon as it is built."""
 
     state_names: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
 
@@ -37,53 +39,71 @@ class Adam(torch.optim.Optimizer):
         **_: Any,
     ) -> None:
         assert adam_w_mode, "only decoupled weight decay is implemented"
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-
-    def initialize_state(self, parameter: Tensor, *_: Any) -> None:
-        """Allocates a parameter's state."""
-        self.state[parameter] = {name: torch.zeros_like(parameter) for name in self.state_names}
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        given = list(params)
+        groups = given if isinstance(given[0], dict) else [{"params": given}]
+        self.param_groups: list[dict[str, Any]] = [settings | group for group in groups]
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
 
     def allocate(self) -> None:
-        """Allocates all state now: what does not fit fails before the first step."""
+        """Allocates all state, and fills none of it: a checkpoint does, or `begin`."""
         for group in self.param_groups:
             group.setdefault("step", 0)
             for parameter in group["params"]:
-                if parameter not in self.state:
-                    self.initialize_state(parameter)
+                self.state[parameter] = self._allocated(parameter)
+
+    def _allocated(self, parameter: Tensor) -> dict[str, Tensor]:
+        return {name: torch.empty_like(parameter) for name in self.state_names}
+
+    def begin(self) -> None:
+        """The state before the first step: no momentum, and master weights equal to the parameters."""
+        for state in self.state.values():
+            for name in Adam.state_names:
+                state[name].zero_()
+        self.reload_masters()
 
     def reload_masters(self) -> None:
-        """Takes over parameters that were loaded after the state was allocated; there is nothing to do where megatron
-        holds the master weights."""
+        """Takes the master weights over from the parameters; there is nothing to do where megatron holds them."""
 
     def get_unscaled_state(self, parameter: Tensor, name: str) -> Tensor:
         """megatron's accessor of a state tensor."""
         return self.state[parameter][name]
 
     def set_scaled_state(self, parameter: Tensor, name: str, value: Tensor) -> None:
-        """megatron's mutator of a state tensor."""
-        self.state[parameter][name].copy_(value)
+        """megatron's mutator of a state tensor. A checkpoint that was read into the tensor itself needs no copy."""
+        state = self.state[parameter][name]
+        if state.data_ptr() != value.data_ptr():
+            state.copy_(value)
+
+    @property
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def state_dict(self) -> dict[str, Any]:
+        """States and groups in torch's form: parameters are numbered through all groups."""
+        numbers = {parameter: number for number, parameter in enumerate(self._parameters)}
+        return {
+            "state": {numbers[parameter]: state for parameter, state in self.state.items()},
+            "param_groups": [
+                {**group, "params": [numbers[parameter] for parameter in group["params"]]}
+                for group in self.param_groups
+            ],
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over the states as they are: torch's own would cast them to the parameter's type. The groups' settings
         stay this run's: they are not stored, and megatron, which matches groups by few of them, mixes them up."""
         saved_ids = [saved for group in state_dict["param_groups"] for saved in group["params"]]
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for saved_id, parameter in zip(saved_ids, parameters, strict=True):
+        for saved_id, parameter in zip(saved_ids, self._parameters, strict=True):
             for name, value in state_dict["state"].get(saved_id, {}).items():
-                if parameter not in self.state:
-                    self.initialize_state(parameter)
-                if self.state[parameter][name] is not value:
-                    self.state[parameter][name].copy_(value)
+                self.set_scaled_state(parameter, name, value)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:
         """One AdamW step of every parameter that has a gradient."""
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             parameters = [p for p in group["params"] if p.numel() and self._gradient(p) is not None]
-            for parameter in parameters:
-                if parameter not in self.state:
-                    self.initialize_state(parameter)
             clip = group.pop("clip", 1.0)
             if parameters:
                 self._step_group(group, parameters, clip)
@@ -165,7 +185,7 @@ class MasterAdam(Adam):
         """Keeps this share of the elements in host memory, evenly over the parameters. To be called before
         `allocate`."""
         seen = offloaded = 0
-        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+        for parameter in self._parameters:
             seen += parameter.numel()
             if offloaded < fraction * seen:
                 offloaded += parameter.numel()
@@ -176,18 +196,21 @@ class MasterAdam(Adam):
         """Host memory that the state takes."""
         return sum(parameter.numel() for parameter in self._in_host) * len(self.state_names) * torch.float32.itemsize
 
-    def initialize_state(self, parameter: Tensor, *_: Any) -> None:
-        """Allocates a parameter's state; the master weights start from the parameter."""
+    def _allocated(self, parameter: Tensor) -> dict[str, Tensor]:
         device = "cpu" if parameter in self._in_host else parameter.device
-        self.state[parameter] = {
-            name: torch.zeros(parameter.shape, dtype=torch.float32, device=device) for name in self.state_names
-        }
-        self.state[parameter]["master_param"].copy_(parameter.detach())
+        return {name: torch.empty(parameter.shape, dtype=torch.float32, device=device) for name in self.state_names}
 
     def reload_masters(self) -> None:
         """Takes the master weights over from the parameters."""
+        leaving = []
         for parameter, state in self.state.items():
-            state["master_param"].copy_(parameter.detach())
+            weights, master = parameter.detach(), state["master_param"]
+            if weights.is_cuda and not master.is_cuda and weights.numel():
+                leaving.append((weights, master))
+            else:
+                master.copy_(weights)
+        if leaving:
+            self._staged(leaving[0][0].dtype).fill(leaving)
 
     def _gradient(self, parameter: Tensor) -> Tensor:
         return parameter.decoupled_grad  # type: ignore[attr-defined]
@@ -205,14 +228,17 @@ class MasterAdam(Adam):
                 rounding_adamw(weights, master, gradient, average, square, numbers)
         leaving = [one for one in work if one[0] in self._in_host]
         if leaving and leaving[0][0].is_cuda:
-            if self._stage is None:
-                self._stage = _Stage(leaving[0][0].dtype)
-            self._stage.run(group, clip, leaving)
+            self._staged(leaving[0][0].dtype).run(group, clip, leaving)
             return
         for parameter, gradient, state in leaving:
             master = state["master_param"]
             fused_adamw(group, clip, master, gradient.float(), state["exp_avg"], state["exp_avg_sq"])
             parameter.copy_(master)
+
+    def _staged(self, weight_dtype: torch.dtype) -> "_Stage":
+        if self._stage is None:
+            self._stage = _Stage(weight_dtype)
+        return self._stage
 
 
 class _Stage:
@@ -223,24 +249,41 @@ class _Stage:
         self.weights = [torch.empty(SLOT_ELEMENTS, dtype=weight_dtype, pin_memory=True) for _ in range(2)]
         self.outgoing, self.returning = torch.cuda.Stream(), torch.cuda.Stream()
 
+    def fill(self, work: list[tuple[Tensor, Tensor]]) -> None:
+        """Takes every master of the (weights, master) of `work` over from its weights: they cross the bus as they are,
+        the next piece while all threads widen this one."""
+        pieces = [
+            (weights.view(-1)[part], master.view(-1)[part]) for weights, master in work for part in _parts(weights)
+        ]
+        self.outgoing.wait_stream(torch.cuda.current_stream())
+        fetched = self._fetch(self.weights[0], pieces[0][0])
+        for number, (_, master) in enumerate(pieces):
+            following = None
+            if number + 1 < len(pieces):
+                following = self._fetch(self.weights[(number + 1) % 2], pieces[number + 1][0])
+            fetched.synchronize()
+            master.copy_(self.weights[number % 2][: master.numel()])
+            if following is not None:
+                fetched = following
+
     def run(self, group: dict[str, Any], clip: float, work: list[tuple[Tensor, Tensor, dict[str, Tensor]]]) -> None:
         """Steps every (parameter, gradient, state) of `work`."""
         pieces = [
-            (parameter.view(-1), gradient.view(-1), state, slice(start, min(start + SLOT_ELEMENTS, parameter.numel())))
+            (parameter.view(-1), gradient.view(-1), state, part)
             for parameter, gradient, state in work
-            for start in range(0, parameter.numel(), SLOT_ELEMENTS)
+            for part in _parts(parameter)
         ]
         current = torch.cuda.current_stream()
         self.outgoing.wait_stream(current)
         self.returning.wait_stream(current)
-        fetched = self._fetch(0, pieces[0][1][pieces[0][3]])
+        fetched = self._fetch(self.gradients[0], pieces[0][1][pieces[0][3]])
         returned: list[torch.cuda.Event | None] = [None, None]
         for number, (weights, _, state, part) in enumerate(pieces):
             slot, size = number % 2, part.stop - part.start
             # The other slot's gradient was consumed by the piece before this one.
             following = None
             if number + 1 < len(pieces):
-                following = self._fetch(1 - slot, pieces[number + 1][1][pieces[number + 1][3]])
+                following = self._fetch(self.gradients[1 - slot], pieces[number + 1][1][pieces[number + 1][3]])
             fetched.synchronize()
             master, average, square = (state[name].view(-1)[part] for name in ("master_param", "exp_avg", "exp_avg_sq"))
             fused_adamw(group, clip, master, self.gradients[slot][:size], average, square)
@@ -255,15 +298,21 @@ class _Stage:
                 event.synchronize()
         current.wait_stream(self.returning)
 
-    def _fetch(self, slot: int, gradient: Tensor) -> torch.cuda.Event:
+    def _fetch(self, slot: Tensor, piece: Tensor) -> torch.cuda.Event:
         with torch.cuda.stream(self.outgoing):
-            self.gradients[slot][: gradient.numel()].copy_(gradient, non_blocking=True)
+            slot[: piece.numel()].copy_(piece, non_blocking=True)
             return self.outgoing.record_event()
 
     def _return(self, slot: int, weights: Tensor) -> torch.cuda.Event:
         with torch.cuda.stream(self.returning):
             weights.copy_(self.weights[slot][: weights.numel()], non_blocking=True)
             return self.returning.record_event()
+
+
+def _parts(tensor: Tensor) -> Iterator[slice]:
+    """The pieces in which a tensor passes through a slot."""
+    for start in range(0, tensor.numel(), SLOT_ELEMENTS):
+        yield slice(start, min(start + SLOT_ELEMENTS, tensor.numel()))
 
 
 def install(optimizer_class: type[Adam]) -> None:

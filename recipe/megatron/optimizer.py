@@ -63,8 +63,8 @@ class Optimization:
         self.scheduler.step(increment=count)
 
     def allocate(self, offload_fraction: float, ranks: int) -> None:
-        """Allocates all state now, this share of it in host memory: what does not fit fails before the first step.
-        Raises UserError if the state of the `ranks` ranks of this machine that belongs in host memory does not fit
+        """Allocates all state now, this share of it in host memory, and leaves it to `begin` or a checkpoint to fill
+        it. Raises UserError if the state of the `ranks` ranks of this machine that belongs in host memory does not fit
         there."""
         owners = [inner for inner in self._inner() if isinstance(inner, adam.MasterAdam)]
         for inner in owners:
@@ -87,11 +87,11 @@ class Optimization:
         states = (state for inner in self._inner() for state in inner.state.values())
         return (tensor for state in states for tensor in state.values())
 
-    def reload_weights(self) -> None:
-        """Takes over the model's weights, which were loaded after the optimizer was built."""
+    def begin(self) -> None:
+        """The state before the first step, with the model's weights as they were loaded."""
         self.optimizer.reload_model_params()
         for inner in self._inner():
-            inner.reload_masters()
+            inner.begin()
 
     @property
     def learning_rate(self) -> float:
@@ -108,7 +108,8 @@ class Optimization:
 
 
 def build_optimization(chunks: list[DistributedDataParallel], config: Config) -> Optimization:
-    """AdamW, with `--optimizer-cpu-offload` in host memory. All its state is allocated here."""
+    """AdamW, with `--optimizer-cpu-offload` in host memory. All its state is allocated here, and filled once, when the
+    weights are there."""
     settings = config.optimizer
     optimizer_config = OptimizerConfig(
         optimizer="adam",

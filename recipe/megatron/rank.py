@@ -74,7 +74,7 @@ class TrainerRank:
             return checkpoint.load(newest, self.chunks, self.optimization)
         if chosen := newest or weights:
             self._load_weights(chosen)
-        self.optimization.reload_weights()
+        self.optimization.begin()
         return checkpoint.read_progress(newest) if newest else Progress()
 
     def _load_weights(self, directory: Path) -> None:

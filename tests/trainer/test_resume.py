@@ -177,7 +177,8 @@ def test_master_weights_move_from_the_host_to_the_device() -> None:
 
 def resume_from_the_rounded_weights(trainer, folder: Path, done: int) -> Step:
     load_after(trainer, folder, done)
-    trainer.optimization.reload_weights()
+    for inner in trainer.optimization._inner():
+        inner.reload_masters()
     return take_step(trainer, done)
 
 

@@ -2,6 +2,7 @@
 that never cost the last good checkpoint."""
 
 import resource
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from trainer_support import on_ranks, random_checkpoint, random_samples, scheduled, tiny_config, weights_of
 
 from recipe.errors import UserError
-from recipe.megatron import host_memory
+from recipe.megatron import adam, host_memory
 from recipe.megatron.adam import Adam, MasterAdam
 from recipe.messages import Progress, StepReport, TrainSample
 
@@ -69,6 +70,7 @@ def adam_of(sizes: list[int], fraction: float) -> tuple[list[torch.nn.Parameter]
     optimizer = MasterAdam(parameters, lr=1e-2, betas=(0.9, 0.98), eps=1e-8, weight_decay=0.1)
     optimizer.offload(fraction)
     optimizer.allocate()
+    optimizer.begin()
     return parameters, optimizer
 
 
@@ -88,6 +90,32 @@ def test_a_share_of_the_optimizer_is_offloaded(fraction: float) -> None:
         whole.step()
     for mine, other in zip(parameters, expected, strict=True):
         torch.testing.assert_close(optimizer.state[mine], whole.state[other], rtol=1e-6, atol=1e-8)
+
+
+@pytest.fixture
+def uninitialised_is_nan() -> Iterator[None]:
+    """Memory that is allocated and not filled holds NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("uninitialised_is_nan")
+def test_a_first_step_begins_without_momentum_from_the_weights() -> None:
+    parameters, optimizer = adam_of([100, 7], 0.5)
+    for parameter in parameters:
+        state = optimizer.state[parameter]
+        assert torch.equal(state["master_param"], parameter.float())
+        assert not state["exp_avg"].any()
+        assert not state["exp_avg_sq"].any()
+
+
+def test_master_weights_come_over_the_bus_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adam, "SLOT_ELEMENTS", 16)
+    weights = [torch.randn(size).bfloat16() for size in (16, 1, 100, 48)]
+    masters = [torch.full(weight.shape, torch.nan) for weight in weights]
+    adam._Stage(torch.bfloat16).fill(list(zip(weights, masters, strict=True)))
+    assert all(torch.equal(master, weight.float()) for weight, master in zip(weights, masters, strict=True))
 
 
 def test_memory_that_is_not_there_is_told_before_it_is_used() -> None:
