@@ -17,6 +17,8 @@ POLL_S = 0.1
 TAIL_LINES = 30
 STOP_GRACE_S = 30.0
 """For a command that is to end because the smoke run does."""
+LAST_OUTPUT_S = 5.0
+"""For what a command has started and left behind, if anything, to let go of its output."""
 OVERDUE_S = 1200.0
 """For a command to end by itself: four times what the slowest takes."""
 
@@ -56,12 +58,12 @@ def carry_out(title: str, command: Sequence[str], watch: Watch, log: Path) -> En
             time.sleep(POLL_S)
     finally:
         _end(process)
-        reader.join()
+        reader.join(LAST_OUTPUT_S)
     return Ended(process.returncode, time.monotonic() - began, _last_words(tail))
 
 
 def _pass_on(output: IO[str], log: Path, tail: deque[str]) -> None:
-    with output, log.open("a") as file:
+    with output, log.open("a", buffering=1) as file:
         for line in output:
             print("  ", line, end="", flush=True)
             file.write(line)
