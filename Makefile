@@ -6,6 +6,10 @@ PYTHON ?=
 ENGINE := embedded
 # The name of train-tiny's run directory, runs/NAME.
 NAME := tiny
+# What `make smoke` runs on: all GPUs that there are, NUM_GPUS of them, or with DEVICE=cpu none; PRICE: of one, an hour.
+NUM_GPUS :=
+DEVICE := auto
+PRICE := 2.5
 # What `make eval` scores and on which problems; by default the warmed-up tiny model on its held-out sums.
 MODEL = $(TINY)/hf
 DATA = $(TINY)/heldout.jsonl
@@ -28,7 +32,7 @@ export PYTHON
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-sglang image shell download convert plan export train-8gpu train-8gpu-mtp train-16gpu train-24gpu join train-tiny eval report test lint lock bench bench-tiny clean
+.PHONY: help install install-sglang image shell download convert plan export train-8gpu train-8gpu-mtp train-16gpu train-24gpu join smoke train-tiny eval report test lint lock bench bench-tiny clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -81,6 +85,10 @@ train-24gpu: install ## train on three nodes of 8 GPUs, in the image
 
 join: install ## on every other node of such a run: join the one at MASTER_ADDR, in the image with its GPUs
 	@$(call INVOKE,join --base-dir '$(BASE_DIR)')
+
+smoke: install $(if $(filter sglang,$(ENGINE)),install-sglang) ## whether this node is good, by the whole loop on a small model; in the image if there are GPUs: make smoke NUM_GPUS=2 PRICE=3
+	@$(call INVOKE,smoke --base-dir '$(BASE_DIR)' --device $(DEVICE) --price $(PRICE) $(if $(NUM_GPUS),--num-gpus $(NUM_GPUS)) \
+		--engine $(ENGINE))
 
 report: install ## what the run NAME achieved, and where its time went
 	@$(call INVOKE,report --name '$(NAME)')

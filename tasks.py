@@ -17,6 +17,7 @@ from recipe.container.build import DEFAULT_LOCK, IMAGE, Build, build_image
 from recipe.container.provenance import inside_image
 from recipe.container.run import ContainerRun, run_in_image
 from recipe.errors import USER_ERROR_STATUS, UserError
+from recipe.plan.machine import read_gpus
 
 COMMON = {"dry_run": "print the command and stop", "args": "further arguments, passed on as they are"}
 IN_IMAGE = {
@@ -212,6 +213,38 @@ def bench(
 ) -> None:
     """Measure the trainer on one GPU beside transformers."""
     run_with_gpus(["python", "scripts/bench_trainer.py"], args, dry_run, image, base_dir, work_dir)
+
+
+@task(
+    help={
+        "num_gpus": "1, 2, 4 or 8 (default: all)",
+        "device": "cpu: leave GPUs alone",
+        "engine": "where a CPU generates: embedded or sglang; GPUs always do it with SGLang",
+        "price": "dollars a GPU and hour",
+        "name": "of its directory in runs/",
+        **IN_IMAGE,
+    }
+)
+def smoke(
+    _: Context,
+    num_gpus: int = 0,
+    device: str = "auto",
+    engine: str = "embedded",
+    price: float = 2.5,
+    name: str = "smoke",
+    image: str = IMAGE,
+    base_dir: str = BASE_DIR,
+    work_dir: str = ".",
+    args: str = "",
+    dry_run: bool = False,
+) -> None:
+    """Say whether this node is good, in minutes; in the image where there are GPUs, else with what a CPU can."""
+    flags = ["--device", device, "--engine", engine, "--price", f"{price:g}", "--name", name]
+    flags += ["--num-gpus", str(num_gpus)] * bool(num_gpus)
+    if device == "cpu" or not read_gpus():
+        run([*module("recipe.smoke"), *flags], args, dry_run)
+    else:
+        run_with_gpus(["python", "-m", "recipe.smoke", *flags], args, dry_run, image, base_dir, work_dir)
 
 
 @task(help={"name": "of the run", **COMMON})

@@ -16,6 +16,7 @@ import torch
 from glm_flash import environment
 
 from recipe.megatron import adam
+from recipe.rates import host_bandwidth
 
 ADAM_BYTES, OUT_BYTES, BACK_BYTES = 28, 4, 2
 
@@ -30,12 +31,6 @@ def seconds(work: Callable[[], object], repeats: int = 5) -> float:
         torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
     return min(times[1:])
-
-
-def host_bandwidth() -> float:
-    """Bytes a second of c = a + b on large fp32 tensors, reads and writes counted."""
-    a, b, c = (torch.ones(256 << 20) for _ in range(3))
-    return 3 * a.nbytes / seconds(lambda: torch.add(a, b, out=c))
 
 
 def bus_seconds(parameters: int) -> float:

@@ -9,10 +9,12 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from glm_flash import environment, median_ms
+from glm_flash import environment
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
+
+from recipe.rates import median_ms
 
 HEADS, SIZE = 20, 256
 Kernel = Callable[[Tensor, Tensor, Tensor, int], Tensor]

@@ -22,7 +22,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from glm_flash import CONFIG, environment, matmul_limit, mean_ms, median_ms, write_config
+from glm_flash import CONFIG, environment, write_config
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -33,6 +33,7 @@ from recipe.megatron.rank import TrainerRank
 from recipe.megatron.step import forward_backward
 from recipe.megatron.weights import named_weights
 from recipe.messages import TrainSample
+from recipe.rates import matmul_limit, mean_ms, median_ms
 from recipe.weights.cost import sequence_cost
 
 T = TypeVar("T")

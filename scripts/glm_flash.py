@@ -1,8 +1,6 @@
-"""What the benchmarks share: the architecture of GLM-4.7-Flash with fewer layers, and how a GPU is timed."""
+"""What the benchmarks share: the architecture of GLM-4.7-Flash with fewer layers."""
 
 import json
-import statistics
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -68,40 +66,6 @@ def write_synthetic(directory: Path, moe_layers: int, deviation: float = 1.0, **
     table = placements(Architecture.from_checkpoint(companions), with_mtp=True)
     write_checkpoint(((name, tensor(e)) for e in table.values() for name in e.hf_names), directory, companions)
     return sum(file.stat().st_size for file in directory.iterdir())
-
-
-def median_ms(work: Callable[[], object], repeats: int = 10, warmup: int = 3) -> float:
-    """Median milliseconds of a piece of GPU work, by CUDA events."""
-    for _ in range(warmup):
-        work()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
-def mean_ms(work: Callable[[], object], repeats: int = 20, warmup: int = 3) -> float:
-    """Milliseconds of a piece of GPU work that is done again and again: nobody waits between."""
-    for _ in range(warmup):
-        work()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(repeats):
-        work()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / repeats
-
-
-def matmul_limit() -> float:
-    """TFLOP/s of a bf16 matrix product of 8192 x 8192 x 8192 on random data: what the GPU can do here and now."""
-    left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * 8192**3 / median_ms(lambda: left @ right) / 1e9
 
 
 def environment() -> str:

@@ -54,7 +54,7 @@ class FoundMachine:
 
 def read_machine(checkpoints: Path) -> FoundMachine:
     """This machine. Without a driver there are no GPUs."""
-    gpus = _gpus()
+    gpus = read_gpus()
     return FoundMachine(
         gpus=gpus,
         linked=len(gpus) < 2 or _all_linked(),
@@ -83,7 +83,8 @@ def _ask(*arguments: str) -> str | None:
     return done.stdout
 
 
-def _gpus() -> tuple[FoundGpu, ...]:
+def read_gpus() -> tuple[FoundGpu, ...]:
+    """The GPUs as they are now; without a driver there are none."""
     told = _ask(f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits")
     return parse_gpus(told) if told is not None else ()
 

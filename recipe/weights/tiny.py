@@ -1,11 +1,12 @@
 """A glm4_moe_lite checkpoint small enough for a laptop, random but complete: MLA, a dense layer, sigmoid router with
 fp32 bias, shared expert, MTP layer, tokenizer and chat template.
 
-    python -m recipe.weights.tiny --output DIR [--seed N]
+    python -m recipe.weights.tiny --output DIR [--seed N] [--kernel-sizes]
 """
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -20,6 +21,21 @@ from recipe.weights.table import Placement, placements
 
 INITIAL_DEVIATION = 0.02
 CONTEXT_LENGTH = 64
+KERNEL_SIZES: Mapping[str, object] = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "moe_intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "q_lora_rank": 256,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 192,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 256,
+    "n_routed_experts": 16,
+    "max_position_embeddings": 2048,
+}
+"""Changes to `tiny_config` for GPUs: the latent and head sizes of GLM-4.7-Flash, which MLA's kernels are made for, and
+experts of whole tiles. 12 million parameters."""
 
 
 def tiny_config(vocab_size: int, eos_token_ids: list[int], pad_token_id: int) -> dict[str, object]:
@@ -68,14 +84,14 @@ def _initial(placement: Placement, generator: torch.Generator) -> torch.Tensor:
     return torch.randn(placement.hf_shape, generator=generator) * INITIAL_DEVIATION
 
 
-def write_tiny_checkpoint(directory: Path, seed: int) -> None:
-    """Writes the checkpoint; the same seed gives the same bytes."""
+def write_tiny_checkpoint(directory: Path, seed: int, changes: Mapping[str, object] | None = None) -> None:
+    """Writes the checkpoint, its config.json with `changes`; the same seed gives the same bytes."""
     tokenizer = build_tiny_tokenizer()
     companions = directory.with_name(f".{directory.name}.companions")
     companions.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(companions)
     eos = tokenizer.convert_tokens_to_ids(list(EOS_TOKENS))
-    config = tiny_config(VOCAB_SIZE, eos, tokenizer.pad_token_id)
+    config = tiny_config(VOCAB_SIZE, eos, tokenizer.pad_token_id) | dict(changes or {})
     atomic_write_text(companions / "config.json", json.dumps(config, indent=2))
     generator = torch.Generator().manual_seed(derive(seed, "tiny-checkpoint"))
     table = placements(Architecture.from_checkpoint(companions), with_mtp=True)
@@ -90,8 +106,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m recipe.weights.tiny", description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="directory to write")
     parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument("--kernel-sizes", action="store_true", help="MLA's sizes as in GLM-4.7-Flash, for GPUs")
     arguments = parser.parse_args()
-    write_tiny_checkpoint(arguments.output, arguments.seed)
+    write_tiny_checkpoint(arguments.output, arguments.seed, KERNEL_SIZES if arguments.kernel_sizes else None)
     print(f"wrote {arguments.output}")
 
 

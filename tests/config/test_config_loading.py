@@ -26,7 +26,7 @@ class TestShippedRecipes:
 
     def test_the_promised_ones_are_there(self) -> None:
         sizes = {f"glm4.7-flash-{size}" for size in ("8gpu", "8gpu-eagle", "8gpu-mtp", "16gpu", "24gpu")}
-        assert {"tiny", "tiny-sft"} | sizes == set(shipped_recipes())
+        assert {"tiny", "tiny-sft", "smoke", "smoke-sft", "smoke-cpu"} | sizes == set(shipped_recipes())
 
     def test_16_gpus(self, checkpoint: Path) -> None:
         config = resolve(["--recipe", "glm4.7-flash-16gpu", "--hf-checkpoint", str(checkpoint)]).config

@@ -25,6 +25,7 @@ TARGETS = {
     "join": "-m recipe.cluster.join",
     "convert": "-m recipe.weights.convert --recipe glm4.7-flash-8gpu-mtp --hf-checkpoint",
     "export": "-m recipe.weights.export --load runs/tiny/checkpoints",
+    "smoke": "-m recipe.smoke --device auto --engine embedded --price 2.5",
     "report": "-m recipe.run.report runs/tiny",
     "bench": "scripts/bench_trainer.py",
 }

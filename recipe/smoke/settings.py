@@ -1,0 +1,102 @@
+"""What a smoke run does, and the command lines of its steps."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from recipe.errors import UserError
+
+GPU_COUNTS = (1, 2, 4, 8)
+"""Over which the experts of the 8-GPU recipe spread evenly."""
+CPU_RANKS = 2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of one smoke run."""
+
+    directory: Path
+    """Gets everything: the task, the model, the runs and what they came to."""
+    gpus: int
+    """0: it runs on the CPU."""
+    seed: int
+    warm_up_steps: int
+    interrupt_after: int
+    """Steps after which GRPO is sent a SIGTERM."""
+    engine: str
+    """Where a CPU generates; GPUs always do it with SGLang."""
+    flags: tuple[str, ...]
+    """Further ones, for GRPO."""
+
+    @property
+    def ranks(self) -> int:
+        return self.gpus or CPU_RANKS
+
+    @property
+    def task(self) -> Path:
+        """The questions."""
+        return self.directory / "task"
+
+    @property
+    def untrained(self) -> Path:
+        """The model at first."""
+        return self.directory / "untrained"
+
+    @property
+    def model(self) -> Path:
+        """The model after its warm-up."""
+        return self.directory / "model"
+
+    @property
+    def grpo(self) -> Path:
+        """The run directory of GRPO."""
+        return self.directory / "grpo"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.grpo / "checkpoints"
+
+    def warm_up_flags(self) -> list[str]:
+        """Of the supervised run."""
+        words = ["--recipe", "smoke-sft", *self._flags("sft", self.untrained)]
+        words += ["--prompt-data", str(self.task / "warmup.jsonl"), "--save-hf", str(self.model)]
+        steps = self.warm_up_steps
+        words += ["--num-rollout", str(steps), "--lr-decay-iters", str(steps), "--lr-warmup-iters", str(steps // 10)]
+        return words if self.gpus else [*words, "--device", "cpu", "--fp32"]
+
+    def grpo_flags(self) -> list[str]:
+        """Of GRPO, from its beginning."""
+        words = ["--recipe", "smoke" if self.gpus else "smoke-cpu", *self._flags("grpo", self.model)]
+        words += ["--ref-load", str(self.model), "--prompt-data", str(self.task / "train.jsonl")]
+        words += ["--eval-prompt-data", "heldout", str(self.task / "heldout.jsonl")]
+        if not self.gpus:
+            words += ["--rollout-engine", self.engine]
+        else:
+            words += ["--rollout-num-gpus-per-engine", str(self.gpus), "--sglang-ep-size", str(self.gpus)]
+        if self.gpus > 1:
+            words += ["--sglang-enable-dp-attention", "--sglang-enable-dp-lm-head"]
+            words += ["--sglang-dp-size", str(self.gpus)]
+        return [*words, *self.flags]
+
+    def _flags(self, name: str, checkpoint: Path) -> list[str]:
+        """Of every run."""
+        words = ["--name", name, "--runs-dir", str(self.directory), "--hf-checkpoint", str(checkpoint)]
+        words += ["--actor-num-gpus-per-node", str(self.ranks), "--expert-model-parallel-size", str(self.ranks)]
+        return [*words, "--seed", str(self.seed)]
+
+
+def train_command(flags: list[str]) -> list[str]:
+    """A run of the loop."""
+    return [sys.executable, "-m", "recipe.train", *flags]
+
+
+def gpus_to_use(asked: int | None, here: int) -> int:
+    """As many as asked for, or the most that suit. Raises UserError for a number that does not."""
+    suitable = [count for count in GPU_COUNTS if count <= here]
+    if asked is None:
+        return max(suitable, default=0)
+    if asked not in suitable:
+        raise UserError(
+            f"--num-gpus {asked}: the smoke run spreads its experts over 1, 2, 4 or 8 GPUs, and this machine has {here}"
+        )
+    return asked
