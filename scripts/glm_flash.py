@@ -52,16 +52,21 @@ def write_config(directory: Path, moe_layers: int, **changes: object) -> None:
     (directory / "config.json").write_text(json.dumps(document))
 
 
-def write_synthetic(directory: Path, moe_layers: int, deviation: float = 1.0, **changes: object) -> int:
-    """Writes a random bf16 checkpoint with its MTP layer. Returns its size in bytes."""
+def write_synthetic(
+    directory: Path, moe_layers: int, deviation: float = 1.0, spread: float = 0.0, **changes: object
+) -> int:
+    """Writes a random bf16 checkpoint with its MTP layer: matrices of this deviation; norms around 1 and the routers'
+    biases around 0, with this spread. Returns its size in bytes."""
     companions = directory.with_name("companions")
     write_config(companions, moe_layers, **changes)
     generator = torch.Generator().manual_seed(0)
 
     def tensor(entry: Placement) -> torch.Tensor:
-        if len(entry.hf_shape) == 1:
-            return torch.zeros(entry.hf_shape) if entry.is_fp32 else torch.ones(entry.hf_shape, dtype=torch.bfloat16)
-        return (torch.randn(entry.hf_shape, generator=generator) * deviation).to(torch.bfloat16)
+        is_vector = len(entry.hf_shape) == 1
+        values = torch.randn(entry.hf_shape, generator=generator) * (spread if is_vector else deviation)
+        if entry.is_fp32:
+            return values
+        return (values + 1 if is_vector else values).to(torch.bfloat16)
 
     table = placements(Architecture.from_checkpoint(companions), with_mtp=True)
     write_checkpoint(((name, tensor(e)) for e in table.values() for name in e.hf_names), directory, companions)
