@@ -124,8 +124,11 @@ ONE_GPU = EngineLayout()
 
 
 def size_of(config: Config, name: str, default: int, least: int = 1) -> int:
-    """The whole number of `--sglang-NAME`, or the default. Raises UserError if it is none, or below `least`."""
+    """The whole number of `--sglang-NAME`, or the default where it is left out (or false). Raises UserError if it is
+    none, or below `least`."""
     value = config.sglang.args.get(name, default)
+    if value is False:
+        return default
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UserError(f"{spell(f'{SGLANG_KEY}.{name}')} must be a whole number of at least {least}, not {value!r}")
     return value

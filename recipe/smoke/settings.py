@@ -75,7 +75,7 @@ class Settings:
             words += ["--rollout-num-gpus-per-engine", str(self.gpus), "--sglang-ep-size", str(self.gpus)]
         if self.gpus > 1:
             words += ["--sglang-enable-dp-attention", "--sglang-enable-dp-lm-head"]
-            words += ["--sglang-dp-size", str(self.gpus)]
+            words += ["--sglang-moe-dense-tp-size", "1", "--sglang-dp-size", str(self.gpus)]
         return [*words, *self.flags]
 
     def _flags(self, name: str, checkpoint: Path) -> list[str]:
