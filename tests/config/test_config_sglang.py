@@ -111,15 +111,44 @@ class TestRealSglang:
         assert "SGLang has no such argument; did you mean --sglang-mem-fraction-static?" in told
 
 
+def test_weights_cannot_go_in_every_way(refusal: Refusal) -> None:
+    assert "with --colocate use tensor" in refusal("--update-weight-transfer", "distributed")
+
+
+COMPARED = "--check-weight-update-equal"
+
+
 @pytest.mark.parametrize(
-    ("flags", "sentence"),
+    ("flags", "effect"),
     [
-        (["--check-weight-update-equal"], "engines of --rollout-num-gpus-per-engine 8 hold parts of them"),
-        (["--update-weight-transfer", "distributed"], "with --colocate use tensor"),
+        (["--sglang-quantization", "fp8"], "--sglang-quantization fp8 rounds them; leave one of the two out"),
+        (["--sglang-moe-runner-backend", "flashinfer_cutlass"], "has another order of the experts' rows"),
+        (["--sglang-enable-eplb"], "--sglang-enable-eplb moves experts from GPU to GPU"),
+        (["--sglang-dtype", "float16"], "--sglang-dtype float16 holds them in another type"),
+        (
+            ["--sglang-pp-size", "2", "--sglang-dp-size", "4", "--sglang-ep-size", "4"],
+            "--sglang-pp-size 2 has SGLang tell those of the first stage only",
+        ),
     ],
 )
-def test_weights_cannot_go_or_be_compared_in_every_way(refusal: Refusal, flags: list[str], sentence: str) -> None:
-    assert sentence in refusal(*flags)
+def test_tensors_that_sglang_makes_others_are_not_compared(refusal: Refusal, flags: list[str], effect: str) -> None:
+    assert effect in refusal(COMPARED, *flags)
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_recipes() if name.startswith("glm")])
+def test_the_shipped_recipes_engines_are_compared(name: str, checkpoint: Path) -> None:
+    assert resolve(["--recipe", name, "--hf-checkpoint", str(checkpoint), COMPARED])
+
+
+def test_an_engines_layout_is_read_from_its_arguments(resolve_8gpu: Try) -> None:
+    layout = sglang_rules.EngineLayout.of(resolve_8gpu().config)
+    assert (layout.tp, layout.attention_tp, layout.head_tp, layout.dense_tp) == (8, 1, 1, 1)
+    assert (layout.shared_expert_tp, layout.expert_tp) == (8, 1)
+    flags = ["--sglang-dp-size", "4", "--sglang-ep-size", "2", "--sglang-moe-dense-tp-size", "8"]
+    other = sglang_rules.EngineLayout.of(resolve_8gpu(*flags).config)
+    assert (other.tp, other.attention_tp, other.head_tp, other.dense_tp, other.expert_tp) == (8, 2, 2, 8, 4)
+    backend = sglang_rules.EngineLayout.of(resolve_8gpu("--sglang-moe-a2a-backend", "deepep").config)
+    assert (backend.shared_expert_tp, backend.expert_tp) == (1, 1)
 
 
 def test_an_environment_without_sglang_is_told(resolve_8gpu: Try, monkeypatch: pytest.MonkeyPatch) -> None:

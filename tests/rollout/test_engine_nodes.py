@@ -16,9 +16,12 @@ import torch
 from rollout_support import CONTEXT, PROMPT, EngineUnderTest, Kind, assert_equals_fresh_load, greedy_result, weights_of
 
 from recipe.config import resolve
+from recipe.config.sglang_rules import EngineLayout
+from recipe.errors import UserError
 from recipe.rollout.servers.dist_init import DistInit
 from recipe.rollout.servers.launch import Node, SglangServer, launch_sglang
 from recipe.rollout.servers.process import LOCAL, EngineProcess
+from recipe.rollout.weights_checksum import EngineChecksums
 from recipe.rollout.weights_sync import WeightSync
 
 pytestmark = [pytest.mark.slow, pytest.mark.sglang]
@@ -33,7 +36,8 @@ def parts(
     logs = tmp_path_factory.mktemp("parts")
     flags = ["--rollout-engine", "sglang", "--rollout-engine-python", str(sglang_python), "--rollout-num-gpus", "2"]
     nodes = ["--actor-num-nodes", "2", "--actor-num-gpus-per-node", "1", "--rollout-num-gpus-per-engine", "2"]
-    config = resolve(["--recipe", "tiny", "--hf-checkpoint", str(checkpoint), *flags, *nodes]).config
+    experts = ["--sglang-ep-size", "2"]
+    config = resolve(["--recipe", "tiny", "--hf-checkpoint", str(checkpoint), *flags, *nodes, *experts]).config
     with ExitStack() as stack:
         dist_init = DistInit.open(LOCAL, lambda port: True)
         stack.callback(dist_init.close)
@@ -58,6 +62,11 @@ def engine(parts: list[EngineProcess], checkpoint: Path) -> EngineUnderTest:
     return EngineUnderTest(parts[0], checkpoint, Kind.SGLANG)
 
 
+def checksums(engine: EngineUnderTest) -> EngineChecksums:
+    model = engine.reference.config
+    return EngineChecksums(model.num_hidden_layers, model.n_routed_experts, EngineLayout(tp=2, ep=2))
+
+
 def test_two_processes_answer_as_transformers_does(engine: EngineUnderTest) -> None:
     tokens, _ = greedy_result(engine)
     with torch.no_grad():
@@ -75,10 +84,10 @@ def test_they_listen_on_their_machines_address_only(parts: list[EngineProcess]) 
 
 
 def test_updates_reach_both(engine: EngineUnderTest, other_checkpoint: Path) -> None:
-    """By each transfer, there and back again."""
+    """By each transfer, there and back again; each rank's tensors are compared with what it should hold."""
     checkpoints = itertools.cycle((other_checkpoint, engine.checkpoint))
     for transfer, checkpoint in zip(TRANSFERS, checkpoints, strict=False):
-        sync = WeightSync(transfer, bucket_bytes=500_000, ranks_per_engine=2, address=LOCAL)
+        sync = WeightSync(transfer, 500_000, ranks_per_engine=2, address=LOCAL, checksums=lambda: checksums(engine))
         if transfer == "disk":
             delivery = sync.load_from_disk(checkpoint, [engine.url], transfer)
         else:
@@ -86,6 +95,22 @@ def test_updates_reach_both(engine: EngineUnderTest, other_checkpoint: Path) -> 
         assert not delivery.failed
         assert engine.request("GET", "/model_info")[1]["weight_version"] == transfer
         assert_equals_fresh_load(engine, checkpoint)
+
+
+def test_a_rank_with_another_slice_is_named(engine: EngineUnderTest) -> None:
+    """The second rank has the last expert, and the last heads of every layer."""
+    weights = weights_of(engine.checkpoint)
+    expert, query = "model.layers.2.mlp.experts.7.up_proj.weight", "model.layers.1.self_attn.q_b_proj.weight"
+    expected = checksums(engine)
+    for name, tensor in weights.items():
+        changed = tensor.clone()
+        if name in (expert, query):
+            changed[-1] += 1
+        expected.add(name, changed)
+    sync = WeightSync("tensor", 500_000, ranks_per_engine=2, address=LOCAL, checksums=lambda: expected)
+    named = "model.layers.1.self_attn.q_b_proj.weight on rank 1, model.layers.2.mlp.experts.w13_weight on rank 1: "
+    with pytest.raises(UserError, match=rf", 2 of \d+ tensors .* first of them {named}"):
+        sync.send([("model.norm.weight", weights["model.norm.weight"])], [engine.url], "changed")
 
 
 def test_the_first_ends_when_the_second_does(parts: list[EngineProcess]) -> None:
