@@ -26,7 +26,7 @@ from recipe.config import Config, resolve
 from recipe.config.engine_parts import gpus_of_fullest_machine
 from recipe.config.usage import CHECK, FORCE
 from recipe.errors import UserError, run_main
-from recipe.rollout.servers.process import reserve_port
+from recipe.rollout.servers.ports import reserve_port
 
 ROOT = Path(__file__).parents[2]
 JOIN_TIMEOUT_S = 1800

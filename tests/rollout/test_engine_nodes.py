@@ -18,7 +18,8 @@ from rollout_support import CONTEXT, PROMPT, EngineUnderTest, Kind, assert_equal
 from recipe.config import resolve
 from recipe.rollout.servers.dist_init import DistInit
 from recipe.rollout.servers.launch import Node, SglangServer, launch_sglang
-from recipe.rollout.servers.process import LOCAL, EngineProcess
+from recipe.rollout.servers.ports import LOCAL
+from recipe.rollout.servers.process import EngineProcess
 from recipe.rollout.weights_sync import WeightSync
 
 pytestmark = [pytest.mark.slow, pytest.mark.sglang]

@@ -12,6 +12,7 @@ from typing import Self
 from recipe.config import Config, SglangConfig
 from recipe.config.sglang_rules import EngineLayout, find_sglang_python
 from recipe.errors import UserError
+from recipe.rollout.servers.ports import DERIVED_FROM_PORT
 
 SERVE_ON_CPU = Path(__file__).parent / "sglang_cpu" / "serve.py"
 """Starts SGLang where there is no GPU; it is run by path, in SGLang's own environment."""
@@ -19,6 +20,9 @@ SERVE_ON_CPU = Path(__file__).parent / "sglang_cpu" / "serve.py"
 SCRATCH = "{scratch}"
 RENDEZVOUS = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
 """Where SGLang's processes meet; by default at a port that is open on every address, whatever its --host says."""
+
+DP_ATTENTION = "--enable-dp-attention"
+"""With it SGLang's processes speak over TCP, at ports that it derives from others."""
 
 DEFAULT_DRAFT_STEPS = 3
 """SGLang's --speculative-num-steps for this architecture."""
@@ -38,6 +42,8 @@ class Launch:
     files: Mapping[str, str] = field(default_factory=dict)
     """What lies in the server's own folder when it starts, by name. SCRATCH in its arguments and environment stands for
     this folder."""
+    derived_ports: tuple[int, ...] = ()
+    """By how much the ports that it opens beside the one it is told of are above that."""
 
 
 def launch_embedded(
@@ -149,6 +155,7 @@ def launch_sglang(
         *("--context-length", str(context_length)),
         *("--tp-size", str(server.tp_size)),
     ]
+    derived = DERIVED_FROM_PORT if server.node is None and DP_ATTENTION in server.arguments else ()
     python = str(server.python)
     environment = {"SGLANG_HEALTH_CHECK_TIMEOUT": str(math.ceil(server.health_timeout_s)), **_doors(server.node)}
     if server.node is not None:
@@ -162,7 +169,7 @@ def launch_sglang(
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, server.gpus))
         files = {"speculation.json": json.dumps(server.speculation)} if server.speculation else {}
         words = (python, "-m", "sglang.launch_server", *arguments, *_on_gpus(server), *server.arguments)
-        return Launch(words, environment, files)
+        return Launch(words, environment, files, derived)
     tokens = min(CPU_RUNNING_REQUESTS * context_length, CPU_CACHE_TOKENS)
     arguments += [
         *("--device", "cpu"),
@@ -179,7 +186,7 @@ def launch_sglang(
         # SGLang wants to be told, or a NUMA node for each rank; its own kernels alone heed it.
         cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
         environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join([cores] * server.tp_size)
-    return Launch((python, str(SERVE_ON_CPU), *arguments, *server.arguments), environment)
+    return Launch((python, str(SERVE_ON_CPU), *arguments, *server.arguments), environment, derived_ports=derived)
 
 
 def _doors(node: Node | None) -> dict[str, str]:
