@@ -26,6 +26,7 @@ from recipe.rollout.generate import Rollout, SeedStream
 from recipe.rollout.grading import grade_group
 from recipe.rollout.sample import SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
+from recipe.rollout.servers.argument_check import ArgumentCheck
 from recipe.run import EvalMetrics, Phase, PhaseClock, RunDirectory, StepMetrics, open_progress
 from recipe.run.progress import Progress as Display
 
@@ -287,8 +288,9 @@ async def open_run(resolved: Resolved) -> AsyncIterator[Run]:
     """Starts Ray, the trainer's ranks and the engines; when the block is left, for whatever reason, ends what was
     started and nothing else."""
     config = resolved.config
-    data = Data.read(resolved)
     async with AsyncExitStack() as stack:
+        arguments = stack.enter_context(ArgumentCheck(resolved))
+        data = Data.read(resolved)
         directory = stack.enter_context(RunDirectory(resolved))
         stack.enter_context(ray_session(config))
         placement = place(config)
@@ -297,6 +299,7 @@ async def open_run(resolved: Resolved) -> AsyncIterator[Run]:
         if group is not None:
             group.begin_start()
         trainer.begin_start()
+        arguments.finish()
         progress = trainer.finish_start()
         directory.start(progress.rollouts)
         directory.record_host_memory(trainer.host_memory())

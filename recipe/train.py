@@ -15,6 +15,7 @@ from recipe.experience import optimizer_batches, with_advantages, with_log_probs
 from recipe.messages import TrainSample
 from recipe.notice import safe_point, saving_on_notice
 from recipe.plan.preflight import preflight
+from recipe.rollout.servers.argument_check import check_arguments
 from recipe.run import Phase
 
 
@@ -67,6 +68,7 @@ def main() -> None:
         return
     resolved = resolve([word for word in arguments if word not in (CHECK, FORCE)])
     if CHECK in arguments:
+        check_arguments(resolved)
         print(resolved.describe())
         return
     for note in resolved.notes:

@@ -7,27 +7,35 @@ from recipe.cluster.engine_parts import EngineParts, launch_of, new_log
 from recipe.cluster.placement import Seat, own_address
 from recipe.config import Resolved
 from recipe.errors import UserError
-from recipe.rollout.servers.process import EngineProcess
+from recipe.rollout.servers.process import EngineProcess, PortTaken
 
 logger = logging.getLogger(__name__)
 
 START_ATTEMPTS = 3
-"""Times that a dead engine is started before the run gives up."""
+"""Times that an engine is started that died, or could not have a port, before the run gives up."""
 
 WEIGHTS, THE_REST = ("weights",), ("kv_cache", "cuda_graph")
 """The memory that an engine takes again before it is sent weights, and after it."""
 
 
-def start_again(name: str, start: Callable[[], str]) -> str:
-    """The address of an engine that died, from `start`, which is tried START_ATTEMPTS times. Raises UserError, with the
-    end of the engine's log, if it never works."""
+def in_attempts(name: str, start: Callable[[], str], failure: type[UserError]) -> str:
+    """The address of an engine from `start`, which is tried START_ATTEMPTS times while it raises `failure`. Raises what
+    the last one does, or any other."""
     for attempt in range(1, START_ATTEMPTS):
         try:
             return start()
-        except UserError as error:
-            logger.warning("%s does not start (attempt %d of %d): %s", name, attempt, START_ATTEMPTS, error)
+        except failure as error:
+            logger.warning(
+                "%s does not start (attempt %d of %d, is started again): %s", name, attempt, START_ATTEMPTS, error
+            )
+    return start()
+
+
+def start_again(name: str, start: Callable[[], str]) -> str:
+    """The address of an engine that died, from `start`, which is tried START_ATTEMPTS times. Raises UserError, with the
+    end of the engine's log, if it never works."""
     try:
-        return start()
+        return in_attempts(name, start, UserError)
     except UserError as error:
         raise UserError(f"{name} died and could not be started again in {START_ATTEMPTS} attempts: {error}") from error
 
@@ -45,8 +53,12 @@ class EngineActor:
         """What memory the server has given back, by SGLang's tags."""
 
     def start(self) -> str:
-        """Starts the server, killing the one before it, and returns its address once it is healthy. Raises UserError,
-        and leaves none of its parts, if that or one of them fails."""
+        """Starts the server, on other ports where one is taken. Returns its address once it is healthy. Raises
+        UserError, and leaves none of its parts, if that or one of them fails."""
+        return in_attempts(f"engine {self.number}", self._start, PortTaken)
+
+    def _start(self) -> str:
+        """Starts the server once, killing the one before it."""
         self._kill()
         config = self.resolved.config
         try:
@@ -68,7 +80,7 @@ class EngineActor:
             if self.parts.are_alive() and asks(timeout_s):
                 return self.process.url
         logger.warning("engine %d does not generate any more: it is started again", self.number)
-        return start_again(f"engine {self.number}", self.start)
+        return start_again(f"engine {self.number}", self._start)
 
     def release_memory(self) -> None:
         """Has the server give back all its memory. One that does not is ended: it is in the trainer's way."""
@@ -91,7 +103,7 @@ class EngineActor:
             self.released.difference_update(again)
             return self.process.url
         logger.warning("engine %d does not take its memory again: it is started again", self.number)
-        return start_again(f"engine {self.number}", self.start)
+        return start_again(f"engine {self.number}", self._start)
 
     def stop(self) -> None:
         """Ends the server."""

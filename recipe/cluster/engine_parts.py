@@ -14,8 +14,9 @@ from recipe.cluster.placement import Seat, own_address, socket_interfaces
 from recipe.config import Config, Resolved
 from recipe.errors import UserError
 from recipe.plan.preflight import colocated_cache_tokens
-from recipe.rollout.servers.dist_init import DistInit, reserve_derived
+from recipe.rollout.servers.dist_init import DERIVED_FROM_ADDRESS, DistInit
 from recipe.rollout.servers.launch import Launch, Node, SglangServer, launch_embedded, launch_sglang
+from recipe.rollout.servers.ports import reserve_derived
 from recipe.rollout.servers.process import EngineProcess
 from recipe.seeds import derive
 
@@ -77,7 +78,7 @@ class EnginePartActor:
     def reserve(self, port: int) -> bool:
         """Whether the ports that SGLang derives from `port` are free here. They are kept, and those before given up."""
         self.derived.close()
-        reserved = reserve_derived(port)
+        reserved = reserve_derived(port, DERIVED_FROM_ADDRESS)
         self.derived = reserved or ExitStack()
         return reserved is not None
 

@@ -26,7 +26,8 @@ from recipe.config import Config, resolve
 from recipe.config.engine_parts import gpus_of_fullest_machine
 from recipe.config.usage import CHECK, FORCE
 from recipe.errors import UserError, run_main
-from recipe.rollout.servers.process import reserve_port
+from recipe.rollout.servers.argument_check import check_arguments
+from recipe.rollout.servers.ports import reserve_port
 
 ROOT = Path(__file__).parents[2]
 JOIN_TIMEOUT_S = 1800
@@ -40,6 +41,7 @@ def main() -> int:
     command = [sys.executable, "-m", "recipe.train", *flags]
     resolved = resolve([flag for flag in flags if flag not in (CHECK, FORCE)])
     if CHECK in flags:
+        check_arguments(resolved)
         print(resolved.describe())
         return 0
     config = resolved.config

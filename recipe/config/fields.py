@@ -139,4 +139,4 @@ def sglang_argument(name: str) -> str:
 
 
 SglangValue = bool | int | float | str | tuple[int | float | str, ...]
-"""The value of an SGLang server argument; true is a bare flag, false leaves the flag out."""
+"""The value of an SGLang server argument; true is a bare flag, false leaves the argument out."""

@@ -1,7 +1,8 @@
 """The command line, generated from the schema: the only place that knows a flag.
 
 Every field is a flag in megatron's and slime's spelling; `--sglang-X` is SGLang's server argument X. Flags are never
-abbreviated, `--flag=value` works, a flag given twice counts as given last, and a value may start with one dash.
+abbreviated, `--flag=value` works, a flag given twice counts as given last, and a value may start with one dash. A
+switch that a recipe sets is unset by its `--no-` form, and an argument of SGLang's by `--sglang-X false`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from recipe.errors import UserError
 SGLANG_PREFIX = "--sglang-"
 SGLANG_KEY = "sglang.args"
 RECIPE_FLAG = "--recipe"
+_TRUE, _FALSE = "true", "false"
 
 
 class Arity(StrEnum):
@@ -87,6 +89,8 @@ def spell(key: str, value: object = None) -> str:
         value = " ".join(map(str, value))
     if key.startswith(f"{SGLANG_KEY}."):
         text = SGLANG_PREFIX + key.removeprefix(f"{SGLANG_KEY}.").replace("_", "-")
+        if value is False:
+            return f"{text} {_FALSE}"
         return text if value is None or value is True else f"{text} {value}"
     flags = [flag for flag in FLAGS.values() if flag.key == key]
     if value is None or flags[0].arity is not Arity.SWITCH:
@@ -152,8 +156,12 @@ def _single(text: str, words: list[str]) -> str:
 
 
 def _sglang_value(words: list[str]) -> object:
-    if not words:
+    """A switch of SGLang's is given bare or with true, and left out with false: none of its arguments takes these words
+    for a value."""
+    if words in ([], [_TRUE]):
         return True
+    if words == [_FALSE]:
+        return False
     numbers = [_number(word) for word in words]
     return numbers[0] if len(numbers) == 1 else numbers
 

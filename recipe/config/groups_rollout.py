@@ -179,14 +179,13 @@ class SglangConfig(Group):
     """Sequences at once up to which an engine speculates; beyond, where drafts cost more than they bring, it does not.
     Default: it always does. Measure it with scripts/bench_rollout.py."""
     args: Mapping[str, SglangValue] = {}
-    """SGLang's own arguments, by name without the prefix: mem_fraction_static = 0.7."""
+    """SGLang's own arguments, by name without the prefix: mem_fraction_static = 0.7. False leaves one out that a recipe
+    gives, as `--sglang-X false` does on the command line."""
 
     def command_line(self) -> list[str]:
-        """`args` as SGLang's command line spells them; true is a bare flag, false is left out."""
+        """`args` as SGLang's command line spells them; true is a bare flag."""
         words: list[str] = []
         for name, value in self.args.items():
-            if value is False:
-                continue
             words.append("--" + name.replace("_", "-"))
             if value is not True:
                 words += [str(item) for item in (value if isinstance(value, tuple) else (value,))]

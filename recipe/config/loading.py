@@ -100,12 +100,14 @@ def _where_it_belongs(group: str, name: str) -> str:
 
 
 def build_config(settings: Settings) -> Config:
-    """The typed Config of `settings`. Raises one UserError naming every wrong or missing value and where it was set."""
+    """The typed Config of `settings`, without the arguments of SGLang's that are false: they are left out. Raises one
+    UserError naming every wrong or missing value and where it was set."""
     tree: dict[str, Any] = {group: {} for group in GROUPS}
     for key, setting in settings.items():
         group, name, *argument = key.split(".", 2)
         if argument:
-            tree[group].setdefault(name, {})[argument[0]] = setting.value
+            if setting.value is not False:
+                tree[group].setdefault(name, {})[argument[0]] = setting.value
         else:
             tree[group][name] = setting.value
     try:

@@ -68,6 +68,12 @@ class Resolved:
         ]
         return "\n\n".join(section for section in sections if section)
 
+    @property
+    def sglang_left_out(self) -> tuple[str, ...]:
+        """SGLang's arguments that are said to be false."""
+        said = (key.removeprefix(f"{SGLANG_KEY}.") for key in self.sources if key.startswith(f"{SGLANG_KEY}."))
+        return tuple(name for name in said if name not in self.config.sglang.args)
+
     def _rows(self, name: str, group: Group) -> Iterator[tuple[str, object, str]]:
         """A group's fields with their sources: SGLang's arguments one by one, no architecture flag nobody gave."""
         for field, value in group:
@@ -75,7 +81,8 @@ class Resolved:
             if name == "model" and value is None:
                 continue
             if key == SGLANG_KEY:
-                yield from ((f"args.{arg}", item, self.sources[f"{key}.{arg}"]) for arg, item in value.items())
+                arguments = value | dict.fromkeys(self.sglang_left_out, False)
+                yield from ((f"args.{arg}", item, self.sources[f"{key}.{arg}"]) for arg, item in arguments.items())
             else:
                 yield field, value, self.sources[key]
 

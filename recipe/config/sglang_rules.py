@@ -1,8 +1,6 @@
 """Rules of the engines: how many there are, and what SGLang's own arguments may say."""
 
 import importlib.util
-import json
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,16 +9,13 @@ from typing import Self
 
 from recipe.config.architecture import Architecture
 from recipe.config.engine_parts import nodes_per_engine
-from recipe.config.flags import SGLANG_KEY, SGLANG_PREFIX, spell
-from recipe.config.problems import did_you_mean, listed
+from recipe.config.flags import SGLANG_KEY, spell
+from recipe.config.problems import listed
 from recipe.config.schema import Config
 from recipe.errors import UserError
 
 SGLANG_VENV_PYTHON = Path(__file__).parents[2] / ".venv-sglang" / "bin" / "python"
 """Where `make install-sglang` puts SGLang's CPU build."""
-
-_ASK_SGLANG = Path(__file__).with_name("ask_sglang.py")
-_ASKING_TIMEOUT_S = 300.0
 
 _OWNED = {
     "model_path": "the engines serve --hf-checkpoint",
@@ -124,11 +119,8 @@ ONE_GPU = EngineLayout()
 
 
 def size_of(config: Config, name: str, default: int, least: int = 1) -> int:
-    """The whole number of `--sglang-NAME`, or the default where it is left out (or false). Raises UserError if it is
-    none, or below `least`."""
+    """The whole number of `--sglang-NAME`, or the default. Raises UserError if it is none, or below `least`."""
     value = config.sglang.args.get(name, default)
-    if value is False:
-        return default
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UserError(f"{spell(f'{SGLANG_KEY}.{name}')} must be a whole number of at least {least}, not {value!r}")
     return value
@@ -286,31 +278,6 @@ def speculation_can_be_limited(config: Config, _: Architecture) -> Iterator[str]
         yield "--speculative-max-batch says what --sglang-speculative-adaptive-config says; leave one of the two out"
 
 
-def sglang_accepts_them(config: Config, _: Architecture) -> Iterator[str]:
-    """Names and values pass SGLang's own parser, where SGLang is installed."""
-    words, python = config.sglang.command_line(), find_sglang_python(config.rollout.rollout_engine_python)
-    if config.rollout.engine == "embedded" or not words or python is None:
-        return
-    command = [str(python), str(_ASK_SGLANG), "--model-path", str(config.model.hf_checkpoint), *words]
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=_ASKING_TIMEOUT_S, check=True)
-    except (OSError, subprocess.SubprocessError) as error:
-        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        yield f"SGLang's arguments cannot be checked with {python} (--rollout-engine-python): {lines[-1]}"
-        return
-    answer = json.loads(told.stdout.splitlines()[-1])
-    if "error" in answer:
-        yield f"SGLang refuses the --sglang-* arguments (named here without the prefix): {answer['error']}"
-        return
-    known = [spell(f"{SGLANG_KEY}.{name}") for name in answer["known"]]
-    unknown = answer["unknown"]
-    unknown_flags = [SGLANG_PREFIX + word.removeprefix("--") for word in unknown if word.startswith("--")]
-    for flag in unknown_flags:
-        yield f"{flag}: SGLang has no such argument{did_you_mean(flag, known)}"
-    if unknown and not unknown_flags:
-        yield f"SGLang takes fewer values than the --sglang-* arguments give; {' '.join(unknown)!r} is too much"
-
-
 def find_sglang_python(named: Path | None) -> Path | None:
     """The interpreter that SGLang is installed in: as `named`, this one, or that of .venv-sglang; None if there is
     none. Not resolved: an environment's interpreter is a link."""
@@ -353,5 +320,4 @@ RULES = (
     speculation_can_be_limited,
     checksums_are_comparable,
     transfer_fits_the_engines,
-    sglang_accepts_them,
 )

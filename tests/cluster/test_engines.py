@@ -2,8 +2,11 @@
 
 import os
 import signal
+import socket
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,9 @@ import pytest
 
 from recipe.config import Architecture, Config, Resolved
 from recipe.errors import UserError
+from recipe.rollout.servers import process
+from recipe.rollout.servers.launch import Launch
+from recipe.rollout.servers.ports import LOCAL, reserve_port_with
 from recipe.weights.tiny import write_tiny_checkpoint
 
 BOUND_S = 90.0
@@ -114,6 +120,59 @@ def test_an_engine_is_started_so_often_and_no_oftener() -> None:
     with pytest.raises(UserError, match="in 3 attempts: its port was taken"):
         start_again("engine 0", start)
     assert len(attempts) == START_ATTEMPTS
+
+
+NEEDS_TWO_PORTS = """
+import http.server, socket, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+port = int(sys.argv[sys.argv.index("--port") + 1])
+beside = socket.create_server(("127.0.0.1", port + 1))
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def launch(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Has engines run another program in the place of a server."""
+    from recipe.cluster import engine_actor
+
+    def run(program: str) -> None:
+        monkeypatch.setattr(engine_actor, "launch_of", lambda *_: Launch((sys.executable, "-c", program)))
+
+    return run
+
+
+def test_an_engine_whose_port_is_taken_starts_on_another_at_the_first_start_too(
+    owner: Any, launch: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    launch(NEEDS_TWO_PORTS)
+    with socket.create_server((LOCAL, 0)) as taken:
+        unlucky: int = taken.getsockname()[1] - 1
+        offered = [(unlucky, ExitStack())]
+        monkeypatch.setattr(
+            process, "reserve_port_with", lambda host, _: offered.pop() if offered else reserve_port_with(host, (1,))
+        )
+        address = owner.start()
+    assert owner.process.generates(5)
+    assert address != f"http://{LOCAL}:{unlucky}"
+    [line] = caplog.messages
+    assert "engine 0 does not start (attempt 1 of 3, is started again): " in line
+    assert "says: OSError: [Errno 98] Address already in use" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "starts"), [("ValueError: port at 1 is not available", 3), ("torch.OutOfMemoryError: 60 GiB", 1)]
+)
+def test_an_engine_that_fails_at_its_first_start_is_tried_again_for_want_of_a_port_only(
+    owner: Any, launch: Callable[[str], None], tmp_path: Path, words: str, starts: int
+) -> None:
+    launch(f"import sys; sys.exit({words!r})")
+    with pytest.raises(UserError, match=words):
+        owner.start()
+    assert len(list((tmp_path / "run" / "logs").iterdir())) == starts
 
 
 class Update:

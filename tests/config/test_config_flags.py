@@ -1,7 +1,12 @@
+import re
+from pathlib import Path
+
 import pytest
 from config_support import Refusal, Try
 
-from recipe.config.flags import parse_command_line, spell
+from recipe.config.flags import FLAGS, Arity, parse_command_line, spell
+from recipe.config.loading import Setting, read_settings
+from recipe.config.sglang_rules import EngineLayout
 from recipe.errors import UserError
 
 
@@ -81,6 +86,7 @@ def test_several_evaluation_sets(resolve_8gpu: Try, refusal: Refusal) -> None:
     ("words", "value"),
     [
         ([], True),
+        (["True"], "True"),
         (["8"], 8),
         (["-1"], -1),
         (["0.7"], 0.7),
@@ -103,19 +109,57 @@ def test_sglang_aliases_are_one_argument() -> None:
     assert value_of("sglang.args.ep_size", "--sglang-ep-size", "4", "--sglang-expert-parallel-size", "8") == 8
 
 
-def test_false_leaves_an_sglang_argument_out(resolve_8gpu: Try, tmp_path) -> None:
+def test_false_leaves_an_sglang_argument_out(resolve_8gpu: Try, tmp_path: Path) -> None:
     recipe = tmp_path / "r.toml"
     recipe.write_text('extends = "glm4.7-flash-8gpu"\n[sglang.args]\nenable-dp-lm-head = false\n')
 
-    command_line = resolve_8gpu("--recipe", str(recipe)).config.sglang.command_line()
-    assert "--enable-dp-lm-head" not in command_line
-    assert "--enable-dp-attention" in command_line
+    for told in (["--recipe", str(recipe)], ["--sglang-enable-dp-lm-head", "false"]):
+        resolved = resolve_8gpu(*told)
+        command_line = resolved.config.sglang.command_line()
+        assert "--enable-dp-lm-head" not in command_line
+        assert "--enable-dp-attention" in command_line
+        assert resolved.sglang_left_out == ("enable_dp_lm_head",)
+        assert re.search(r"args.enable_dp_lm_head +(= false)", resolved.describe())
+
+
+@pytest.mark.parametrize("words", [["true"], []])
+def test_true_is_as_the_bare_switch_and_takes_a_false_back(resolve_8gpu: Try, tmp_path: Path, words: list[str]) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('extends = "glm4.7-flash-8gpu"\n[sglang.args]\nenable-dp-lm-head = false\n')
+
+    resolved = resolve_8gpu("--recipe", str(recipe), "--sglang-enable-dp-lm-head", *words)
+    command_line = resolved.config.sglang.command_line()
+    assert command_line.count("--enable-dp-lm-head") == 1
+    assert "true" not in command_line
+    assert resolved.sglang_left_out == ()
+
+
+def test_an_engine_is_laid_out_without_what_is_left_out(resolve_8gpu: Try) -> None:
+    unset = ("enable_dp_attention", "enable_dp_lm_head", "dp_size", "speculative_algorithm")
+    flags = [word for name in unset for word in (f"--sglang-{name}", "false")]
+    recipe = ["--recipe", "glm4.7-flash-8gpu-eagle", "--rollout-num-gpus-per-engine", "1", "--sglang-ep-size", "1"]
+
+    config = resolve_8gpu(*recipe, *flags).config
+    layout = EngineLayout.of(config)
+    assert (layout.dp, layout.dp_attention) == (1, False)
+    assert not config.sglang.args.keys() & set(unset)
+
+
+@pytest.mark.parametrize("key", sorted({flag.key for flag in FLAGS.values() if flag.arity is Arity.SWITCH}))
+def test_every_switch_of_a_recipe_is_unset_by_a_flag(key: str, tmp_path: Path) -> None:
+    group, name = key.split(".")
+    for value in (True, False):
+        recipe = tmp_path / "r.toml"
+        recipe.write_text(f"[{group}]\n{name} = {str(value).lower()}\n")
+        settings = read_settings(parse_command_line(["--recipe", str(recipe), spell(key, not value)]))
+        assert settings[key] == Setting(not value, "flag")
 
 
 def test_a_field_is_spelled_as_it_was_given() -> None:
     assert spell("model.bf16", False) == "--no-bf16"
     assert spell("rollout.engine", "sglang") == "--rollout-engine sglang"
     assert spell("sglang.args.ep_size", 8) == "--sglang-ep-size 8"
+    assert spell("sglang.args.enable_dp_attention", False) == "--sglang-enable-dp-attention false"
 
 
 class TestLayerPattern:

@@ -1,12 +1,11 @@
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 from config_support import Refusal, Try, WriteCheckpoint
 
-from recipe.config import resolve, sglang_rules
+from recipe.config import resolve
 from recipe.config.loading import shipped_recipes
+from recipe.config.sglang_rules import EngineLayout
 from recipe.errors import UserError
 
 
@@ -91,26 +90,6 @@ def test_without_sglang_a_note_says_that_names_go_unchecked(resolve_8gpu: Try) -
     assert "SGLang is not installed here, so names and values of --sglang-* are not checked" in resolve_8gpu().notes
 
 
-class TestRealSglang:
-    """The installed SGLang's own parser, asked with its own interpreter."""
-
-    @pytest.fixture(autouse=True)
-    def installed(self, sglang_python: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(sglang_rules, "find_sglang_python", lambda named: sglang_python)
-
-    @pytest.mark.sglang
-    @pytest.mark.slow
-    @pytest.mark.parametrize("name", [name for name in shipped_recipes() if name.startswith("glm")])
-    def test_it_accepts_the_shipped_recipes(self, name: str, checkpoint: Path) -> None:
-        resolved = resolve(["--recipe", name, "--hf-checkpoint", str(checkpoint)])
-        assert resolved.config.rollout.engine == "sglang"  # the only one that SGLang's parser is asked about
-
-    @pytest.mark.sglang
-    def test_it_knows_its_arguments(self, refusal: Refusal) -> None:
-        told = refusal("--sglang-mem-fraction-statik", "0.7")
-        assert "SGLang has no such argument; did you mean --sglang-mem-fraction-static?" in told
-
-
 def test_weights_cannot_go_in_every_way(refusal: Refusal) -> None:
     assert "with --colocate use tensor" in refusal("--update-weight-transfer", "distributed")
 
@@ -141,72 +120,11 @@ def test_the_shipped_recipes_engines_are_compared(name: str, checkpoint: Path) -
 
 
 def test_an_engines_layout_is_read_from_its_arguments(resolve_8gpu: Try) -> None:
-    layout = sglang_rules.EngineLayout.of(resolve_8gpu().config)
+    layout = EngineLayout.of(resolve_8gpu().config)
     assert (layout.tp, layout.attention_tp, layout.head_tp, layout.dense_tp) == (8, 1, 1, 1)
     assert (layout.shared_expert_tp, layout.expert_tp) == (8, 1)
     flags = ["--sglang-dp-size", "4", "--sglang-ep-size", "2", "--sglang-moe-dense-tp-size", "8"]
-    other = sglang_rules.EngineLayout.of(resolve_8gpu(*flags).config)
+    other = EngineLayout.of(resolve_8gpu(*flags).config)
     assert (other.tp, other.attention_tp, other.head_tp, other.dense_tp, other.expert_tp) == (8, 2, 2, 8, 4)
-    backend = sglang_rules.EngineLayout.of(resolve_8gpu("--sglang-moe-a2a-backend", "deepep").config)
+    backend = EngineLayout.of(resolve_8gpu("--sglang-moe-a2a-backend", "deepep").config)
     assert (backend.shared_expert_tp, backend.expert_tp) == (1, 1)
-
-
-def test_an_environment_without_sglang_is_told(resolve_8gpu: Try, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sglang_rules, "find_sglang_python", lambda named: named)
-    with pytest.raises(UserError, match=r"cannot be checked with \S+python.* \(--rollout-engine-python\): .*sglang"):
-        resolve_8gpu("--rollout-engine-python", sys.executable)
-    with pytest.raises(UserError, match="No such file"):
-        resolve_8gpu("--rollout-engine-python", "/nowhere/python")
-
-
-class TestSglangsOwnParser:
-    @pytest.fixture(autouse=True)
-    def sglang(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """A package that answers to SGLang's name with a parser of a few arguments."""
-        folder = tmp_path / "site" / "sglang" / "srt"
-        folder.mkdir(parents=True)
-        (folder.parent / "__init__.py").touch()
-        (folder / "__init__.py").touch()
-        (folder / "server_args.py").write_text(
-            textwrap.dedent("""
-                class ServerArgs:
-                    @staticmethod
-                    def add_cli_args(parser):
-                        parser.add_argument("--model-path", required=True)
-                        parser.add_argument("--mem-fraction-static", type=float)
-                        for name in ("dp", "ep", "moe-dense-tp"):
-                            parser.add_argument(f"--{name}-size", type=int)
-                        for name in ("cuda-graph-max-bs-decode", "max-running-requests"):
-                            parser.add_argument(f"--{name}", type=int)
-                        parser.add_argument("--cuda-graph-bs-decode", type=int, nargs="+")
-                        parser.add_argument("--sampling-backend", choices=["pytorch", "flashinfer"])
-                        parser.add_argument("--enable-dp-attention", action="store_true")
-                        parser.add_argument("--enable-dp-lm-head", action="store_true")
-            """)
-        )
-        monkeypatch.setattr(sglang_rules, "find_sglang_python", lambda named: Path(sys.executable))
-        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
-
-    def test_known_arguments_pass(self, resolve_8gpu: Try) -> None:
-        resolved = resolve_8gpu("--sglang-sampling-backend", "pytorch", "--sglang-cuda-graph-bs", "1", "2")
-        assert not any("not installed" in note for note in resolved.notes)
-
-    @pytest.mark.parametrize(
-        ("flags", "sentence"),
-        [
-            (
-                ["--sglang-mem-fraction-statik", "0.7"],
-                "--sglang-mem-fraction-statik: SGLang has no such argument; did you mean --sglang-mem-fraction-static?",
-            ),
-            (["--sglang-mem-fraction-static", "most"], "argument --mem-fraction-static: invalid float value: 'most'"),
-            (["--sglang-sampling-backend", "numpy"], "argument --sampling-backend: invalid choice: 'numpy'"),
-            (["--sglang-enable-dp-lm-head", "yes"], "'yes' is too much"),
-            (["--sglang-mem-fraction", "0.7"], "--sglang-mem-fraction: SGLang has no such argument"),
-        ],
-    )
-    def test_unknown_ones_do_not(self, refusal: Refusal, flags: list[str], sentence: str) -> None:
-        assert sentence in refusal(*flags)
-
-    def test_the_embedded_engine_does_not_ask_it(self, resolve_tiny: Try, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(sglang_rules, "find_sglang_python", lambda named: Path("/nowhere/python"))
-        assert resolve_tiny().config.rollout.engine == "embedded"

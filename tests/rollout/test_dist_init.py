@@ -6,9 +6,8 @@ import pytest
 import torch.distributed as dist
 
 from recipe.errors import UserError
-from recipe.rollout.servers.dist_init import DERIVED_PORTS, DistInit, reserve_derived
-
-LOCAL = "127.0.0.1"
+from recipe.rollout.servers.dist_init import DERIVED_FROM_ADDRESS, DistInit
+from recipe.rollout.servers.ports import LOCAL, reserve_derived
 
 
 def test_a_store_is_there_with_the_ports_that_are_derived_from_its_own() -> None:
@@ -25,7 +24,7 @@ def test_a_store_is_there_with_the_ports_that_are_derived_from_its_own() -> None
     client = dist.TCPStore(host, int(port), is_master=False)
     client.set("node 1", "here")
     assert client.get("node 1") == b"here"
-    for number in DERIVED_PORTS:
+    for number in DERIVED_FROM_ADDRESS:
         # Nobody gets it who asks for any port, and SGLang does, which sets SO_REUSEADDR.
         with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
             stranger.bind((LOCAL, int(port) + number))
@@ -33,12 +32,12 @@ def test_a_store_is_there_with_the_ports_that_are_derived_from_its_own() -> None
             pass
     meeting.close()
     with socket.socket() as anybody:
-        anybody.bind((LOCAL, int(port) + DERIVED_PORTS[0]))
+        anybody.bind((LOCAL, int(port) + DERIVED_FROM_ADDRESS[0]))
 
 
 def test_a_port_whose_derived_ones_are_taken_is_no_meeting_point() -> None:
     with socket.create_server((LOCAL, 0)) as taken:
-        assert reserve_derived(taken.getsockname()[1] - DERIVED_PORTS[-1]) is None
-    assert reserve_derived(65535 - DERIVED_PORTS[0]) is None
+        assert reserve_derived(taken.getsockname()[1] - DERIVED_FROM_ADDRESS[-1], DERIVED_FROM_ADDRESS) is None
+    assert reserve_derived(65535 - DERIVED_FROM_ADDRESS[0], DERIVED_FROM_ADDRESS) is None
     with pytest.raises(UserError, match=f"free ports of {LOCAL} none had those free that SGLang opens beside it"):
         DistInit.open(LOCAL, lambda port: False)

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from recipe.errors import UserError
 from recipe.rollout.servers import launch
 from recipe.rollout.servers.embedded.fused import build_model
 from recipe.rollout.servers.launch import Launch, SglangServer, launch_embedded, launch_sglang, sglang_python
-from recipe.rollout.servers.process import EngineProcess, reserve_port, without_secrets
+from recipe.rollout.servers.process import EngineProcess, PortTaken, without_secrets
 
 SERVER = """
 import http.server, subprocess, sys
@@ -165,15 +164,6 @@ def test_the_engine_listens_on_the_loopback_only(engine: EngineUnderTest) -> Non
     assert engine.process.port in {port for _, port in listening}
 
 
-def test_a_reserved_port_is_only_for_a_server_that_was_told_of_it() -> None:
-    with reserve_port() as reservation:
-        address = reservation.getsockname()
-        with socket.socket() as stranger, pytest.raises(OSError, match="in use"):
-            stranger.bind(address)
-        with socket.create_server(address), socket.create_connection(address, timeout=5):
-            pass
-
-
 def test_secrets_and_rays_variables_are_not_passed_on() -> None:
     environment = {
         "HF_TOKEN": "x",
@@ -297,8 +287,25 @@ raise SystemExit(1)
 
 def test_of_many_exceptions_the_one_that_began_it_is_told(tmp_path: Path) -> None:
     process = EngineProcess(_python(CHILD_FAILS), tmp_path / "log")
-    with pytest.raises(UserError, match=r"ended with status 1; its log \S+ says: torch.OutOfMemoryError: 60 GiB are"):
+    with pytest.raises(UserError, match=r"ended with status 1; its log \S+ says: torch.OutOfMemoryError: 60") as error:
         process.wait_healthy(30)
+    assert not isinstance(error.value, PortTaken)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "ValueError: rpc_port at 39087 is not available in 30 seconds. rpc_port at 39087 is not available",
+        "ERROR:    [Errno 98] error while attempting to bind on address ('127.0.0.1', 1): address already in use",
+        "zmq.error.ZMQError: Address already in use (addr='tcp://127.0.0.1:40001')",
+        "torch.distributed.DistNetworkError: The server socket has failed to listen (port: 1, errno: -98, EADDRINUSE)",
+    ],
+)
+def test_a_server_without_a_port_is_told_apart(tmp_path: Path, words: str) -> None:
+    process = EngineProcess(_python(f"import sys; sys.exit({words!r})"), tmp_path / "log")
+    with pytest.raises(PortTaken, match="says: ") as error:
+        process.wait_healthy(30)
+    assert str(error.value).endswith(words)
 
 
 SGLANG_PARENT = """

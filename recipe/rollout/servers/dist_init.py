@@ -10,15 +10,14 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Self
 
-from recipe.errors import UserError
+from recipe.rollout.servers.ports import PORT_ATTEMPTS, no_port_found, reserve_derived
 from recipe.tcp_store import open_store
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
-DERIVED_PORTS = (*range(1, 7), 13)
+DERIVED_FROM_ADDRESS = (*range(1, 7), 13)
 """By how much they are above the address's own (sglang.srt.server_args.PortArgs, DP_ATTENTION_HANDSHAKE_PORT_DELTA)."""
-_ATTEMPTS = 50
 
 
 class DistInit:
@@ -33,36 +32,19 @@ class DistInit:
     def open(cls, host: str, free_elsewhere: Callable[[int], bool]) -> Self:
         """At `host`, which is this machine's, and a port for which the other machines say that its derived ports are
         free there. Raises UserError if none is found."""
-        for _ in range(_ATTEMPTS):
+        for _ in range(PORT_ATTEMPTS):
             with closing(socket.create_server((host, 0))) as listener:
                 port: int = listener.getsockname()[1]
-                derived = reserve_derived(port)
+                derived = reserve_derived(port, DERIVED_FROM_ADDRESS)
                 if derived is None:
                     continue
                 if not free_elsewhere(port):
                     derived.close()
                     continue
                 return cls(open_store(listener), derived)
-        raise UserError(
-            f"of {_ATTEMPTS} free ports of {host} none had those free that SGLang opens beside it, on all machines of "
-            "the engine: see what listens there (ss -ltnp)"
-        )
+        raise no_port_found(host, "on all machines of the engine")
 
     def close(self) -> None:
         """Gives store and ports back."""
         self._store = None
         self._derived.close()
-
-
-def reserve_derived(port: int) -> ExitStack | None:
-    """Keeps the ports that SGLang derives from `port` from everybody on this machine who asks for just any port, until
-    it is closed; None if one is taken. They are bound to every address, as SGLang asks for them so; nobody listens."""
-    with ExitStack() as stack:
-        for number in DERIVED_PORTS:
-            reservation = stack.enter_context(socket.socket())
-            reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                reservation.bind(("0.0.0.0", port + number))
-            except (OSError, OverflowError):
-                return None
-        return stack.pop_all()

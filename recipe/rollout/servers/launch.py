@@ -13,6 +13,7 @@ from recipe.config import Config, SglangConfig
 from recipe.config.sglang_rules import EngineLayout, find_sglang_python
 from recipe.errors import UserError
 from recipe.rollout.allocator import without_expandable_segments
+from recipe.rollout.servers.ports import DERIVED_FROM_PORT
 
 SERVE_ON_CPU = Path(__file__).parent / "sglang_cpu" / "serve.py"
 """Starts SGLang where there is no GPU; it is run by path, in SGLang's own environment."""
@@ -20,6 +21,9 @@ SERVE_ON_CPU = Path(__file__).parent / "sglang_cpu" / "serve.py"
 SCRATCH = "{scratch}"
 RENDEZVOUS = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
 """Where SGLang's processes meet; by default at a port that is open on every address, whatever its --host says."""
+
+DP_ATTENTION = "--enable-dp-attention"
+"""With it SGLang's processes speak over TCP, at ports that it derives from others."""
 
 DEFAULT_DRAFT_STEPS = 3
 """SGLang's --speculative-num-steps for this architecture."""
@@ -43,6 +47,8 @@ class Launch:
     files: Mapping[str, str] = field(default_factory=dict)
     """What lies in the server's own folder when it starts, by name. SCRATCH in its arguments and environment stands for
     this folder."""
+    derived_ports: tuple[int, ...] = ()
+    """By how much the ports that it opens beside the one it is told of are above that."""
 
 
 def launch_embedded(
@@ -157,6 +163,7 @@ def launch_sglang(
         *("--context-length", str(context_length)),
         *("--tp-size", str(server.tp_size)),
     ]
+    derived = DERIVED_FROM_PORT if server.node is None and DP_ATTENTION in server.arguments else ()
     python = str(server.python)
     environment = {"SGLANG_HEALTH_CHECK_TIMEOUT": str(math.ceil(server.health_timeout_s)), **_doors(server.node)}
     if server.node is not None:
@@ -176,7 +183,7 @@ def launch_sglang(
             words += ["--mem-fraction-static", str(COLOCATED_FRACTION), "--max-total-tokens", str(server.cache_tokens)]
             # While the trainer takes its memory, GPUs are not equally full.
             environment["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"
-        return Launch(tuple(words), environment, files)
+        return Launch(tuple(words), environment, files, derived)
     tokens = min(CPU_RUNNING_REQUESTS * context_length, CPU_CACHE_TOKENS)
     arguments += [
         *("--device", "cpu"),
@@ -193,7 +200,7 @@ def launch_sglang(
         # SGLang wants to be told, or a NUMA node for each rank; its own kernels alone heed it.
         cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
         environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join([cores] * server.tp_size)
-    return Launch((python, str(SERVE_ON_CPU), *arguments, *server.arguments), environment)
+    return Launch((python, str(SERVE_ON_CPU), *arguments, *server.arguments), environment, derived_ports=derived)
 
 
 def _doors(node: Node | None) -> dict[str, str]:

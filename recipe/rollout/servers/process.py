@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -21,8 +20,8 @@ import psutil
 
 from recipe.errors import UserError
 from recipe.rollout.servers.launch import SCRATCH, Launch
+from recipe.rollout.servers.ports import LOCAL, reserve_port_with
 
-LOCAL = "127.0.0.1"
 POLL_S = 0.1
 HEALTH_TIMEOUT_S = 5.0
 GRACE_S = 5.0
@@ -32,8 +31,17 @@ _PR_SET_PDEATHSIG = 1
 _SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIALS")
 _HIT = "hit an exception"
 _EXCEPTION = re.compile(r"[\w.]*(Error|Exception): ")
+_PORT_TAKEN = re.compile(
+    r"^.*(address already in use|EADDRINUSE|port is already in use|port\S* at \d+ is not available).*$",
+    re.IGNORECASE | re.MULTILINE,
+)
+"""A line in which a server, or a library of its, says that it cannot have a port."""
 _SHARED_MEMORY = re.compile(r"/dev/shm/\S+")
 _libc = ctypes.CDLL(None)
+
+
+class PortTaken(UserError):
+    """A server could not have a port that it needs; on others it may start."""
 
 
 class EngineProcess:
@@ -41,8 +49,7 @@ class EngineProcess:
 
     def __init__(self, launch: Launch, log: Path, *, host: str = LOCAL) -> None:
         """Starts the server; its output goes to `log`."""
-        self._reservation = reserve_port(host)
-        self.port: int = self._reservation.getsockname()[1]
+        self.port, self._reservation = reserve_port_with(host, launch.derived_ports)
         self.url = f"http://{host}:{self.port}"
         self._host = host
         self._log = log
@@ -101,12 +108,17 @@ class EngineProcess:
         self._segments = self._mapped_segments()
 
     def check_alive(self) -> None:
-        """Raises UserError, with what its log says, if the server has ended."""
+        """Raises UserError, with what its log says, if the server has ended: PortTaken if that was for want of a
+        port."""
         if not self.alive:
-            raise self._failure(f"ended with status {self._process.returncode}")
+            taken = _PORT_TAKEN.search(self._said())
+            raise self._failure(f"ended with status {self._process.returncode}", PortTaken if taken else UserError)
 
-    def _failure(self, what: str) -> UserError:
-        return UserError(f"the engine at {self.url} {what}; its log {self._log} says: {_telling_line(self._log)}")
+    def _failure(self, what: str, kind: type[UserError] = UserError) -> UserError:
+        return kind(f"the engine at {self.url} {what}; its log {self._log} says: {_telling_line(self._said())}")
+
+    def _said(self) -> str:
+        return self._log.read_text(errors="replace")
 
     def stop(self) -> None:
         """Ends the server and every process of its group; returns when they are gone."""
@@ -178,21 +190,11 @@ class EngineProcess:
             connection.close()
 
 
-def reserve_port(host: str = LOCAL) -> socket.socket:
-    """A socket bound to a free port. While it is open the kernel gives the port to nobody who asks for just any, but a
-    server may listen there, since servers set SO_REUSEADDR as this socket does."""
-    reservation = socket.socket()
-    reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    reservation.bind((host, 0))
-    return reservation
-
-
-def _telling_line(log: Path) -> str:
-    """What ended a server: its last line; if that is an exception, the first one told after a process of SGLang's said
-    that it hit one, for the others only follow from it."""
-    text = log.read_text(errors="replace")
-    lines = [line.strip() for line in text.rpartition(_HIT)[2].splitlines() if line.strip()] or ["(empty)"]
-    if not _EXCEPTION.match(lines[-1]) and _HIT not in text:
+def _telling_line(said: str) -> str:
+    """What ended a server, by its log: the last line; if that is an exception, the first one told after a process of
+    SGLang's said that it hit one, for the others only follow from it."""
+    lines = [line.strip() for line in said.rpartition(_HIT)[2].splitlines() if line.strip()] or ["(empty)"]
+    if not _EXCEPTION.match(lines[-1]) and _HIT not in said:
         return lines[-1]
     return next((line for line in lines if _EXCEPTION.match(line)), lines[-1])
 

@@ -1,7 +1,7 @@
 """What SGLang's own parser says to arguments: python ask_sglang.py ARGUMENTS, with the interpreter that has SGLang.
 
-Prints a JSON object: `error`, the sentence of a refusal; else `known`, the names of all arguments, and `unknown`, the
-words that the parser could not place. It runs in SGLang's environment, so it imports nothing of this project.
+Prints a JSON object: `known`, all flags that it has; `error`, the sentence of a refusal, or else `unknown`, the words
+that it could not place. It runs in SGLang's environment, so it imports nothing of this project.
 """
 
 import argparse
@@ -29,11 +29,12 @@ def ask(words: list[str]) -> dict[str, object]:
     """The answer to print."""
     parser = _Parser(allow_abbrev=False, add_help=False)
     ServerArgs.add_cli_args(parser)
+    known = sorted(flag for action in parser._actions for flag in action.option_strings)
     try:
-        accepted, unknown = parser.parse_known_args(words)
+        _, unknown = parser.parse_known_args(words)
     except _Refusal as refusal:
-        return {"error": str(refusal)}
-    return {"known": sorted(vars(accepted)), "unknown": unknown}
+        return {"known": known, "error": str(refusal)}
+    return {"known": known, "unknown": unknown}
 
 
 if __name__ == "__main__":

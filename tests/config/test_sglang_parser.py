@@ -1,0 +1,163 @@
+"""SGLang's own parser has the say over `--sglang-*` arguments, and the run need not wait while it is asked."""
+
+import os
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from config_support import Try
+
+from recipe.config import resolve
+from recipe.config.loading import shipped_recipes
+from recipe.errors import UserError
+from recipe.rollout.servers import argument_check
+from recipe.rollout.servers.argument_check import ArgumentCheck, check_arguments
+
+Install = Callable[[Path], None]
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Takes an interpreter for the one that has SGLang."""
+    return lambda python: monkeypatch.setattr(argument_check, "find_sglang_python", lambda named: python)
+
+
+@pytest.fixture
+def refusal(resolve_8gpu: Try) -> Callable[..., str]:
+    """The sentence that SGLang's parser refuses the 8-GPU recipe with more flags with."""
+
+    def refused(*flags: str) -> str:
+        resolved = resolve_8gpu(*flags)
+        with pytest.raises(UserError) as error:
+            check_arguments(resolved)
+        return str(error.value)
+
+    return refused
+
+
+class TestRealSglang:
+    """The installed SGLang's, asked with its own interpreter."""
+
+    @pytest.fixture(autouse=True)
+    def installed(self, sglang_python: Path, install: Install) -> None:
+        install(sglang_python)
+
+    @pytest.mark.sglang
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", [name for name in shipped_recipes() if name.startswith("glm")])
+    def test_it_accepts_the_shipped_recipes(self, name: str, checkpoint: Path) -> None:
+        resolved = resolve(["--recipe", name, "--hf-checkpoint", str(checkpoint)])
+        assert resolved.config.rollout.engine == "sglang"  # the only one that SGLang's parser is asked about
+        check_arguments(resolved)
+
+    @pytest.mark.sglang
+    def test_it_knows_its_arguments(self, refusal: Callable[..., str]) -> None:
+        flags = ["--sglang-mem-fraction-statik", "0.7", "--sglang-dllm-fdfo", "false", "--sglang-enable-x", "false"]
+        told = refusal(*flags, "--sglang-enable-dp-lm-head", "false", "--sglang-enable-metrics", "true")
+        assert told.startswith("3 problems:")
+        assert "SGLang has no such argument; did you mean --sglang-mem-fraction-static?" in told
+        assert (
+            "--sglang-dllm-fdfo false leaves SGLang's own default as it is; --sglang-no-dllm-fdfo turns it off" in told
+        )
+        assert "--sglang-enable-x false: SGLang has no such argument" in told
+
+
+def test_an_environment_without_sglang_is_told(refusal: Callable[..., str], install: Install) -> None:
+    install(Path(sys.executable))
+    told = refusal()
+    assert told.startswith(f"SGLang's arguments cannot be checked with {sys.executable} (--rollout-engine-python): ")
+    assert "sglang" in told.partition("): ")[2]
+    install(Path("/nowhere/python"))
+    assert "No such file" in refusal()
+
+
+class TestParser:
+    @pytest.fixture(autouse=True)
+    def sglang(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, install: Install) -> None:
+        """A package that answers to SGLang's name with a parser of a few arguments."""
+        folder = tmp_path / "site" / "sglang" / "srt"
+        folder.mkdir(parents=True)
+        (folder.parent / "__init__.py").touch()
+        (folder / "__init__.py").touch()
+        (folder / "server_args.py").write_text(
+            textwrap.dedent("""
+                import argparse, os, time
+                time.sleep(float(os.environ.get("SLOW", 0)))
+                class ServerArgs:
+                    @staticmethod
+                    def add_cli_args(parser):
+                        parser.add_argument("--model-path", required=True)
+                        parser.add_argument("--mem-fraction-static", type=float)
+                        for name in ("dp", "ep", "moe-dense-tp"):
+                            parser.add_argument(f"--{name}-size", type=int)
+                        for name in ("cuda-graph-max-bs-decode", "max-running-requests"):
+                            parser.add_argument(f"--{name}", type=int)
+                        parser.add_argument("--cuda-graph-bs-decode", type=int, nargs="+")
+                        parser.add_argument("--sampling-backend", choices=["pytorch", "flashinfer"])
+                        parser.add_argument("--enable-dp-attention", action="store_true")
+                        parser.add_argument("--enable-dp-lm-head", action="store_true")
+                        parser.add_argument("--dllm-fdfo", action=argparse.BooleanOptionalAction)
+            """)
+        )
+        install(Path(sys.executable))
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+
+    def test_known_arguments_pass(self, resolve_8gpu: Try) -> None:
+        flags = ["--sglang-enable-dp-lm-head", "false", "--sglang-no-dllm-fdfo", "--sglang-cuda-graph-bs", "1", "2"]
+        check_arguments(resolve_8gpu("--sglang-sampling-backend", "pytorch", *flags))
+
+    @pytest.mark.parametrize(
+        ("flags", "sentence"),
+        [
+            (
+                ["--sglang-mem-fraction-statik", "0.7"],
+                "--sglang-mem-fraction-statik: SGLang has no such argument; did you mean --sglang-mem-fraction-static?",
+            ),
+            (["--sglang-mem-fraction-static", "most"], "argument --mem-fraction-static: invalid float value: 'most'"),
+            (["--sglang-mem-fraction-static", "true"], "argument --mem-fraction-static: expected one argument"),
+            (["--sglang-sampling-backend", "numpy"], "argument --sampling-backend: invalid choice: 'numpy'"),
+            (["--sglang-enable-dp-lm-head", "yes"], "'yes' is too much"),
+            (["--sglang-mem-fraction", "0.7"], "--sglang-mem-fraction: SGLang has no such argument"),
+            (
+                ["--sglang-enable-dp-lm-heat", "false"],
+                "-lm-heat false: SGLang has no such argument; did you mean --sglang-enable-dp-lm-head?",
+            ),
+            (["--sglang-dllm-fdfo", "false"], "--sglang-no-dllm-fdfo turns it off"),
+        ],
+    )
+    def test_unknown_ones_do_not(self, refusal: Callable[..., str], flags: list[str], sentence: str) -> None:
+        assert sentence in refusal(*flags)
+
+    def test_the_embedded_engine_does_not_ask_it(self, resolve_tiny: Try, install: Install) -> None:
+        install(Path("/nowhere/python"))
+        check_arguments(resolve_tiny())
+
+    def test_nobody_waits_until_the_answer_is_needed(self, resolve_8gpu: Try, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SLOW", "1")
+        resolved = resolve_8gpu("--sglang-sampling-backend", "numpy")
+        began = time.monotonic()
+        with ArgumentCheck(resolved) as check:
+            assert time.monotonic() - began < 0.9
+            with pytest.raises(UserError, match="invalid choice: 'numpy'"):
+                check.finish()
+        assert time.monotonic() - began > 0.9
+
+    def test_a_question_that_is_given_up_leaves_no_process(
+        self, resolve_8gpu: Try, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("SLOW", "600")
+        resolved = resolve_8gpu()
+        with ArgumentCheck(resolved):
+            [asked] = [p for p in psutil.Process(os.getpid()).children() if "ask_sglang.py" in " ".join(p.cmdline())]
+        assert not asked.is_running()
+
+    def test_a_parser_that_does_not_answer_is_told(
+        self, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("SLOW", "600")
+        monkeypatch.setattr(argument_check, "TIMEOUT_S", 0.2)
+        assert refusal().endswith("(--rollout-engine-python): no answer in 0.2 s")
