@@ -2,13 +2,16 @@
 
 megatron-core names the "cuda" device literally in about forty places. Where CUDA is absent those literals, the streams
 and events, and the CUDA random generator are answered by the CPU, so that the very trainer that runs on H100s runs
-under gloo. Where CUDA is present only the Transformer Engine flags are set right.
+under gloo. Where CUDA is present only the Transformer Engine flags are set right, and the compiler is kept waiting.
 """
 
 import importlib
 import importlib.util
 import logging
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -16,6 +19,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from recipe.megatron.fusion import compiled_when_called
 
 CPU = torch.device("cpu")
 
@@ -124,11 +129,26 @@ def _leave_dispatcher_splits_on_cpu() -> None:
     token_dispatcher.maybe_move_tensor_to_cpu = to_cpu
 
 
-def _import_without_compiler() -> None:
-    """megatron compiles its small functions, which takes half a minute on a CPU and gains nothing there. What compiles
-    them is chosen when megatron is first imported."""
-    with mock.patch.object(torch, "compile", lambda function: function):
+def _import_what_is_used() -> None:
+    """megatron compiles its small functions. On a GPU the first call of each may do that, not the import; on a CPU it
+    takes half a minute and gains nothing. What compiles them is chosen when megatron is first imported, and whether its
+    timers, which nothing here reads, can write to TensorBoard."""
+    compiler = compiled_when_called if torch.cuda.is_available() else lambda function: function
+    with mock.patch.object(torch, "compile", compiler), _absent("torch.utils.tensorboard"):
         importlib.import_module("megatron.core.jit")
+
+
+@contextmanager
+def _absent(module: str) -> Iterator[None]:
+    """Whoever imports the module meanwhile is told that it is not installed."""
+    before = sys.modules.get(module)
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+        if before is not None:
+            sys.modules[module] = before
 
 
 def _acknowledge_absent_transformer_engine() -> None:
@@ -159,8 +179,8 @@ def prepare() -> None:
     # Its MoE layer is known to it by name; ours, which is one, is built in the same way.
     transformer_layer = logging.getLogger("megatron.core.transformer.transformer_layer")
     transformer_layer.addFilter(lambda record: "Unknown MLP type" not in record.getMessage())
+    _import_what_is_used()
     if not torch.cuda.is_available():
-        _import_without_compiler()
         _replace_cuda_runtime()
         _use_cpu_random_state()
         _leave_dispatcher_splits_on_cpu()

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import psutil
 
@@ -32,9 +32,10 @@ from recipe.files import atomic_write_bytes, atomic_write_text
 from recipe.run.journal import Journal, encode, writing
 from recipe.run.manifest import public_config, write_manifest
 from recipe.run.metrics import StepMetrics
-from recipe.run.plots import draw_rewards
-from recipe.run.sinks import MetricSink, TensorBoardSink, WandbSink
 from recipe.run.summary import summarize
+
+if TYPE_CHECKING:
+    from recipe.run.sinks import MetricSink
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +94,9 @@ class RunDirectory:
     def start(self, steps_done: int) -> None:
         """Begins to record, after the checkpoint that holds `steps_done` steps was loaded (0: from the beginning).
         Removes what a run wrote after it; TensorBoard's events are made anew from the lines that stay."""
+        # Its packages, and matplotlib's, take a second to import, for which Ray need not wait.
+        from recipe.run.sinks import TensorBoardSink, WandbSink
+
         events = self.path / "tensorboard"
         self._metrics.keep(lambda line: 0 < steps_done >= line["step"])
         with writing(self.path):
@@ -142,6 +146,8 @@ class RunDirectory:
             self._close(_outcome(error))
 
     def _close(self, outcome: str) -> None:
+        from recipe.run.plots import draw_rewards
+
         lines = self._metrics.read()
         evals = [data.name for data in self._config.eval.eval_prompt_data]
         summary = summarize(lines, evals, outcome, time.time() - psutil.Process().create_time())
