@@ -21,8 +21,8 @@ from recipe.smoke.projection import planned_memory, project, read_recipe
 from recipe.smoke.settings import Settings, train_command
 from recipe.weights.tiny import KERNEL_SIZES, write_tiny_checkpoint
 
-MAX_OPERAND, HELD_OUT_SUMS = 6, 60
-"""A task that the small model learns in seconds: 343 sums."""
+MAX_OPERAND, HELD_OUT_SUMS = 9, 200
+"""Of the arithmetic task: 1,000 sums."""
 MEMORY_EVERY_S = 0.5
 
 
