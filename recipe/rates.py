@@ -11,12 +11,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from recipe.errors import run_main
+from recipe.files import atomic_write_text
 
 MATMUL_SIZE = 8192
 ALL_REDUCE_BYTES = 1 << 30
@@ -141,7 +143,10 @@ def measure(gpus: int) -> Rates:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m recipe.rates", description="What this machine reaches.")
     parser.add_argument("--num-gpus", type=int, default=torch.cuda.device_count())
-    print(json.dumps(asdict(measure(parser.parse_args().num_gpus))))
+    parser.add_argument("--output", type=Path, help="file to write (default: printed)")
+    options = parser.parse_args()
+    text = json.dumps(asdict(measure(options.num_gpus)), indent=1)
+    print(text) if options.output is None else atomic_write_text(options.output, text + "\n")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ settings.load_profile("untimed")
 
 MOST_WORKERS = 4
 """A run of two ranks and two engines takes some GB of memory."""
-DEAREST = ("image", "end_to_end", "rollout", "weights", "trainer", "evaluation", "config", "cluster")
+DEAREST = ("image", "end_to_end", "smoke", "rollout", "weights", "trainer", "evaluation", "config", "cluster")
 """Folders whose tests take longest: they come first, so that no worker is left alone with one of them at the end."""
 
 

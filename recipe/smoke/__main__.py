@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", default="smoke", help="of the directory in --runs-dir")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
     parser.add_argument("--seed", type=int, default=1234)
-    parser.add_argument("--warm-up-steps", type=int, default=200, help="supervised steps (default: 200)")
+    parser.add_argument("--warm-up-steps", type=int, default=400, help="supervised steps (default: 400)")
     parser.add_argument("--interrupt-after", type=int, default=12, help="GRPO step that gets a SIGTERM (default: 12)")
     return parser
 

@@ -48,6 +48,8 @@ class Interruption:
     """The last one that it recorded."""
     save_s: float
     """From the signal to the end."""
+    last_words: str
+    """Of the run that ended last."""
     resumed_status: int | None = None
     """Of the run that went on; None: there was none."""
     goes_on: bool = False

@@ -44,7 +44,13 @@ def carry_out(title: str, command: Sequence[str], watch: Watch, log: Path) -> En
     began = time.monotonic()
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+        process_group=0,  # Ctrl-C reaches it through `_end`, once
     )
     assert process.stdout is not None
     tail: deque[str] = deque(maxlen=TAIL_LINES)

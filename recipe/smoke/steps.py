@@ -21,8 +21,8 @@ from recipe.smoke.projection import planned_memory, project, read_recipe
 from recipe.smoke.settings import Settings, train_command
 from recipe.weights.tiny import KERNEL_SIZES, write_tiny_checkpoint
 
-MAX_OPERAND, HELD_OUT_SUMS = 6, 60
-"""A task that the small model learns in seconds: 343 sums."""
+MAX_OPERAND, HELD_OUT_SUMS = 9, 200
+"""Of the arithmetic task: 1,000 sums."""
 MEMORY_EVERY_S = 0.5
 
 
@@ -62,8 +62,7 @@ class SmokeRun:
     def carry_out(self) -> Measured:
         """All steps, or those up to the first that fails."""
         self._make_model()
-        self._look_at_machine()
-        if not self.measured.findings and self._measure_rates() and self._warm_up():
+        if self._look_at_machine() and self._measure_rates() and self._warm_up():
             self._learn()
         return replace(self.measured, seconds=self._seconds)
 
@@ -88,21 +87,26 @@ class SmokeRun:
             write_task(settings.task, settings.seed, MAX_OPERAND, HELD_OUT_SUMS)
             write_tiny_checkpoint(settings.untrained, settings.seed, KERNEL_SIZES)
 
-    def _look_at_machine(self) -> None:
-        """What the machine lacks, before seconds are spent on it."""
+    def _look_at_machine(self) -> bool:
+        """What the machine lacks, and whether the loop can run on it all the same."""
         flags = [*self._settings.grpo_flags(), "--hf-checkpoint", str(self._settings.untrained)]
-        findings = findings_on(read_recipe(flags).config, self.measured.machine)
+        machine = self.measured.machine
+        if self._settings.gpus == 1:
+            machine = replace(machine, linked=True)  # one GPU needs no links
+        findings = list(findings_on(read_recipe(flags).config, machine))
         self._add(findings=tuple(finding.sentence for finding in findings))
+        return not any(finding.stops for finding in findings)
 
     def _measure_rates(self) -> bool:
-        gpus, log = self._settings.gpus, self._settings.directory / "rates.log"
-        command = [sys.executable, "-m", "recipe.rates", "--num-gpus", str(gpus)]
+        gpus, directory = self._settings.gpus, self._settings.directory
+        output = directory / "rates.json"
+        command = [sys.executable, "-m", "recipe.rates", "--num-gpus", str(gpus), "--output", str(output)]
         with self._timed("rates"):
-            ended = carry_out("rates of this machine", command, lambda _: None, log)
+            ended = carry_out("rates of this machine", command, lambda _: None, directory / "rates.log")
         if ended.status:
             self._fail("measuring rates", ended)
             return False
-        rates = Rates(**json.loads(ended.last_words))
+        rates = Rates(**json.loads(output.read_text()))
         self._add(rates=rates)
         if self.measured.kind is not None:
             self._add(projection=project(self.measured.machine, gpus, self.measured.kind, rates, self._price))
@@ -137,7 +141,7 @@ class SmokeRun:
             self._fail("GRPO, before it was interrupted,", ended)
             return
         step = lines[-1]["step"]
-        self._add(interruption=Interruption(ended.status, step, save_s=ended_at - watch.struck_at))
+        self._add(interruption=Interruption(ended.status, step, ended_at - watch.struck_at, ended.last_words))
 
     def _resume(self, interruption: Interruption) -> None:
         settings, before = self._settings, read_lines(self._settings.grpo)
@@ -145,9 +149,8 @@ class SmokeRun:
         with self._timed("resumed"):
             ended = carry_out("GRPO, resumed", train_command(flags), lambda _: None, settings.directory / "grpo.log")
         whole = goes_on(before, read_lines(settings.grpo), read_recipe(flags).config.rollout.num_rollout)
-        self._add(interruption=replace(interruption, resumed_status=ended.status, goes_on=whole))
-        if ended.status:
-            self._fail("resumed GRPO", ended)
+        told = replace(interruption, resumed_status=ended.status, goes_on=whole, last_words=ended.last_words)
+        self._add(interruption=told)
 
     @contextmanager
     def _watching_memory(self) -> Iterator[None]:

@@ -88,9 +88,9 @@ def _not_resumed(interruption: Interruption) -> Iterator[str]:
     if interruption.status != SAVED_STATUS:
         yield (
             f"the run that got a SIGTERM after step {interruption.step} ended with status {interruption.status}, not "
-            f"saved with {SAVED_STATUS}"
+            f"saved with {SAVED_STATUS}: {interruption.last_words}"
         )
     elif interruption.resumed_status:
-        yield f"the resumed run ended with status {interruption.resumed_status}"
+        yield f"the resumed run ended with status {interruption.resumed_status}: {interruption.last_words}"
     elif not interruption.goes_on:
         yield f"the resumed run does not go on from step {interruption.step}"

@@ -31,7 +31,7 @@ LEARNING = Learning(
     accept_length=2.1,
     first_accept_length=1.9,
 )
-INTERRUPTION = Interruption(status=75, step=12, save_s=3.0, resumed_status=0, goes_on=True)
+INTERRUPTION = Interruption(status=75, step=12, save_s=3.0, last_words="NCCL hung", resumed_status=0, goes_on=True)
 GOOD = Measured(
     machine=MACHINE,
     gpus=8,
@@ -77,8 +77,11 @@ def test_a_good_node_is_good() -> None:
             "drafts are hardly accepted: 1.05 tokens a verification",
         ),
         ({"learning": replace(LEARNING, accept_length=1.5)}, "drafts are accepted less and less: 1.90"),
-        ({"interruption": replace(INTERRUPTION, status=-9)}, "SIGTERM after step 12 ended with status -9"),
-        ({"interruption": replace(INTERRUPTION, resumed_status=2)}, "the resumed run ended with status 2"),
+        (
+            {"interruption": replace(INTERRUPTION, status=-9)},
+            "SIGTERM after step 12 ended with status -9, not saved with 75: NCCL hung",
+        ),
+        ({"interruption": replace(INTERRUPTION, resumed_status=2)}, "the resumed run ended with status 2: NCCL hung"),
         ({"interruption": replace(INTERRUPTION, goes_on=False)}, "the resumed run does not go on from step 12"),
         (
             {"projection": project(replace(MACHINE, host_memory=200 * 10**9), 8, KIND, RATES, price=2.5)},
