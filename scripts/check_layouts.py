@@ -77,6 +77,8 @@ class Scale:
     """A model and a batch for it."""
 
     model: Mapping[str, object]
+    deviation: float
+    """Of weight matrices: large enough that routing and attention matter, too small to blow rounding up."""
     samples: int
     prompt: int
     """Tokens of a prompt, which two samples share."""
@@ -109,6 +111,7 @@ SCALES = {
             "n_routed_experts": 16,
             "q_lora_rank": 256,
         },
+        deviation=0.04,
         samples=16,
         prompt=64,
         response=200,
@@ -131,6 +134,7 @@ SCALES = {
             "qk_rope_head_dim": 16,
             "v_head_dim": 32,
         },
+        deviation=0.08,
         samples=32,
         prompt=16,
         response=60,
@@ -361,8 +365,9 @@ class Comparison:
 
 
 def write_model(folder: Path, scale: Scale) -> None:
-    """Weights large enough that routing and attention matter."""
-    write_synthetic(folder, 3, deviation=0.08, spread=0.1, **scale.model, eos_token_id=[1], pad_token_id=0)
+    """The checkpoint that every layout loads: a dense layer, three MoE layers and the MTP layer."""
+    special = {"eos_token_id": [1], "pad_token_id": 0}
+    write_synthetic(folder, 3, deviation=scale.deviation, spread=0.1, **scale.model, **special)
 
 
 def compare(device: str, layouts: list[str], precisions: list[str]) -> int:

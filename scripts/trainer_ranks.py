@@ -34,6 +34,9 @@ class Ranks:
         self._met = 0
 
     def __enter__(self) -> Self:
+        """Returns while the processes still load what they need."""
+        for pool in self._pools:
+            pool.submit(_load)
         return self
 
     def __exit__(
@@ -80,6 +83,10 @@ def _prepare(number: int, device: str) -> None:
         torch.set_float32_matmul_precision("highest")
         # The same functions are compiled for several precisions and numbers of heads in one process.
         torch._dynamo.config.recompile_limit = 64
+
+
+def _load() -> None:
+    import recipe.megatron.rank  # noqa: F401
 
 
 def _meet(rank: int, local_rank: int, count: int, store: str, work: Callable[..., T], arguments: Sequence[Any]) -> T:

@@ -6,11 +6,16 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-from megatron.core.transformer.moe.token_dispatcher import MoEAllGatherTokenDispatcher, MoETokenDispatcher
+from megatron.core.transformer.moe.token_dispatcher import (
+    MoEAllGatherTokenDispatcher,
+    MoEAlltoAllTokenDispatcher,
+    MoETokenDispatcher,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from recipe.megatron import permutation
+from recipe.megatron.exchange import Exchange
 
 
 class PackedMoELayer(MoELayer):
@@ -29,8 +34,28 @@ class PackedMoELayer(MoELayer):
             self.token_dispatcher = PaddedAllGatherDispatcher(
                 self.num_local_experts, self.local_expert_indices, config, pg_collection
             )
+        elif pg_collection.ep.size() > 1:
+            self.token_dispatcher = OverlappedDispatcher(
+                self.num_local_experts, self.local_expert_indices, config, pg_collection
+            )
         elif config.moe_permute_fusion and pg_collection.tp_ep.size() == 1:
             self.token_dispatcher = LocalDispatcher(config, pg_collection)
+
+    def forward(
+        self, hidden_states: Tensor, intermediate_tensors: None = None, padding_mask: None = None
+    ) -> tuple[Tensor, None]:
+        """hidden_states [T, 1, H] -> [T, 1, H], no bias. The shared experts are computed while rows are on their way to
+        other ranks, unless they exchange rows themselves."""
+        probs, routing_map = self.route(hidden_states)
+        rows, row_probs = self.preprocess(hidden_states, probs, routing_map)
+        if self.tp_group.size() > 1:
+            shared = self.shared_experts_compute(hidden_states)
+            rows, row_probs = self.dispatch(rows, row_probs)
+        else:
+            rows, row_probs = self.dispatch(rows, row_probs)
+            shared = self.shared_experts_compute(hidden_states)
+        output, _ = self.routed_experts_compute(rows, row_probs)
+        return self.postprocess(self.combine(output), shared), None
 
 
 class LocalDispatcher(MoETokenDispatcher):
@@ -58,6 +83,29 @@ class LocalDispatcher(MoETokenDispatcher):
 
     def combine_postprocess(self, hidden_states: Tensor) -> Tensor:
         return permutation.unpermute(hidden_states, self.permutation).view(self.shape)
+
+
+class OverlappedDispatcher(MoEAlltoAllTokenDispatcher):
+    """megatron's all-to-all dispatcher, whose rows [R, H] and their probabilities [R] are on their way from
+    `token_dispatch` to `dispatch_postprocess`. The counts of rows stay where the experts read them: brought back from
+    the CPU, as megatron leaves them, they would hold it up until the rows have arrived."""
+
+    def _maybe_dtoh_and_synchronize(self, point: str, tokens_per_expert: Tensor | None = None) -> Tensor | None:
+        super()._maybe_dtoh_and_synchronize(point)
+        return tokens_per_expert
+
+    def token_dispatch(self, rows: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+        """Begins to send the rows of this rank's tokens."""
+        self._maybe_dtoh_and_synchronize("before_ep_alltoall")
+        sent, received = self.input_splits.tolist(), self.output_splits.tolist()
+        self.exchanges = [Exchange(self.ep_group, sent, received) for _ in range(2)]
+        return self.exchanges[0].begin(rows), self.exchanges[1].begin(probs)
+
+    def dispatch_postprocess(self, rows: Tensor, probs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Waits for the rows of this rank's experts, and sorts them by expert."""
+        of_rows, of_probs = self.exchanges
+        del self.exchanges
+        return super().dispatch_postprocess(of_rows.finish(rows), of_probs.finish(probs))
 
 
 class PaddedAllGatherDispatcher(MoEAllGatherTokenDispatcher):
