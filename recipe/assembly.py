@@ -204,7 +204,14 @@ class Run:
             assert self._engines is not None
             rollout = rollout_metrics(done - 1, self._rollout, self._engines.new_counts())
             self._directory.record_rollout(done - 1, sample_records(self._rollout, self.config))
-        metrics = StepMetrics(step=done, rollout=rollout, train=train, evals=self._evals, seconds=self.clock.lap())
+        metrics = StepMetrics(
+            step=done,
+            rollout=rollout,
+            train=train,
+            evals=self._evals,
+            weight_bytes_per_second=None if self._engines is None else self._engines.weight_bytes_per_second,
+            seconds=self.clock.lap(),
+        )
         self._directory.record(metrics)
         self._display.step(metrics)
         if (mismatch := StepMismatch.of(self._reports)) is not None:
@@ -276,6 +283,11 @@ class Engines:
         trainer.make_room()
         self.client.move(self._group.replace_dead())
         self.client.move(self._group.update_weights(trainer, version))
+
+    @property
+    def weight_bytes_per_second(self) -> float | None:
+        """Of the last update; see `EngineGroup`."""
+        return self._group.weight_bytes_per_second
 
     def new_counts(self) -> ClientCounters:
         """What went wrong with engines and was mended since the last call."""

@@ -27,15 +27,16 @@ def deliver(
     send: Callable[[Sequence[int]], Delivery],
     urls: Sequence[str],
     start_again: Callable[[int], None],
-) -> None:
+) -> Delivery:
     """Sends weights by `send` to engines `numbers`, of which those that fail over it are started again, which changes
-    `urls`, and get them again with those that have not got all. Raises UserError if that goes on for START_ATTEMPTS."""
+    `urls`, and get them again with those that have not got all. Returns what became of the last time. Raises UserError
+    if that goes on for START_ATTEMPTS."""
     if not numbers:
-        return
+        return Delivery()
     for _ in range(START_ATTEMPTS):
         delivery = send(numbers)
         if not delivery.failed:
-            return
+            return delivery
         failed = [number for number in numbers if urls[number] in delivery.failed]
         incomplete = [number for number in numbers if urls[number] in delivery.incomplete]
         reasons = [delivery.failed[urls[number]] for number in failed]
@@ -59,6 +60,8 @@ class EngineGroup:
         self._starting: list[ray.ObjectRef] = []
         self._urls: list[str] = []
         self._weights: tuple[TrainerGroup, str] | None = None
+        self.weight_bytes_per_second: float | None = None
+        """Of the last update, to each GPU of the slowest engine; None where it went by the disk."""
         self._sending = asyncio.Lock()
 
     def _owner(self, number: int) -> ActorHandle:
@@ -104,7 +107,7 @@ class EngineGroup:
         """Sends the policy to every engine; one that fails over it is started again. Returns the addresses of all."""
         self._weights = trainer, str(version)
         self._resume_memory(WEIGHTS)
-        self._deliver(range(len(self._urls)))
+        self.weight_bytes_per_second = self._deliver(range(len(self._urls))).bytes_per_second
         self._deliver(self._resume_memory(THE_REST))
         return list(self._urls)
 
@@ -126,11 +129,11 @@ class EngineGroup:
                 await asyncio.to_thread(self._deliver, [number])
         return self._urls[number]
 
-    def _deliver(self, numbers: Iterable[int]) -> None:
+    def _deliver(self, numbers: Iterable[int]) -> Delivery:
         """Sends the current weights to these engines."""
         assert self._weights is not None
         trainer, version = self._weights
-        deliver(
+        return deliver(
             list(numbers),
             lambda some: trainer.update_weights({number: self._urls[number] for number in some}, version),
             self._urls,

@@ -13,6 +13,12 @@ class Delivery:
     incomplete: tuple[str, ...] = ()
     """Engines that are well but have not got everything, since another one failed in a broadcast."""
 
+    bytes_per_second: float | None = field(default=None, compare=False)
+    """Of the whole model's weights, to each GPU of the slowest of the engines; None: they were not sent from here."""
+
     def __add__(self, other: "Delivery") -> "Delivery":
         """To different engines."""
-        return Delivery({**self.failed, **other.failed}, (*self.incomplete, *other.incomplete))
+        rates = [one.bytes_per_second for one in (self, other) if one.bytes_per_second is not None]
+        return Delivery(
+            {**self.failed, **other.failed}, (*self.incomplete, *other.incomplete), min(rates, default=None)
+        )

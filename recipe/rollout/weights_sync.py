@@ -2,10 +2,11 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -88,20 +89,22 @@ class WeightSync:
                 pass
             return Delivery()
         checksums = self.checksums() if self.checksums is not None and urls else None
-        passing = iter(checksums.watch(weights) if checksums is not None else weights)
+        counted = _Counted(checksums.watch(weights) if checksums is not None else weights)
+        passing = iter(counted)
         with _Receivers(urls, self.timeout_s) as receivers:
             receivers.ask(WeightsClient.begin_weight_update)
-            whole = True
+            began, whole = time.monotonic(), True
             if self.transfer == "distributed":
                 whole = self._broadcast(receivers, passing, version)
             else:
                 self._hand_over(receivers, passing, version, relay)
+            rate = counted.nbytes / (time.monotonic() - began) if urls else None
             receivers.ask(WeightsClient.end_weight_update)
             for _ in passing:
                 pass
             if whole and checksums is not None:
                 receivers.ask(lambda engine: _compare(engine, checksums, version))
-            return receivers.delivery(whole=whole)
+            return replace(receivers.delivery(whole=whole), bytes_per_second=rate)
 
     def load_from_disk(self, folder: Path, urls: Sequence[str], version: str) -> Delivery:
         """Has every engine read the Hugging Face checkpoint in `folder`, as `version`."""
@@ -167,6 +170,19 @@ class WeightSync:
         except EngineUnreachable:
             return False
         return True
+
+
+class _Counted:
+    """The weights, and the bytes of those that have passed."""
+
+    def __init__(self, weights: Iterable[NamedTensor]) -> None:
+        self._weights = weights
+        self.nbytes = 0
+
+    def __iter__(self) -> Iterator[NamedTensor]:
+        for name, tensor in self._weights:
+            self.nbytes += tensor.nbytes
+            yield name, tensor
 
 
 class _Receivers:

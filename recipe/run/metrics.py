@@ -183,6 +183,8 @@ class StepMetrics:
     train: TrainMetrics | None = None
     evals: Mapping[str, EvalMetrics] = field(default_factory=dict)
     """By the name of the evaluation set."""
+    weight_bytes_per_second: float | None = None
+    """Of the whole model's weights, to each GPU of an engine; without what the update waits for before and after."""
     seconds: StepSeconds
 
     def as_line(self) -> dict[str, Scalar]:
@@ -208,6 +210,8 @@ class StepMetrics:
             times["tokens_per_second"] = self.train.tokens / self.seconds.training
         if self.rollout is not None:
             times["samples_per_second"] = self.rollout.samples / self.seconds.training
+        if self.weight_bytes_per_second is not None:
+            times["weight_bytes_per_second"] = self.weight_bytes_per_second
         times["seconds_step"] = self.seconds.step
         return times | {f"seconds_{phase}": seconds for phase, seconds in self.seconds.phases.items()}
 

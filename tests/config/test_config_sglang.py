@@ -54,7 +54,8 @@ def test_engines_sglang_would_refuse(refusal: Refusal, flags: list[str], sentenc
 
 def test_tp_size_may_be_said_if_it_is_right(resolve_8gpu: Try) -> None:
     assert resolve_8gpu("--sglang-tp-size", "8").config.sglang.args["tp_size"] == 8
-    stages = resolve_8gpu("--sglang-tp", "4", "--sglang-pp-size", "2", "--sglang-dp-size", "4", "--sglang-ep-size", "4")
+    apart = ("--no-colocate", "--rollout-num-gpus", "8", "--sglang-tp", "4", "--sglang-pp-size", "2")
+    stages = resolve_8gpu(*apart, "--sglang-dp-size", "4", "--sglang-ep-size", "4")
     assert stages.config.sglang.args["pp_size"] == 2
 
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recipe.errors import UserError
+from recipe.rollout.delivery import Delivery
 from recipe.rollout.weights_payload import NamedTensor
 from recipe.rollout.weights_sync import WeightSync, buckets
 
@@ -97,6 +98,16 @@ async def test_an_engine_that_fails_over_an_update_is_named_and_the_others_get_a
     update = ["/update_weights_from_tensor"]
     assert good.calls == ["/begin_weight_update", *update * len(WEIGHTS), "/end_weight_update"]
     assert bad.calls == ["/begin_weight_update", *update * 2]
+
+
+async def test_an_update_tells_the_rate_of_the_slowest_engine() -> None:
+    async with serving(FakeEngine()) as urls, asyncio.timeout(BOUND_S):
+        delivery = await asyncio.to_thread(sync_of().send, WEIGHTS, urls, "2")
+    assert delivery.bytes_per_second is not None
+    assert 0 < delivery.bytes_per_second < 1e9  # 160 bytes in four requests
+    faster, nobody = Delivery(bytes_per_second=1e12), Delivery()
+    assert sum([faster, nobody], delivery).bytes_per_second == delivery.bytes_per_second
+    assert (nobody + nobody).bytes_per_second is None
 
 
 async def test_the_trainers_ranks_finish_though_no_engine_is_left() -> None:
