@@ -1,0 +1,52 @@
+"""Work beside the event loop: its result and failure come back, and nobody who gives up has to wait for it."""
+
+import asyncio
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from recipe.threads import in_thread
+
+PROGRAM = """
+import asyncio, time
+from recipe.threads import in_thread
+
+async def main():
+    work = asyncio.create_task(in_thread(time.sleep, 600))
+    await asyncio.sleep(0.1)
+    work.cancel()
+
+asyncio.run(main())
+print("over")
+"""
+
+
+async def test_result_and_failure_come_back() -> None:
+    assert await in_thread(int, "17", base=8) == 15
+    assert await in_thread(threading.get_ident) != threading.get_ident()
+    with pytest.raises(ValueError, match="invalid literal"):
+        await in_thread(int, "x")
+
+
+async def test_who_is_cancelled_leaves_the_work_alone() -> None:
+    go, done = threading.Event(), threading.Event()
+
+    def work() -> None:
+        go.wait(30)
+        done.set()
+
+    waiting = asyncio.create_task(in_thread(work))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    go.set()
+    assert done.wait(30)
+    await asyncio.sleep(0.05)  # the result comes, and nobody minds
+
+
+def test_a_program_ends_without_waiting_for_it() -> None:
+    ended = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60, check=True)
+    assert (ended.stdout, ended.stderr) == ("over\n", "")
