@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from itertools import chain
 
-from recipe.config import layout_rules, sglang_rules
+from recipe.config import layout_rules, sglang_machine, sglang_rules, speculation_rules
 from recipe.config.architecture import Architecture, contradictions
 from recipe.config.problems import nearest
 from recipe.config.schema import Config
@@ -201,4 +201,6 @@ RULES: tuple[Rule, ...] = (
     numerics_are_fixed,
     device_has_the_kernels,
     *sglang_rules.RULES,
+    *speculation_rules.RULES,
+    sglang_machine.machine_suits_sglang,
 )

@@ -213,10 +213,16 @@ def attention_heads_divide(config: Config, architecture: Architecture) -> Iterat
                 f"--sglang-dp-size {layout.dp} on an engine of TP {layout.tp} gives {parts}; "
                 f"valid with --sglang-enable-dp-attention: {listed(valid)}"
             )
+        elif layout.dp == 1:
+            several = f", or --sglang-dp-size {listed(valid[1:])}" if valid[1:] else ""
+            yield (
+                "--sglang-enable-dp-attention with --sglang-dp-size 1 divides nothing, and SGLang fails at its first "
+                f"batch; give --sglang-enable-dp-attention false{several}"
+            )
     elif layout.dp > 1:
         yield (
-            f"--sglang-dp-size {layout.dp} needs --sglang-enable-dp-attention; for copies of the whole model "
-            "lower --rollout-num-gpus-per-engine instead"
+            f"--sglang-dp-size {layout.dp} needs --sglang-enable-dp-attention; leave it out (--sglang-dp-size false), "
+            "or, for copies of the whole model, lower --rollout-num-gpus-per-engine instead"
         )
     elif 1 not in valid:
         yield (
@@ -245,37 +251,20 @@ def experts_divide(config: Config, architecture: Architecture) -> Iterator[str]:
     )
 
 
-def speculation_has_a_draft(config: Config, architecture: Architecture) -> Iterator[str]:
-    """EAGLE drafts with the checkpoint's MTP layer, a chain of `steps` tokens with top-k 1."""
-    args = config.sglang.args
-    if args.get("speculative_algorithm") not in ("EAGLE", "NEXTN"):
+def head_and_dense_layers_are_laid_out(config: Config, _: Architecture) -> Iterator[str]:
+    """SGLang: the output head follows DP attention only where there is some; dense MLPs are whole or over all GPUs."""
+    if config.rollout.engine == "embedded":
         return
-    if not architecture.num_nextn_predict_layers:
-        yield f"--sglang-speculative-algorithm drafts with an MTP layer, and {config.model.hf_checkpoint} has none"
-    steps, tokens = args.get("speculative_num_steps"), args.get("speculative_num_draft_tokens")
-    if args.get("speculative_eagle_topk") == 1 and isinstance(steps, int) and tokens not in (None, steps + 1):
+    layout, args = EngineLayout.of(config), config.sglang.args
+    if args.get("enable_dp_lm_head") is True and not layout.dp_attention:
         yield (
-            f"--sglang-speculative-num-draft-tokens {tokens} with {steps} steps and top-k 1: a chain has "
-            f"{steps + 1} tokens (steps + 1)"
+            "--sglang-enable-dp-lm-head needs --sglang-enable-dp-attention; leave it out too "
+            "(--sglang-enable-dp-lm-head false)"
         )
-
-
-def speculation_can_be_limited(config: Config, _: Architecture) -> Iterator[str]:
-    """SGLang changes the number of draft tokens by batch size for EAGLE with one chain, without DP attention."""
-    args = config.sglang.args
-    if config.sglang.speculative_max_batch is None:
-        return
-    if args.get("speculative_algorithm") not in ("EAGLE", "NEXTN"):
-        yield "--speculative-max-batch limits --sglang-speculative-algorithm EAGLE, which is not given"
-    if args.get("speculative_eagle_topk", 1) != 1:
-        yield "--speculative-max-batch needs --sglang-speculative-eagle-topk 1: SGLang turns only chains of drafts off"
-    if EngineLayout.of(config).dp_attention:
-        yield (
-            "--speculative-max-batch and --sglang-enable-dp-attention do not go together: the engine's DP ranks would "
-            "decide differently; leave one of the two out"
-        )
-    if "speculative_adaptive" in args or "speculative_adaptive_config" in args:
-        yield "--speculative-max-batch says what --sglang-speculative-adaptive-config says; leave one of the two out"
+    dense_tp = size_of(config, "moe_dense_tp_size", default=layout.tp)
+    if dense_tp not in (1, layout.tp):
+        valid = listed(sorted({1, layout.tp}))
+        yield f"--sglang-moe-dense-tp-size {dense_tp} on an engine of TP {layout.tp}; valid: {valid}"
 
 
 def find_sglang_python(named: Path | None) -> Path | None:
@@ -316,8 +305,7 @@ RULES = (
     arguments_are_the_users,
     attention_heads_divide,
     experts_divide,
-    speculation_has_a_draft,
-    speculation_can_be_limited,
+    head_and_dense_layers_are_laid_out,
     checksums_are_comparable,
     transfer_fits_the_engines,
 )

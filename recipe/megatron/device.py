@@ -176,6 +176,9 @@ def prepare() -> None:
     warnings.filterwarnings(
         "ignore", category=FutureWarning, module=r"torch\.distributed|megatron\.core\.dist_checkpointing"
     )
+    # `layout.join` has made a rank's own GPU that device. Were torch told of it beforehand, it would make communicators
+    # for all of megatron's groups at once, also for those that nobody uses.
+    warnings.filterwarnings("ignore", message=r"barrier\(\): using the device under current context")
     # Its MoE layer is known to it by name; ours, which is one, is built in the same way.
     transformer_layer = logging.getLogger("megatron.core.transformer.transformer_layer")
     transformer_layer.addFilter(lambda record: "Unknown MLP type" not in record.getMessage())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from recipe.config import Config, Resolved
 from recipe.config.engine_parts import gpus_of_fullest_machine
+from recipe.config.sglang_machine import problems_on_machine
 from recipe.errors import UserError
 from recipe.plan import constants
 from recipe.plan.hardware import DEFAULT_GPU, GB, GIB, GPUS, Machine
@@ -48,6 +49,9 @@ def preflight(resolved: Resolved, *, force: bool) -> None:
     findings = [Finding(refusal(plan, suggestion(plan)), stops=True)] if not plan.fits else []
     findings += [Finding(warning, stops=False) for warning in plan.warnings]
     findings += findings_on(config, found)
+    if config.cluster.device == "auto":  # else they are rules of the configuration
+        problems = problems_on_machine(config, resolved.architecture, on_gpus=uses_gpus(config, found))
+        findings += [Finding(problem, stops=True) for problem in problems]
     stopping = [finding.sentence for finding in findings if finding.stops]
     for finding in findings:
         if force or not finding.stops:

@@ -44,6 +44,56 @@ from recipe.errors import UserError
             ["--speculative-max-batch", "16", "--sglang-speculative-eagle-topk", "2"],
             "needs --sglang-speculative-eagle-topk 1",
         ),
+        (
+            ["--rollout-num-gpus-per-engine", "1", "--sglang-dp-size", "1", "--sglang-ep-size", "1"],
+            "with --sglang-dp-size 1 divides nothing, and SGLang fails at its first batch; "
+            "give --sglang-enable-dp-attention false",
+        ),
+        (
+            ["--rollout-num-gpus-per-engine", "4", "--sglang-dp-size", "1", "--sglang-ep-size", "4"],
+            "give --sglang-enable-dp-attention false, or --sglang-dp-size 2 or 4",
+        ),
+        (["--sglang-enable-dp-attention", "false"], "leave it out (--sglang-dp-size false), or, for copies of the"),
+        (
+            ["--sglang-enable-dp-attention", "false"],
+            "--sglang-enable-dp-lm-head needs --sglang-enable-dp-attention; leave it out too (--sglang-enable-dp-lm-",
+        ),
+        (["--sglang-moe-dense-tp-size", "2"], "--sglang-moe-dense-tp-size 2 on an engine of TP 8; valid: 1 or 8"),
+        (
+            ["--sglang-speculative-algorithm", "EAGLE", "--sglang-speculative-eagle-topk", "1"],
+            "--sglang-speculative-eagle-topk without --sglang-speculative-num-steps: SGLang chooses all three or none",
+        ),
+        (
+            ["--recipe", "glm4.7-flash-8gpu-eagle", "--sglang-pp-size", "2", "--sglang-dp-size", "4"],
+            "--sglang-speculative-algorithm EAGLE and --sglang-pp-size 2 do not go together in SGLang",
+        ),
+        (
+            ["--sglang-speculative-algorithm", "NGRAM"],
+            "--sglang-speculative-algorithm NGRAM and --sglang-enable-dp-attention do not go together in SGLang",
+        ),
+        (
+            ["--sglang-speculative-use-rejection-sampling"],
+            "--sglang-speculative-use-rejection-sampling needs --sglang-speculative-algorithm EAGLE",
+        ),
+        (
+            [
+                *("--recipe", "glm4.7-flash-8gpu-eagle", "--sglang-speculative-use-rejection-sampling"),
+                *("--sglang-speculative-eagle-topk", "2", "--sglang-enable-deterministic-inference"),
+            ],
+            "--sglang-speculative-use-rejection-sampling needs --sglang-speculative-eagle-topk 1",
+        ),
+        (
+            [
+                *("--recipe", "glm4.7-flash-8gpu-eagle", "--sglang-speculative-use-rejection-sampling"),
+                "--sglang-enable-deterministic-inference",
+            ],
+            "and --sglang-enable-deterministic-inference do not go together in SGLang",
+        ),
+        (["--device", "cuda", "--fp32", "--attention-backend", "auto"], "--fp32 with SGLang on GPUs: its kernels"),
+        (
+            ["--recipe", "glm4.7-flash-8gpu-eagle", "--device", "cpu", "--attention-backend", "auto"],
+            "--sglang-speculative-algorithm EAGLE needs GPUs",
+        ),
     ],
 )
 def test_engines_sglang_would_refuse(refusal: Refusal, flags: list[str], sentence: str) -> None:
@@ -57,6 +107,23 @@ def test_tp_size_may_be_said_if_it_is_right(resolve_8gpu: Try) -> None:
     apart = ("--no-colocate", "--rollout-num-gpus", "8", "--sglang-tp", "4", "--sglang-pp-size", "2")
     stages = resolve_8gpu(*apart, "--sglang-dp-size", "4", "--sglang-ep-size", "4")
     assert stages.config.sglang.args["pp_size"] == 2
+
+
+@pytest.mark.parametrize("flags", [["--device", "auto", "--fp32", "--attention-backend", "auto"], ["--device", "cuda"]])
+def test_what_depends_on_the_machine_is_refused_where_that_is_known(resolve_8gpu: Try, flags: list[str]) -> None:
+    resolve_8gpu(*flags)
+
+
+def test_small_latent_attention_is_refused_on_gpus(write_checkpoint: WriteCheckpoint) -> None:
+    checkpoint = write_checkpoint(kv_lora_rank=32, qk_rope_head_dim=16)
+    sglang = ["--rollout-engine", "sglang", "--colocate", "--bf16"]
+    argv = ["--recipe", "tiny", "--hf-checkpoint", str(checkpoint)]
+    resolve([*argv, *sglang, "--device", "cpu"])
+    resolve([*argv, "--device", "cuda"])
+    with pytest.raises(
+        UserError, match=r"kv_lora_rank 32 with qk_rope_head_dim 16 .* take 512 with 64 only; use a mod"
+    ):
+        resolve([*argv, *sglang, "--device", "cuda"])
 
 
 def test_an_all_to_all_backend_spreads_the_experts_itself(resolve_8gpu: Try) -> None:

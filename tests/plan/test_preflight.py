@@ -76,6 +76,20 @@ def test_what_is_missing_stops_the_run_in_one_sentence(
     assert "\n" not in told
 
 
+@pytest.mark.parametrize(
+    ("flags", "gpus", "sentence"),
+    [
+        (["--fp32", "--attention-backend", "auto"], RENTED.gpus, "--fp32 with SGLang on GPUs: its kernels there have"),
+        (["--recipe", "glm4.7-flash-8gpu-eagle"], (), "--sglang-speculative-algorithm EAGLE needs GPUs"),
+    ],
+)
+def test_what_sglang_cannot_do_on_this_kind_of_machine_stops_the_run(
+    eight_gpus: Resolved, monkeypatch: pytest.MonkeyPatch, flags: list[str], gpus: tuple[FoundGpu, ...], sentence: str
+) -> None:
+    resolved = resolve(["--recipe", "glm4.7-flash-8gpu", "--hf-checkpoint", str(PUBLISHED), *flags])
+    assert sentence in refusal_on(FoundMachine(**(vars(RENTED) | {"gpus": gpus})), resolved, monkeypatch)
+
+
 def test_engines_gpus_are_counted_on_every_machine(eight_gpus: Resolved, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two engines of 16 GPUs of their own beside a trainer of 16: 16 more on each of the two machines."""
     recipe = ["--recipe", "glm4.7-flash-16gpu", "--hf-checkpoint", str(PUBLISHED), "--no-colocate"]

@@ -1,0 +1,92 @@
+"""Rules of speculative decoding: what SGLang asserts when its workers start, told before anything does."""
+
+from collections.abc import Iterator
+
+from recipe.config.architecture import Architecture
+from recipe.config.schema import Config
+from recipe.config.sglang_rules import EngineLayout
+
+EAGLE = ("EAGLE", "NEXTN")
+"""Two names of one algorithm, which drafts with the model's MTP layer."""
+_WITHOUT_DP_ATTENTION = ("STANDALONE", "NGRAM")
+_CHAIN = ("speculative_eagle_topk", "speculative_num_draft_tokens")
+
+
+def speculation_has_a_draft(config: Config, architecture: Architecture) -> Iterator[str]:
+    """EAGLE drafts with the checkpoint's MTP layer, a chain of `steps` tokens with top-k 1."""
+    args = config.sglang.args
+    if args.get("speculative_algorithm") not in EAGLE:
+        return
+    if not architecture.num_nextn_predict_layers:
+        yield f"--sglang-speculative-algorithm drafts with an MTP layer, and {config.model.hf_checkpoint} has none"
+    steps, tokens = args.get("speculative_num_steps"), args.get("speculative_num_draft_tokens")
+    if args.get("speculative_eagle_topk") == 1 and isinstance(steps, int) and tokens not in (None, steps + 1):
+        yield (
+            f"--sglang-speculative-num-draft-tokens {tokens} with {steps} steps and top-k 1: a chain has "
+            f"{steps + 1} tokens (steps + 1)"
+        )
+    given = [name for name in _CHAIN if name in args]
+    if steps is None and given:
+        flags = " and ".join(f"--sglang-{name.replace('_', '-')}" for name in given)
+        yield (
+            f"{flags} without --sglang-speculative-num-steps: SGLang chooses all three or none; give the steps too, or "
+            "leave all out"
+        )
+
+
+def speculation_fits_the_engine(config: Config, _: Architecture) -> Iterator[str]:
+    """Drafts do not go with pipeline stages, and some ways to draft not with DP attention."""
+    algorithm = config.sglang.args.get("speculative_algorithm")
+    if config.rollout.engine == "embedded" or algorithm is None:
+        return
+    layout = EngineLayout.of(config)
+    if layout.pp > 1:
+        yield (
+            f"--sglang-speculative-algorithm {algorithm} and --sglang-pp-size {layout.pp} do not go together in "
+            "SGLang; leave one of the two out"
+        )
+    if layout.dp_attention and algorithm in _WITHOUT_DP_ATTENTION:
+        yield (
+            f"--sglang-speculative-algorithm {algorithm} and --sglang-enable-dp-attention do not go together in "
+            "SGLang; leave one of the two out, or draft with EAGLE"
+        )
+
+
+def rejection_sampling_has_one_chain(config: Config, _: Architecture) -> Iterator[str]:
+    """SGLang's rejection sampling knows chains of drafts, and draws from a generator that seeds do not rule."""
+    args = config.sglang.args
+    if args.get("speculative_use_rejection_sampling") is not True:
+        return
+    flag = "--sglang-speculative-use-rejection-sampling"
+    if args.get("speculative_algorithm") not in (*EAGLE, "EAGLE3"):
+        yield f"{flag} needs --sglang-speculative-algorithm EAGLE"
+    if "speculative_num_steps" in args and args.get("speculative_eagle_topk") != 1:
+        yield f"{flag} needs --sglang-speculative-eagle-topk 1"
+    if args.get("enable_deterministic_inference") is True:
+        yield f"{flag} and --sglang-enable-deterministic-inference do not go together in SGLang; leave one of them out"
+
+
+def speculation_can_be_limited(config: Config, _: Architecture) -> Iterator[str]:
+    """SGLang changes the number of draft tokens by batch size for EAGLE with one chain, without DP attention."""
+    args = config.sglang.args
+    if config.sglang.speculative_max_batch is None:
+        return
+    if args.get("speculative_algorithm") not in EAGLE:
+        yield "--speculative-max-batch limits --sglang-speculative-algorithm EAGLE, which is not given"
+    if args.get("speculative_eagle_topk", 1) != 1:
+        yield "--speculative-max-batch needs --sglang-speculative-eagle-topk 1: SGLang turns only chains of drafts off"
+    if EngineLayout.of(config).dp_attention:
+        yield (
+            "--speculative-max-batch and --sglang-enable-dp-attention do not go together: the engine's DP ranks would "
+            "decide differently; leave one of the two out"
+        )
+    if "speculative_adaptive" in args or "speculative_adaptive_config" in args:
+        yield "--speculative-max-batch says what --sglang-speculative-adaptive-config says; leave one of the two out"
+
+
+RULES = (
+    speculation_has_a_draft,
+    speculation_fits_the_engine,
+    rejection_sampling_has_one_chain,
+    speculation_can_be_limited,
+)
