@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,6 +47,24 @@ CONFIG = {
     "dtype": "bfloat16",
 }
 
+TINY = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "q_lora_rank": 48,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "eos_token_id": [1],
+    "pad_token_id": 0,
+}
+"""Changes to CONFIG that make it fit for a CPU."""
+
 
 def write_config(directory: Path, moe_layers: int, **changes: object) -> None:
     """Writes config.json of one dense and `moe_layers` MoE layers."""
@@ -75,32 +94,37 @@ def write_synthetic(
     return sum(file.stat().st_size for file in directory.iterdir())
 
 
+def _ms(work: Callable[[], object]) -> float:
+    """Milliseconds until a piece of work is done, on a GPU by CUDA events."""
+    if not torch.cuda.is_available():
+        began = time.perf_counter()
+        work()
+        return 1e3 * (time.perf_counter() - began)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
 def median_ms(work: Callable[[], object], repeats: int = 10, warmup: int = 3) -> float:
-    """Median milliseconds of a piece of GPU work, by CUDA events."""
+    """Median milliseconds of a piece of work, each time from a standstill."""
     for _ in range(warmup):
         work()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+    return statistics.median(_ms(work) for _ in range(repeats))
 
 
 def mean_ms(work: Callable[[], object], repeats: int = 20, warmup: int = 3) -> float:
-    """Milliseconds of a piece of GPU work that is done again and again: nobody waits between."""
+    """Milliseconds of a piece of work that is done again and again: nobody waits between."""
     for _ in range(warmup):
         work()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(repeats):
-        work()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / repeats
+
+    def all_of_it() -> None:
+        for _ in range(repeats):
+            work()
+
+    return _ms(all_of_it) / repeats
 
 
 def matmul_limit() -> float:
