@@ -25,9 +25,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from glm_flash import write_synthetic
+from glm_flash import TINY, write_synthetic
 from torch import Tensor
-from trainer_ranks import Ranks, build_rank
+from trainer_ranks import CPU_ADAM, RECOMPUTE, Ranks, build_rank
 
 from recipe.batching.schedule import schedule
 from recipe.config import resolve
@@ -50,8 +50,6 @@ NEGLIGIBLE = 0.01
 """Losses and norms well below this are compared absolutely."""
 
 RANKS = 2
-RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-CPU_ADAM = "--optimizer-cpu-offload --overlap-cpu-optimizer-d2h-h2d --use-precision-aware-optimizer"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 LAYOUTS = {
     # EP2-recipe: with what else the 8-GPU recipe sets.
@@ -110,6 +108,8 @@ SCALES = {
             "num_key_value_heads": 4,
             "n_routed_experts": 16,
             "q_lora_rank": 256,
+            "eos_token_id": [1],
+            "pad_token_id": 0,
         },
         deviation=0.04,
         samples=16,
@@ -120,20 +120,7 @@ SCALES = {
         other_kernels=OTHERS | {"cuDNN's attention": "--attention-backend fused"},
     ),
     "cpu": Scale(
-        model={
-            "vocab_size": 96,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "moe_intermediate_size": 32,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "n_routed_experts": 8,
-            "q_lora_rank": 48,
-            "kv_lora_rank": 32,
-            "qk_nope_head_dim": 24,
-            "qk_rope_head_dim": 16,
-            "v_head_dim": 32,
-        },
+        model=TINY,
         deviation=0.08,
         samples=32,
         prompt=16,
@@ -225,7 +212,7 @@ def run_layout(rendezvous: "Rendezvous", flags: str, scale: Scale, file: Path) -
     """Gradients, which rank 0 writes to `file`, and three steps."""
     from recipe.megatron.step import forward_backward
 
-    rank = build_rank(resolve(flags.split()), rendezvous)
+    rank = build_rank(resolve(flags.split()).config, rendezvous)
     rank.load()
     perf, samples = rank.config.perf, random_samples(scale)
     plan = schedule(
@@ -366,8 +353,7 @@ class Comparison:
 
 def write_model(folder: Path, scale: Scale) -> None:
     """The checkpoint that every layout loads: a dense layer, three MoE layers and the MTP layer."""
-    special = {"eos_token_id": [1], "pad_token_id": 0}
-    write_synthetic(folder, 3, deviation=scale.deviation, spread=0.1, **scale.model, **special)
+    write_synthetic(folder, 3, deviation=scale.deviation, spread=0.1, **scale.model)
 
 
 def compare(device: str, layouts: list[str], precisions: list[str]) -> int:
