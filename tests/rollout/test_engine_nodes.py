@@ -3,6 +3,7 @@
 Without DP attention, for which SGLang asks for the same free ports on each machine, and this is one; and with experts
 split, not dealt out, for which SGLang has no kernel in plain torch."""
 
+import dataclasses
 import itertools
 import os
 import signal
@@ -108,10 +109,12 @@ def test_a_rank_with_another_slice_is_named(engine: EngineUnderTest) -> None:
         if name in (expert, query):
             changed[-1] += 1
         expected.add(name, changed)
-    sync = WeightSync("tensor", 500_000, ranks_per_engine=2, address=LOCAL, checksums=lambda: expected)
+    sync = WeightSync("tensor", 500_000, ranks_per_engine=2, address=LOCAL)
+    sync.send(weights.items(), [engine.url], "same")
+    checked = dataclasses.replace(sync, checksums=lambda: expected)
     named = "model.layers.1.self_attn.q_b_proj.weight on rank 1, model.layers.2.mlp.experts.w13_weight on rank 1: "
     with pytest.raises(UserError, match=rf", 2 of \d+ tensors .* first of them {named}"):
-        sync.send([("model.norm.weight", weights["model.norm.weight"])], [engine.url], "changed")
+        checked.send([("model.norm.weight", weights["model.norm.weight"])], [engine.url], "changed")
 
 
 def test_the_first_ends_when_the_second_does(parts: list[EngineProcess]) -> None:
