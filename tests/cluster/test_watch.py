@@ -171,6 +171,11 @@ def be_long_about_it(beat: Callable[[], None]) -> None:
         beat()
 
 
+def wait_for_both(call: WatchedCall, engines: EngineGroup) -> None:
+    while not call.advance(at_most_s=0.2):
+        assert not engines.have_started()
+
+
 def test_an_engine_that_does_not_start_is_told_while_ranks_and_other_engines_still_do(
     actor: Any, tmp_path: Path
 ) -> None:
@@ -182,6 +187,5 @@ def test_an_engine_that_does_not_start_is_told_while_ranks_and_other_engines_sti
     call = WatchedCall([rank], [rank.actor.do.remote(be_long_about_it)], TIMEOUT_S, tmp_path / "report")
     began = time.monotonic()
     with pytest.raises(UserError, match="engine 0 cannot have a port"):
-        while not call.advance(at_most_s=0.2):
-            assert not engines.have_started()
+        wait_for_both(call, engines)
     assert time.monotonic() - began < 25
