@@ -62,7 +62,7 @@ class Fault:
     befall: Callable[[], None]
     told: str
     """After NAMED."""
-    within_s: float
+    within: float
     """Share of the time-out."""
 
 
@@ -155,7 +155,7 @@ def verdict(way: str, said: str, status: int, left: list[str], timeout_s: float)
     error = re.search(NAMED + FAULTS[way].told + ".*", said, re.MULTILINE)
     after = re.search(r"^ended after ([\d.]+) s$", said, re.MULTILINE)
     seconds = float(after[1]) if after else float("inf")
-    holds = bool(error) and seconds < FAULTS[way].within_s * timeout_s and not left and status == USER_ERROR_STATUS
+    holds = bool(error) and seconds < FAULTS[way].within * timeout_s and not left and status == USER_ERROR_STATUS
     told = error[0] if error and holds else f"status {status}, left behind: {left or 'nothing'}\n{said}"
     return f"{way}: after {seconds:.1f} s of at most {timeout_s}: {told}", holds
 
