@@ -90,6 +90,15 @@ class RankActor:
         self.make_room()
         return Started(progress, {part: self.stopwatch.seconds[part] for part in RankPart})
 
+    def load_checksums(self) -> None:
+        """Imports what weight updates are compared by."""
+        import torch
+
+        if torch.cuda.is_available():
+            from recipe.rollout.weights_checksum import gpu_hash
+
+            gpu_hash()
+
     def load_compiler(self) -> None:
         """Imports what the first step compiles kernels with."""
         self.trainer.load_compiler()

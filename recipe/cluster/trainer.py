@@ -71,6 +71,9 @@ class TrainerGroup:
         meeting: ray.ObjectRef = self._ranks[0].open_store.remote(self.config.cluster.master_addr)
         threads = threads_per_rank(self.config)
         self._starting = [rank.start.remote(meeting, threads) for rank in self._ranks]
+        if self.config.rollout.check_weight_update_equal:
+            for rank in self._ranks:
+                rank.load_checksums.remote()  # while the engines start
 
     def finish_start(self, meanwhile: Callable[[], None]) -> Started:
         """Waits for `begin_start`, and calls `meanwhile` again and again while it does. Returns how far the run has
