@@ -41,6 +41,7 @@ from recipe.run import (
     open_progress,
 )
 from recipe.run.progress import Progress as Display
+from recipe.threads import in_thread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -128,7 +129,7 @@ class Run:
         with self.clock.measure(Phase.ROLLOUT):
             try:
                 self._rollout = await engines.collector.collect(seeds, str(rollout_id))
-                engines.release_memory()
+                await engines.release_memory()
             except NothingToLearn:
                 # A grader that always fails gives equal rewards too, and says so better.
                 engines.grader.collect_counts()
@@ -136,12 +137,12 @@ class Run:
         engines.grader.collect_counts()
         return self._rollout
 
-    def update_weights(self) -> None:
+    async def update_weights(self) -> None:
         """Sends the policy to the engines; those that died meanwhile are replaced first. Raises UserError if one does
         not take it."""
         if self._engines is not None:
             with self.clock.measure(Phase.UPDATE_WEIGHTS):
-                self._engines.update_weights(self.trainer, self.progress.rollouts)
+                await self._engines.update_weights(self.trainer, self.progress.rollouts)
             self._start.end(StartPart.FIRST_WEIGHTS)
             self._start.reach(StartMoment.WEIGHTS)
             self.trainer.load_compiler()
@@ -248,7 +249,9 @@ class Run:
 
     def save_what_is_done(self) -> None:
         """Leaves a checkpoint of the last finished rollout, for a run that ends early. What is under way of the next
-        one is given up, and so is an evaluation."""
+        one is given up, and so are an evaluation and the engines: no rank is to wait for one that hangs."""
+        if self._engines is not None:
+            self._engines.begin_end()
         if self._learned:
             self.record()
         if self.progress.rollouts > self._saved_rollouts:
@@ -291,15 +294,19 @@ class Engines:
         """Grades a complete group."""
         await grade_group(self.grader, group)
 
-    def release_memory(self) -> None:
+    async def release_memory(self) -> None:
         """Nothing is generated until the next `update_weights`: engines on the trainer's GPUs make room for it."""
-        self._group.release_memory()
+        await in_thread(self._group.release_memory)
 
-    def update_weights(self, trainer: TrainerGroup, version: int) -> None:
+    async def update_weights(self, trainer: TrainerGroup, version: int) -> None:
         """Replaces engines that do not answer any more, and sends the policy to all."""
         trainer.make_room()
-        self.client.move(self._group.replace_dead())
-        self.client.move(self._group.update_weights(trainer, version))
+        self.client.move(await in_thread(self._group.replace_dead))
+        self.client.move(await in_thread(self._group.update_weights, trainer, version))
+
+    def begin_end(self) -> None:
+        """Nothing is generated any more, and nobody waits for an engine."""
+        self._group.begin_end()
 
     @property
     def weight_bytes_per_second(self) -> float | None:

@@ -21,11 +21,11 @@ from recipe.run import Phase
 
 async def train(resolved: Resolved) -> None:
     """Carries out the run that `resolved` describes, from its beginning or from the checkpoint in `--load`. A SIGTERM
-    that comes between two steps, or while one samples, ends it there, saved."""
+    that comes between two steps, or while one samples or sends weights, ends it there, saved."""
     config = resolved.config
     async with open_run(resolved) as run:
         with saving_on_notice(run.save_what_is_done, config.misc.sigterm_grace_s):
-            run.update_weights()
+            await run.update_weights()
             if run.is_first_evaluation_due:
                 await run.evaluate()
                 run.record()
@@ -37,7 +37,7 @@ async def train(resolved: Resolved) -> None:
                     rollout = await run.generate()
                     samples = with_advantages(rollout, config)
                 learn(run, samples)
-                run.update_weights()
+                await run.update_weights()
                 if run.is_evaluation_due:
                     await run.evaluate()
                 run.record()

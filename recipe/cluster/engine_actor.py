@@ -1,7 +1,10 @@
 """The owner of an engine: it starts the server, with its parts on other machines, and replaces them when they die."""
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
+
+import ray
 
 from recipe.cluster.engine_parts import EngineParts, launch_of, new_log
 from recipe.cluster.placement import Seat, own_address
@@ -14,8 +17,15 @@ logger = logging.getLogger(__name__)
 START_ATTEMPTS = 3
 """Times that an engine is started that died, or could not have a port, before the run gives up."""
 
+ENDS = "ends"
+"""Ray's group of threads that ends an engine, whatever another thread waits for meanwhile; see `rank_actor.ANSWERS`."""
+
 WEIGHTS, THE_REST = ("weights",), ("kv_cache", "cuda_graph")
 """The memory that an engine takes again before it is sent weights, and after it."""
+
+
+class EngineEnded(Exception):
+    """What waited for an engine, or was to start it, finds it ended for good: the run is over."""
 
 
 def in_attempts(name: str, start: Callable[[], str], failure: type[UserError]) -> str:
@@ -51,6 +61,7 @@ class EngineActor:
         self.process: EngineProcess | None = None
         self.released: set[str] = set()
         """What memory the server has given back, by SGLang's tags."""
+        self._ended = threading.Event()
 
     def start(self) -> str:
         """Starts the server, on other ports where one is taken. Returns its address once it is healthy. Raises
@@ -62,14 +73,24 @@ class EngineActor:
         self._kill()
         config = self.resolved.config
         try:
-            launch = launch_of(self.resolved, self.number, self.gpus, self.parts.start())
+            node = self.parts.start()
+            self._check_wanted()
+            launch = launch_of(self.resolved, self.number, self.gpus, node)
             log = new_log(config, f"engine-{self.number}")
             self.process = EngineProcess(launch, log, host=own_address(config))
-            self.process.wait_healthy(config.rollout.rollout_engine_start_timeout_s, self.parts.check)
-        except UserError:
-            self.parts.end()
+            self.process.wait_healthy(config.rollout.rollout_engine_start_timeout_s, self._check)
+        except (UserError, EngineEnded):
+            self._kill()
             raise
         return self.process.url
+
+    def _check(self) -> None:
+        self._check_wanted()
+        self.parts.check()
+
+    def _check_wanted(self) -> None:
+        if self._ended.is_set():
+            raise EngineEnded(f"engine {self.number}")
 
     def keep_alive(self) -> str:
         """Starts the server again if it has died or does not generate, which it cannot be asked for while its memory is
@@ -105,11 +126,12 @@ class EngineActor:
         logger.warning("engine %d does not take its memory again: it is started again", self.number)
         return start_again(f"engine {self.number}", self._start)
 
+    @ray.method(concurrency_group=ENDS)
     def stop(self) -> None:
-        """Ends the server."""
+        """Ends the server for good, also one that hangs or is just starting."""
+        self._ended.set()
         if self.process is not None:
             self.process.stop()
-            self.process = None
         self.parts.end()
 
     def _kill(self) -> None:

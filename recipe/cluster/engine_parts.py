@@ -26,6 +26,8 @@ APPEARS_WITHIN_S = 300.0
 """Longest wait for an actor's process on another machine."""
 ANSWERS_WITHIN_S = 30.0
 """Likewise for an answer of one that is there."""
+ENDS_WITHIN_S = 3.0
+"""Likewise for the end of its server, before it is killed with it."""
 
 
 def threads_of_engine(config: Config) -> int:
@@ -143,12 +145,10 @@ class EngineParts:
     def end(self) -> None:
         """Ends all of them at once, also those that hang."""
         if self._actors:
-            ray.wait(
-                [part.end.remote() for part in self._actors], num_returns=len(self._actors), timeout=ANSWERS_WITHIN_S
-            )
-            for part in self._actors:
+            parts, self._actors = self._actors, []
+            ray.wait([part.end.remote() for part in parts], num_returns=len(parts), timeout=ENDS_WITHIN_S)
+            for part in parts:
                 ray.kill(part)
-            self._actors = []
         if self._dist_init is not None:
             self._dist_init.close()
             self._dist_init = None

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from types import TracebackType
@@ -11,15 +12,27 @@ import ray
 from ray.actor import ActorHandle
 
 from recipe.cluster.calls import ActorDied, get, raise_failure
-from recipe.cluster.engine_actor import START_ATTEMPTS, THE_REST, WEIGHTS, EngineActor, start_again
+from recipe.cluster.engine_actor import (
+    ENDS,
+    START_ATTEMPTS,
+    THE_REST,
+    WEIGHTS,
+    EngineActor,
+    EngineEnded,
+    start_again,
+)
 from recipe.cluster.engine_parts import APPEARS_WITHIN_S
 from recipe.cluster.placement import Placement
 from recipe.cluster.trainer import TrainerGroup
 from recipe.config import Resolved
 from recipe.errors import UserError
 from recipe.rollout.delivery import Delivery
+from recipe.threads import in_thread
 
 logger = logging.getLogger(__name__)
+
+END_S = 8.0
+"""Time that the owners of engines have to end them, before they are killed with them."""
 
 
 def deliver(
@@ -63,9 +76,11 @@ class EngineGroup:
         self.weight_bytes_per_second: float | None = None
         """Of the last update, to each GPU of the slowest engine; None where it went by the disk."""
         self._sending = asyncio.Lock()
+        self._ending: dict[ray.ObjectRef, ActorHandle] = {}
+        self._ended = threading.Event()
 
     def _owner(self, number: int) -> ActorHandle:
-        actor: Any = ray.remote(EngineActor)
+        actor: Any = ray.remote(concurrency_groups={ENDS: 1})(EngineActor)  # type: ignore[call-overload]
         seat, *others = self._placement.seats(number)
         owner: ActorHandle = actor.options(name=f"engine {number}", **seat.options).remote(
             self._resolved, number, seat.gpus, others
@@ -78,7 +93,16 @@ class EngineGroup:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        ray.wait([actor.stop.remote() for actor in self._actors], num_returns=len(self._actors), timeout=30)
+        self.begin_end()
+        _, late = ray.wait(list(self._ending), num_returns=len(self._ending), timeout=END_S)
+        for reference in late:
+            ray.kill(self._ending[reference])
+
+    def begin_end(self) -> None:
+        """Ends the engines for good, without waiting for that: also those that hang, are just starting or take weights,
+        so that nobody waits for them any more. Whoever starts one raises EngineEnded."""
+        self._ended.set()
+        self._ending |= {actor.stop.remote(): actor for actor in self._actors}
 
     def begin_start(self) -> None:
         """Lets the engines start, without waiting for them."""
@@ -130,10 +154,10 @@ class EngineGroup:
         does nothing else while something is generated. Returns the new address. Raises UserError if that fails."""
         number = self._urls.index(url)
         logger.warning("engine %d at %s does not generate any more: it is started again", number, url)
-        await asyncio.to_thread(self._start_again, number)
+        await in_thread(self._start_again, number)
         if self._weights is not None:
             async with self._sending:
-                await asyncio.to_thread(self._deliver, [number])
+                await in_thread(self._deliver, [number])
         return self._urls[number]
 
     def _deliver(self, numbers: Iterable[int]) -> Delivery:
@@ -154,6 +178,7 @@ class EngineGroup:
         timeout_s = APPEARS_WITHIN_S + self._resolved.config.rollout.rollout_engine_start_timeout_s
 
         def start() -> str:
+            self._check_wanted()
             try:
                 return str(get([self._actors[number].start.remote()], [self._names[number]], timeout_s)[0])
             except ActorDied:
@@ -175,7 +200,12 @@ class EngineGroup:
                 self._start_again(number)
         return list(self._urls)
 
+    def _check_wanted(self) -> None:
+        if self._ended.is_set():
+            raise EngineEnded("the run is over")
+
     def _replace_owner(self, number: int) -> None:
+        self._check_wanted()
         ray.kill(self._actors[number])
         self._actors[number] = self._owner(number)
 

@@ -91,9 +91,16 @@ def _level(config: Config) -> int:
 
 @contextmanager
 def _own_signals() -> Iterator[None]:
-    """Keeps the program's answer to SIGTERM, which `ray.init` replaces by one of its own."""
+    """Keeps the program's answer to SIGTERM, which `ray.init` replaces by one of its own, an exit whose status is the
+    signal's number. One that came meanwhile is answered late."""
     before = signal.getsignal(signal.SIGTERM)
+    came = False
     try:
         yield
+    except SystemExit as exit_:
+        came = exit_.code == signal.SIGTERM
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
+        if came:
+            signal.raise_signal(signal.SIGTERM)

@@ -20,10 +20,13 @@ from recipe.rewards.equality import equals_integer
 from recipe.rewards.functions import CustomReward, Reward, RewardRule, answer_in_label
 from recipe.rewards.integers import MAX_ANSWER_CHARACTERS, canonical_integer, read_answer
 from recipe.rewards.workers import Outcome, WorkerPool
+from recipe.threads import in_thread
 
 FAILED_REWARD = 0.0
 
 _CACHE_SIZE = 1 << 16
+_CUSTOM_AT_ONCE = 32
+"""Groups that a custom function grades at the same time."""
 _ALGEBRA = "recipe.rewards.algebra:compute"
 _EQUAL, _VALUE = "equal", "value"
 """Its questions."""
@@ -83,6 +86,7 @@ class Grader:
         self._reward = reward
         self._pool = WorkerPool(_ALGEBRA, size=num_workers, timeout_s=timeout_s)
         self._lock = threading.Lock()
+        self._custom_turns = threading.Semaphore(_CUSTOM_AT_ONCE)
         self._computed: OrderedDict[Call, bool | str] = OrderedDict()
         self._counts: Counter[GradeStatus] = Counter()
         self._last_failure = ""
@@ -99,7 +103,8 @@ class Grader:
     def grade(self, requests: Sequence[GradeRequest]) -> list[Grade]:
         """The grade of every request, in their order; blocks while processes compute."""
         if not isinstance(self._reward, RewardRule):
-            return self._counted([_custom_grade(self._reward, request) for request in requests])
+            with self._custom_turns:
+                return self._counted([_custom_grade(self._reward, request) for request in requests])
         decided = [self._decide(self._reward, request) for request in requests]
         pending = self._submit(decided)
         outcomes = {call: future.result() for call, future in pending.items()}
@@ -108,7 +113,7 @@ class Grader:
     async def grade_async(self, requests: Sequence[GradeRequest]) -> list[Grade]:
         """As `grade`, without blocking the event loop. A custom function runs in a thread."""
         if not isinstance(self._reward, RewardRule):
-            return await asyncio.to_thread(self.grade, requests)
+            return await in_thread(self.grade, requests)
         decided = [self._decide(self._reward, request) for request in requests]
         pending = self._submit(decided)
         values = await asyncio.gather(*map(asyncio.wrap_future, pending.values()))

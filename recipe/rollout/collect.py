@@ -38,6 +38,7 @@ from recipe.rollout.pending import PendingGroup
 from recipe.rollout.sample import SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
 from recipe.rollout.selection import Selection
+from recipe.threads import in_thread
 
 
 class NothingToLearn(UserError):
@@ -133,7 +134,7 @@ class RolloutCollector:
                         selection.submit()
                         tasks.create_task(complete(number))
                 number = await finished.get()
-                selection.decide(number, await asyncio.to_thread(self._keep, groups[number].group))
+                selection.decide(number, await in_thread(self._keep, groups[number].group))
             await self._client.drain()
         self._put_aside([groups[number] for number in selection.unused])
         kept = sorted((groups[number].group for number in selection.kept), key=lambda group: group.index)

@@ -67,7 +67,15 @@ def strike(first: psutil.Process, second: psutil.Process) -> None:
 
 def engines(run: psutil.Process) -> list[psutil.Process]:
     """The engines of a run."""
-    return [p for p in run.children(recursive=True) if "recipe.rollout.servers.embedded" in " ".join(p.cmdline())]
+    return [p for p in run.children(recursive=True) if "recipe.rollout.servers.embedded" in words_of(p)]
+
+
+def words_of(process: psutil.Process) -> list[str]:
+    """Its command line, while it lives."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 def failing_reward(prompt: str, response: str, label: str) -> float:

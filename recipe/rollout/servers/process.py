@@ -24,7 +24,7 @@ from recipe.rollout.servers.ports import LOCAL, reserve_port_with
 
 POLL_S = 0.1
 HEALTH_TIMEOUT_S = 5.0
-GRACE_S = 5.0
+GRACE_S = 3.0
 """Time a server has to end by itself."""
 
 _PR_SET_PDEATHSIG = 1
@@ -54,7 +54,8 @@ class EngineProcess:
         self._host = host
         self._log = log
         self._segments: set[Path] = set()
-        self._scratch = tempfile.TemporaryDirectory(prefix="engine-")
+        self._has_been_healthy = False
+        self._scratch = tempfile.TemporaryDirectory(prefix="engine-", ignore_cleanup_errors=True)
         for name, content in launch.files.items():
             Path(self._scratch.name, name).write_text(content)
         arguments = [self._filled_in(word) for word in launch.arguments]
@@ -105,7 +106,7 @@ class EngineProcess:
         except UserError:
             self.stop()
             raise
-        self._segments = self._mapped_segments()
+        self._segments, self._has_been_healthy = self._mapped_segments(), True
 
     def check_alive(self) -> None:
         """Raises UserError, with what its log says, if the server has ended: PortTaken if that was for want of a
@@ -121,15 +122,18 @@ class EngineProcess:
         return self._log.read_text(errors="replace")
 
     def stop(self) -> None:
-        """Ends the server and every process of its group; returns when they are gone."""
-        if self._signal(signal.SIGTERM):
+        """Ends the server and every process of its group; returns when they are gone. One that has not become healthy
+        has nothing to finish, and is killed."""
+        if self._has_been_healthy and self._signal(signal.SIGTERM):
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(GRACE_S)
         self.kill()
 
     def kill(self) -> None:
         """Ends the server at once, also one that hangs or is stopped, and the shared memory that its processes talk
-        through, which nobody else ends when they are killed."""
+        through, which nobody else ends when they are killed. Any thread may call this, whatever another waits for."""
+        if not self._has_been_healthy:
+            self._segments = self._mapped_segments()
         self._signal(signal.SIGKILL)
         self._process.wait()
         for segment in self._segments:
@@ -160,7 +164,7 @@ class EngineProcess:
         return self.alive and self._asks("POST", "/resume_memory_occupation", timeout_s, {"tags": list(tags)})
 
     def _mapped_segments(self) -> set[Path]:
-        """Files of shared memory that the server's processes have mapped. While it has just become healthy, they are
+        """Files of shared memory that the server's processes have mapped. Until it has just become healthy, they are
         its own: weights come later."""
         found: set[Path] = set()
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -1,0 +1,53 @@
+"""A run whose engine fails at a moment that is hard to meet from outside: python -m ended_run WAY [the flags of
+recipe.train].
+
+`between`: the engine is killed between two rollouts, when it is asked whether it is alive. `weights`: it is stopped
+when version 2 of the weights is sent to it.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Mapping
+
+import psutil
+from run_support import engines
+
+from recipe.cluster.engines import EngineGroup
+from recipe.cluster.trainer import TrainerGroup
+from recipe.errors import run_main
+from recipe.rollout.delivery import Delivery
+from recipe.train import main
+
+replace_dead, update_weights = EngineGroup.replace_dead, TrainerGroup.update_weights
+asked: list[EngineGroup] = []
+
+
+def struck_between(self: EngineGroup) -> list[str]:
+    """`EngineGroup.replace_dead`, with the engine's death before the third call."""
+    asked.append(self)
+    if len(asked) == 3:
+        strike(signal.SIGKILL)
+    return replace_dead(self)
+
+
+def struck_update(self: TrainerGroup, addresses: Mapping[int, str], version: str) -> Delivery:
+    """`TrainerGroup.update_weights`, to an engine that hangs."""
+    if version == "2":
+        strike(signal.SIGSTOP)
+    return update_weights(self, addresses, version)
+
+
+def strike(number: signal.Signals) -> None:
+    [engine] = engines(psutil.Process())
+    os.killpg(engine.pid, number)
+    print(f"engine {engine.pid} is struck", flush=True)
+
+
+if __name__ == "__main__":
+    way = sys.argv.pop(1)
+    if way == "between":
+        EngineGroup.replace_dead = struck_between  # type: ignore[method-assign]
+    else:
+        TrainerGroup.update_weights = struck_update  # type: ignore[method-assign]
+    run_main(main)
