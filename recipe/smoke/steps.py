@@ -85,7 +85,7 @@ class SmokeRun:
         with self._timed("model"):
             settings = self._settings
             write_task(settings.task, settings.seed, MAX_OPERAND, HELD_OUT_SUMS)
-            write_tiny_checkpoint(settings.untrained, settings.seed, KERNEL_SIZES)
+            write_tiny_checkpoint(settings.untrained, settings.seed, KERNEL_SIZES if settings.gpus else None)
 
     def _look_at_machine(self) -> bool:
         """What the machine lacks, and whether the loop can run on it all the same."""
