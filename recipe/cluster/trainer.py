@@ -75,7 +75,7 @@ class TrainerGroup:
             for rank in self._ranks:
                 rank.load_checksums.remote()  # while the engines start
 
-    def finish_start(self, meanwhile: Callable[[], None]) -> Started:
+    def finish_start(self, meanwhile: Callable[[], None] = lambda: None) -> Started:
         """Waits for `begin_start`, and calls `meanwhile` again and again while it does. Returns how far the run has
         come, and the seconds of the slowest rank in each part."""
         processes = get(self._processes, self._names)
