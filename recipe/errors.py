@@ -28,6 +28,7 @@ def run_main(main: Callable[[], int | None]) -> None:
     """
     signal.signal(signal.SIGINT, _unwind)
     signal.signal(signal.SIGTERM, _unwind)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})  # Ray's workers hand blocked ones down
     try:
         status = main() or 0
         print(end="", flush=True)

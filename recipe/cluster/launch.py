@@ -32,6 +32,9 @@ from recipe.rollout.servers.ports import reserve_port
 ROOT = Path(__file__).parents[2]
 JOIN_TIMEOUT_S = 1800
 """Longest wait for the other nodes: images are pulled meanwhile."""
+AGENT_TIMEOUT_S = 120
+"""Longest wait for Ray's agent on this node."""
+_NO_AGENT = "No available agent"
 FAILED_STATUS = 1
 """Where the job has left no status of its own."""
 
@@ -130,7 +133,7 @@ class Job:
         self._client = JobSubmissionClient(self._url)
         entrypoint = f"cd {shlex.quote(str(ROOT))} && exec {shlex.join(self._command)}"
         print(f"+ ray job submit --address {self._url} -- {shlex.join(self._command)}", flush=True)
-        self._id = self._client.submit_job(entrypoint=entrypoint)
+        self._id = await self._submit(entrypoint)
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._pass_on, number)
         notices = asyncio.create_task(self._heed_notices())
@@ -140,6 +143,19 @@ class Job:
             return await self._exit_status()
         finally:
             notices.cancel()
+
+    async def _submit(self, entrypoint: str) -> str:
+        """Ray says that it has started before its agents have, one of which is to start the job."""
+        deadline = time.monotonic() + AGENT_TIMEOUT_S
+        while True:
+            try:
+                return str(self._client.submit_job(entrypoint=entrypoint))
+            except RuntimeError as error:
+                if _NO_AGENT not in str(error):
+                    raise
+                if time.monotonic() > deadline:
+                    raise UserError(f"Ray's agent does not start in {AGENT_TIMEOUT_S} s: {error}") from error
+            await asyncio.sleep(POLL_S)
 
     async def _exit_status(self) -> int:
         info = self._client.get_job_info(self._id)

@@ -43,8 +43,7 @@ class RunUnderTest:
         self._command = arguments(inputs, folder, "ended", *ONE_OF_EACH, "--num-rollout", "1000")
         self._command += ["--custom-rm-path", "run_support:slow_reward"]
 
-    def start(self, *flags: str, way: str | None = None) -> None:
-        module = ["recipe.train"] if way is None else ["ended_run", way]
+    def start(self, *flags: str, module: tuple[str, ...] = ("recipe.train",)) -> None:
         executable, option, _, *rest = self._command
         self.process: subprocess.Popen = start([executable, option, *module, *rest, *flags])
 
@@ -99,6 +98,11 @@ def starts_ranks(run: RunUnderTest) -> None:
     run.wait_for("ray::RankActor")
 
 
+def starts_ranks_in_a_job(run: RunUnderTest) -> None:
+    run.start(module=("recipe.cluster.launch",))
+    run.wait_for("ray::RankActor")
+
+
 def starts_engines(run: RunUnderTest) -> None:
     run.start()
     run.stop_next_engine()
@@ -114,12 +118,12 @@ def replaces_an_engine(run: RunUnderTest) -> None:
 
 
 def replaces_an_engine_between_rollouts(run: RunUnderTest) -> None:
-    run.start(way="between")
+    run.start(module=("ended_run", "between"))
     run.stop_next_engine(run.wait_for_strike())
 
 
 def sends_weights(run: RunUnderTest) -> None:
-    run.start(way="weights")
+    run.start(module=("ended_run", "weights"))
     run.wait_for_strike()
     time.sleep(1)
 
@@ -130,6 +134,7 @@ def sends_weights(run: RunUnderTest) -> None:
         (asks_sglang, signal.SIGINT, INTERRUPTED),
         (starts_ray, signal.SIGTERM, TERMINATED),
         (starts_ranks, signal.SIGINT, INTERRUPTED),
+        (starts_ranks_in_a_job, signal.SIGINT, INTERRUPTED),
         (starts_engines, signal.SIGTERM, TERMINATED),
         (replaces_an_engine, signal.SIGINT, INTERRUPTED),
         (replaces_an_engine_between_rollouts, signal.SIGTERM, SAVED_STATUS),

@@ -34,6 +34,22 @@ def test_a_signal_gives_its_status_whatever_ray_makes_of_it(number: signal.Signa
     assert said == f"stopping: {number.name} received\n"
 
 
+def test_a_signal_that_the_parent_has_blocked_is_heeded() -> None:
+    """As for a job of Ray's, whose processes block SIGINT."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}),
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "stopping: SIGINT received\n")
+
+
 def test_a_full_disk_under_the_output_is_told_in_a_sentence() -> None:
     program = "from recipe.errors import run_main; run_main(lambda: print('x' * 100_000))"
     with open("/dev/full", "w") as full:
