@@ -22,13 +22,18 @@ RUN python3 -m venv /opt/venv \
 RUN useradd --create-home --uid 10001 recipe \
     && chmod 1777 /home/recipe
 
+# Kernels that are compiled at their first use stay in build/, which outlives the container: that saves SGLang a minute
+# at every further start.
 ENV PATH=/opt/venv/bin:${PATH} \
     HOME=/home/recipe \
     USER=recipe \
     PYTHONPATH=/workspace \
     PYTHONUNBUFFERED=1 \
     TORCHINDUCTOR_CACHE_DIR=/workspace/build/cache/inductor \
-    TRITON_CACHE_DIR=/workspace/build/cache/triton
+    TRITON_CACHE_DIR=/workspace/build/cache/triton \
+    FLASHINFER_WORKSPACE_BASE=/workspace/build/cache \
+    SGLANG_CACHE_DIR=/workspace/build/cache/sglang \
+    TVM_FFI_CACHE_DIR=/workspace/build/cache/tvm-ffi
 
 WORKDIR /workspace
 COPY . .

@@ -6,6 +6,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
+from rich.console import Console
+
 from evaluation.grading import Judge
 from evaluation.in_loop import evaluate, open_judge, read_sets
 from recipe.cluster import EngineGroup, TrainerGroup, place, ray_session
@@ -27,7 +29,17 @@ from recipe.rollout.grading import grade_group
 from recipe.rollout.sample import SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
 from recipe.rollout.servers.argument_check import ArgumentCheck
-from recipe.run import EvalMetrics, Phase, PhaseClock, RunDirectory, StepMetrics, open_progress
+from recipe.run import (
+    EvalMetrics,
+    Phase,
+    PhaseClock,
+    RunDirectory,
+    StartClock,
+    StartMoment,
+    StartPart,
+    StepMetrics,
+    open_progress,
+)
 from recipe.run.progress import Progress as Display
 from recipe.threads import in_thread
 
@@ -85,6 +97,7 @@ class Run:
         directory: RunDirectory,
         display: Display,
         progress: Progress,
+        start: StartClock,
     ) -> None:
         self.config = resolved.config
         self.prompts = data.source
@@ -96,6 +109,7 @@ class Run:
         self._reports: list[StepReport] = []
         self._learned: Sequence[TrainSample] = ()
         self._saved_rollouts = progress.rollouts
+        self._start = start
         self._evals: dict[str, EvalMetrics] = {}
         self._mismatch = MismatchWatch(resolved.config.misc.mismatch_warn)
         if progress.rollouts:
@@ -129,6 +143,9 @@ class Run:
         if self._engines is not None:
             with self.clock.measure(Phase.UPDATE_WEIGHTS):
                 await self._engines.update_weights(self.trainer, self.progress.rollouts)
+            self._start.end(StartPart.FIRST_WEIGHTS)
+            self._start.reach(StartMoment.WEIGHTS)
+            self.trainer.load_compiler()
 
     async def evaluate(self) -> None:
         """Scores the engines' weights on the held-out sets."""
@@ -304,35 +321,74 @@ class Engines:
 
 @asynccontextmanager
 async def open_run(resolved: Resolved) -> AsyncIterator[Run]:
-    """Starts Ray, the trainer's ranks and the engines; when the block is left, for whatever reason, ends what was
-    started and nothing else."""
-    config = resolved.config
+    """Starts Ray, the trainer's ranks and the engines, and reads the data meanwhile; when the block is left, for
+    whatever reason, ends what was started and nothing else."""
+    config, console = resolved.config, Console()
+    clock = StartClock(lambda line: console.print(line, soft_wrap=True, highlight=False))
+    clock.command_is_read()
     async with AsyncExitStack() as stack:
         arguments = stack.enter_context(ArgumentCheck(resolved))
-        data = Data.read(resolved)
         directory = stack.enter_context(RunDirectory(resolved))
-        stack.enter_context(ray_session(config))
+        directory.record_start(clock.seconds)
+        with clock.measure(StartPart.RAY):
+            stack.enter_context(ray_session(config))
         placement = place(config)
         trainer = stack.enter_context(TrainerGroup(config, resolved.architecture, placement))
         group = stack.enter_context(EngineGroup(resolved, placement)) if config.needs_engine else None
-        if group is not None:
-            group.begin_start()
-        trainer.begin_start()
+        _begin_start(trainer, group, clock)
+        with clock.measure(StartPart.DATA):
+            data = Data.read(resolved)
         arguments.finish()
-        progress = trainer.finish_start()
+        progress, urls = _finish_start(trainer, group, clock)
         directory.start(progress.rollouts)
         directory.record_host_memory(trainer.host_memory())
         engines = None
         if group is not None:
-            assert data.reward is not None
-            urls = group.finish_start()
-            timeout_s, num_workers = config.rollout.rm_timeout_s, config.rollout.rm_num_workers
-            grader = stack.enter_context(Grader(data.reward, timeout_s=timeout_s, num_workers=num_workers))
-            judge = None
-            if isinstance(data.reward, RewardRule):
-                judge = stack.enter_context(open_judge(config))
-            options = ClientOptions.of(config.rollout, resolved.architecture.vocab_size)
-            client = RolloutClient(urls, options, recover=group.recover)
-            engines = Engines(group, await stack.enter_async_context(client), grader, judge, data, config.rollout)
-        display = stack.enter_context(open_progress(config.rollout.num_rollout, progress.rollouts))
-        yield Run(resolved, data, trainer, engines, directory, display, progress)
+            client = RolloutClient(
+                urls,
+                ClientOptions.of(config.rollout, resolved.architecture.vocab_size),
+                recover=group.recover,
+                on_answer=lambda: clock.reach(StartMoment.ANSWER),
+            )
+            engines = _open_engines(config, data, group, await stack.enter_async_context(client), stack)
+            clock.begin(StartPart.FIRST_WEIGHTS)
+        display = stack.enter_context(open_progress(config.rollout.num_rollout, progress.rollouts, console))
+        yield Run(resolved, data, trainer, engines, directory, display, progress, clock)
+
+
+def _begin_start(trainer: TrainerGroup, group: EngineGroup | None, clock: StartClock) -> None:
+    if group is not None:  # first: they take longest
+        clock.begin(StartPart.ENGINES)
+        group.begin_start()
+    clock.begin(StartPart.RANKS)
+    trainer.begin_start()
+
+
+def _finish_start(
+    trainer: TrainerGroup, group: EngineGroup | None, clock: StartClock
+) -> tuple[Progress, Sequence[str]]:
+    """Waits for ranks and engines. Returns how far the run has come, and the engines' addresses. Raises UserError as
+    soon as one of either fails."""
+
+    def look_at_engines() -> None:
+        if group is not None and group.have_started():
+            clock.end(StartPart.ENGINES)
+
+    started = trainer.finish_start(look_at_engines)
+    clock.end(StartPart.RANKS, started.seconds)
+    if group is None:
+        return started.progress, []
+    urls = group.finish_start()
+    clock.end(StartPart.ENGINES)
+    return started.progress, urls
+
+
+def _open_engines(
+    config: Config, data: Data, group: EngineGroup, client: RolloutClient, stack: AsyncExitStack
+) -> Engines:
+    """The engines with what grades their answers, which ends with `stack`."""
+    assert data.reward is not None
+    timeout_s, num_workers = config.rollout.rm_timeout_s, config.rollout.rm_num_workers
+    grader = stack.enter_context(Grader(data.reward, timeout_s=timeout_s, num_workers=num_workers))
+    judge = stack.enter_context(open_judge(config)) if isinstance(data.reward, RewardRule) else None
+    return Engines(group, client, grader, judge, data, config.rollout)

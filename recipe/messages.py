@@ -1,6 +1,8 @@
 """What the loop and the trainer tell each other: plain data, cheap to send."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 import numpy as np
@@ -99,3 +101,26 @@ class Progress:
     """State of the prompt source."""
     waiting: list[dict[str, Any]] = field(default_factory=list)
     """Groups of samples that the next rollout continues."""
+
+
+class RankPart(StrEnum):
+    """What a training rank does one after the other when it starts."""
+
+    IMPORTS = "imports"
+    GROUPS = "groups"
+    """The ranks meet, and build their process groups."""
+    MODEL = "model"
+    """Parameters and gradient buffers are allocated."""
+    WEIGHTS = "weights"
+    """Weights, and the optimizer's state of a checkpoint, are read."""
+    OPTIMIZER = "optimizer"
+    """The optimizer's state is allocated and, without a checkpoint of it, filled."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """The trainer, ready for its first step."""
+
+    progress: Progress
+    seconds: Mapping[RankPart, float]
+    """Of the start, by part."""

@@ -42,32 +42,37 @@ class Rates:
     """Bus bandwidth of NCCL's all-reduce of 1 GiB: 2 (N - 1) / N of it over its time."""
 
 
+def _ms(work: Callable[[], object]) -> float:
+    """Milliseconds until a piece of work is done, on a GPU by CUDA events."""
+    if not torch.cuda.is_available():
+        began = time.perf_counter()
+        work()
+        return 1e3 * (time.perf_counter() - began)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    work()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
 def median_ms(work: Callable[[], object], repeats: int = 10, warmup: int = 3) -> float:
-    """Median milliseconds of a piece of GPU work, by CUDA events."""
+    """Median milliseconds of a piece of work, each time from a standstill."""
     for _ in range(warmup):
         work()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        work()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+    return statistics.median(_ms(work) for _ in range(repeats))
 
 
 def mean_ms(work: Callable[[], object], repeats: int = 20, warmup: int = 3) -> float:
-    """Milliseconds of a piece of GPU work that is done again and again: nobody waits between."""
+    """Milliseconds of a piece of work that is done again and again: nobody waits between."""
     for _ in range(warmup):
         work()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(repeats):
-        work()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / repeats
+
+    def all_of_it() -> None:
+        for _ in range(repeats):
+            work()
+
+    return _ms(all_of_it) / repeats
 
 
 def matmul_limit() -> float:

@@ -8,8 +8,10 @@ is at most three times the largest that another attention kernel or another perm
 are norms: of the difference, by that of the gradient; all experts of a layer count as one parameter.
 
     scripts/check_layouts.py [--layouts DP2 EP2 ...] [--precisions fp32 bf16] [--device cpu]
+    scripts/check_layouts.py --faults [--device cpu]
 
-With `--device cpu` a smaller model runs over gloo. Ends with 1 if a row fails.
+With `--device cpu` a smaller model runs over gloo. With `--faults` ranks fail instead, see `rank_faults.py`. Ends with
+1 if a row fails.
 """
 
 import argparse
@@ -24,10 +26,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import rank_faults
 import torch
-from glm_flash import write_synthetic
+from glm_flash import TINY, write_synthetic
 from torch import Tensor
-from trainer_ranks import Ranks, build_rank
+from trainer_ranks import CPU_ADAM, RECOMPUTE, Ranks, build_rank
 
 from recipe.batching.schedule import schedule
 from recipe.config import resolve
@@ -50,8 +53,6 @@ NEGLIGIBLE = 0.01
 """Losses and norms well below this are compared absolutely."""
 
 RANKS = 2
-RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
-CPU_ADAM = "--optimizer-cpu-offload --overlap-cpu-optimizer-d2h-h2d --use-precision-aware-optimizer"
 TP2 = "--tensor-model-parallel-size 2 --sequence-parallel"
 LAYOUTS = {
     # EP2-recipe: with what else the 8-GPU recipe sets.
@@ -110,6 +111,8 @@ SCALES = {
             "num_key_value_heads": 4,
             "n_routed_experts": 16,
             "q_lora_rank": 256,
+            "eos_token_id": [1],
+            "pad_token_id": 0,
         },
         deviation=0.04,
         samples=16,
@@ -120,20 +123,7 @@ SCALES = {
         other_kernels=OTHERS | {"cuDNN's attention": "--attention-backend fused"},
     ),
     "cpu": Scale(
-        model={
-            "vocab_size": 96,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "moe_intermediate_size": 32,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 4,
-            "n_routed_experts": 8,
-            "q_lora_rank": 48,
-            "kv_lora_rank": 32,
-            "qk_nope_head_dim": 24,
-            "qk_rope_head_dim": 16,
-            "v_head_dim": 32,
-        },
+        model=TINY,
         deviation=0.08,
         samples=32,
         prompt=16,
@@ -225,7 +215,7 @@ def run_layout(rendezvous: "Rendezvous", flags: str, scale: Scale, file: Path) -
     """Gradients, which rank 0 writes to `file`, and three steps."""
     from recipe.megatron.step import forward_backward
 
-    rank = build_rank(resolve(flags.split()), rendezvous)
+    rank = build_rank(resolve(flags.split()).config, rendezvous)
     rank.load()
     perf, samples = rank.config.perf, random_samples(scale)
     plan = schedule(
@@ -318,20 +308,25 @@ def line(verdict: str, name: str, *figures: str) -> str:
     return f"{verdict:4} {name:34} {gradients:>19} {losses:>19} {norms:>19} {seconds:>7}  {worst}"
 
 
+def base_flags(checkpoint: Path, device: str) -> str:
+    """Of training with MTP on the random batch."""
+    scale = SCALES[device]
+    return (
+        f"--hf-checkpoint {checkpoint} --prompt-data /dev/null --rm-type math --num-rollout 4 "
+        f"--rollout-batch-size {scale.samples // 2} --n-samples-per-prompt 2 --rollout-max-response-len 16 "
+        f"--rollout-engine embedded --colocate --device {device} --use-dynamic-batch-size "
+        f"--max-tokens-per-gpu {scale.max_tokens} --lr 1e-4 --weight-decay 0.1 --entropy-coef 0.01 "
+        "--mtp-num-layers 1 --enable-mtp-training --distributed-timeout-minutes 2 --log-probs-chunk-size 300"
+    )
+
+
 class Comparison:
     """One precision's table."""
 
     def __init__(self, precision: str, device: str, folder: Path, ranks: Ranks) -> None:
         self.precision, self.scale, self.folder, self.ranks = precision, SCALES[device], folder, ranks
-        words = (
-            f"--hf-checkpoint {folder / 'hf'} --prompt-data /dev/null --rm-type math --num-rollout 4 "
-            f"--rollout-batch-size {self.scale.samples // 2} --n-samples-per-prompt 2 --rollout-max-response-len 16 "
-            f"--rollout-engine embedded --colocate --device {device} --use-dynamic-batch-size "
-            f"--max-tokens-per-gpu {self.scale.max_tokens} --lr 1e-4 --weight-decay 0.1 --entropy-coef 0.01 "
-            "--mtp-num-layers 1 --enable-mtp-training --distributed-timeout-minutes 2 --log-probs-chunk-size 300"
-        )
         attention = self.scale.attention if precision == "bf16" else "unfused"
-        self.flags = f"{words} {PRECISIONS[precision]} --attention-backend {attention}"
+        self.flags = f"{base_flags(folder / 'hf', device)} {PRECISIONS[precision]} --attention-backend {attention}"
 
     def rows(self, layouts: list[str]) -> Iterator[tuple[str, bool]]:
         """The table's lines, and whether what they say is well."""
@@ -366,33 +361,42 @@ class Comparison:
 
 def write_model(folder: Path, scale: Scale) -> None:
     """The checkpoint that every layout loads: a dense layer, three MoE layers and the MTP layer."""
-    special = {"eos_token_id": [1], "pad_token_id": 0}
-    write_synthetic(folder, 3, deviation=scale.deviation, spread=0.1, **scale.model, **special)
+    write_synthetic(folder, 3, deviation=scale.deviation, spread=0.1, **scale.model)
 
 
-def compare(device: str, layouts: list[str], precisions: list[str]) -> int:
-    """Prints the tables. Returns how many rows fail."""
-    failures = 0
-    with tempfile.TemporaryDirectory() as name, Ranks(RANKS, device) as ranks:
-        folder = Path(name)
+def compare(device: str, folder: Path, layouts: list[str], precisions: list[str]) -> Iterator[tuple[str, bool]]:
+    """The tables' lines, and whether what they say is well."""
+    with Ranks(RANKS, device) as ranks:
         write_model(folder / "hf", SCALES[device])
         for precision in precisions:
-            for told, holds in Comparison(precision, device, folder, ranks).rows(layouts):
-                failures += not holds
-                print(told, flush=True)
-    return failures
+            yield from Comparison(precision, device, folder, ranks).rows(layouts)
+
+
+def provoke(device: str, folder: Path) -> Iterator[tuple[str, bool]]:
+    """Likewise of ranks that fail."""
+    write_model(folder / "hf", SCALES[device])
+    for told, holds in rank_faults.check(device, folder):
+        yield f"{'ok' if holds else 'FAIL':4} {told}", holds
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--faults", action="store_true", help="do ranks that fail get named?")
     parser.add_argument("--device", choices=SCALES, default="cuda")
     options = parser.parse_args()
     if options.device == "cuda" and torch.cuda.device_count() < RANKS:
         raise UserError(f"{RANKS} GPUs are needed, and {torch.cuda.device_count()} are here; or give --device cpu")
-    started = time.monotonic()
-    failures = compare(options.device, options.layouts, options.precisions)
+    started, failures = time.monotonic(), 0
+    with tempfile.TemporaryDirectory() as name:
+        if options.faults:
+            lines = provoke(options.device, Path(name))
+        else:
+            lines = compare(options.device, Path(name), options.layouts, options.precisions)
+        for told, holds in lines:
+            failures += not holds
+            print(told, flush=True)
     print(f"{failures} rows fail; {time.monotonic() - started:.0f} s in all")
     return int(failures > 0)
 

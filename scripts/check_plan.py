@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """The plan's GPU memory beside what one GPU measures, on 1 dense and 5 MoE layers at the true widths.
 
-For each way of training: what the trainer holds at rest, the peak of a forward and backward pass, of the log-prob pass
-and of an optimizer step, and what the process takes outside torch's allocator. Ends with 1 if the plan's peak is more
-than 5% off.
+For the 8-GPU recipe and for other ways of training: what the trainer holds at rest, the peak of a forward and backward
+pass, of the log-prob pass and of an optimizer step, and what the process takes outside torch's allocator. Ends with 1
+if the plan's peak is more than 5% off.
 
     scripts/check_plan.py [--tokens 8192] [--sequences 4] [--moe-layers 5]
 """
@@ -11,15 +11,16 @@ than 5% off.
 import argparse
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from bench_trainer import RECOMPUTE, alone, random_pack, trainer
+from bench_trainer import Load
 from glm_flash import environment, write_config
+from trainer_ranks import RECOMPUTE, alone, plain_config, rank_alone, recipe_config, step_optimizer
 
-from recipe.config import Resolved
-from recipe.megatron.clipping import clipped_step
+from recipe.config import Architecture, Config, Resolved
 from recipe.megatron.rank import TrainerRank
 from recipe.megatron.step import forward_backward, response_log_probs
 from recipe.messages import TrainSample
@@ -67,9 +68,15 @@ def predicted(rank: TrainerRank, pack: Pack) -> tuple[int, int]:
     return held, held + computing[Use.ACTIVATIONS] + computing[Use.LOG_PROBS]
 
 
-def measure(folder: Path, samples: list[TrainSample], flags: str) -> list[Row]:
+def ways(folder: Path, tokens: int) -> dict[str, Config]:
+    """Of training the model in `folder`."""
+    recipe = recipe_config(folder, 1, f"--device cuda --max-tokens-per-gpu {tokens}")
+    return {"the recipe": recipe} | {way: plain_config(folder, flags) for way, flags in WAYS.items()}
+
+
+def measure(config: Config, samples: list[TrainSample]) -> list[Row]:
     """What one way of training takes, for a process of its own."""
-    rank = trainer(folder, flags)
+    rank = rank_alone(config)
     lengths = [sample.length for sample in samples]
     asked = sum(sample.response_length for sample in samples)
     pack = Pack(tokens=sum(lengths), asked=asked, longest=max(lengths), keys=sum(lengths))
@@ -77,10 +84,9 @@ def measure(folder: Path, samples: list[TrainSample], flags: str) -> list[Row]:
     torch.cuda.empty_cache()
     rows = [Row("at rest", torch.cuda.memory_allocated(), held)]
 
-    def peak_of(work: object) -> int:
+    def peak_of(work: Callable[[], object]) -> int:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        assert callable(work)
         for _ in range(2):
             work()
         torch.cuda.synchronize()
@@ -89,7 +95,7 @@ def measure(folder: Path, samples: list[TrainSample], flags: str) -> list[Row]:
     passes = peak_of(lambda: forward_backward(rank.replicas, [samples], rank.loss_function))
     rows.append(Row("forward and backward", passes, peak))
     reserved = torch.cuda.max_memory_reserved()
-    step = peak_of(lambda: clipped_step(rank.optimization.optimizer, rank.config.optimizer.clip_grad))
+    step = peak_of(lambda: step_optimizer(rank))
     rows.append(Row("optimizer step", step, held))
     log_probs = peak_of(lambda: response_log_probs(rank.replicas, [samples]))
     torch.cuda.empty_cache()
@@ -113,15 +119,16 @@ def main() -> int:
     parser.add_argument("--sequences", type=int, default=4)
     parser.add_argument("--moe-layers", type=int, default=5)
     options = parser.parse_args()
-    samples = random_pack(options.tokens, options.sequences)
     alone(show_environment)
     worst = 0.0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_config(folder, options.moe_layers)
-        for way, flags in WAYS.items():
+        vocabulary = Architecture.from_checkpoint(folder).vocab_size
+        samples = Load(options.tokens, options.sequences, 1, vocabulary).pack(0)
+        for way, config in ways(folder, options.tokens).items():
             print(way, flush=True)
-            for row in alone(measure, folder, samples, flags):
+            for row in alone(measure, config, samples):
                 figures = f"measured {row.measured / GIB:6.2f} GiB, planned {row.planned / GIB:6.2f} ({row.error:+.1%})"
                 print(f"   {row.moment:22} {figures}", flush=True)
                 worst = max(worst, abs(row.error))

@@ -19,8 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from bench_trainer import RECOMPUTE, alone, random_pack, trainer
+from bench_trainer import Load
 from glm_flash import CONFIG, environment, write_synthetic
+from trainer_ranks import CPU_ADAM, RECOMPUTE, alone, plain_config, rank_alone
 
 from recipe.megatron.adam import SLOT_ELEMENTS, MasterAdam
 from recipe.megatron.log_probs import VocabularyShard, chunked_log_probs
@@ -33,7 +34,6 @@ from recipe.weights.table import placements
 VOCABULARY = 8192
 TOKENS, SEQUENCES = 2048, 4
 MTP = "--mtp-num-layers 1 --enable-mtp-training"
-OFFLOAD = "--optimizer-cpu-offload --overlap-cpu-optimizer-d2h-h2d --use-precision-aware-optimizer"
 
 
 def write_inputs(folder: Path) -> None:
@@ -43,9 +43,8 @@ def write_inputs(folder: Path) -> None:
 
 def samples(one_prompt: bool = False) -> list[TrainSample]:
     """Random sequences in the small vocabulary."""
-    pack = random_pack(TOKENS, SEQUENCES)
+    pack = Load(TOKENS, SEQUENCES, 1, VOCABULARY).pack(0)
     for sample in pack:
-        sample.tokens[:] %= VOCABULARY
         if one_prompt:
             sample.prompt[:] = pack[0].prompt
     return pack
@@ -69,7 +68,7 @@ def of_transformers(folder: Path, dtype: torch.dtype) -> tuple[list[torch.Tensor
 
 def of_ours(folder: Path) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     """The same of the trainer, in bf16."""
-    rank = trainer(folder, "--loss-type sft --n-samples-per-prompt 1", load=True)
+    rank = rank_alone(plain_config(folder, "--loss-type sft --n-samples-per-prompt 1"), load=True)
     by_index = rank.log_probs([samples()])
     forward_backward(rank.replicas, [samples()], rank.loss_function)
     table = placements(rank.architecture, with_mtp=False)
@@ -94,7 +93,7 @@ def angle(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> 
 
 def three_norms(folder: Path, flags: str, one_prompt: bool = False, together: bool = True) -> list[float]:
     """Gradient norms of three optimizer steps, the samples together in a pack or each in its own."""
-    rank = trainer(folder, f"{MTP} {RECOMPUTE} {flags} --lr 1e-4", load=True)
+    rank = rank_alone(plain_config(folder, f"{MTP} {RECOMPUTE} {flags} --lr 1e-4"), load=True)
     packs = [samples(one_prompt)] if together else [[sample] for sample in samples(one_prompt)]
     return [rank.train_step(packs).grad_norm for _ in range(3)]
 
@@ -108,7 +107,7 @@ def norms_around_a_save(folder: Path, flags: str) -> tuple[list[float], list[flo
 
 
 def _norms(folder: Path, flags: str, saves: bool) -> list[float]:
-    rank = trainer(folder, flags, load=True)
+    rank = rank_alone(plain_config(folder, flags), load=True)
     if saves:
         rank.train_step([samples()])
         assert rank.config.checkpoint.save is not None
@@ -229,7 +228,7 @@ def check_adam(folder: Path) -> Iterator[tuple[str, bool]]:
         far, differ = alone(adam_distance, offloaded)
         told = f"masters {far:.1e} from torch's after five steps of 1e-3, {differ:.1e} of bf16 weights differ"
         yield f"Adam, {offloaded:.0%} in host memory: {told}", far < 3e-6 and differ < 1e-4
-    norms, host_norms = (alone(three_norms, folder, flags) for flags in ("", OFFLOAD))
+    norms, host_norms = (alone(three_norms, folder, flags) for flags in ("", CPU_ADAM))
     far = drift(host_norms, norms)
     yield f"training with it: gradient norms {norms} and {host_norms}, {far:.1e} apart", far < 1e-2
 
@@ -245,7 +244,7 @@ def check_options(folder: Path) -> Iterator[tuple[str, bool]]:
         "cuDNN's attention": "--attention-backend fused",
         "attention by matrix products": "--attention-backend unfused",
         "permutation by gathers": "--moe-permute-fusion",
-        "half of the optimizer in host memory": f"{OFFLOAD} --optimizer-offload-fraction 0.5",
+        "half of the optimizer in host memory": f"{CPU_ADAM} --optimizer-offload-fraction 0.5",
         "small chunks of logits": "--log-probs-chunk-size 300",
     }
     for name, flags in options.items():
@@ -262,7 +261,7 @@ def check_prompts(folder: Path) -> Iterator[tuple[str, bool]]:
 
 
 def check_saves(folder: Path) -> Iterator[tuple[str, bool]]:
-    for flags in ("--async-save", f"--async-save {OFFLOAD}"):
+    for flags in ("--async-save", f"--async-save {CPU_ADAM}"):
         found, resumed = norms_around_a_save(folder, f"--moe-permute-fusion {flags}")
         far = drift(resumed, found)
         yield f"{flags}: resumed from a checkpoint written beside training, {far:.1e} apart", far < 1e-3
@@ -270,7 +269,7 @@ def check_saves(folder: Path) -> Iterator[tuple[str, bool]]:
 
 def waits(folder: Path) -> list[str]:
     """Where a forward and backward pass, warmed up, makes the process wait for the GPU, as torch can tell."""
-    rank = trainer(folder, "--moe-permute-fusion", load=True)
+    rank = rank_alone(plain_config(folder, "--moe-permute-fusion"), load=True)
     for _ in range(2):
         forward_backward(rank.replicas, [samples()], rank.loss_function)
     with warnings.catch_warnings(record=True) as caught:

@@ -44,6 +44,24 @@ CONFIG = {
     "dtype": "bfloat16",
 }
 
+TINY = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 8,
+    "q_lora_rank": 48,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "eos_token_id": [1],
+    "pad_token_id": 0,
+}
+"""Changes to CONFIG that make it fit for a CPU."""
+
 
 def write_config(directory: Path, moe_layers: int, **changes: object) -> None:
     """Writes config.json of one dense and `moe_layers` MoE layers."""

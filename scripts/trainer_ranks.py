@@ -11,13 +11,19 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from recipe.config import Resolved
+from recipe.config import Architecture, Config, resolve
+from recipe.config.flags import parse_command_line
+from recipe.config.loading import build_config, read_settings
 
 if TYPE_CHECKING:
     from recipe.megatron.layout import Rendezvous
     from recipe.megatron.rank import TrainerRank
 
 T = TypeVar("T")
+
+RECIPE = "glm4.7-flash-8gpu"
+RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+CPU_ADAM = "--optimizer-cpu-offload --overlap-cpu-optimizer-d2h-h2d --use-precision-aware-optimizer"
 
 
 class Ranks:
@@ -116,8 +122,76 @@ def _end_all() -> None:
         process.kill()
 
 
-def build_rank(resolved: Resolved, rendezvous: "Rendezvous") -> "TrainerRank":
+def alone(work: Callable[..., T], *arguments: object) -> T:
+    """The result of `work` in a process of its own, which leaves nothing on the GPU."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def recipe_config(folder: Path, ranks: int, flags: str = "", without: Sequence[str] = ()) -> Config:
+    """RECIPE's training of the model in `folder`, on so many GPUs of one machine, the experts spread over all of them;
+    `without` the settings whose dotted keys begin so. Nothing of it but the trainer will run, so that no rule on
+    engines applies."""
+    layout = f"--actor-num-gpus-per-node {ranks} --expert-model-parallel-size {ranks}"
+    words = f"--recipe {RECIPE} --hf-checkpoint {folder} {layout} {flags}"
+    settings = read_settings(parse_command_line(words.split()))
+    left_out = ("sglang.", *without)
+    return build_config({key: setting for key, setting in settings.items() if not key.startswith(left_out)})
+
+
+def plain_config(folder: Path, flags: str) -> Config:
+    """One GPU's training of the model in `folder` with nothing but `flags`."""
+    words = (
+        f"--hf-checkpoint {folder} --prompt-data /dev/null --rm-type math --num-rollout 1 --rollout-batch-size 1 "
+        "--n-samples-per-prompt 2 --rollout-max-response-len 1024 --actor-num-gpus-per-node 1 --colocate --lr 1e-6 "
+        f"--device cuda --use-dynamic-batch-size --max-tokens-per-gpu 8192 --rollout-engine embedded {flags}"
+    )
+    return resolve(words.split()).config
+
+
+def build_rank(config: Config, rendezvous: "Rendezvous") -> "TrainerRank":
     """The rank, its weights whatever was in memory."""
     from recipe.megatron.rank import TrainerRank
 
-    return TrainerRank(resolved.config, resolved.architecture, rendezvous)
+    return TrainerRank(config, Architecture.from_checkpoint(config.model.hf_checkpoint), rendezvous)
+
+
+def rank_alone(config: Config, *, load: bool = False) -> "TrainerRank":
+    """A rank in this process, with the weights of its checkpoint or random ones."""
+    from torch.distributed import HashStore
+
+    from recipe.megatron.layout import Rendezvous
+
+    rank = build_rank(config, Rendezvous(0, 0, 1, HashStore()))
+    if load:
+        rank.load()
+    else:
+        fill_randomly(rank)
+    return rank
+
+
+def fill_randomly(rank: "TrainerRank") -> None:
+    """Gives a rank random weights, what ranks share the same on all of them."""
+    import torch
+
+    from recipe.megatron.device import training_device
+    from recipe.megatron.weights import named_weights
+
+    generator = torch.Generator(training_device()).manual_seed(0)
+    for name, weight in named_weights(rank.chunks).items():
+        with torch.no_grad():
+            if name.endswith("expert_bias"):
+                weight.zero_()
+            elif weight.dim() == 1:
+                weight.fill_(1)
+            else:
+                weight.normal_(0, 0.02, generator=generator)
+    rank.optimization.begin()
+
+
+def step_optimizer(rank: "TrainerRank") -> None:
+    """The optimizer's part of a training step."""
+    from recipe.megatron.clipping import clipped_step, gradient_norms
+
+    optimizer = rank.optimization.optimizer
+    clipped_step(optimizer, gradient_norms(optimizer), rank.config.optimizer.clip_grad)

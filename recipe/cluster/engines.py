@@ -11,7 +11,7 @@ from typing import Any, Self
 import ray
 from ray.actor import ActorHandle
 
-from recipe.cluster.calls import ActorDied, get
+from recipe.cluster.calls import ActorDied, get, raise_failure
 from recipe.cluster.engine_actor import (
     ENDS,
     START_ATTEMPTS,
@@ -107,6 +107,13 @@ class EngineGroup:
     def begin_start(self) -> None:
         """Lets the engines start, without waiting for them."""
         self._starting = [actor.start.remote() for actor in self._actors]
+
+    def have_started(self) -> bool:
+        """Whether `finish_start` has nothing to wait for. Raises UserError if an engine did not become healthy."""
+        done, starting = ray.wait(self._starting, num_returns=len(self._starting), timeout=0)
+        for reference in done:
+            raise_failure(reference, self._names[self._starting.index(reference)])
+        return not starting
 
     def finish_start(self) -> list[str]:
         """Waits for `begin_start`. Returns the engines' addresses. Raises UserError if one does not become healthy."""

@@ -7,6 +7,7 @@ import shutil
 import socket
 from collections.abc import Mapping
 from datetime import timedelta
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +17,9 @@ from recipe.cluster.placement import own_address, socket_interfaces
 from recipe.config import Architecture, Config
 from recipe.config.engine_parts import weight_sources
 from recipe.heartbeat import Whereabouts, heartbeat
-from recipe.messages import FloatArray, Progress, StepReport
+from recipe.messages import FloatArray, Progress, RankPart, Started, StepReport
 from recipe.rollout.delivery import Delivery
+from recipe.stopwatch import Stopwatch
 from recipe.tcp_store import join_store, open_store
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ class RankActor:
         self.config, self.architecture, self.rank, self.gpu = config, architecture, rank, gpu
         self.trainer: TrainerRank
         self.store: Store | None = None
+        self.stopwatch = Stopwatch()
         self.weight_updates = 0
 
     def process(self) -> str:
@@ -63,23 +66,42 @@ class RankActor:
         self.store = open_store(socket.create_server((address, 0)))
         return address, self.store.port
 
-    def start(self, address: str, port: int, threads: int) -> Progress | None:
-        """Builds the rank, with the others that meet at `address` and `port`, and loads its weights. Rank 0 tells how
-        far the run has come."""
+    def load_program(self) -> None:
+        """Imports torch and megatron."""
+        heartbeat.follow_this_thread()
+        self.stopwatch.restart()
+        import_module("recipe.megatron.rank")
+        self.stopwatch.lap(RankPart.IMPORTS)
+
+    def start(self, meeting: tuple[str, int], threads: int) -> Started:
+        """Builds the rank, with the others that meet at this address and port, and loads its weights."""
         import torch
 
-        torch.set_num_threads(threads)
-        os.environ.update(socket_interfaces(own_address(self.config)))
-        heartbeat.follow_this_thread()
         from recipe.megatron.layout import Rendezvous, local_rank
         from recipe.megatron.rank import TrainerRank
 
-        self.store = self.store or join_store(address, port)
+        self.stopwatch.restart()
+        torch.set_num_threads(threads)
+        os.environ.update(socket_interfaces(own_address(self.config)))
+        self.store = self.store or join_store(*meeting)
         rendezvous = Rendezvous(self.rank, local_rank(self.gpu), self.config.world_size, self.store)
-        self.trainer = TrainerRank(self.config, self.architecture, rendezvous)
+        self.trainer = TrainerRank(self.config, self.architecture, rendezvous, self.stopwatch)
         progress = self.trainer.load()
         self.make_room()
-        return progress if self.rank == 0 else None
+        return Started(progress, {part: self.stopwatch.seconds[part] for part in RankPart})
+
+    def load_checksums(self) -> None:
+        """Imports what weight updates are compared by."""
+        import torch
+
+        if torch.cuda.is_available():
+            from recipe.rollout.weights_checksum import gpu_hash
+
+            gpu_hash()
+
+    def load_compiler(self) -> None:
+        """Imports what the first step compiles kernels with."""
+        self.trainer.load_compiler()
 
     def train_step(self, shards: bytes) -> StepReport:
         """One optimizer step; `shards` holds the microbatches of every data-parallel rank."""

@@ -4,7 +4,7 @@ import logging
 import os
 import pickle
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -20,11 +20,14 @@ from recipe.cluster.placement import Placement
 from recipe.cluster.rank_actor import ANSWERS, RankActor
 from recipe.cluster.watch import WatchedCall, WatchedRank
 from recipe.config import Architecture, Config
-from recipe.messages import FloatArray, Progress, StepReport, TrainSample
+from recipe.messages import FloatArray, Progress, RankPart, Started, StepReport, TrainSample
 from recipe.rollout.delivery import Delivery
 from recipe.weights.cost import sequence_cost
 
 logger = logging.getLogger(__name__)
+
+MEANWHILE_S = 0.5
+"""Between two looks at what starts beside the ranks."""
 
 
 class TrainerGroup:
@@ -42,7 +45,9 @@ class TrainerGroup:
             for rank in range(config.world_size)
         ]
         self._watched: list[WatchedRank] = []
+        self._processes: list[ray.ObjectRef] = []
         self._starting: list[ray.ObjectRef] = []
+        self._loading_compiler: list[ray.ObjectRef] = []
         self._save_in_flight = False
         self._submitting = threading.Lock()
 
@@ -60,17 +65,32 @@ class TrainerGroup:
 
     def begin_start(self) -> None:
         """Creates the ranks, and lets them build themselves and load without waiting for that."""
-        processes = get([rank.process.remote() for rank in self._ranks], self._names)
-        self._watched = [WatchedRank(*rank) for rank in zip(self._names, processes, self._ranks, strict=True)]
-        first, *_ = self._ranks
-        [(address, port)] = get([first.open_store.remote(self.config.cluster.master_addr)], ["training rank 0"])
+        self._processes = [rank.process.remote() for rank in self._ranks]
+        for rank in self._ranks:
+            rank.load_program.remote()
+        meeting: ray.ObjectRef = self._ranks[0].open_store.remote(self.config.cluster.master_addr)
         threads = threads_per_rank(self.config)
-        self._starting = [rank.start.remote(address, port, threads) for rank in self._ranks]
+        self._starting = [rank.start.remote(meeting, threads) for rank in self._ranks]
+        if self.config.rollout.check_weight_update_equal:
+            for rank in self._ranks:
+                rank.load_checksums.remote()  # while the engines start
 
-    def finish_start(self) -> Progress:
-        """Waits for `begin_start`. Returns how far the run has come."""
-        progress: Progress = self._results(self._starting)[0]
-        return progress
+    def finish_start(self, meanwhile: Callable[[], None] = lambda: None) -> Started:
+        """Waits for `begin_start`, and calls `meanwhile` again and again while it does. Returns how far the run has
+        come, and the seconds of the slowest rank in each part."""
+        processes = get(self._processes, self._names)
+        self._watched = [WatchedRank(*rank) for rank in zip(self._names, processes, self._ranks, strict=True)]
+        call = self._call(self._starting)
+        while not call.advance(at_most_s=MEANWHILE_S):
+            meanwhile()
+        ranks: list[Started] = call.results()
+        return Started(ranks[0].progress, {part: max(rank.seconds[part] for rank in ranks) for part in RankPart})
+
+    def load_compiler(self) -> None:
+        """Has the ranks import what their first step compiles kernels with, which takes seconds, while the engines
+        generate: does not wait for it."""
+        if not self._loading_compiler:
+            self._loading_compiler = [rank.load_compiler.remote() for rank in self._ranks]
 
     def train_step(self, samples: Sequence[TrainSample]) -> StepReport:
         """One optimizer step on `samples`."""
@@ -142,8 +162,11 @@ class TrainerGroup:
         return self._results(references)
 
     def _results(self, references: Sequence[ray.ObjectRef]) -> list[Any]:
+        return self._call(references).results()
+
+    def _call(self, references: Sequence[ray.ObjectRef]) -> WatchedCall:
         report = self.config.run_dir.resolve() / "hung-ranks.txt"
-        return WatchedCall(self._watched, references, self._timeout_s, report).results()
+        return WatchedCall(self._watched, references, self._timeout_s, report)
 
     @property
     def _timeout_s(self) -> float:

@@ -4,6 +4,7 @@ Ray lets a rank answer where it is while it works. It is asked now and then; tha
 the time-out of torch.distributed, or that one of them gives up waiting, ends the waiting.
 """
 
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -67,26 +68,34 @@ class WatchedCall:
         self._pending = {reference: rank for rank, reference in enumerate(references)}
         now = time.monotonic()
         self._views = [_View(now, now) for _ in ranks]
+        self._interval = timeout_s / LOOKS_PER_TIMEOUT
+        self._next_look = now + self._interval
 
     def results(self) -> list[Any]:
         """What the ranks return, failures as `calls.get` raises them. Raises UserError, which names who is to blame, if
         the ranks come to a standstill; what each of them was doing is written to the report."""
-        interval = self._timeout_s / LOOKS_PER_TIMEOUT
-        next_look = time.monotonic() + interval
-        while self._pending:
-            done, _ = ray.wait(list(self._pending), timeout=max(0.0, next_look - time.monotonic()))
-            self._settle(done)
-            if self._has_given_up:
-                self._ask_everyone(at_least_s=NEWS_OF_DEATH_S)
-                self._accuse()
-            if time.monotonic() >= next_look:
-                self._look()
-                if self._stands_still:
-                    self._ask_everyone()
-                    if self._stands_still or self._has_given_up:
-                        self._accuse()
-                next_look = time.monotonic() + interval
+        while not self.advance():
+            pass
         return ray.get(list(self._references))
+
+    def advance(self, at_most_s: float = math.inf) -> bool:
+        """Waits for news of the ranks, for `at_most_s` seconds. Returns whether all are done; raises as `results`."""
+        if not self._pending:
+            return True
+        wait_s = min(at_most_s, max(0.0, self._next_look - time.monotonic()))
+        done, _ = ray.wait(list(self._pending), timeout=wait_s)
+        self._settle(done)
+        if self._has_given_up:
+            self._ask_everyone(at_least_s=NEWS_OF_DEATH_S)
+            self._accuse()
+        if time.monotonic() >= self._next_look:
+            self._look()
+            if self._stands_still:
+                self._ask_everyone()
+                if self._stands_still or self._has_given_up:
+                    self._accuse()
+            self._next_look = time.monotonic() + self._interval
+        return not self._pending
 
     def _settle(self, done: Sequence[ray.ObjectRef]) -> None:
         """Takes note of calls that are over. A rank that lost the others does not end the waiting by itself: it is

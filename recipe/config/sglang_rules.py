@@ -265,6 +265,26 @@ def head_and_dense_layers_are_laid_out(config: Config, _: Architecture) -> Itera
     if dense_tp not in (1, layout.tp):
         valid = listed(sorted({1, layout.tp}))
         yield f"--sglang-moe-dense-tp-size {dense_tp} on an engine of TP {layout.tp}; valid: {valid}"
+    elif "moe_dense_tp_size" in args and layout.tp == 1:
+        yield (
+            "--sglang-moe-dense-tp-size on an engine of one GPU divides nothing, and SGLang fails at its first batch; "
+            "give --sglang-moe-dense-tp-size false"
+        )
+
+
+def experts_stay_where_they_are(config: Config, _: Architecture) -> Iterator[str]:
+    """Only SGLang's all-to-all backends ask where an expert is: without one, moved experts are still looked for where
+    they were."""
+    args = config.sglang.args
+    if config.rollout.engine == "embedded" or args.get("moe_a2a_backend", "none") != "none":
+        return
+    moved = {"enable_eplb": args.get("enable_eplb", False) is True}
+    moved["init_expert_location"] = args.get("init_expert_location", "trivial") != "trivial"
+    for name in (name for name, is_given in moved.items() if is_given):
+        yield (
+            f"{spell(f'{SGLANG_KEY}.{name}')} moves experts, and without --sglang-moe-a2a-backend SGLang sends tokens "
+            "to where they were; leave it out"
+        )
 
 
 def find_sglang_python(named: Path | None) -> Path | None:
@@ -306,6 +326,7 @@ RULES = (
     attention_heads_divide,
     experts_divide,
     head_and_dense_layers_are_laid_out,
+    experts_stay_where_they_are,
     checksums_are_comparable,
     transfer_fits_the_engines,
 )

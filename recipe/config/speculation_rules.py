@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from recipe.config.architecture import Architecture
+from recipe.config.flags import SGLANG_KEY, spell
 from recipe.config.schema import Config
 from recipe.config.sglang_rules import EngineLayout
 
@@ -52,6 +53,21 @@ def speculation_fits_the_engine(config: Config, _: Architecture) -> Iterator[str
         )
 
 
+def drafts_keep_their_experts(config: Config, _: Architecture) -> Iterator[str]:
+    """With an all-to-all backend SGLang counts no live tokens in EAGLE's drafts, and may send them to wrong experts
+    without a word (its issue 40156). Without one, as in the recipes, the drafts' experts are not masked."""
+    args = config.sglang.args
+    if config.rollout.engine == "embedded" or args.get("speculative_algorithm") not in EAGLE:
+        return
+    for name in ("moe_a2a_backend", "speculative_moe_a2a_backend"):
+        if (backend := args.get(name, "none")) != "none":
+            flag = spell(f"{SGLANG_KEY}.{name}", backend)
+            yield (
+                f"{flag} and --sglang-speculative-algorithm EAGLE do not go together: "
+                "SGLang may send the drafts to wrong experts (its issue 40156); leave one of the two out"
+            )
+
+
 def rejection_sampling_has_one_chain(config: Config, _: Architecture) -> Iterator[str]:
     """SGLang's rejection sampling knows chains of drafts, and draws from a generator that seeds do not rule."""
     args = config.sglang.args
@@ -87,6 +103,7 @@ def speculation_can_be_limited(config: Config, _: Architecture) -> Iterator[str]
 RULES = (
     speculation_has_a_draft,
     speculation_fits_the_engine,
+    drafts_keep_their_experts,
     rejection_sampling_has_one_chain,
     speculation_can_be_limited,
 )

@@ -44,10 +44,12 @@ class Sum:
         return f"</think>\\boxed{{{self.answer}}}" if boxed else f"</think>{self.answer}"
 
 
-def split_sums(seed: int, max_operand: int, heldout: int) -> tuple[list[Sum], list[Sum]]:
+def split_sums(
+    seed: int, max_operand: int, heldout: int, *, keep_orders_together: bool = True
+) -> tuple[list[Sum], list[Sum]]:
     """All sums of OPERANDS operands from 0 to `max_operand`, each once, in a random order: for training, and at most
-    `heldout` (as many as whole sets of reorderings allow) held out. Raises UserError if that would leave none for
-    training."""
+    `heldout` (as many as whole sets of reorderings allow) held out; where orders are not kept together exactly so many,
+    most of which are reorderings of training's. Raises UserError if that would leave none for training."""
     total = (max_operand + 1) ** OPERANDS
     if not 0 < heldout < total:
         raise UserError(
@@ -60,15 +62,18 @@ def split_sums(seed: int, max_operand: int, heldout: int) -> tuple[list[Sum], li
     held: list[Sum] = []
     for combination in combinations:
         orders = [Sum(order) for order in dict.fromkeys(permutations(combination))]
+        if not keep_orders_together:
+            train += orders
+            continue
         (held if len(held) + len(orders) <= heldout else train).extend(orders)
     draw.shuffle(train)
     draw.shuffle(held)
-    return train, held
+    return (train, held) if keep_orders_together else (train[heldout:], train[:heldout])
 
 
-def write_task(output: Path, seed: int, max_operand: int, heldout: int) -> None:
+def write_task(output: Path, seed: int, max_operand: int, heldout: int, *, keep_orders_together: bool = True) -> None:
     """Writes the three files into `output`, the same bytes for the same arguments."""
-    train, held = split_sums(seed, max_operand, heldout)
+    train, held = split_sums(seed, max_operand, heldout, keep_orders_together=keep_orders_together)
     output.mkdir(parents=True, exist_ok=True)
     _write_lines(output / "train.jsonl", [_line(item) for item in train])
     _write_lines(output / "heldout.jsonl", [_line(item) for item in held])

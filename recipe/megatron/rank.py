@@ -32,7 +32,8 @@ from recipe.megatron.step import (
     response_log_probs,
 )
 from recipe.megatron.weights import gathered_weights, load_hugging_face, named_weights
-from recipe.messages import FloatArray, MtpReport, Progress, StepReport
+from recipe.messages import FloatArray, MtpReport, Progress, RankPart, StepReport
+from recipe.stopwatch import Stopwatch
 from recipe.weights.export import mtp_of_origin, with_duplicates
 from recipe.weights.hf_files import HuggingFaceCheckpoint, is_hugging_face, write_checkpoint
 from recipe.weights.inspection import inspect
@@ -43,14 +44,21 @@ class TrainerRank:
     """One process of the trainer: its shard of the policy, of the optimizer and, if a KL term needs it, of the
     reference model, which rests in host memory."""
 
-    def __init__(self, config: Config, architecture: Architecture, rendezvous: Rendezvous) -> None:
+    def __init__(
+        self, config: Config, architecture: Architecture, rendezvous: Rendezvous, stopwatch: Stopwatch | None = None
+    ) -> None:
+        """`stopwatch` is given the parts of the start."""
         self.config, self.architecture = config, architecture
+        self.stopwatch = stopwatch or Stopwatch()
         layout.join(rendezvous, config, architecture)
+        self.stopwatch.lap(RankPart.GROUPS)
         self.is_first = rendezvous.rank == 0
         self.chunks = build_chunks(config, architecture)
         transformer = self.chunks[0].config
         self.replicas = wrap_data_parallel(transformer, self.chunks, config)
+        self.stopwatch.lap(RankPart.MODEL)
         self.optimization = build_optimization(self.replicas, config)
+        self.stopwatch.lap(RankPart.OPTIMIZER)
         transformer.finalize_model_grads_func = finalize_gradients
         transformer.grad_scale_func = self.optimization.optimizer.scale_loss
         mtp_scale = config.mtp.mtp_loss_scaling_factor if config.mtp.enable_mtp_training else None
@@ -71,10 +79,14 @@ class TrainerRank:
         if self.config.needs_reference:
             self.reference = {name: weight.cpu().clone() for name, weight in named_weights(self.chunks).items()}
         if newest is not None and not settings.no_load_optim:
-            return checkpoint.load(newest, self.chunks, self.optimization)
+            progress = checkpoint.load(newest, self.chunks, self.optimization)
+            self.stopwatch.lap(RankPart.WEIGHTS)
+            return progress
         if chosen := newest or weights:
             self._load_weights(chosen)
+        self.stopwatch.lap(RankPart.WEIGHTS)
         self.optimization.begin()
+        self.stopwatch.lap(RankPart.OPTIMIZER)
         return checkpoint.read_progress(newest) if newest else Progress()
 
     def _load_weights(self, directory: Path) -> None:
@@ -169,6 +181,11 @@ class TrainerRank:
         untrained = () if self.config.mtp.mtp_num_layers else mtp_of_origin(origin, self.architecture)
         whole = with_duplicates(itertools.chain(tensors, untrained), origin, self.architecture)
         write_checkpoint(whole, directory, companions=origin.directory)
+
+    def load_compiler(self) -> None:
+        """Imports what kernels are compiled with, where the first step compiles any."""
+        if torch.cuda.is_available():
+            torch.compile(lambda: None)
 
     def empty_cache(self) -> None:
         """Gives the GPU memory back that torch keeps for the next step."""

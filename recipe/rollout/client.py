@@ -1,7 +1,7 @@
 """The trainer's side of SGLang's HTTP API: generation with retries and recovery, and memory."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
@@ -88,8 +88,14 @@ class RolloutClient:
     """
 
     def __init__(
-        self, urls: Sequence[str], options: ClientOptions | None = None, recover: Recover | None = None
+        self,
+        urls: Sequence[str],
+        options: ClientOptions | None = None,
+        recover: Recover | None = None,
+        on_answer: Callable[[], None] | None = None,
     ) -> None:
+        """`on_answer` is called whenever an engine has answered."""
+        self._on_answer = on_answer
         self._options = options or ClientOptions()
         self._fleet = Fleet(urls, self._is_healthy, recover, self._options.health)
         self._engines = self._fleet.engines
@@ -190,6 +196,8 @@ class RolloutClient:
                     await asyncio.sleep(self._options.backoff_s * 2**attempt)
                 continue
             results = read_samples(answers, len(todo))
+            if self._on_answer is not None:
+                self._on_answer()
             for (sample, _), result in zip(todo, results, strict=True):
                 sample.append(result.ids, result.log_probs, result.versions)
                 sample.finish_reason, sample.matched = result.finish_reason, result.matched

@@ -8,8 +8,9 @@ its draft model too: the layer for multi-token prediction, and the policy's embe
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -126,10 +127,16 @@ def _checksums(name: str, pieces: list[Tensor]) -> tuple[str, ...]:
     return (_hash(whole),)
 
 
+def gpu_hash() -> Callable[[Tensor], int]:
+    """SGLang's hash of a tensor on a GPU, from the environment that serves there. The first call imports all of SGLang,
+    which takes 20 seconds."""
+    from sglang.srt.managers.mm_utils import tensor_hash
+
+    return cast(Callable[[Tensor], int], tensor_hash)
+
+
 def _hash(tensor: Tensor) -> str:
     """SGLang's `tensor_hash`, in hexadecimal."""
     if tensor.is_cuda:
-        from sglang.srt.managers.mm_utils import tensor_hash  # a GPU kernel, in the environment that serves on GPUs
-
-        return f"{tensor_hash(tensor):016x}"
+        return f"{gpu_hash()(tensor):016x}"
     return hashlib.sha256(tensor.view(torch.uint8).numpy().data).hexdigest()[:16]

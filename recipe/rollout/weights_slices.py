@@ -2,7 +2,8 @@
 
 The table is how SGLang (0.5.17 to 0.5.21) lays out glm4_moe_lite and its draft model. Tensor parallelism splits rows or
 columns; DP attention splits attention and embedding over fewer ranks, those of one of its groups; expert parallelism
-deals out whole experts, of which the redundant ones come after all others and in the same order.
+deals out whole experts, of which the redundant ones come after all others and in the same order. (On a CPU alone SGLang
+pads MLPs that would have other than a multiple of 32 columns a rank; that is not known here.)
 """
 
 import re

@@ -3,6 +3,7 @@
 from recipe.run.directory import RunDirectory, SampleRecord
 from recipe.run.metrics import EvalMetrics, Phase, PhaseClock, RolloutMetrics, StepMetrics, StepSeconds, TrainMetrics
 from recipe.run.progress import Progress, open_progress
+from recipe.run.start import StartClock, StartMoment, StartPart
 
 __all__ = [
     "EvalMetrics",
@@ -12,6 +13,9 @@ __all__ = [
     "RolloutMetrics",
     "RunDirectory",
     "SampleRecord",
+    "StartClock",
+    "StartMoment",
+    "StartPart",
     "StepMetrics",
     "StepSeconds",
     "TrainMetrics",

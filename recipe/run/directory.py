@@ -5,7 +5,8 @@
     rollouts/        a file a rollout, a line a sample
     checkpoints/     written by the trainer
     tensorboard/     the metrics as TensorBoard events
-    summary.json     how the run ended, rewards before and after; written when the run ends, however it ends
+    summary.json     how the run ended, rewards before and after, where the time of its start and of its steps went;
+                     written when the run ends, however it ends
     reward.png       the same as a picture
     host_memory.json the most host memory that the training ranks used, by machine and part, in bytes
     hung-ranks.txt   what every training rank was doing when one had hung, if one did
@@ -79,6 +80,7 @@ class RunDirectory:
         self._rollouts = self.path / "rollouts"
         self._sinks: list[MetricSink] = []
         self._host_memory: list[dict[str, int]] = []
+        self._start: Mapping[str, float] = {}
         if self._metrics.read():
             self._refuse_unless_continued()
         with writing(self.path):
@@ -110,6 +112,10 @@ class RunDirectory:
                 self._sinks[0].log(line)
         if self._config.misc.use_wandb:
             self._sinks.append(WandbSink(self._config.misc, public_config(self._config)))
+
+    def record_start(self, seconds: Mapping[str, float]) -> None:
+        """What the start took; `seconds` may still grow."""
+        self._start = seconds
 
     def record(self, metrics: StepMetrics) -> None:
         """Adds a step to metrics.jsonl, on the disk when this returns. To be called before the step's checkpoint is
@@ -150,7 +156,7 @@ class RunDirectory:
 
         lines = self._metrics.read()
         evals = [data.name for data in self._config.eval.eval_prompt_data]
-        summary = summarize(lines, evals, outcome, time.time() - psutil.Process().create_time())
+        summary = summarize(lines, evals, outcome, time.time() - psutil.Process().create_time(), self._start)
         with writing(self.path):
             atomic_write_text(self.path / "summary.json", json.dumps(summary, indent=1) + "\n")
             atomic_write_bytes(self.path / "reward.png", draw_rewards(self.path.name, lines, evals))

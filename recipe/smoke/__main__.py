@@ -3,7 +3,7 @@
     python -m recipe.smoke [--num-gpus N] [--price 2.5] [--name smoke] [any flag of GRPO]
 
 The model has the kernel sizes of GLM-4.7-Flash. It is warmed up supervised, and trained by GRPO as the 8-GPU MTP recipe
-does it, with an interruption and a resume. On a machine without a GPU it does what a CPU can. Ends with a table and a
+does it, with an interruption and a resume. Without a GPU the tiny model does what a CPU can. Ends with a table and a
 verdict, also in runs/NAME/smoke.txt and smoke.json; status 0 if the node is good, 1 if it is not.
 """
 
@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", default="smoke", help="of the directory in --runs-dir")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"))
     parser.add_argument("--seed", type=int, default=1234)
-    parser.add_argument("--warm-up-steps", type=int, default=400, help="supervised steps (default: 400)")
+    parser.add_argument("--warm-up-steps", type=int, help="supervised steps (default: the recipe's)")
     parser.add_argument("--interrupt-after", type=int, default=12, help="GRPO step that gets a SIGTERM (default: 12)")
     return parser
 

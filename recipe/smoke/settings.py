@@ -20,7 +20,8 @@ class Settings:
     gpus: int
     """0: it runs on the CPU."""
     seed: int
-    warm_up_steps: int
+    warm_up_steps: int | None
+    """Supervised steps; None: as many as the recipe says."""
     interrupt_after: int
     """Steps after which GRPO is sent a SIGTERM."""
     engine: str
@@ -58,11 +59,12 @@ class Settings:
 
     def warm_up_flags(self) -> list[str]:
         """Of the supervised run."""
-        words = ["--recipe", "smoke-sft", *self._flags("sft", self.untrained)]
-        words += ["--prompt-data", str(self.task / "warmup.jsonl"), "--save-hf", str(self.model)]
-        steps = self.warm_up_steps
-        words += ["--num-rollout", str(steps), "--lr-decay-iters", str(steps), "--lr-warmup-iters", str(steps // 10)]
-        return words if self.gpus else [*words, "--device", "cpu", "--fp32"]
+        words = ["--recipe", "smoke-sft"] if self.gpus else ["--recipe", "tiny-sft", "--enable-mtp-training"]
+        words += [*self._flags("sft", self.untrained), "--prompt-data", str(self.task / "warmup.jsonl")]
+        if (steps := self.warm_up_steps) is not None:
+            schedule = {"num-rollout": steps, "lr-decay-iters": steps, "lr-warmup-iters": steps // 10}
+            words += [word for name, value in schedule.items() for word in (f"--{name}", str(value))]
+        return [*words, "--save-hf", str(self.model)]
 
     def grpo_flags(self) -> list[str]:
         """Of GRPO, from its beginning."""

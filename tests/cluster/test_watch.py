@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import pytest
 
-from recipe.cluster import ray_session
+from recipe.cluster import EngineGroup, ray_session
 from recipe.cluster.watch import WatchedCall, WatchedRank
 from recipe.config import Config
 from recipe.errors import UserError
@@ -159,3 +159,33 @@ def test_a_hiccup_of_a_side_question_is_no_death(tmp_path: Path, monkeypatch: py
     call._views[0].question = cast(Any, "where")
     call._take_answers()
     assert call._views[0].question is None, "it is asked again"
+
+
+def fail_to_start(_: Callable[[], None]) -> None:
+    raise UserError("engine 0 cannot have a port")
+
+
+def be_long_about_it(beat: Callable[[], None]) -> None:
+    for _ in range(300):
+        time.sleep(0.1)
+        beat()
+
+
+def test_an_engine_that_does_not_start_is_told_while_ranks_and_other_engines_still_do(
+    actor: Any, tmp_path: Path
+) -> None:
+    owners = [actor.remote(), actor.remote()]
+    engines = EngineGroup.__new__(EngineGroup)
+    engines._actors = owners
+    engines._starting = [owners[0].do.remote(be_long_about_it), owners[1].do.remote(fail_to_start)]
+    rank = WatchedRank("training rank 0", "pid 0", actor.remote())
+    call = WatchedCall([rank], [rank.actor.do.remote(be_long_about_it)], TIMEOUT_S, tmp_path / "report")
+    began = time.monotonic()
+
+    def advance() -> None:
+        while not call.advance(at_most_s=0.2):
+            assert not engines.have_started()
+
+    with pytest.raises(UserError, match="engine 0 cannot have a port"):
+        advance()
+    assert time.monotonic() - began < 25

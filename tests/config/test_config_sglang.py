@@ -35,6 +35,22 @@ from recipe.errors import UserError
             ["--recipe", "glm4.7-flash-8gpu-eagle", "--sglang-speculative-num-draft-tokens", "4"],
             "a chain has 3 tokens (steps + 1)",
         ),
+        (
+            ["--recipe", "glm4.7-flash-8gpu-eagle", "--sglang-moe-a2a-backend", "deepep"],
+            "--sglang-moe-a2a-backend deepep and --sglang-speculative-algorithm EAGLE do not go together",
+        ),
+        (
+            ["--recipe", "glm4.7-flash-8gpu-mtp", "--sglang-speculative-moe-a2a-backend", "deepep"],
+            "--sglang-speculative-moe-a2a-backend deepep and --sglang-speculative-algorithm EAGLE do not go together",
+        ),
+        (["--sglang-enable-eplb"], "--sglang-enable-eplb moves experts, and without --sglang-moe-a2a-backend"),
+        (
+            [
+                *("--rollout-num-gpus-per-engine", "1", "--sglang-dp-size", "1", "--sglang-ep-size", "1"),
+                *("--sglang-enable-dp-attention", "false", "--sglang-enable-dp-lm-head", "false"),
+            ],
+            "give --sglang-moe-dense-tp-size false",
+        ),
         (["--speculative-max-batch", "16"], "limits --sglang-speculative-algorithm EAGLE, which is not given"),
         (
             ["--recipe", "glm4.7-flash-8gpu-eagle", "--speculative-max-batch", "16"],

@@ -21,6 +21,14 @@ def test_every_sum_is_there_once_and_none_is_on_both_sides_in_any_order():
     assert not any(tuple(sorted(item.operands)) in seen for item in held)
 
 
+def test_orders_that_are_not_kept_together_leave_all_sums_there_once():
+    train, held = split_sums(seed=1, max_operand=7, heldout=64, keep_orders_together=False)
+    assert len(held) == 64
+    assert len(set(train + held)) == len(train) + len(held) == 8**3
+    seen = {tuple(sorted(item.operands)) for item in train}
+    assert sum(tuple(sorted(item.operands)) in seen for item in held) > 48
+
+
 def test_the_seed_decides_everything(tmp_path):
     for name, seed in [("a", 1), ("b", 1), ("c", 2)]:
         write_task(tmp_path / name, seed, max_operand=9, heldout=16)

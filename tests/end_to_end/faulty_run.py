@@ -12,7 +12,7 @@ from typing import Any
 
 from recipe.cluster import trainer
 from recipe.errors import run_main
-from recipe.messages import Progress
+from recipe.messages import Started
 from recipe.train import main
 
 MICROBATCH = 5
@@ -34,13 +34,13 @@ WAYS: dict[str, Callable[[], None]] = {
 class FaultyRank(trainer.RankActor):
     """A rank that may be the one that fails."""
 
-    def start(self, address: str, port: int, threads: int) -> Progress | None:
-        progress = super().start(address, port, threads)
+    def start(self, meeting: tuple[str, int], threads: int) -> Started:
+        started = super().start(meeting, threads)
         if str(self.rank) == os.environ[RANK]:
             from recipe.megatron import step
 
             step.build_microbatch = failing(step.build_microbatch)
-        return progress
+        return started
 
 
 def failing(build_microbatch: Callable) -> Callable:

@@ -41,13 +41,24 @@ def test_a_run_leaves_what_it_promises(uninterrupted: Path) -> None:
     summary = json.loads((uninterrupted / "summary.json").read_text())
     assert summary["steps"] == ROLLOUTS
     assert 0 <= summary["eval"]["before"] <= 1
-    assert summary["wall_s"] > 0
+    assert_start_adds_up(summary)
     [memory] = json.loads((uninterrupted / "host_memory.json").read_text())
     # Each of the two ranks has the gradients of all parameters, and both moments of half of them.
     assert memory["optimizer state"] == pytest.approx(memory["gradients"], rel=0.01)
     assert memory["weights"] >= memory["gradients"]
     assert memory["reference model"] == 0
     assert memory["total"] == sum(memory.values()) - memory["total"]
+
+
+def assert_start_adds_up(summary: dict) -> None:
+    """Ranks and engines start at the same time; nothing of either is missing or counted twice."""
+    start = summary["start"]
+    within = {name: start[f"ranks_{name}"] for name in ("imports", "groups", "model", "weights", "optimizer")}
+    assert min(start.values()) > 0
+    assert max(within.values()) < start["ranks"]
+    assert start["data"] < start["ranks"]
+    first_weights = start["command"] + start["ray"] + max(start["ranks"], start["engines"]) + start["first_weights"]
+    assert first_weights <= start["to_first_weights"] < start["to_first_answer"] < summary["wall_s"]
 
 
 def test_trainer_and_engine_agree_before_the_first_step(uninterrupted: Path) -> None:
@@ -80,6 +91,7 @@ def test_a_run_killed_and_resumed_equals_the_uninterrupted_one(
     assert status == 0, output
     assert metrics(tmp_path / "killed") == metrics(uninterrupted)
     assert samples(tmp_path / "killed") == samples(uninterrupted)
+    assert_start_adds_up(json.loads((tmp_path / "killed" / "summary.json").read_text()))
 
 
 @pytest.mark.parametrize("victim", ["server", "owner"])

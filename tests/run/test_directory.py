@@ -43,8 +43,11 @@ def continued(resolve, tmp_path):
 
 
 def test_a_finished_run_says_what_it_came_to(resolve):
+    start = {"ray": 1.0}
     with RunDirectory(resolve()) as run:
+        run.record_start(start)
         run.start(0)
+        start["ranks"] = 2.0
         do_steps(run, range(5))
     summary = json.loads((run.path / "summary.json").read_text())
     assert summary["outcome"] == "finished"
@@ -53,6 +56,7 @@ def test_a_finished_run_says_what_it_came_to(resolve):
     assert summary["eval"]["after"] == pytest.approx(0.8)
     assert summary["eval"]["sets"]["heldout"]["after_ci95"] == pytest.approx([0.7, 0.9])
     assert summary["seconds"]["step"] == pytest.approx(8.0)
+    assert summary["start"] == {"ray": 1.0, "ranks": 2.0}
     assert summary["wall_s"] > 0
     assert (run.path / "reward.png").read_bytes().startswith(b"\x89PNG")
     assert [file.name for file in sorted((run.path / "rollouts").iterdir())] == [f"{i:06}.jsonl" for i in range(4)]

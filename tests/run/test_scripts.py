@@ -1,5 +1,6 @@
 """The scripts that measure and compare the trainer, in their small form on a CPU."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,15 +19,15 @@ def check_layouts(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return check_layouts
 
 
-def script(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, SCRIPTS / name, "--device", "cpu", *flags], capture_output=True, text=True, timeout=240
-    )
+def script(name: str, flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, SCRIPTS / name, "--device", "cpu", *flags.split()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.slow
 def test_layouts_are_compared(check_layouts: ModuleType) -> None:
     """Where gradients are sharded over ranks (DP2) and over stages (PP2), and with the yardstick of other kernels."""
-    ended = script("check_layouts.py", "--layouts", "DP2", "PP2-uneven", "--precisions", "bf16")
+    ended = script("check_layouts.py", "--layouts DP2 PP2-uneven --precisions bf16")
     assert ended.returncode == 0, ended.stderr
     verdicts = [line.split()[:2] for line in ended.stdout.splitlines() if line.startswith(("ok", "FAIL"))]
     assert verdicts == [["ok", "one"]] * len(check_layouts.OTHERS) + [["ok", "DP2"], ["ok", "PP2-uneven"]]
@@ -44,3 +45,30 @@ def test_one_figure_that_is_apart_fails_a_layout(
     told, verdict = check_layouts.row("EP2", found, unit, check_layouts.EXACT, 1.0)
     assert verdict is holds
     assert told.startswith("ok" if holds else "FAIL")
+
+
+@pytest.mark.slow
+def test_several_ranks_are_measured_beside_one() -> None:
+    ended = script("bench_trainer.py", "--gpus 2 --tokens 64 --sequences 2 --packs 1 --moe-layers 1")
+    assert "Traceback" not in ended.stderr, ended.stderr
+    assert re.search(
+        r"^each of 2 GPUs keeps [\d.]+% of one's tokens/s in forward and backward, [\d.]+% in whole steps$",
+        ended.stdout,
+        re.MULTILINE,
+    )
+
+
+def test_time_on_gpus_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 1 comes 2 ms later to the exchange of rows, which takes 3; rank 0 computes meanwhile for 1 of its 5."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from timeline import Kernel, Timeline, told
+
+    rows = "ncclDevKernel_SendRecv(ncclDevKernelArgsStorage<4096ul>)"
+    early = [Kernel("gemm", 0, 2000), Kernel(rows, 2000, 7000), Kernel("gemm", 3000, 4000), Kernel("gemm", 8000, 9000)]
+    late = [Kernel("gemm", 0, 4000), Kernel(rows, 4000, 7000), Kernel("gemm", 7000, 9000)]
+    assert told([Timeline.of(early), Timeline.of(late)]) == [
+        "rank 0: 9.0 ms: 4.0 computing, 4.0 with nothing but exchanges, 1.0 idle; exchanges: 3.0 of rows, 0.0 of "
+        "gradients and counts, 2.0 waiting for the others",
+        "rank 1: 9.0 ms: 6.0 computing, 3.0 with nothing but exchanges, 0.0 idle; exchanges: 3.0 of rows, 0.0 of "
+        "gradients and counts, 0.0 waiting for the others",
+    ]
