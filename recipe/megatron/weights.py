@@ -1,7 +1,6 @@
 """A rank's parameters by the table's names: filled from Hugging Face tensors, and gathered back into them."""
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +13,7 @@ from recipe.heartbeat import heartbeat
 from recipe.megatron.layout import shard_coordinates
 from recipe.megatron.model import PolicyModel
 from recipe.weights.hf_files import HuggingFaceCheckpoint
-from recipe.weights.table import Part, Placement, ShardCoordinates, placements
-
-READERS = 8
-"""Threads of a rank that read a Hugging Face checkpoint: a file's pages come one at a time to each of them."""
+from recipe.weights.table import Placement, ShardCoordinates, placements
 
 
 def named_weights(chunks: list[PolicyModel]) -> dict[str, Tensor]:
@@ -36,23 +32,15 @@ def named_weights(chunks: list[PolicyModel]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_hugging_face(chunks: list[PolicyModel], architecture: Architecture, checkpoint: HuggingFaceCheckpoint) -> None:
-    """Fills this rank's weights from a checkpoint that was inspected, reading only its own pieces, in READERS
-    threads."""
+    """Fills this rank's weights from a checkpoint that was inspected, reading only its own pieces."""
     at = shard_coordinates()
     table = placements(architecture, with_mtp=chunks[-1].config.mtp_num_layers is not None)
-    pieces: list[tuple[Tensor, Part]] = []
     for name, weight in named_weights(chunks).items():
-        local = weight.detach().view(table[name].local_shape(at))
-        pieces += [(local[part.index], part) for part in table[name].parts(at)]
-
-    def fill(piece: tuple[Tensor, Part]) -> None:
-        target, part = piece
-        # The file is read here, by all threads at once, before the copy to the GPU, of which there is one at a time.
-        target.copy_(checkpoint.read(part.hf_name, part.slices).clone())
-
-    with ThreadPoolExecutor(READERS) as readers:
-        for _ in readers.map(fill, pieces):
-            heartbeat.beat()
+        heartbeat.beat()
+        placement = table[name]
+        local = weight.view(placement.local_shape(at))
+        for part in placement.parts(at):
+            local[part.index].copy_(checkpoint.read(part.hf_name, part.slices))
 
 
 @dataclass(frozen=True)

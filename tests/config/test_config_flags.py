@@ -135,7 +135,7 @@ def test_true_is_as_the_bare_switch_and_takes_a_false_back(resolve_8gpu: Try, tm
 
 
 def test_an_engine_is_laid_out_without_what_is_left_out(resolve_8gpu: Try) -> None:
-    unset = ("enable_dp_attention", "enable_dp_lm_head", "dp_size", "speculative_algorithm")
+    unset = ("enable_dp_attention", "enable_dp_lm_head", "dp_size", "moe_dense_tp_size", "speculative_algorithm")
     flags = [word for name in unset for word in (f"--sglang-{name}", "false")]
     recipe = ["--recipe", "glm4.7-flash-8gpu-eagle", "--rollout-num-gpus-per-engine", "1", "--sglang-ep-size", "1"]
 
