@@ -16,8 +16,8 @@ from invoke import Context, Exit, task
 from recipe.container.build import DEFAULT_LOCK, IMAGE, Build, build_image
 from recipe.container.provenance import inside_image
 from recipe.container.run import ContainerRun, run_in_image
-from recipe.errors import USER_ERROR_STATUS, UserError
 from recipe.plan.machine import read_gpus
+from recipe.system.errors import USER_ERROR_STATUS, UserError
 
 COMMON = {"dry_run": "print the command and stop", "args": "further arguments, passed on as they are"}
 IN_IMAGE = {

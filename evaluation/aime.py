@@ -34,10 +34,10 @@ from evaluation.sampling import Plan, SampleKey, StoredSample, generate_missing
 from evaluation.scoring import result_of
 from evaluation.served import context_length_of, engine_kind, engine_launch, export_checkpoint, running_engine
 from recipe.data.prompts import Prompt
-from recipe.errors import UserError, run_main
-from recipe.files import sha256_file
 from recipe.rollout.client import ClientOptions, RolloutClient
 from recipe.rollout.generate import SeedStream
+from recipe.system.errors import UserError, run_main
+from recipe.system.files import sha256_file
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from pathlib import Path
 from evaluation.grading import Verdict
 from evaluation.result import ProblemResult, Result, read_result
 from evaluation.statistics import Difference, paired_difference
-from recipe.errors import UserError, run_main
 from recipe.rewards.integers import canonical_integer
+from recipe.system.errors import UserError, run_main
 
 
 @dataclass(frozen=True)

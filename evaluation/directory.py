@@ -21,9 +21,9 @@ from typing import Any, Self
 from evaluation.report import render_report
 from evaluation.result import RESULT, Result, Settings
 from evaluation.sampling import SampleStore
-from recipe.errors import UserError
-from recipe.files import FileLock, atomic_write_text
 from recipe.run.journal import Journal, writing
+from recipe.system.errors import UserError
+from recipe.system.files import FileLock, atomic_write_text
 
 REPORT = "report.html"
 

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator
 
 from evaluation.grading import Judge, Response
 from evaluation.options import check_grading_time, finite
-from recipe.errors import UserError, run_main
 from recipe.rollout.sample import FinishReason
+from recipe.system.errors import UserError, run_main
 
 BATCH = 1024
 """Lines that are graded together, and then written."""

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipe.errors import UserError
-from recipe.files import sha256_file
 from recipe.rollout.client import RolloutClient
 from recipe.rollout.errors import EngineAnswerError, EngineRefused
+from recipe.system.errors import UserError
+from recipe.system.files import sha256_file
 
 INITIAL_VERSION = "initial"
 """Of the weights of an engine that is started here."""

@@ -10,8 +10,8 @@ from pathlib import Path
 from evaluation.problems import INSTRUCTION
 from evaluation.result import MODEL_CARD_RESPONSE_LEN
 from evaluation.sampling import Limits
-from recipe.errors import UserError
 from recipe.rollout.sampling_params import SamplingParams
+from recipe.system.errors import UserError
 
 _TOKENS_A_SECOND_AT_LEAST = 10
 _REQUEST_S = 600.0

@@ -8,7 +8,7 @@ from pathlib import Path
 from evaluation.grading import aime_label_problem
 from recipe.data.prompts import Prompt, PromptFormat, read_prompts
 from recipe.data.tokenizer import load_tokenizer
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 LabelProblem = Callable[[str], str | None]
 """What keeps a label from being an answer, or None."""

@@ -10,8 +10,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from evaluation.grading import Verdict
-from recipe.errors import UserError
 from recipe.rollout.sample import FinishReason
+from recipe.system.errors import UserError
 
 SCHEMA_VERSION = 2
 RESULT = "result.json"

@@ -13,9 +13,9 @@ import torch
 
 from evaluation.identity import INITIAL_VERSION
 from recipe.config.sglang_rules import find_sglang_python
-from recipe.errors import UserError
 from recipe.rollout.servers.launch import Launch, SglangServer, launch_embedded, launch_sglang, sglang_python
 from recipe.rollout.servers.process import EngineProcess
+from recipe.system.errors import UserError
 
 EngineKind = Literal["auto", "sglang", "embedded"]
 

@@ -15,7 +15,7 @@ from itertools import product
 
 import numpy as np
 
-from recipe.seeds import derive
+from recipe.system.seeds import derive
 
 _TAIL = 0.025
 _BOOTSTRAP_DRAWS = 10_000

@@ -15,10 +15,9 @@ from recipe.config import Config, Resolved, RolloutConfig
 from recipe.data.prompts import Prompt, PromptFormat, read_prompts
 from recipe.data.source import PromptSource, SourceState
 from recipe.data.tokenizer import load_tokenizer
-from recipe.errors import UserError
 from recipe.experience import from_prompts, rollout_metrics, sample_records, train_metrics
+from recipe.grpo.mismatch import MismatchWatch, StepMismatch
 from recipe.messages import Progress, StepReport, TrainSample
-from recipe.mismatch import MismatchWatch, StepMismatch
 from recipe.rewards.functions import REWARD_RULES, Reward, RewardRule, RewardType, load_custom_reward
 from recipe.rewards.grader import Grader
 from recipe.rollout.client import ClientCounters, ClientOptions, RolloutClient
@@ -41,7 +40,8 @@ from recipe.run import (
     open_progress,
 )
 from recipe.run.progress import Progress as Display
-from recipe.threads import in_thread
+from recipe.system.errors import UserError
+from recipe.system.threads import in_thread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

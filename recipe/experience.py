@@ -11,9 +11,9 @@ from recipe.config import Config
 from recipe.data.source import Draw
 from recipe.grpo.advantages import group_advantages, penalise_kl
 from recipe.grpo.metrics import Metric
+from recipe.grpo.mismatch import StepMismatch
 from recipe.grpo.reduction import sequence_weights
 from recipe.messages import OLDER_TOKENS, FloatArray, StepReport, TrainSample
-from recipe.mismatch import StepMismatch
 from recipe.rewards.grader import GradeStatus
 from recipe.rollout.client import ClientCounters
 from recipe.rollout.generate import Rollout

@@ -89,7 +89,7 @@ class StepReport:
 @dataclass(frozen=True)
 class Progress:
     """How far a run has come: what a resumed run needs besides weights and optimizer. Random streams have no state of
-    their own (`recipe.seeds`): these numbers name them."""
+    their own (`recipe.system.seeds`): these numbers name them."""
 
     rollouts: int = 0
     """Finished rollouts: the number of the next one."""

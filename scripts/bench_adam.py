@@ -16,7 +16,7 @@ import torch
 from glm_flash import environment
 
 from recipe.megatron import adam
-from recipe.rates import host_bandwidth
+from recipe.smoke.rates import host_bandwidth
 
 ADAM_BYTES, OUT_BYTES, BACK_BYTES = 28, 4, 2
 

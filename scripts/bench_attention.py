@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 
-from recipe.rates import median_ms
+from recipe.smoke.rates import median_ms
 
 HEADS, SIZE = 20, 256
 Kernel = Callable[[Tensor, Tensor, Tensor, int], Tensor]

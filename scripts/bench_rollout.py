@@ -31,7 +31,7 @@ from counting_model import write_draft
 from engine_bench import FIRST, START_LIMIT_S, Bench, difference, ours, probe, prompts_of, release, resume, theirs
 
 from recipe.config.sglang_rules import find_sglang_python
-from recipe.errors import UserError, run_main
+from recipe.system.errors import UserError, run_main
 
 LIMITS = {"speed": 330.0, "memory": 60.0, "sync": 150.0, "equal": 100.0, "eagle": 330.0}
 """Seconds of each part at most, besides the start of its engines; less where less is left of --seconds."""

@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config import Config, resolve
-from recipe.errors import UserError, run_main
-from recipe.files import atomic_write_text
+from recipe.system.errors import UserError, run_main
+from recipe.system.files import atomic_write_text
 
 RECIPE = "tiny"
 OUTPUT = Path("build/bench-tiny")

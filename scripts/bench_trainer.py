@@ -30,9 +30,9 @@ from timeline import Timeline, recorded, show_parts, told
 from trainer_ranks import Ranks, alone, build_rank, fill_randomly, recipe_config, step_optimizer
 
 from recipe.config import Architecture, Config
-from recipe.errors import UserError, run_main
 from recipe.messages import TrainSample
-from recipe.rates import matmul_limit, mean_ms, median_ms
+from recipe.smoke.rates import matmul_limit, mean_ms, median_ms
+from recipe.system.errors import UserError, run_main
 from recipe.weights.cost import sequence_cost
 
 if TYPE_CHECKING:

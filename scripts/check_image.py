@@ -12,7 +12,7 @@ import sys
 
 from recipe.container.build import IMAGE
 from recipe.container.engine import connect
-from recipe.errors import run_main
+from recipe.system.errors import run_main
 
 PACKAGES = (
     "torch",

@@ -34,9 +34,9 @@ from trainer_ranks import CPU_ADAM, RECOMPUTE, Ranks, build_rank
 
 from recipe.batching.schedule import schedule
 from recipe.config import resolve
-from recipe.errors import UserError, run_main
 from recipe.grpo.metrics import Metric
 from recipe.messages import StepReport, TrainSample
+from recipe.system.errors import UserError, run_main
 
 if TYPE_CHECKING:
     from recipe.megatron.layout import Rendezvous

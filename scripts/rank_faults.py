@@ -23,8 +23,8 @@ from typing import Any
 import psutil
 
 from recipe.cluster import trainer
-from recipe.errors import USER_ERROR_STATUS, UserError, run_main
 from recipe.messages import StepReport
+from recipe.system.errors import USER_ERROR_STATUS, UserError, run_main
 
 FAULTY_RANK, MICROBATCH = 1, 2
 """The rank fails before this microbatch of its second step."""

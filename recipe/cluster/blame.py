@@ -10,7 +10,7 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from recipe.heartbeat import Frame, Whereabouts
+from recipe.system.heartbeat import Frame, Whereabouts
 
 _WAITING_LINE = re.compile(r"\.(wait|synchronize|item|cpu|tolist|nonzero)\(")
 

@@ -7,7 +7,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 LOOK_S = 5.0
 """Between two looks at the nodes, while an answer is waited for that need not come."""

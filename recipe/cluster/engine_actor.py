@@ -9,8 +9,8 @@ import ray
 from recipe.cluster.engine_parts import EngineParts, launch_of, new_log
 from recipe.cluster.placement import Seat, own_address
 from recipe.config import Resolved
-from recipe.errors import UserError
 from recipe.rollout.servers.process import EngineProcess, PortTaken
+from recipe.system.errors import UserError
 
 logger = logging.getLogger(__name__)
 

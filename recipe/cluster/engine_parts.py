@@ -12,13 +12,13 @@ from ray.actor import ActorHandle
 from recipe.cluster.calls import get
 from recipe.cluster.placement import Seat, own_address, socket_interfaces
 from recipe.config import Config, Resolved
-from recipe.errors import UserError
 from recipe.plan.preflight import colocated_cache_tokens
 from recipe.rollout.servers.dist_init import DERIVED_FROM_ADDRESS, DistInit
 from recipe.rollout.servers.launch import Launch, Node, SglangServer, launch_embedded, launch_sglang
-from recipe.rollout.servers.ports import reserve_derived
 from recipe.rollout.servers.process import EngineProcess
-from recipe.seeds import derive
+from recipe.system.errors import UserError
+from recipe.system.ports import reserve_derived
+from recipe.system.seeds import derive
 
 INITIAL_VERSION = "initial"
 """Of the weights that an engine starts with, before the trainer has sent any."""

@@ -25,9 +25,9 @@ from recipe.cluster.engine_parts import APPEARS_WITHIN_S
 from recipe.cluster.placement import Placement
 from recipe.cluster.trainer import TrainerGroup
 from recipe.config import Resolved
-from recipe.errors import UserError
 from recipe.rollout.delivery import Delivery
-from recipe.threads import in_thread
+from recipe.system.errors import UserError
+from recipe.system.threads import in_thread
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from recipe.cluster.blame import Reason, Standing, Verdict, place
-from recipe.heartbeat import Frame, Whereabouts
+from recipe.system.heartbeat import Frame, Whereabouts
 
 SHORT_STACK = 8
 """Innermost lines of a stack that are shown where all would be too many."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from recipe.cluster.meeting import POLL_S, Meeting, check_reachable
 from recipe.cluster.node import RayNode
-from recipe.errors import UserError, run_main
+from recipe.system.errors import UserError, run_main
 
 
 def main() -> None:

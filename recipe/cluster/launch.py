@@ -25,9 +25,9 @@ from recipe.cluster.processes import VITAL_TO_RAY_START, RayProcesses
 from recipe.config import Config, resolve
 from recipe.config.engine_parts import gpus_of_fullest_machine
 from recipe.config.usage import CHECK, FORCE
-from recipe.errors import UserError, run_main
 from recipe.rollout.servers.argument_check import check_arguments
-from recipe.rollout.servers.ports import reserve_port
+from recipe.system.errors import UserError, run_main
+from recipe.system.ports import reserve_port
 
 ROOT = Path(__file__).parents[2]
 JOIN_TIMEOUT_S = 1800

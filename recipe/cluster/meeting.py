@@ -18,8 +18,8 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 from recipe.container.provenance import inside_image, read_provenance
-from recipe.errors import UserError
-from recipe.files import atomic_write_text
+from recipe.system.errors import UserError
+from recipe.system.files import atomic_write_text
 
 FOLDER = ".recipe-cluster"
 POLL_S = 0.5

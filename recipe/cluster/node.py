@@ -11,9 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from recipe.errors import UserError
 from recipe.rollout.servers.process import die_with
 from recipe.sizes import OBJECT_STORE_BYTES
+from recipe.system.errors import UserError
 
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 30

@@ -12,7 +12,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from recipe.cluster.node import LOOPBACK
 from recipe.config import Config
 from recipe.config.engine_parts import EnginePart, machine_of_gpu, parts_of
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 PLACEMENT_TIMEOUT_S = 300
 TRAINER_SHARE, ENGINE_SHARE = 0.6, 0.3

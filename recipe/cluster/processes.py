@@ -19,8 +19,8 @@ from typing import NoReturn, Self
 
 import psutil
 
-from recipe.errors import USER_ERROR_STATUS, UserError
-from recipe.reaper import GRACE_S
+from recipe.system.errors import USER_ERROR_STATUS, UserError
+from recipe.system.reaper import GRACE_S
 
 VITAL = {
     "gcs_server": "control service (gcs_server)",
@@ -47,7 +47,7 @@ class RayProcesses:
     children of this process, so that none is lost sight of."""
 
     def __enter__(self) -> Self:
-        reaper = [sys.executable, "-m", "recipe.reaper"]
+        reaper = [sys.executable, "-m", "recipe.system.reaper"]
         self._reaper = subprocess.Popen(reaper, stdin=subprocess.PIPE, text=True, start_new_session=True)
         self._others = set(psutil.Process().children(recursive=True))
         _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)

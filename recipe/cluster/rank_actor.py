@@ -16,11 +16,11 @@ import ray
 from recipe.cluster.placement import own_address, socket_interfaces
 from recipe.config import Architecture, Config
 from recipe.config.engine_parts import weight_sources
-from recipe.heartbeat import Whereabouts, heartbeat
 from recipe.messages import FloatArray, Progress, RankPart, Started, StepReport
 from recipe.rollout.delivery import Delivery
-from recipe.stopwatch import Stopwatch
-from recipe.tcp_store import join_store, open_store
+from recipe.system.heartbeat import Whereabouts, heartbeat
+from recipe.system.stopwatch import Stopwatch
+from recipe.system.tcp_store import join_store, open_store
 
 if TYPE_CHECKING:
     from torch.distributed import Store

@@ -20,8 +20,8 @@ from recipe.cluster.node import LOOPBACK, TOKEN_PATH
 from recipe.cluster.processes import VITAL, RayProcesses
 from recipe.config import Config
 from recipe.config.engine_parts import gpus_of_fullest_machine
-from recipe.errors import UserError
 from recipe.sizes import OBJECT_STORE_BYTES
+from recipe.system.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,9 @@ from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 from recipe.cluster.blame import Standing, blame, flushes
 from recipe.cluster.calls import raise_failure
 from recipe.cluster.hung_report import Witness, all_stacks, sentence, short_stacks
-from recipe.errors import UserError
-from recipe.files import atomic_write_text
-from recipe.heartbeat import Whereabouts
+from recipe.system.errors import UserError
+from recipe.system.files import atomic_write_text
+from recipe.system.heartbeat import Whereabouts
 
 PATIENCE = 0.8
 """Share of the time-out after which a standstill is looked into: before torch.distributed ends innocent ranks."""

@@ -12,7 +12,7 @@ from recipe.config.fields import expand_layer_pattern
 from recipe.config.flags import spell
 from recipe.config.groups_training import ModelConfig
 from recipe.config.problems import plainly, refuse
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 MODEL_TYPE = "glm4_moe_lite"
 

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from recipe.config.fields import Spelling, sglang_argument
 from recipe.config.problems import did_you_mean
 from recipe.config.schema import fields
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 SGLANG_PREFIX = "--sglang-"
 SGLANG_KEY = "sglang.args"

@@ -13,7 +13,7 @@ from recipe.config.fields import sglang_argument
 from recipe.config.flags import SGLANG_KEY, CommandLine, spell
 from recipe.config.problems import did_you_mean, listed, plainly, refuse
 from recipe.config.schema import GROUPS, Config, fields
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 RECIPES = Path(__file__).parent / "recipes"
 FLAG_SOURCE = "flag"

@@ -3,7 +3,7 @@
 import difflib
 from collections.abc import Iterable, Sequence
 
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 
 def refuse(problems: Sequence[str]) -> None:

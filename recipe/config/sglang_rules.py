@@ -12,7 +12,7 @@ from recipe.config.engine_parts import nodes_per_engine
 from recipe.config.flags import SGLANG_KEY, spell
 from recipe.config.problems import listed
 from recipe.config.schema import Config
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 SGLANG_VENV_PYTHON = Path(__file__).parents[2] / ".venv-sglang" / "bin" / "python"
 """Where `make install-sglang` puts SGLang's CPU build."""

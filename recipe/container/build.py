@@ -10,8 +10,8 @@ from pathlib import Path
 
 from recipe.container.engine import connect
 from recipe.container.provenance import build_date
-from recipe.errors import UserError
-from recipe.files import sha256_file
+from recipe.system.errors import UserError
+from recipe.system.files import sha256_file
 
 ROOT = Path(__file__).parents[2]
 IMAGE = "glm-flash-grpo"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 if TYPE_CHECKING:
     from docker import DockerClient

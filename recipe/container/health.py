@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from recipe.container.provenance import LOCK, read_provenance
-from recipe.files import sha256_file
+from recipe.system.files import sha256_file
 
 SHARED_MEMORY = Path("/dev/shm")
 LEAST_SHARED_MEMORY_BYTES = 16 << 20

@@ -8,7 +8,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from recipe.files import atomic_write_text, sha256_file
+from recipe.system.files import atomic_write_text, sha256_file
 
 PROVENANCE = Path("/opt/recipe/provenance.json")
 """Only the image has it."""

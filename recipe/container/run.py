@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from recipe.container.build import IMAGE, ROOT
 from recipe.container.engine import check_gpus, connect
 from recipe.container.terminal import attach_terminal
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 if TYPE_CHECKING:
     from docker import DockerClient

@@ -11,7 +11,7 @@ import tty
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 if TYPE_CHECKING:
     from docker import DockerClient

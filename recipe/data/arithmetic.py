@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from itertools import combinations_with_replacement, permutations
 from pathlib import Path
 
-from recipe.errors import UserError, run_main
-from recipe.files import atomic_write_text
-from recipe.seeds import derive
+from recipe.system.errors import UserError, run_main
+from recipe.system.files import atomic_write_text
+from recipe.system.seeds import derive
 
 OPERANDS = 3
 WARMUP_RESPONSES = 4

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

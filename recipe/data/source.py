@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TypedDict
 
 from recipe.data.prompts import Prompt
-from recipe.errors import UserError
-from recipe.seeds import derive
+from recipe.system.errors import UserError
+from recipe.system.seeds import derive
 
 
 class SourceState(TypedDict):

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

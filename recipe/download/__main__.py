@@ -12,7 +12,7 @@ from recipe.download.fetch import fetch
 from recipe.download.hub import Hub
 from recipe.download.plan import check_space, make_plan
 from recipe.download.sources import DATA_SETS, FORMER_NAMES, GLM_4_7_FLASH, Source, data_source, model_source
-from recipe.errors import UserError, run_main
+from recipe.system.errors import UserError, run_main
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -18,8 +18,8 @@ from recipe.download.interruptible import run_interruptible
 from recipe.download.plan import WORK_NAME, Plan
 from recipe.download.record import FileRecord, Record
 from recipe.download.sources import RepoType
-from recipe.errors import DISK_IS_FULL, UserError
-from recipe.files import FileLock, sha256_file, sync
+from recipe.system.errors import DISK_IS_FULL, UserError
+from recipe.system.files import FileLock, sha256_file, sync
 
 CONNECTIONS = 8
 RETRY_WAITS_S = (1.0, 2.0, 4.0, 8.0, 8.0)

@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import build_hf_headers, get_async_session, hf_raise_for_status
 
 from recipe.download.sources import RepoType, Source
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 _HUB_ERRORS = (httpx.HTTPError, httpx.InvalidURL, OfflineModeIsEnabled)
 _PASSING_ERRORS = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError)

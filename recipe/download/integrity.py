@@ -9,8 +9,8 @@ from typing import TypeVar
 
 from recipe.download.hub import HubFile
 from recipe.download.record import FileRecord, Record
-from recipe.errors import UserError
-from recipe.files import sha256_file
+from recipe.system.errors import UserError
+from recipe.system.files import sha256_file
 
 DATA_FIELDS = ("prompt", "label")
 _THREADS = 8

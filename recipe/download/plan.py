@@ -10,7 +10,7 @@ from recipe.download.hub import Hub, HubFile
 from recipe.download.integrity import difference, in_threads, intact_files
 from recipe.download.record import Record, read_record
 from recipe.download.sources import Source
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 WORK_NAME = ".download"
 """Folder in the directory for what is not finished; gone when everything is there."""

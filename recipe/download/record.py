@@ -5,8 +5,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from recipe.download.sources import RepoType, Source
-from recipe.errors import UserError
-from recipe.files import atomic_write_text
+from recipe.system.errors import UserError
+from recipe.system.files import atomic_write_text
 
 RECORD_NAME = "download.json"
 

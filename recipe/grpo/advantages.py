@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 STD_EPSILON = 1e-6
 

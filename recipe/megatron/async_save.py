@@ -9,8 +9,8 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from torch import Tensor
 
-from recipe.heartbeat import heartbeat
 from recipe.megatron.checkpoint import Shards
+from recipe.system.heartbeat import heartbeat
 
 
 class SaveInFlight:

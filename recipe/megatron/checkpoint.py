@@ -42,12 +42,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
-from recipe.errors import UserError
-from recipe.files import atomic_write_bytes, atomic_write_text
-from recipe.heartbeat import heartbeat
 from recipe.megatron.model import PolicyModel
 from recipe.megatron.optimizer import Optimization
 from recipe.messages import Progress
+from recipe.system.errors import UserError
+from recipe.system.files import atomic_write_bytes, atomic_write_text
+from recipe.system.heartbeat import heartbeat
 from recipe.weights.table import Part, Placement
 from recipe.weights.torch_dist import PROGRESS
 

@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from recipe.available_memory import available_bytes
-from recipe.errors import UserError
+from recipe.system.errors import UserError
+from recipe.system.memory import available_bytes
 
 
 def require(needed: int, what: str, remedy: str) -> None:

@@ -14,8 +14,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from recipe.config import Architecture, Config
-from recipe.errors import UserError
-from recipe.heartbeat import heartbeat
 from recipe.megatron import checkpoint, layout
 from recipe.megatron.async_save import SaveInFlight
 from recipe.megatron.clipping import clipped_step, gradient_norms
@@ -33,7 +31,9 @@ from recipe.megatron.step import (
 )
 from recipe.megatron.weights import gathered_weights, load_hugging_face, named_weights
 from recipe.messages import FloatArray, MtpReport, Progress, RankPart, StepReport
-from recipe.stopwatch import Stopwatch
+from recipe.system.errors import UserError
+from recipe.system.heartbeat import heartbeat
+from recipe.system.stopwatch import Stopwatch
 from recipe.weights.export import mtp_of_origin, with_duplicates
 from recipe.weights.hf_files import HuggingFaceCheckpoint, is_hugging_face, write_checkpoint
 from recipe.weights.inspection import inspect

@@ -23,11 +23,11 @@ from recipe.grpo.loss import (
     policy_loss,
     sft_loss,
 )
-from recipe.heartbeat import heartbeat
 from recipe.megatron import gradients
 from recipe.megatron.microbatch import MicroBatch, TokenLayout, build_microbatch
 from recipe.megatron.model import ModelOutput
 from recipe.messages import FloatArray, TrainSample
+from recipe.system.heartbeat import heartbeat
 
 Microbatches = Sequence[Sequence[TrainSample]]
 

@@ -9,9 +9,9 @@ from megatron.core import parallel_state
 from torch import Tensor
 
 from recipe.config import Architecture
-from recipe.heartbeat import heartbeat
 from recipe.megatron.layout import shard_coordinates
 from recipe.megatron.model import PolicyModel
+from recipe.system.heartbeat import heartbeat
 from recipe.weights.hf_files import HuggingFaceCheckpoint
 from recipe.weights.table import Placement, ShardCoordinates, placements
 

@@ -13,11 +13,11 @@ from pathlib import Path
 from recipe.config import Resolved, resolve
 from recipe.config.flags import parse_command_line
 from recipe.config.loading import read_settings
-from recipe.errors import USER_ERROR_STATUS, run_main
 from recipe.plan.hardware import DEFAULT_GPU, GPUS, Machine
 from recipe.plan.plan import make_plan
 from recipe.plan.report import SCHEMA, as_json, page
 from recipe.plan.suggest import suggestion
+from recipe.system.errors import USER_ERROR_STATUS, run_main
 
 PUBLISHED = Path(__file__).parent / "published" / "GLM-4.7-Flash"
 """Holds the config.json of zai-org/GLM-4.7-Flash."""

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from recipe.config import Architecture, Config
 from recipe.config.sglang_rules import EngineLayout, size_of
-from recipe.errors import UserError
 from recipe.plan import constants
 from recipe.plan.hardware import Gpu
 from recipe.plan.shards import Part, part_of, table_of
+from recipe.system.errors import UserError
 from recipe.weights.table import Placement
 
 BF16, FP32 = 2, 4

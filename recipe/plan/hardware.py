@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from recipe.config.problems import did_you_mean, listed
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 GIB, GB = 2**30, 10**9
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}

@@ -7,8 +7,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipe.available_memory import available_bytes
 from recipe.plan.hardware import DEFAULT_GPU, GPUS, Gpu
+from recipe.system.memory import available_bytes
 
 NVIDIA_SMI = "nvidia-smi"
 _QUERY = ("name", "memory.total", "memory.reserved", "memory.used", "driver_version")

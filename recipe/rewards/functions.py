@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from recipe.imports import load_function
 from recipe.rewards.extract import Extraction, boxed_after_thinking, boxed_answer, dapo_answer
 from recipe.rewards.integers import canonical_integer
+from recipe.system.imports import load_function
 
 
 class RewardType(StrEnum):

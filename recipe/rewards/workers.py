@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Pipe
 
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 START_TIMEOUT_S = 120.0
 """For importing the function's module on a busy machine; not part of the time of a call."""

@@ -20,7 +20,6 @@ from typing import Any, Self
 
 from recipe.config import RolloutConfig
 from recipe.data.source import PromptSource
-from recipe.errors import UserError
 from recipe.rollout.client import RolloutClient
 from recipe.rollout.continuation import Decode, rejoin
 from recipe.rollout.filters import FLAG as FILTER_FLAG
@@ -38,7 +37,8 @@ from recipe.rollout.pending import PendingGroup
 from recipe.rollout.sample import SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
 from recipe.rollout.selection import Selection
-from recipe.threads import in_thread
+from recipe.system.errors import UserError
+from recipe.system.threads import in_thread
 
 
 class NothingToLearn(UserError):

@@ -2,7 +2,7 @@
 
 import json
 
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 
 class EngineError(UserError):

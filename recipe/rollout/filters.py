@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Mapping
 
-from recipe.errors import UserError
-from recipe.imports import load_function
 from recipe.rollout.sample import SampleGroup
+from recipe.system.errors import UserError
+from recipe.system.imports import load_function
 
 FLAG = "--dynamic-sampling-filter-path"
 

@@ -10,7 +10,7 @@ from recipe.rollout.client import ClientCounters, RolloutClient
 from recipe.rollout.errors import EngineError, StaleWeights
 from recipe.rollout.sample import Sample, SampleGroup, added
 from recipe.rollout.sampling_params import SamplingParams
-from recipe.seeds import derive
+from recipe.system.seeds import derive
 
 OnGroup = Callable[[SampleGroup], Awaitable[None]]
 """Called with each group as it completes, in the order of completion: the place to grade it."""

@@ -1,7 +1,7 @@
 """Prompts that no engine may be sent: SGLang does not refuse them, it ends."""
 
 from recipe.data.prompts import Prompt
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 
 def check_prompt(prompt: Prompt, vocab_size: int | None) -> None:

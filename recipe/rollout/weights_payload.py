@@ -21,7 +21,7 @@ import torch.multiprocessing
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
 
-from recipe.rollout.allocator import EXPANDABLE, segments_are_expandable
+from recipe.system.cuda_allocator import EXPANDABLE, segments_are_expandable
 
 NamedTensor = tuple[str, Tensor]
 

@@ -15,7 +15,6 @@ import torch
 
 from recipe.config import Architecture, Config
 from recipe.config.sglang_rules import ONE_GPU, EngineLayout
-from recipe.errors import UserError
 from recipe.rollout.delivery import Delivery
 from recipe.rollout.errors import EngineUnreachable
 from recipe.rollout.weights_broadcast import BroadcastGroup, Meeting, TensorHeader, open_meeting
@@ -23,6 +22,7 @@ from recipe.rollout.weights_checksum import EngineChecksums
 from recipe.rollout.weights_client import WeightsClient
 from recipe.rollout.weights_payload import Bucket, NamedTensor
 from recipe.rollout.weights_relay import Relay
+from recipe.system.errors import UserError
 
 T = TypeVar("T")
 

@@ -28,12 +28,12 @@ from typing import TYPE_CHECKING, Self
 import psutil
 
 from recipe.config import Resolved
-from recipe.errors import UserError
-from recipe.files import atomic_write_bytes, atomic_write_text
 from recipe.run.journal import Journal, encode, writing
 from recipe.run.manifest import public_config, write_manifest
 from recipe.run.metrics import StepMetrics
 from recipe.run.summary import summarize
+from recipe.system.errors import UserError
+from recipe.system.files import atomic_write_bytes, atomic_write_text
 
 if TYPE_CHECKING:
     from recipe.run.sinks import MetricSink

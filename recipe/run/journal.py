@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from recipe.errors import DISK_IS_FULL, UserError
-from recipe.files import atomic_write_bytes
+from recipe.system.errors import DISK_IS_FULL, UserError
+from recipe.system.files import atomic_write_bytes
 
 
 class Journal:

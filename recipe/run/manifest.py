@@ -11,7 +11,7 @@ from typing import Any
 
 from recipe.config import Config, Resolved
 from recipe.container.provenance import inside_image, read_provenance
-from recipe.files import atomic_write_text, sha256_file
+from recipe.system.files import atomic_write_text, sha256_file
 
 _SECRET = re.compile(r"api_key|auth_token|access_token|secret|password|passwd|credential")
 _CHECKPOINT_FILES = ("config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from recipe.errors import UserError, run_main
+from recipe.system.errors import UserError, run_main
 
 
 def report(directory: Path) -> Iterator[str]:

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 from tensorboard.summary import Writer
 
 from recipe.config import MiscConfig
-from recipe.errors import UserError
 from recipe.run.metrics import Scalar
+from recipe.system.errors import UserError
 
 
 class MetricSink(Protocol):

@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from recipe.errors import UserError, run_main
-from recipe.files import atomic_write_text
 from recipe.plan.machine import read_machine
 from recipe.smoke.measured import Measured
 from recipe.smoke.settings import Settings, gpus_to_use
 from recipe.smoke.steps import SmokeRun
 from recipe.smoke.table import Row, render, rows, verdict
 from recipe.smoke.verdict import reasons
+from recipe.system.errors import UserError, run_main
+from recipe.system.files import atomic_write_text
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -9,7 +9,7 @@ from typing import Any
 
 from recipe.plan.hardware import Gpu
 from recipe.plan.machine import FoundMachine
-from recipe.rates import Rates
+from recipe.smoke.rates import Rates
 
 HELD_OUT = "eval/heldout"
 SETTLED = 3

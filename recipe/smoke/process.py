@@ -11,7 +11,7 @@ from pathlib import Path
 from threading import Thread
 from typing import IO
 
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 POLL_S = 0.1
 TAIL_LINES = 30

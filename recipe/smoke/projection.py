@@ -12,8 +12,8 @@ from recipe.plan.hardware import Gpu, Machine
 from recipe.plan.machine import FoundMachine
 from recipe.plan.plan import make_plan
 from recipe.plan.preflight import plan_here
-from recipe.rates import Rates
 from recipe.smoke.measured import Projection
+from recipe.smoke.rates import Rates
 
 RECIPE = "glm4.7-flash-8gpu-mtp"
 NODE_GPUS = 8

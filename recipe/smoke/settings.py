@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 GPU_COUNTS = (1, 2, 4, 8)
 """Over which the experts of the 8-GPU recipe spread evenly."""

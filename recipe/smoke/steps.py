@@ -11,14 +11,14 @@ from dataclasses import dataclass, field, replace
 from threading import Event, Thread
 
 from recipe.data.arithmetic import write_task
-from recipe.notice import SAVED_STATUS
 from recipe.plan.machine import FoundMachine, read_gpus
 from recipe.plan.preflight import findings_on
-from recipe.rates import Rates
 from recipe.smoke.measured import Interruption, Measured, Memory, goes_on, learning_of, read_lines
 from recipe.smoke.process import Ended, carry_out
 from recipe.smoke.projection import planned_memory, project, read_recipe
+from recipe.smoke.rates import Rates
 from recipe.smoke.settings import Settings, train_command
+from recipe.system.shutdown import SAVED_STATUS
 from recipe.weights.tiny import KERNEL_SIZES, write_tiny_checkpoint
 
 MAX_OPERAND, HELD_OUT_SUMS = 9, 200
@@ -102,7 +102,7 @@ class SmokeRun:
     def _measure_rates(self) -> bool:
         gpus, directory = self._settings.gpus, self._settings.directory
         output = directory / "rates.json"
-        command = [sys.executable, "-m", "recipe.rates", "--num-gpus", str(gpus), "--output", str(output)]
+        command = [sys.executable, "-m", "recipe.smoke.rates", "--num-gpus", str(gpus), "--output", str(output)]
         with self._timed("rates"):
             ended = carry_out("rates of this machine", command, lambda _: None, directory / "rates.log")
         if ended.status:

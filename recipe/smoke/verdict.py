@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from recipe.notice import SAVED_STATUS
 from recipe.plan.hardware import GB, Gpu
-from recipe.rates import Rates
 from recipe.smoke.measured import Interruption, Learning, Measured
+from recipe.smoke.rates import Rates
+from recipe.system.shutdown import SAVED_STATUS
 
 MATMUL_SHARE = 0.65
 """Of the data sheet's bf16 FLOP/s. A sound H200 reached 0.80; one that is capped, hot or shared falls below this."""

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from recipe.config import Architecture, Resolved, resolve
-from recipe.errors import UserError, run_main
+from recipe.system.errors import UserError, run_main
 from recipe.weights.destination import check_destination, writing_errors_told
 from recipe.weights.hf_files import HuggingFaceCheckpoint
 from recipe.weights.inspection import check_duplicates, inspect

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 
 def check_destination(destination: Path, needed: int) -> None:

@@ -18,7 +18,7 @@ from typing import Self
 from torch import Tensor
 
 from recipe.config import Architecture
-from recipe.errors import run_main
+from recipe.system.errors import run_main
 from recipe.weights.destination import check_destination, writing_errors_told
 from recipe.weights.hf_files import (
     SHARD_BYTES,

@@ -14,8 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from recipe.errors import UserError
-from recipe.files import atomic_write_text, sync
+from recipe.system.errors import UserError
+from recipe.system.files import atomic_write_text, sync
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from recipe.config import Architecture
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 from recipe.weights.hf_files import HuggingFaceCheckpoint, TensorHeader
 from recipe.weights.table import Placement, duplicates, placements
 

@@ -10,7 +10,7 @@ from typing import Self, TypeVar
 
 import torch.distributed as dist
 
-from recipe.errors import USER_ERROR_STATUS, UserError
+from recipe.system.errors import USER_ERROR_STATUS, UserError
 
 T = TypeVar("T")
 

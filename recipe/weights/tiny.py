@@ -13,9 +13,9 @@ import torch
 
 from recipe.config import Architecture
 from recipe.data.tiny_tokenizer import EOS_TOKENS, VOCAB_SIZE, build_tiny_tokenizer
-from recipe.errors import run_main
-from recipe.files import atomic_write_text
-from recipe.seeds import derive
+from recipe.system.errors import run_main
+from recipe.system.files import atomic_write_text
+from recipe.system.seeds import derive
 from recipe.weights.hf_files import write_checkpoint
 from recipe.weights.table import Placement, placements
 

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import _create_file_view, _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 from recipe.weights.hf_files import is_hugging_face
 from recipe.weights.table import Placement, ShardCoordinates
 

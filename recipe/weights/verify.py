@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recipe.errors import UserError
-from recipe.files import atomic_write_text
+from recipe.system.errors import UserError
+from recipe.system.files import atomic_write_text
 from recipe.weights.hf_files import HuggingFaceCheckpoint
 from recipe.weights.progress import ByteProgress
 from recipe.weights.table import Placement

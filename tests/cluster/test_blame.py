@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 
 from recipe.cluster.blame import Reason, Standing, Verdict, blame, flushes, waits
 from recipe.cluster.hung_report import Witness, all_stacks, sentence, short_stacks
-from recipe.heartbeat import Frame, Whereabouts
+from recipe.system.heartbeat import Frame, Whereabouts
 
 PACKAGES = "/venv/lib/python3.11/site-packages"
 STEP = Frame("/repo/recipe/megatron/step.py", 130, "forward_backward", "results = _run(chunks)")

@@ -13,7 +13,7 @@ from recipe.cluster.node import LOOPBACK, OBJECT_STORE_BYTES, TOKEN_PATH
 from recipe.cluster.engine_actor import EngineActor
 from recipe.cluster.placement import Seat
 from recipe.config import Architecture, Config, Resolved
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 from recipe.weights.tiny import write_tiny_checkpoint
 import psutil
 import ray

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from recipe.config import Architecture, Config, Resolved
-from recipe.errors import UserError
 from recipe.rollout.servers import process
 from recipe.rollout.servers.launch import Launch
-from recipe.rollout.servers.ports import LOCAL, reserve_port_with
+from recipe.system.errors import UserError
+from recipe.system.ports import LOCAL, reserve_port_with
 from recipe.weights.tiny import write_tiny_checkpoint
 
 BOUND_S = 90.0

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from recipe.heartbeat import Heartbeat, Whereabouts
+from recipe.system.heartbeat import Heartbeat, Whereabouts
 
 
 def waiting_in(file: str) -> Callable[[_thread.LockType], None]:

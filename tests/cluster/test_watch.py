@@ -16,7 +16,7 @@ import pytest
 from recipe.cluster import EngineGroup, ray_session
 from recipe.cluster.watch import WatchedCall, WatchedRank
 from recipe.config import Config
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 TIMEOUT_S = 6.0
 TIMED_OUT = "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 4000ms for recv"
@@ -33,12 +33,12 @@ def actor() -> Iterator[Any]:
     class Rank:
         @ray.method(concurrency_group="answers")
         def whereabouts(self) -> Any:
-            from recipe.heartbeat import heartbeat
+            from recipe.system.heartbeat import heartbeat
 
             return heartbeat.whereabouts()
 
         def do(self, work: Callable[[Callable[[], None]], Any]) -> Any:
-            from recipe.heartbeat import heartbeat
+            from recipe.system.heartbeat import heartbeat
 
             heartbeat.follow_this_thread()
             return work(heartbeat.beat)

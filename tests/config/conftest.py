@@ -8,7 +8,7 @@ import pytest
 from config_support import GLM_4_7_FLASH, Refusal, Try, WriteCheckpoint
 
 from recipe.config import Resolved, resolve, sglang_rules
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 
 @pytest.fixture(autouse=True)

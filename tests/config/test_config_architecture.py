@@ -6,7 +6,7 @@ from config_support import Refusal, Try, WriteCheckpoint
 
 from recipe.config import Architecture, ModelConfig
 from recipe.config.architecture import _FIXED, _STATED
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 
 def refused(folder: Path) -> str:

@@ -4,7 +4,7 @@ import pytest
 from config_support import Refusal, Try, WriteCheckpoint
 
 from recipe.config import resolve
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 TWO_STAGES = ("--pipeline-model-parallel-size", "2", "--expert-model-parallel-size", "4")
 

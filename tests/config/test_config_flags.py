@@ -7,7 +7,7 @@ from config_support import Refusal, Try
 from recipe.config.flags import FLAGS, Arity, parse_command_line, spell
 from recipe.config.loading import Setting, read_settings
 from recipe.config.sglang_rules import EngineLayout
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 
 def value_of(key: str, *argv: str) -> object:

@@ -5,7 +5,7 @@ from config_support import Refusal, Try, WriteCheckpoint
 
 from recipe.config import resolve
 from recipe.config.loading import shipped_recipes
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 
 def write(path: Path, text: str) -> str:

@@ -6,7 +6,7 @@ from config_support import Refusal, Try, WriteCheckpoint
 from recipe.config import resolve
 from recipe.config.loading import shipped_recipes
 from recipe.config.sglang_rules import EngineLayout
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from recipe.config import Config, Resolved, resolve
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 MODEL = """
 MODEL_ARGS=(

@@ -5,8 +5,8 @@ import sys
 import pytest
 
 from recipe.data.arithmetic import split_sums, write_task
-from recipe.errors import UserError
 from recipe.rewards import REWARD_RULES, Grader, GradeRequest, RewardType
+from recipe.system.errors import UserError
 
 
 def lines(path):

@@ -5,8 +5,8 @@ import pytest
 from recipe.data.prompts import Message, PromptFormat, read_prompts
 from recipe.data.tiny_tokenizer import build_tiny_tokenizer
 from recipe.data.tokenizer import load_tokenizer
-from recipe.errors import UserError
 from recipe.rewards import REWARD_RULES, RewardType
+from recipe.system.errors import UserError
 
 CHAT = PromptFormat(apply_chat_template=True, label_problem=REWARD_RULES[RewardType.DEEPSCALER].label_problem)
 GOOD = {"prompt": [{"role": "user", "content": "1+2="}], "label": "3"}

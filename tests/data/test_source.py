@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from recipe.data.prompts import Message, Prompt
 from recipe.data.source import PromptSource
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 
 def prompts(count):

@@ -9,7 +9,7 @@ import pytest
 from hub_contents import DATA, DATA_FILES, MODEL, MODEL_FILES, NEEDED, ROWS, SHARD
 
 from recipe.download.__main__ import main
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 
 def contents(directory):

@@ -17,7 +17,7 @@ from hub_contents import MODEL, MODEL_FILES, NEEDED, ROWS, SHARD
 from huggingface_hub import constants
 
 from recipe.download.__main__ import main
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 TOKEN = "hf_secretSECRETsecret"
 CONTENT = MODEL_FILES[SHARD]

@@ -15,8 +15,8 @@ from run_support import engines
 
 from recipe.cluster.engines import EngineGroup
 from recipe.cluster.trainer import TrainerGroup
-from recipe.errors import run_main
 from recipe.rollout.delivery import Delivery
+from recipe.system.errors import run_main
 from recipe.train import main
 
 replace_dead, update_weights = EngineGroup.replace_dead, TrainerGroup.update_weights

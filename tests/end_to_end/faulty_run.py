@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from recipe.cluster import trainer
-from recipe.errors import run_main
 from recipe.messages import Started
+from recipe.system.errors import run_main
 from recipe.train import main
 
 MICROBATCH = 5

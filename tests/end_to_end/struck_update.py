@@ -9,8 +9,8 @@ import psutil
 from run_support import engines, strike
 
 from recipe.cluster import trainer
-from recipe.errors import run_main
 from recipe.rollout.delivery import Delivery
+from recipe.system.errors import run_main
 from recipe.train import main
 
 update_weights = trainer.TrainerGroup.update_weights

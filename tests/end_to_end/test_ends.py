@@ -25,7 +25,7 @@ from run_support import (
     words_of,
 )
 
-from recipe.notice import SAVED_STATUS
+from recipe.system.shutdown import SAVED_STATUS
 from recipe.weights.torch_dist import latest
 
 pytestmark = pytest.mark.slow

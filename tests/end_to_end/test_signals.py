@@ -26,7 +26,7 @@ from run_support import (
 )
 from torch.distributed.checkpoint import FileSystemReader
 
-from recipe.notice import SAVED_STATUS
+from recipe.system.shutdown import SAVED_STATUS
 from recipe.weights.torch_dist import latest
 
 pytestmark = pytest.mark.slow

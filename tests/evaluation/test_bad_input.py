@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from evaluation.aime import main
 from evaluation.options import parse
 from evaluation.result import read_result
-from recipe.errors import UserError, run_main
+from recipe.system.errors import UserError, run_main
 
 GOOD = {"id": "1", "prompt": "1+1=", "label": "2"}
 

@@ -10,7 +10,7 @@ from evaluation.compare import compare, describe, main
 from evaluation.grading import Verdict
 from evaluation.result import Result
 from evaluation.statistics import paired_difference
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from evaluation_support import (
 
 from evaluation.grading import Verdict
 from evaluation.result import read_result
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 TOTAL = N_SAMPLES * len(QUESTIONS)
 

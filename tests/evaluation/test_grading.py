@@ -16,8 +16,8 @@ import pytest
 from grading_support import HOSTILE_LABEL, as_response, busy_processes, conformance_cases, hostile_responses
 
 from evaluation.grading import Judge, Judgement, Response, Verdict, aime_label_problem
-from recipe.errors import run_main
 from recipe.rewards import REWARD_RULES, Grader, GradeRequest, RewardType
+from recipe.system.errors import run_main
 
 CASES = conformance_cases()
 

@@ -14,10 +14,10 @@ from evaluation.problems import INSTRUCTION, ProblemFile, read_problems
 from recipe.config import resolve
 from recipe.config.loading import RECIPES
 from recipe.data.prompts import Prompt
-from recipe.errors import UserError
 from recipe.rollout.client import RolloutClient
 from recipe.rollout.sample import SampleGroup
 from recipe.run import EvalMetrics
+from recipe.system.errors import UserError
 
 
 def in_loop_words(checkpoint: Path, data: Path, recipe: Path | str = "tiny") -> list[str]:

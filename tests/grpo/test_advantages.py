@@ -4,8 +4,8 @@ import statistics
 import numpy as np
 import pytest
 
-from recipe.errors import UserError
 from recipe.grpo.advantages import group_advantages, penalise_kl
+from recipe.system.errors import UserError
 
 
 def test_is_the_standard_score_with_the_sample_deviation():

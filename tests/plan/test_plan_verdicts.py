@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from recipe.config import Resolved, sglang_rules
-from recipe.errors import UserError
 from recipe.plan.__main__ import PUBLISHED, resolve_without_weights
 from recipe.plan.activations import ActivationModel, Pack
 from recipe.plan.hardware import GIB, Machine, named_gpu, parse_size
@@ -18,6 +17,7 @@ from recipe.plan.memory import GpuModel, Phase, Use
 from recipe.plan.plan import Plan, make_plan
 from recipe.plan.report import SCHEMA, as_json, page, refusal
 from recipe.plan.suggest import suggestion
+from recipe.system.errors import UserError
 
 SHIPPED = ("8gpu", "8gpu-eagle", "8gpu-mtp", "16gpu", "24gpu")
 FULL = ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1")

@@ -10,10 +10,10 @@ import pytest
 from trainer_support import random_checkpoint
 
 from recipe.config import Resolved, resolve, sglang_rules
-from recipe.errors import UserError
 from recipe.plan import preflight
 from recipe.plan.__main__ import PUBLISHED
 from recipe.plan.machine import FoundGpu, FoundMachine, pairs_are_linked, parse_gpus, read_machine
+from recipe.system.errors import UserError
 
 GIB = 2**30
 H100 = FoundGpu("NVIDIA H100 80GB HBM3", 81000 << 20, 0, "580.95.05")

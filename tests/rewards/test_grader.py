@@ -4,7 +4,6 @@ import time
 
 import pytest
 
-from recipe.errors import UserError
 from recipe.rewards import (
     REWARD_RULES,
     Grade,
@@ -14,6 +13,7 @@ from recipe.rewards import (
     RewardType,
     load_custom_reward,
 )
+from recipe.system.errors import UserError
 
 DEEPSCALER, MATH, DAPO = (REWARD_RULES[kind] for kind in RewardType)
 

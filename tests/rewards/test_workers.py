@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from recipe.errors import UserError
 from recipe.rewards.workers import Outcome, WorkerPool
+from recipe.system.errors import UserError
 
 HERE = Path(__file__).parent
 

@@ -14,7 +14,6 @@ from rollout_support import EngineUnderTest, load_reference, log_probs_of, make_
 
 from recipe.data.source import PromptSource
 from recipe.data.tokenizer import load_tokenizer
-from recipe.errors import UserError
 from recipe.rewards import Grade
 from recipe.rewards.grader import GradeStatus
 from recipe.rollout.client import RolloutClient
@@ -25,6 +24,7 @@ from recipe.rollout.generate import Rollout, SeedStream
 from recipe.rollout.pending import PendingGroup
 from recipe.rollout.sample import FinishReason, Sample, SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
+from recipe.system.errors import UserError
 
 PROMPTS = [make_prompt(number, (number + 1, 2, 3)) for number in range(40)]
 SAMPLING = SamplingParams(max_new_tokens=10)

@@ -5,9 +5,9 @@ import socket
 import pytest
 import torch.distributed as dist
 
-from recipe.errors import UserError
 from recipe.rollout.servers.dist_init import DERIVED_FROM_ADDRESS, DistInit
-from recipe.rollout.servers.ports import LOCAL, reserve_derived
+from recipe.system.errors import UserError
+from recipe.system.ports import LOCAL, reserve_derived
 
 
 def test_a_store_is_there_with_the_ports_that_are_derived_from_its_own() -> None:

@@ -19,13 +19,13 @@ from rollout_support import CONTEXT, PROMPT, EngineUnderTest, Kind, assert_equal
 
 from recipe.config import resolve
 from recipe.config.sglang_rules import EngineLayout
-from recipe.errors import UserError
 from recipe.rollout.servers.dist_init import DistInit
 from recipe.rollout.servers.launch import Node, SglangServer, launch_sglang
-from recipe.rollout.servers.ports import LOCAL
 from recipe.rollout.servers.process import EngineProcess
 from recipe.rollout.weights_checksum import EngineChecksums
 from recipe.rollout.weights_sync import WeightSync
+from recipe.system.errors import UserError
+from recipe.system.ports import LOCAL
 
 pytestmark = [pytest.mark.slow, pytest.mark.sglang]
 

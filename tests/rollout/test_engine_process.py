@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from transformers import Glm4MoeLiteConfig
 
 from recipe.config import SglangConfig, resolve
-from recipe.errors import UserError
 from recipe.rollout.servers import launch
 from recipe.rollout.servers.embedded.fused import build_model
 from recipe.rollout.servers.launch import Launch, SglangServer, launch_embedded, launch_sglang, sglang_python
 from recipe.rollout.servers.process import EngineProcess, PortTaken, without_secrets
+from recipe.system.errors import UserError
 
 SERVER = """
 import http.server, subprocess, sys

@@ -3,11 +3,11 @@
 import pytest
 from rollout_support import make_prompt
 
-from recipe.errors import UserError
 from recipe.rewards import Grade
 from recipe.rewards.grader import GradeStatus
 from recipe.rollout.filters import load_filter
 from recipe.rollout.sample import SampleGroup
+from recipe.system.errors import UserError
 
 
 def graded(*rewards: float) -> SampleGroup:

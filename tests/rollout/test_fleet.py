@@ -10,11 +10,11 @@ import pytest
 from aiohttp import web
 from fake_engines import FakeEngine, answers, group_of, serving
 
-from recipe.errors import UserError
 from recipe.rollout.client import ClientCounters, ClientOptions, RolloutClient
 from recipe.rollout.fleet import Engine, Fleet, HealthOptions, Recover
 from recipe.rollout.sample import FinishReason, SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
+from recipe.system.errors import UserError
 
 SAMPLING = SamplingParams(max_new_tokens=4)
 OPTIONS = ClientOptions(

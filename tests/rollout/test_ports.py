@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from recipe.errors import UserError
-from recipe.rollout.servers import ports
 from recipe.rollout.servers.launch import Node, SglangServer, launch_sglang
-from recipe.rollout.servers.ports import DERIVED_FROM_PORT, LOCAL, reserve_port, reserve_port_with
+from recipe.system import ports
+from recipe.system.errors import UserError
+from recipe.system.ports import DERIVED_FROM_PORT, LOCAL, reserve_port, reserve_port_with
 
 DERIVED_BY_SGLANG = """
 import sys, types

@@ -12,7 +12,7 @@ from recipe.rollout.errors import EngineError, StaleWeights
 from recipe.rollout.generate import Rollout, SeedStream, generate_rollout
 from recipe.rollout.sample import SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
-from recipe.seeds import derive
+from recipe.system.seeds import derive
 
 PROMPTS = [make_prompt(number, tuple(range(number + 1, 2 * number + 3))) for number in range(6)]
 SAMPLING = SamplingParams(max_new_tokens=8)

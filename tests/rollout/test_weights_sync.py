@@ -12,10 +12,10 @@ from fake_engines import FakeEngine, serving
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipe.errors import UserError
 from recipe.rollout.delivery import Delivery
 from recipe.rollout.weights_payload import NamedTensor
 from recipe.rollout.weights_sync import WeightSync, buckets
+from recipe.system.errors import UserError
 
 LAYER = (
     "self_attn.q_a_proj",

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from made_up import sample_record, step_metrics
 
-from recipe.errors import UserError
 from recipe.run import RunDirectory
+from recipe.system.errors import UserError
 
 CHECKPOINTS = "checkpoints"
 

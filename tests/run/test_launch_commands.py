@@ -125,7 +125,7 @@ def test_an_old_driver_and_no_gpu_are_told_before_anything_starts(
     driver: str, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from recipe.container.engine import check_gpus
-    from recipe.errors import UserError
+    from recipe.system.errors import UserError
 
     tool = tmp_path / "nvidia-smi"
     tool.write_text(f"#!/bin/sh\necho {driver}\n")

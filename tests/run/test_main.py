@@ -8,7 +8,7 @@ import pytest
 
 PROGRAM = """
 import sys, time
-from recipe.errors import run_main
+from recipe.system.errors import run_main
 
 def main():
     print("ready", flush=True)
@@ -52,7 +52,7 @@ def test_a_signal_that_the_parent_has_blocked_is_heeded() -> None:
 
 
 def test_a_full_disk_under_the_output_is_told_in_a_sentence() -> None:
-    program = "from recipe.errors import run_main; run_main(lambda: print('x' * 100_000))"
+    program = "from recipe.system.errors import run_main; run_main(lambda: print('x' * 100_000))"
     with open("/dev/full", "w") as full:
         ended = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True)
     assert ended.returncode == 2

@@ -3,8 +3,8 @@
 import pytest
 
 from recipe.grpo.metrics import SourceDifference
+from recipe.grpo.mismatch import MismatchWatch, StepMismatch
 from recipe.messages import StepReport
-from recipe.mismatch import MismatchWatch, StepMismatch
 
 LIMIT = 0.05
 

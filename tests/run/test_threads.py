@@ -7,11 +7,11 @@ import threading
 
 import pytest
 
-from recipe.threads import in_thread
+from recipe.system.threads import in_thread
 
 PROGRAM = """
 import asyncio, time
-from recipe.threads import in_thread
+from recipe.system.threads import in_thread
 
 async def main():
     work = asyncio.create_task(in_thread(time.sleep, 600))

@@ -9,13 +9,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from recipe import rates
 from recipe.config import resolve, sglang_rules
-from recipe.errors import UserError
-from recipe.smoke import process
+from recipe.smoke import process, rates
 from recipe.smoke.process import carry_out
 from recipe.smoke.projection import read_recipe
 from recipe.smoke.settings import GPU_COUNTS, Settings, gpus_to_use
+from recipe.system.errors import UserError
 from recipe.weights.tiny import KERNEL_SIZES, write_tiny_checkpoint
 
 ROWS = (

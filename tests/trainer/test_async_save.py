@@ -15,8 +15,8 @@ import torch.distributed as dist
 from trainer_support import on_ranks, random_checkpoint, random_samples, scheduled, tiny_config
 
 from recipe.config import Config
-from recipe.errors import UserError
 from recipe.messages import Progress
+from recipe.system.errors import UserError
 from recipe.weights.torch_dist import PROGRESS, latest
 
 pytestmark = pytest.mark.slow

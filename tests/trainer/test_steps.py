@@ -11,10 +11,10 @@ import pytest
 import torch
 from trainer_support import on_ranks, random_checkpoint, random_samples, scheduled, tiny_config, weights_of
 
-from recipe.errors import UserError
 from recipe.megatron import adam, host_memory
 from recipe.megatron.adam import Adam, MasterAdam
 from recipe.messages import Progress, StepReport, TrainSample
+from recipe.system.errors import UserError
 
 pytestmark = pytest.mark.slow
 
@@ -134,7 +134,7 @@ def test_a_container_has_what_its_limit_leaves(tmp_path: Path) -> None:
 
 
 def save_on_a_full_disk(trainer, folder: Path) -> tuple[str, int]:
-    from recipe.errors import UserError
+    from recipe.system.errors import UserError
 
     trainer.load()
     trainer.save(folder, Progress(rollouts=1))

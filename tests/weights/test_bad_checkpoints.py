@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from trainer_support import random_checkpoint
 
 from recipe.config import Architecture
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 from recipe.weights.hf_files import HuggingFaceCheckpoint
 from recipe.weights.inspection import inspect
 

@@ -32,8 +32,8 @@ from trainer_support import on_ranks, random_checkpoint, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipe.config import Architecture
-from recipe.errors import UserError
 from recipe.messages import Progress
+from recipe.system.errors import UserError
 from recipe.weights.hf_files import HuggingFaceCheckpoint
 from recipe.weights.progress import ByteProgress
 from recipe.weights.table import placements

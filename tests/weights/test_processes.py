@@ -3,7 +3,7 @@
 import pytest
 import torch.distributed as dist
 
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 from recipe.weights.processes import Processes
 
 

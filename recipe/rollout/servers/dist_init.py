@@ -10,8 +10,8 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Self
 
-from recipe.rollout.servers.ports import PORT_ATTEMPTS, no_port_found, reserve_derived
-from recipe.tcp_store import open_store
+from recipe.system.ports import PORT_ATTEMPTS, no_port_found, reserve_derived
+from recipe.system.tcp_store import open_store
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore

@@ -11,9 +11,9 @@ from typing import Self
 
 from recipe.config import Config, SglangConfig
 from recipe.config.sglang_rules import EngineLayout, find_sglang_python
-from recipe.errors import UserError
-from recipe.rollout.allocator import without_expandable_segments
-from recipe.rollout.servers.ports import DERIVED_FROM_PORT
+from recipe.system.cuda_allocator import without_expandable_segments
+from recipe.system.errors import UserError
+from recipe.system.ports import DERIVED_FROM_PORT
 
 SERVE_ON_CPU = Path(__file__).parent / "sglang_cpu" / "serve.py"
 """Starts SGLang where there is no GPU; it is run by path, in SGLang's own environment."""

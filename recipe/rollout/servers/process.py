@@ -18,9 +18,9 @@ from typing import Self
 
 import psutil
 
-from recipe.errors import UserError
 from recipe.rollout.servers.launch import SCRATCH, Launch
-from recipe.rollout.servers.ports import LOCAL, reserve_port_with
+from recipe.system.errors import UserError
+from recipe.system.ports import LOCAL, reserve_port_with
 
 POLL_S = 0.1
 HEALTH_TIMEOUT_S = 5.0

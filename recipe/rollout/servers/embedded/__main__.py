@@ -12,7 +12,6 @@ from fastapi import FastAPI
 from transformers import Glm4MoeLiteConfig, PreTrainedTokenizerFast
 
 from recipe.data.tokenizer import load_tokenizer
-from recipe.errors import UserError, run_main
 from recipe.rollout.servers.embedded.app import Service, build_app
 from recipe.rollout.servers.embedded.engine import Engine
 from recipe.rollout.servers.embedded.forward import RowModel
@@ -20,7 +19,8 @@ from recipe.rollout.servers.embedded.fused import build_model
 from recipe.rollout.servers.embedded.probe import check_forward
 from recipe.rollout.servers.embedded.protocol import Defaults, Limits
 from recipe.rollout.servers.embedded.weights import WeightError, WeightTable
-from recipe.seeds import derive
+from recipe.system.errors import UserError, run_main
+from recipe.system.seeds import derive
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM
 
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 LATENT_EPSILON = 1e-6
 """Epsilon of the two norms in the latent space; no configuration names it."""

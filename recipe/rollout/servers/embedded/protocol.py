@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedTokenizerFast
 
 from recipe.rollout.servers.embedded.sequence import Sampling, Sequence
-from recipe.seeds import derive
+from recipe.system.seeds import derive
 
 T = TypeVar("T")
 

@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 
 def load_function(flag: str, path: str) -> Callable[..., Any]:

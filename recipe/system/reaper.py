@@ -1,4 +1,4 @@
-"""Ends processes when the program that started this one is gone, however it went: python -m recipe.reaper
+"""Ends processes when the program that started this one is gone, however it went: python -m recipe.system.reaper
 
 Standard input: a process id a line, then an empty line. Its end is the end of the program.
 """

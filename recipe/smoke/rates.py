@@ -1,6 +1,6 @@
 """What this machine reaches here and now, beside what data sheets say.
 
-python -m recipe.rates [--num-gpus N]      prints `Rates` as JSON, measured on all N GPUs at once
+python -m recipe.smoke.rates [--num-gpus N]      prints `Rates` as JSON, measured on all N GPUs at once
 """
 
 import argparse
@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from recipe.errors import run_main
-from recipe.files import atomic_write_text
+from recipe.system.errors import run_main
+from recipe.system.files import atomic_write_text
 
 MATMUL_SIZE = 8192
 ALL_REDUCE_BYTES = 1 << 30
@@ -146,7 +146,7 @@ def measure(gpus: int) -> Rates:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m recipe.rates", description="What this machine reaches.")
+    parser = argparse.ArgumentParser(prog="python -m recipe.smoke.rates", description="What this machine reaches.")
     parser.add_argument("--num-gpus", type=int, default=torch.cuda.device_count())
     parser.add_argument("--output", type=Path, help="file to write (default: printed)")
     options = parser.parse_args()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from recipe.errors import unwind
+from recipe.system.errors import unwind
 
 SAVED_STATUS = 75
 """Exit status of a run that ended on a notice with everything saved: EX_TEMPFAIL of sysexits.h, try again later."""

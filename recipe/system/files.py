@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Self
 
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:

@@ -5,7 +5,7 @@ import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from recipe.errors import UserError
+from recipe.system.errors import UserError
 
 LOCAL = "127.0.0.1"
 
