@@ -144,8 +144,8 @@ clean: ## remove everything that was built (environments, build/, caches); runs/
 
 # The tiny model's warm-up, each step once: a NAME.done file is the last thing a step leaves behind.
 
-$(TINY)/data.done: recipe/data/arithmetic.py | install
-	$(RUN) recipe.data.arithmetic --output $(TINY) --seed $(SEED)
+$(TINY)/data.done: recipe/data/arithmetic_task.py | install
+	$(RUN) recipe.data.arithmetic_task --output $(TINY) --seed $(SEED)
 	@touch $@
 
 $(TINY)/init.done: recipe/weights/tiny.py recipe/data/tiny_tokenizer.py | install
@@ -159,5 +159,5 @@ $(TINY)/hf.done: $(TINY)/data.done $(TINY)/init.done recipe/config/recipes/tiny-
 
 $(TINY)/torch_dist.done: $(TINY)/hf.done
 	rm -rf $(TINY)/torch_dist
-	$(RUN) recipe.weights.convert --hf-checkpoint $(TINY)/hf --save $(TINY)/torch_dist --mtp-num-layers 1
+	$(RUN) recipe.conversion.convert --hf-checkpoint $(TINY)/hf --save $(TINY)/torch_dist --mtp-num-layers 1
 	@touch $@

@@ -293,8 +293,8 @@ def convert(
 ) -> None:
     """Convert a Hugging Face checkpoint into torch_dist, which training starts from under any layout."""
     flags = ["--recipe", recipe, "--hf-checkpoint", hf_checkpoint, "--save", save, *["--verify"] * verify]
-    run([*module("recipe.weights.convert"), *flags, "--check"], args, dry_run)
-    run([*module("recipe.weights.convert", processes or all_cores()), *flags], args, dry_run)
+    run([*module("recipe.conversion.convert"), *flags, "--check"], args, dry_run)
+    run([*module("recipe.conversion.convert", processes or all_cores()), *flags], args, dry_run)
 
 
 @task(
@@ -318,7 +318,7 @@ def export(
     dry_run: bool = False,
 ) -> None:
     """Export a torch_dist checkpoint as a Hugging Face directory for transformers and SGLang."""
-    command = module("recipe.weights.export", processes or all_cores())
+    command = module("recipe.conversion.export", processes or all_cores())
     command += ["--load", load, "--hf-checkpoint", hf_checkpoint, "--save", save, *["--verify"] * verify]
     run(command, args, dry_run)
 

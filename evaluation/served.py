@@ -13,8 +13,8 @@ import torch
 
 from evaluation.identity import INITIAL_VERSION
 from recipe.config.sglang_rules import find_sglang_python
-from recipe.rollout.servers.launch import Launch, SglangServer, launch_embedded, launch_sglang, sglang_python
-from recipe.rollout.servers.process import EngineProcess
+from recipe.engines.launch import Launch, SglangServer, launch_embedded, launch_sglang, sglang_python
+from recipe.engines.process import EngineProcess
 from recipe.system.errors import UserError
 
 EngineKind = Literal["auto", "sglang", "embedded"]
@@ -36,7 +36,7 @@ def export_checkpoint(checkpoint: Path, origin: Path, target: Path) -> None:
     """Writes a torch_dist checkpoint as a Hugging Face directory, if it is not there. Raises UserError if it fails."""
     if target.exists():
         return
-    command = [sys.executable, "-m", "recipe.weights.export", "--load", str(checkpoint), "--save", str(target)]
+    command = [sys.executable, "-m", "recipe.conversion.export", "--load", str(checkpoint), "--save", str(target)]
     if subprocess.run([*command, "--hf-checkpoint", str(origin)], check=False).returncode:
         raise UserError(f"{checkpoint} could not be exported for the engine; the reason is above")
 

@@ -15,6 +15,7 @@ from recipe.config import Config, Resolved, RolloutConfig
 from recipe.data.prompts import Prompt, PromptFormat, read_prompts
 from recipe.data.source import PromptSource, SourceState
 from recipe.data.tokenizer import load_tokenizer
+from recipe.engines.argument_check import ArgumentCheck
 from recipe.experience import from_prompts, rollout_metrics, sample_records, train_metrics
 from recipe.grpo.mismatch import MismatchWatch, StepMismatch
 from recipe.messages import Progress, StepReport, TrainSample
@@ -27,7 +28,6 @@ from recipe.rollout.generate import Rollout, SeedStream
 from recipe.rollout.grading import grade_group
 from recipe.rollout.sample import SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
-from recipe.rollout.servers.argument_check import ArgumentCheck
 from recipe.run import (
     EvalMetrics,
     Phase,

@@ -10,10 +10,10 @@ import sys
 from recipe.assembly import Run, open_run
 from recipe.config import Resolved, help_text, resolve
 from recipe.config.usage import CHECK, FORCE, HELP
+from recipe.engines.argument_check import check_arguments
 from recipe.experience import optimizer_batches, with_advantages, with_log_probs
 from recipe.messages import TrainSample
 from recipe.plan.preflight import preflight
-from recipe.rollout.servers.argument_check import check_arguments
 from recipe.run import Phase
 from recipe.system.errors import run_main
 from recipe.system.shutdown import safe_point, saving_on_notice

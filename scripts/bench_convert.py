@@ -85,10 +85,18 @@ def run_round(folder: Path, processes: int) -> dict[str, tuple[float, float]]:
     found = {COPY: (time.monotonic() - began, 0.0)}
     shutil.rmtree(copied)
     layout = ["--expert-model-parallel-size", str(processes)]
-    convert = ["recipe.weights.convert", "--hf-checkpoint", str(hf), "--save", str(converted), "--mtp-num-layers", "1"]
+    convert = [
+        "recipe.conversion.convert",
+        "--hf-checkpoint",
+        str(hf),
+        "--save",
+        str(converted),
+        "--mtp-num-layers",
+        "1",
+    ]
     settle(hf)
     found["convert"] = measure([*launcher(processes), *convert, *layout])
-    export = ["recipe.weights.export", "--load", str(converted), "--hf-checkpoint", str(hf), "--save", str(exported)]
+    export = ["recipe.conversion.export", "--load", str(converted), "--hf-checkpoint", str(hf), "--save", str(exported)]
     settle(converted)
     found["export"] = measure([*launcher(processes), *export])
     for directory in (converted, exported):

@@ -31,9 +31,9 @@ from trainer_ranks import Ranks, alone, build_rank, fill_randomly, recipe_config
 
 from recipe.config import Architecture, Config
 from recipe.messages import TrainSample
+from recipe.plan.flops import sequence_cost
 from recipe.smoke.rates import matmul_limit, mean_ms, median_ms
 from recipe.system.errors import UserError, run_main
-from recipe.weights.cost import sequence_cost
 
 if TYPE_CHECKING:
     from recipe.megatron.layout import Rendezvous

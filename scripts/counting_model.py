@@ -21,8 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from recipe.config import Architecture
-from recipe.rollout.weights_checksum import EngineChecksums
-from recipe.rollout.weights_sync import WeightSync
+from recipe.weight_sync.checksum import EngineChecksums
+from recipe.weight_sync.sync import WeightSync
 from recipe.weights.hf_files import write_checkpoint
 from recipe.weights.table import Placement, placements
 from recipe.weights.tiny import tiny_config

@@ -17,12 +17,12 @@ from counting_model import TrainerProcess, write_model
 
 from recipe.config import Architecture
 from recipe.data.prompts import Prompt
+from recipe.engines.launch import SERVE_ON_CPU, SglangServer, launch_sglang
+from recipe.engines.process import EngineProcess
 from recipe.rollout.client import ClientOptions, RolloutClient
 from recipe.rollout.generate import Rollout, SeedStream, generate_rollout
 from recipe.rollout.sample import Sample
 from recipe.rollout.sampling_params import SamplingParams
-from recipe.rollout.servers.launch import SERVE_ON_CPU, SglangServer, launch_sglang
-from recipe.rollout.servers.process import EngineProcess
 from recipe.system.errors import UserError
 
 ON_GPU = ("--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none")

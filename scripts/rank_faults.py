@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from recipe.cluster import trainer
+from recipe.cluster import trainer_group as trainer
 from recipe.messages import StepReport
 from recipe.system.errors import USER_ERROR_STATUS, UserError, run_main
 

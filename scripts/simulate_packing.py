@@ -19,10 +19,9 @@ from pathlib import Path
 import numpy as np
 from glm_flash import write_config
 
-from recipe.batching.cost import SequenceCost
 from recipe.batching.schedule import schedule
 from recipe.config import Architecture
-from recipe.weights.cost import sequence_cost
+from recipe.plan.flops import SequenceCost, sequence_cost
 
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 PROMPT_TOKENS, SPREAD = 150, 0.9

@@ -36,7 +36,7 @@ class Ranks:
             ProcessPoolExecutor(1, mp_context=spawn, initializer=_prepare, initargs=(number, device))
             for number in range(count)
         ]
-        self._meetings = tempfile.TemporaryDirectory()
+        self._rendezvous_folder = tempfile.TemporaryDirectory()
         self._met = 0
 
     def __enter__(self) -> Self:
@@ -52,11 +52,11 @@ class Ranks:
             _end_all()
         for pool in self._pools:
             pool.shutdown()
-        self._meetings.cleanup()
+        self._rendezvous_folder.cleanup()
 
     def together(self, work: Callable[..., T], *arguments: Any) -> list[T]:
         """The results of `work(rendezvous, *arguments)` on every rank."""
-        store, count = self._next_meeting(), len(self._pools)
+        store, count = self._next_rendezvous(), len(self._pools)
         return _results(
             [pool.submit(_meet, rank, rank, count, store, work, arguments) for rank, pool in enumerate(self._pools)]
         )
@@ -67,14 +67,14 @@ class Ranks:
         count = len(self._pools)
         return _results(
             [
-                self._pools[number % count].submit(_meet, 0, number % count, 1, self._next_meeting(), work, piece)
+                self._pools[number % count].submit(_meet, 0, number % count, 1, self._next_rendezvous(), work, piece)
                 for number, piece in enumerate(pieces)
             ]
         )
 
-    def _next_meeting(self) -> str:
+    def _next_rendezvous(self) -> str:
         self._met += 1
-        return str(Path(self._meetings.name) / str(self._met))
+        return str(Path(self._rendezvous_folder.name) / str(self._met))
 
 
 def _prepare(number: int, device: str) -> None:

@@ -13,9 +13,9 @@ os.environ |= {
     "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
 }
 
-from recipe.cluster.engines import EngineGroup
+from recipe.cluster.engine_group import EngineGroup
 from recipe.cluster.placement import place
-from recipe.cluster.session import ray_session
-from recipe.cluster.trainer import TrainerGroup
+from recipe.cluster.ray_session import ray_session
+from recipe.cluster.trainer_group import TrainerGroup
 
 __all__ = ["EngineGroup", "TrainerGroup", "place", "ray_session"]

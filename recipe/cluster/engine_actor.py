@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 
 import ray
 
-from recipe.cluster.engine_parts import EngineParts, launch_of, new_log
+from recipe.cluster.multi_node_engine import EngineParts, launch_of, new_log
 from recipe.cluster.placement import Seat, own_address
 from recipe.config import Resolved
-from recipe.rollout.servers.process import EngineProcess, PortTaken
+from recipe.engines.process import EngineProcess, PortTaken
 from recipe.system.errors import UserError
 
 logger = logging.getLogger(__name__)

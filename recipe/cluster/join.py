@@ -12,8 +12,8 @@ import sys
 import time
 from pathlib import Path
 
-from recipe.cluster.meeting import POLL_S, Meeting, check_reachable
-from recipe.cluster.node import RayNode
+from recipe.cluster.ray_node import RayNode
+from recipe.cluster.rendezvous import POLL_S, NodeRendezvous, check_reachable
 from recipe.system.errors import UserError, run_main
 
 
@@ -22,21 +22,21 @@ def main() -> None:
     parser.add_argument("--head-timeout-s", type=float, default=600, help="longest wait for the head")
     arguments = parser.parse_args()
     master_addr, base_dir = _told("MASTER_ADDR"), Path(_told("BASE_DIR"))
-    meeting = Meeting(base_dir)
-    card = meeting.wait_for_head(master_addr, arguments.head_timeout_s)
+    rendezvous = NodeRendezvous(base_dir)
+    card = rendezvous.wait_for_head(master_addr, arguments.head_timeout_s)
     address = os.environ.get("NODE_ADDR") or check_reachable(card.address, card.port)
-    meeting.introduce(address, card)
-    with RayNode.worker(address, f"{card.address}:{card.port}", meeting.token, os.cpu_count() or 1) as node:
+    rendezvous.introduce(address, card)
+    with RayNode.worker(address, f"{card.address}:{card.port}", rendezvous.token, os.cpu_count() or 1) as node:
         print(f"{address} has joined the cluster of {card.address}", flush=True)
-        signal.signal(signal.SIGTERM, lambda *_: _tell(meeting, address))
-        while node.alive and meeting.folder.exists():
+        signal.signal(signal.SIGTERM, lambda *_: _tell(rendezvous, address))
+        while node.alive and rendezvous.folder.exists():
             time.sleep(POLL_S)
     print(f"the cluster of {card.address} has ended")
 
 
-def _tell(meeting: Meeting, address: str) -> None:
+def _tell(rendezvous: NodeRendezvous, address: str) -> None:
     print("SIGTERM received: the head is told, and saves", file=sys.stderr, flush=True)
-    meeting.give_notice(address)
+    rendezvous.give_notice(address)
 
 
 def _told(name: str) -> str:

@@ -19,13 +19,13 @@ import psutil
 import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from recipe.cluster.meeting import POLL_S, HeadCard, Meeting, check_own_address
-from recipe.cluster.node import DASHBOARD_PORT, GCS_PORT, LOOPBACK, TOKEN_PATH, RayNode
-from recipe.cluster.processes import VITAL_TO_RAY_START, RayProcesses
+from recipe.cluster.ray_node import DASHBOARD_PORT, GCS_PORT, LOOPBACK, TOKEN_PATH, RayNode
+from recipe.cluster.ray_processes import VITAL_TO_RAY_START, RayProcesses
+from recipe.cluster.rendezvous import POLL_S, HeadCard, NodeRendezvous, check_own_address
 from recipe.config import Config, resolve
-from recipe.config.engine_parts import gpus_of_fullest_machine
+from recipe.config.engine_placement import gpus_of_fullest_machine
 from recipe.config.usage import CHECK, FORCE
-from recipe.rollout.servers.argument_check import check_arguments
+from recipe.engines.argument_check import check_arguments
 from recipe.system.errors import UserError, run_main
 from recipe.system.ports import reserve_port
 
@@ -51,18 +51,18 @@ def main() -> int:
     address, several = _head_address(config), config.cluster.actor_num_nodes > 1
     with ExitStack() as stack:
         base_dir = _base_dir() if several else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="recipe-")))
-        meeting = Meeting(base_dir)
-        meeting.open()
-        stack.callback(meeting.close)
+        rendezvous = NodeRendezvous(base_dir)
+        rendezvous.open()
+        stack.callback(rendezvous.close)
         slots = max(os.cpu_count() or 1, gpus_of_fullest_machine(config))
         processes = stack.enter_context(RayProcesses())
         port, dashboard_port = (GCS_PORT, DASHBOARD_PORT) if several else _free_ports()
-        stack.enter_context(RayNode.head(address, meeting.token, slots, port, dashboard_port))
+        stack.enter_context(RayNode.head(address, rendezvous.token, slots, port, dashboard_port))
         stack.enter_context(processes.watched(VITAL_TO_RAY_START))
-        os.environ |= {TOKEN_PATH: str(meeting.token)}
+        os.environ |= {TOKEN_PATH: str(rendezvous.token)}
         if several:
-            wait_for_nodes(meeting, meeting.announce(address, port), config.cluster.actor_num_nodes)
-        return asyncio.run(Job(command, meeting, f"http://{LOOPBACK}:{dashboard_port}").run())
+            wait_for_nodes(rendezvous, rendezvous.announce(address, port), config.cluster.actor_num_nodes)
+        return asyncio.run(Job(command, rendezvous, f"http://{LOOPBACK}:{dashboard_port}").run())
 
 
 def _head_address(config: Config) -> str:
@@ -90,12 +90,12 @@ def _base_dir() -> Path:
     return folder
 
 
-def wait_for_nodes(meeting: Meeting, card: HeadCard, count: int) -> None:
+def wait_for_nodes(rendezvous: NodeRendezvous, card: HeadCard, count: int) -> None:
     """Returns when `count` nodes, this one among them, belong to the cluster. Raises UserError if they do not come, or
     one of them has left no card in BASE_DIR."""
     print(
         f"waiting for {count - 1} more of {count} nodes; on each: "
-        f"MASTER_ADDR={card.address} BASE_DIR={meeting.folder.parent} make join",
+        f"MASTER_ADDR={card.address} BASE_DIR={rendezvous.folder.parent} make join",
         flush=True,
     )
     ray.init(address=f"{card.address}:{card.port}", log_to_driver=False, configure_logging=False)
@@ -111,9 +111,9 @@ def wait_for_nodes(meeting: Meeting, card: HeadCard, count: int) -> None:
             for address in sorted(alive - known):
                 print(f"{address} has joined", flush=True)
             known |= alive
-        if strangers := known - {card.address} - meeting.introduced(card):
+        if strangers := known - {card.address} - rendezvous.introduced(card):
             raise UserError(
-                f"{', '.join(sorted(strangers))} joined, but left no card in {meeting.folder}: BASE_DIR must be the "
+                f"{', '.join(sorted(strangers))} joined, but left no card in {rendezvous.folder}: BASE_DIR must be the "
                 "same storage on every node"
             )
     finally:
@@ -123,8 +123,8 @@ def wait_for_nodes(meeting: Meeting, card: HeadCard, count: int) -> None:
 class Job:
     """The run, as a job of the cluster whose dashboard is at `url`."""
 
-    def __init__(self, command: list[str], meeting: Meeting, url: str) -> None:
-        self._command, self._meeting, self._url = command, meeting, url
+    def __init__(self, command: list[str], rendezvous: NodeRendezvous, url: str) -> None:
+        self._command, self._rendezvous, self._url = command, rendezvous, url
         self._id = ""
 
     async def run(self) -> int:
@@ -183,7 +183,7 @@ class Job:
         leaving: list[str] = []
         while not leaving:
             await asyncio.sleep(POLL_S)
-            leaving = self._meeting.notices()
+            leaving = self._rendezvous.notices()
         print(f"{', '.join(leaving)} will be taken away", file=sys.stderr, flush=True)
         self._pass_on(signal.SIGTERM)
 

@@ -9,9 +9,9 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from recipe.cluster.node import LOOPBACK
+from recipe.cluster.ray_node import LOOPBACK
 from recipe.config import Config
-from recipe.config.engine_parts import EnginePart, machine_of_gpu, parts_of
+from recipe.config.engine_placement import EnginePart, machine_of_gpu, parts_of
 from recipe.system.errors import UserError
 
 PLACEMENT_TIMEOUT_S = 300

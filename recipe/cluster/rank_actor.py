@@ -15,12 +15,12 @@ import ray
 
 from recipe.cluster.placement import own_address, socket_interfaces
 from recipe.config import Architecture, Config
-from recipe.config.engine_parts import weight_sources
+from recipe.config.engine_placement import weight_sources
 from recipe.messages import FloatArray, Progress, RankPart, Started, StepReport
-from recipe.rollout.delivery import Delivery
-from recipe.system.heartbeat import Whereabouts, heartbeat
+from recipe.system.heartbeat import RankLocation, heartbeat
 from recipe.system.stopwatch import Stopwatch
 from recipe.system.tcp_store import join_store, open_store
+from recipe.weight_sync.result import UpdateResult
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -48,9 +48,9 @@ class RankActor:
         return f"pid {os.getpid()} on {ray.util.get_node_ip_address()}"
 
     @ray.method(concurrency_group=ANSWERS)
-    def whereabouts(self) -> Whereabouts:
+    def location(self) -> RankLocation:
         """How far it has come and where it is, told while it works."""
-        return heartbeat.whereabouts()
+        return heartbeat.location()
 
     @ray.method(concurrency_group=ANSWERS)
     def written(self) -> Exception | None:
@@ -73,7 +73,7 @@ class RankActor:
         import_module("recipe.megatron.rank")
         self.stopwatch.lap(RankPart.IMPORTS)
 
-    def start(self, meeting: tuple[str, int], threads: int) -> Started:
+    def start(self, store_address: tuple[str, int], threads: int) -> Started:
         """Builds the rank, with the others that meet at this address and port, and loads its weights."""
         import torch
 
@@ -83,7 +83,7 @@ class RankActor:
         self.stopwatch.restart()
         torch.set_num_threads(threads)
         os.environ.update(socket_interfaces(own_address(self.config)))
-        self.store = self.store or join_store(*meeting)
+        self.store = self.store or join_store(*store_address)
         rendezvous = Rendezvous(self.rank, local_rank(self.gpu), self.config.world_size, self.store)
         self.trainer = TrainerRank(self.config, self.architecture, rendezvous, self.stopwatch)
         progress = self.trainer.load()
@@ -95,7 +95,7 @@ class RankActor:
         import torch
 
         if torch.cuda.is_available():
-            from recipe.rollout.weights_checksum import gpu_hash
+            from recipe.weight_sync.checksum import gpu_hash
 
             gpu_hash()
 
@@ -112,32 +112,32 @@ class RankActor:
         own = self.trainer.own_shard(pickle.loads(shards))
         return self.trainer.reference_log_probs(own) if of_reference else self.trainer.log_probs(own)
 
-    def update_weights(self, engines: Mapping[int, str], version: str) -> Delivery:
+    def update_weights(self, engines: Mapping[int, str], version: str) -> UpdateResult:
         """Sends the policy to the engines at these addresses, by number, and tells what became of it; a collective."""
-        delivery = self._send(engines, version)
+        result = self._send(engines, version)
         self.make_room()
-        return delivery
+        return result
 
     def make_room(self) -> None:
         """Engines on the trainer's GPU get the memory that torch keeps for the next training step."""
         if self.config.cluster.colocate:
             self.trainer.empty_cache()
 
-    def _send(self, engines: Mapping[int, str], version: str) -> Delivery:
+    def _send(self, engines: Mapping[int, str], version: str) -> UpdateResult:
         """Rank 0 speaks to all engines, or each rank to those that begin on its machine or, where they share GPUs, on
         its own."""
-        from recipe.rollout.weights_relay import Recipient, Relay
-        from recipe.rollout.weights_sync import WeightSync
+        from recipe.weight_sync.relay import Recipient, Relay
+        from recipe.weight_sync.sync import WeightSync
 
         sync = WeightSync.of(self.config, self.architecture, own_address(self.config))
         if sync.transfer == "disk":
             folder = self.config.run_dir.resolve() / "weights-on-their-way"
             self.trainer.export_hugging_face(folder)
             if self.rank:
-                return Delivery()
-            delivery = sync.load_from_disk(folder, list(engines.values()), version)
+                return UpdateResult()
+            result = sync.load_from_disk(folder, list(engines.values()), version)
             shutil.rmtree(folder)
-            return delivery
+            return result
         self.weight_updates += 1
         weights = self.trainer.weights()
         if sync.transfer == "distributed":

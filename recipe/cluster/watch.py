@@ -16,12 +16,12 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
-from recipe.cluster.blame import Standing, blame, flushes
 from recipe.cluster.calls import raise_failure
-from recipe.cluster.hung_report import Witness, all_stacks, sentence, short_stacks
+from recipe.cluster.hang_diagnosis import RankState, blame, flushes
+from recipe.cluster.hang_report import RankSnapshot, all_stacks, sentence, short_stacks
 from recipe.system.errors import UserError
 from recipe.system.files import atomic_write_text
-from recipe.system.heartbeat import Whereabouts
+from recipe.system.heartbeat import RankLocation
 
 PATIENCE = 0.8
 """Share of the time-out after which a standstill is looked into: before torch.distributed ends innocent ranks."""
@@ -50,7 +50,7 @@ class _View:
     """When it was first seen where it still is, on the monotonic clock."""
     progressed: float
     """When it was first seen to have got as far as it has."""
-    seen: Whereabouts | None = None
+    seen: RankLocation | None = None
     question: ray.ObjectRef | None = None
     """That it has not answered yet."""
     asked: float = 0.0
@@ -128,7 +128,7 @@ class WatchedCall:
         self._take_answers()
         for rank, view in zip(self._ranks, self._views, strict=True):
             if view.question is None:
-                view.question, view.asked = rank.actor.whereabouts.remote(), time.monotonic()
+                view.question, view.asked = rank.actor.location.remote(), time.monotonic()
 
     def _take_answers(self) -> None:
         for rank, view in zip(self._ranks, self._views, strict=True):
@@ -143,7 +143,7 @@ class WatchedCall:
                 raise_failure(question, rank.name)
 
     @staticmethod
-    def _note(view: _View, seen: Whereabouts) -> None:
+    def _note(view: _View, seen: RankLocation) -> None:
         now = time.monotonic()
         if view.seen is None or seen.beats != view.seen.beats:
             view.progressed = now
@@ -170,26 +170,26 @@ class WatchedCall:
         ]
 
     def _accuse(self) -> NoReturn:
-        now, witnesses = time.monotonic(), {}
+        now, snapshots = time.monotonic(), {}
         for number, (rank, view) in enumerate(zip(self._ranks, self._views, strict=True)):
-            standing = Standing(
+            state = RankState(
                 view.seen if view.question is None else None,
                 finished=not view.error and number not in self._pending.values(),
                 gave_up=bool(view.error),
             )
-            witnesses[number] = Witness(rank.process, standing, view.seen, now - view.progressed, view.error)
-        verdict = blame({number: witness.standing for number, witness in witnesses.items()})
-        accusation = sentence(verdict, witnesses)
+            snapshots[number] = RankSnapshot(rank.process, state, view.seen, now - view.progressed, view.error)
+        verdict = blame({number: snapshot.state for number, snapshot in snapshots.items()})
+        accusation = sentence(verdict, snapshots)
         raise UserError(
-            f"{accusation}; {self._write(accusation, witnesses)}mend what holds it up, or raise "
+            f"{accusation}; {self._write(accusation, snapshots)}mend what holds it up, or raise "
             f"--distributed-timeout-minutes (now {self._timeout_s / 60:g}) if it was only slow, and start again with "
-            f"--load to go on from the last checkpoint\n{short_stacks(verdict, witnesses)}"
+            f"--load to go on from the last checkpoint\n{short_stacks(verdict, snapshots)}"
         )
 
-    def _write(self, accusation: str, witnesses: Mapping[int, Witness]) -> str:
+    def _write(self, accusation: str, snapshots: Mapping[int, RankSnapshot]) -> str:
         """Writes the report, where that is possible. Returns where to find it."""
         try:
-            atomic_write_text(self._report, f"{time.ctime()}: {accusation}\n\n{all_stacks(witnesses)}")
+            atomic_write_text(self._report, f"{time.ctime()}: {accusation}\n\n{all_stacks(snapshots)}")
         except OSError:
             return ""
         return f"where every rank was stands in {self._report}; "

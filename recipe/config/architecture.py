@@ -8,10 +8,10 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
+from recipe.config.error_text import plainly, refuse
 from recipe.config.fields import expand_layer_pattern
 from recipe.config.flags import spell
 from recipe.config.groups_training import ModelConfig
-from recipe.config.problems import plainly, refuse
 from recipe.system.errors import UserError
 
 MODEL_TYPE = "glm4_moe_lite"

@@ -5,7 +5,7 @@ from itertools import chain
 
 from recipe.config import layout_rules, sglang_machine, sglang_rules, speculation_rules
 from recipe.config.architecture import Architecture, contradictions
-from recipe.config.problems import nearest
+from recipe.config.error_text import nearest
 from recipe.config.schema import Config
 
 Rule = Callable[[Config, Architecture], Iterator[str]]

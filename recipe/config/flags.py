@@ -13,8 +13,8 @@ from typing import Annotated, Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from recipe.config.error_text import did_you_mean
 from recipe.config.fields import Spelling, sglang_argument
-from recipe.config.problems import did_you_mean
 from recipe.config.schema import fields
 from recipe.system.errors import UserError
 

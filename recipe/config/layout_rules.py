@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from recipe.config.architecture import Architecture
-from recipe.config.problems import nearest
+from recipe.config.error_text import nearest
 from recipe.config.schema import Config
 
 

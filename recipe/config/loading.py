@@ -9,9 +9,9 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from recipe.config.error_text import did_you_mean, listed, plainly, refuse
 from recipe.config.fields import sglang_argument
 from recipe.config.flags import SGLANG_KEY, CommandLine, spell
-from recipe.config.problems import did_you_mean, listed, plainly, refuse
 from recipe.config.schema import GROUPS, Config, fields
 from recipe.system.errors import UserError
 

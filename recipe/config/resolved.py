@@ -4,13 +4,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from recipe.config.advice import notes_of
 from recipe.config.architecture import Architecture
 from recipe.config.checks import problems_of
+from recipe.config.error_text import refuse
 from recipe.config.fields import Group
 from recipe.config.flags import SGLANG_KEY, parse_command_line
 from recipe.config.loading import build_config, read_settings, trace_sources
-from recipe.config.notes import notes_of
-from recipe.config.problems import refuse
 from recipe.config.schema import Config
 
 _WIDEST_VALUE = 40

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Self
 
 from recipe.config.architecture import Architecture
-from recipe.config.engine_parts import nodes_per_engine
+from recipe.config.engine_placement import nodes_per_engine
+from recipe.config.error_text import listed
 from recipe.config.flags import SGLANG_KEY, spell
-from recipe.config.problems import listed
 from recipe.config.schema import Config
 from recipe.system.errors import UserError
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from recipe.download.display import say, show_plan, show_result
 from recipe.download.fetch import fetch
 from recipe.download.hub import Hub
+from recipe.download.hub_repos import DATA_SETS, FORMER_NAMES, GLM_4_7_FLASH, Source, data_source, model_source
 from recipe.download.plan import check_space, make_plan
-from recipe.download.sources import DATA_SETS, FORMER_NAMES, GLM_4_7_FLASH, Source, data_source, model_source
 from recipe.system.errors import UserError, run_main
 
 

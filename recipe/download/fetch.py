@@ -13,11 +13,11 @@ from rich.console import Console
 
 from recipe.download.display import TransferDisplay
 from recipe.download.hub import Hub, HubFile, Interruption, RangeRefused
+from recipe.download.hub_repos import RepoType
 from recipe.download.integrity import count_rows, difference
 from recipe.download.interruptible import run_interruptible
 from recipe.download.plan import WORK_NAME, Plan
 from recipe.download.record import FileRecord, Record
-from recipe.download.sources import RepoType
 from recipe.system.errors import DISK_IS_FULL, UserError
 from recipe.system.files import FileLock, sha256_file, sync
 

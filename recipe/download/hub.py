@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import build_hf_headers, get_async_session, hf_raise_for_status
 
-from recipe.download.sources import RepoType, Source
+from recipe.download.hub_repos import RepoType, Source
 from recipe.system.errors import UserError
 
 _HUB_ERRORS = (httpx.HTTPError, httpx.InvalidURL, OfflineModeIsEnabled)

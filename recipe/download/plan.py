@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from recipe.download.hub import Hub, HubFile
+from recipe.download.hub_repos import Source
 from recipe.download.integrity import difference, in_threads, intact_files
 from recipe.download.record import Record, read_record
-from recipe.download.sources import Source
 from recipe.system.errors import UserError
 
 WORK_NAME = ".download"

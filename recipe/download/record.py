@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from recipe.download.sources import RepoType, Source
+from recipe.download.hub_repos import RepoType, Source
 from recipe.system.errors import UserError
 from recipe.system.files import atomic_write_text
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from recipe.megatron.device import to_training_device
 from recipe.megatron.fusion import fused, in_rows
-from recipe.sizes import SLOT_ELEMENTS
+from recipe.plan.constants import SLOT_ELEMENTS
 
 
 class Adam:

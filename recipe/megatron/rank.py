@@ -34,9 +34,9 @@ from recipe.messages import FloatArray, MtpReport, Progress, RankPart, StepRepor
 from recipe.system.errors import UserError
 from recipe.system.heartbeat import heartbeat
 from recipe.system.stopwatch import Stopwatch
-from recipe.weights.export import mtp_of_origin, with_duplicates
 from recipe.weights.hf_files import HuggingFaceCheckpoint, is_hugging_face, write_checkpoint
 from recipe.weights.inspection import inspect
+from recipe.weights.origin import mtp_of_origin, with_duplicates
 from recipe.weights.torch_dist import holds_weights, latest
 
 

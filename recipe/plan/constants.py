@@ -83,3 +83,9 @@ SGLANG_QUEUES = 2 * 6 * (4 << 20)
 share tensors (0.5.21, `parallel_state.py`)."""
 TIGHT = 0.03
 """A margin below this share of the memory is worth a word."""
+
+SLOT_ELEMENTS = 4 << 20
+"""Elements of a pinned staging buffer of CPU Adam: gradients leave and weights return in pieces of this size, small
+enough that a piece is still in the CPU's cache when its weights are rounded, large enough for all threads."""
+OBJECT_STORE_BYTES = 256 << 20
+"""Of Ray's object store: enough for the samples of a rollout; weights never pass through Ray."""

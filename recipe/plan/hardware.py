@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Self
 
-from recipe.config.problems import did_you_mean, listed
+from recipe.config.error_text import did_you_mean, listed
 from recipe.system.errors import UserError
 
 GIB, GB = 2**30, 10**9

@@ -10,10 +10,10 @@ from typing import Self
 from recipe.config import Resolved
 from recipe.plan import constants
 from recipe.plan.activations import ActivationModel, Pack, microbatches_in_flight
+from recipe.plan.constants import SLOT_ELEMENTS
 from recipe.plan.engine import EngineMemory, EngineModel
 from recipe.plan.hardware import Machine
 from recipe.plan.shards import Layout, StageShard, stage_shards, table_of
-from recipe.sizes import SLOT_ELEMENTS
 from recipe.weights.table import Placement
 
 FP32, BF16 = 4, 2

@@ -6,16 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from recipe.config import Config, Resolved
-from recipe.config.engine_parts import gpus_of_fullest_machine
+from recipe.config.engine_placement import gpus_of_fullest_machine
 from recipe.config.sglang_machine import problems_on_machine
 from recipe.plan import constants
+from recipe.plan.constants import OBJECT_STORE_BYTES
 from recipe.plan.hardware import DEFAULT_GPU, GB, GIB, GPUS, Machine
 from recipe.plan.machine import FoundMachine, read_machine
 from recipe.plan.memory import GpuModel
 from recipe.plan.plan import Plan, make_plan
 from recipe.plan.report import refusal
 from recipe.plan.suggest import suggestion
-from recipe.sizes import OBJECT_STORE_BYTES
 from recipe.system.errors import UserError
 
 logger = logging.getLogger(__name__)

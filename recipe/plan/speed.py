@@ -12,10 +12,10 @@ from recipe.config import Resolved
 from recipe.plan import constants
 from recipe.plan.disk import plan_disk
 from recipe.plan.engine import EngineModel
+from recipe.plan.flops import active_parameters, sequence_cost
 from recipe.plan.hardware import Machine
 from recipe.plan.memory import MemoryModel, longest_sample
 from recipe.plan.shards import Part
-from recipe.weights.cost import active_parameters, sequence_cost
 
 BF16, FP32 = 2, 4
 

@@ -26,8 +26,8 @@ def algebraically_equal(answer: str, label: str) -> bool:
 
 
 def value_of(expression: str) -> str:
-    """The exact value of an expression of `recipe.rewards.arithmetic`: an integer in its canonical form, another number
-    as sympy writes it, or the expression itself if math-verify cannot read it."""
+    """The exact value of an expression of `recipe.rewards.tex_arithmetic`: an integer in its canonical form, another
+    number as sympy writes it, or the expression itself if math-verify cannot read it."""
     read = next((item for item in parse(f"\\boxed{{{expression}}}", parsing_timeout=None) if _is_number(item)), None)
     if read is None:
         return expression

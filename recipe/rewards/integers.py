@@ -10,9 +10,9 @@ import re
 import unicodedata
 from dataclasses import dataclass
 
-from recipe.rewards.arithmetic import explicit
 from recipe.rewards.extract import braced
 from recipe.rewards.names import is_name
+from recipe.rewards.tex_arithmetic import explicit
 from recipe.rewards.units import GLUED, LENGTHS, is_unit
 
 MAX_ANSWER_CHARACTERS = 1000

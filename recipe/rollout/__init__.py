@@ -1,1 +1,1 @@
-"""Generation: samples and their states, the client of SGLang's HTTP API, and the servers behind it."""
+"""Generation: samples and their states, and the client of SGLang's HTTP API."""

@@ -11,13 +11,13 @@ from typing import Any, Literal, Self
 import aiohttp
 
 from recipe.config import RolloutConfig
-from recipe.rollout.answers import read_samples
 from recipe.rollout.errors import EngineAnswerError, EngineUnreachable
 from recipe.rollout.fleet import Engine, Fleet, HealthOptions, Recover
 from recipe.rollout.http import ask
 from recipe.rollout.prompt_check import check_prompt
 from recipe.rollout.sample import FinishReason, Sample, SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
+from recipe.rollout.sglang_response import read_samples
 
 PauseMode = Literal["abort", "retract", "in_place"]
 MemoryTag = Literal["kv_cache", "weights", "cuda_graph"]

@@ -112,12 +112,12 @@ def _all_reduce_bandwidth(ranks: int) -> float:
     return ALL_REDUCE_BYTES / seconds * 2 * (ranks - 1) / ranks
 
 
-def _measure_gpu(rank: int, ranks: int, meeting: str, result: str) -> None:
+def _measure_gpu(rank: int, ranks: int, rendezvous: str, result: str) -> None:
     """Of one GPU of several, in a process of its own; the first one writes the slowest figures."""
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     if ranks > 1:
-        dist.init_process_group("nccl", init_method=meeting, rank=rank, world_size=ranks, device_id=device)
+        dist.init_process_group("nccl", init_method=rendezvous, rank=rank, world_size=ranks, device_id=device)
         dist.barrier()
     found = [matmul_limit() * 1e12, _gpu_bandwidth(), _bus_bandwidth()]
     if ranks > 1:
@@ -140,7 +140,7 @@ def measure(gpus: int) -> Rates:
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     with tempfile.TemporaryDirectory() as folder:
         result = os.path.join(folder, "result")
-        mp.spawn(_measure_gpu, (gpus, f"file://{folder}/meeting", result), nprocs=gpus)
+        mp.spawn(_measure_gpu, (gpus, f"file://{folder}/rendezvous", result), nprocs=gpus)
         with open(result) as file:
             return Rates(host, *json.load(file))
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from threading import Event, Thread
 
-from recipe.data.arithmetic import write_task
+from recipe.data.arithmetic_task import write_task
 from recipe.plan.machine import FoundMachine, read_gpus
 from recipe.plan.preflight import findings_on
 from recipe.smoke.measured import Interruption, Measured, Memory, goes_on, learning_of, read_lines

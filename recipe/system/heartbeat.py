@@ -21,7 +21,7 @@ class Frame(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Whereabouts:
+class RankLocation:
     """Of a rank at one moment."""
 
     beats: int
@@ -37,12 +37,12 @@ class Heartbeat:
         self._worker: int | None = None
 
     def follow_this_thread(self) -> None:
-        """From now on `whereabouts` speaks of the thread that calls this."""
+        """From now on `location` speaks of the thread that calls this."""
         self._worker = threading.get_ident()
 
     @contextmanager
     def following(self, thread: int | None) -> Iterator[None]:
-        """Meanwhile the followed thread waits for another, of which `whereabouts` speaks."""
+        """Meanwhile the followed thread waits for another, of which `location` speaks."""
         waiting, self._worker = self._worker, thread
         try:
             yield
@@ -54,13 +54,13 @@ class Heartbeat:
         if threading.get_ident() == self._worker:
             self.beats += 1
 
-    def whereabouts(self) -> Whereabouts:
+    def location(self) -> RankLocation:
         """How far the followed thread has come, and its stack. Where it waits for a GPU's backward pass, the stack goes
         on in autograd's own thread."""
         frames = sys._current_frames()
         own = frames.get(self._worker) if self._worker is not None else None
         if own is None:
-            return Whereabouts(self.beats, ())
+            return RankLocation(self.beats, ())
         stack = _read(own)
         if stack[-1].file.endswith("torch/autograd/graph.py"):
             started_by_python = {
@@ -68,7 +68,7 @@ class Heartbeat:
             }
             others = frames.keys() - started_by_python - {self._worker, threading.get_ident()}
             stack += [line for other in sorted(others) for line in _read(frames[other])]
-        return Whereabouts(self.beats, tuple(stack))
+        return RankLocation(self.beats, tuple(stack))
 
 
 def _read(frame: FrameType) -> list[Frame]:

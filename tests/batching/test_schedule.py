@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipe.batching.cost import SequenceCost
 from recipe.batching.packing import pack
 from recipe.batching.schedule import schedule
+from recipe.plan.flops import SequenceCost
 
 pytestmark = pytest.mark.smoke
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from recipe.cluster.blame import Reason, Standing, Verdict, blame, flushes, waits
-from recipe.cluster.hung_report import Witness, all_stacks, sentence, short_stacks
-from recipe.system.heartbeat import Frame, Whereabouts
+from recipe.cluster.hang_diagnosis import RankState, Reason, Verdict, blame, flushes, waits
+from recipe.cluster.hang_report import RankSnapshot, all_stacks, sentence, short_stacks
+from recipe.system.heartbeat import Frame, RankLocation
 
 PACKAGES = "/venv/lib/python3.11/site-packages"
 STEP = Frame("/repo/recipe/megatron/step.py", 130, "forward_backward", "results = _run(chunks)")
@@ -26,17 +26,17 @@ WRITER = Frame(f"{PACKAGES}/torch/distributed/checkpoint/filesystem.py", 300, "_
 LAUNCH = Frame(f"{PACKAGES}/torch/nn/functional.py", 100, "linear", "return _linear(input, weight)")
 
 
-def at(*frames: Frame, beats: int = 5) -> Standing:
-    return Standing(Whereabouts(beats, (STEP, *frames)))
+def at(*frames: Frame, beats: int = 5) -> RankState:
+    return RankState(RankLocation(beats, (STEP, *frames)))
 
 
-SILENT = Standing(None)
-DONE = Standing(Whereabouts(6, ()), finished=True)
-GAVE_UP = Standing(Whereabouts(5, ()), gave_up=True)
+SILENT = RankState(None)
+DONE = RankState(RankLocation(6, ()), finished=True)
+GAVE_UP = RankState(RankLocation(5, ()), gave_up=True)
 
 
 @pytest.mark.parametrize(
-    ("standings", "reason", "ranks"),
+    ("states", "reason", "ranks"),
     [
         pytest.param([at(COLLECTIVE), at(WORK)], Reason.ELSEWHERE, {1}, id="one works while the other waits"),
         pytest.param([at(WORK), at(COLLECTIVE)], Reason.ELSEWHERE, {0}, id="rank 0 is not above suspicion"),
@@ -64,8 +64,8 @@ GAVE_UP = Standing(Whereabouts(5, ()), gave_up=True)
         pytest.param([at(WORK)], Reason.ELSEWHERE, {0}, id="there is one rank only"),
     ],
 )
-def test_blame(standings: list[Standing], reason: Reason, ranks: set[int]) -> None:
-    verdict = blame(dict(enumerate(standings)))
+def test_blame(states: list[RankState], reason: Reason, ranks: set[int]) -> None:
+    verdict = blame(dict(enumerate(states)))
     assert verdict.reason is reason
     assert set(verdict.ranks) == ranks
 
@@ -74,25 +74,25 @@ def test_a_rank_without_work_does_not_wait() -> None:
     assert not waits(())
 
 
-def told(standings: list[Standing]) -> tuple[Verdict, Mapping[int, Witness], str]:
-    witnesses = {
-        rank: Witness(f"pid {rank + 100} on host", standing, standing.seen, 480.0, "Timed out" * standing.gave_up)
-        for rank, standing in enumerate(standings)
+def told(states: list[RankState]) -> tuple[Verdict, Mapping[int, RankSnapshot], str]:
+    snapshots = {
+        rank: RankSnapshot(f"pid {rank + 100} on host", state, state.seen, 480.0, "Timed out" * state.gave_up)
+        for rank, state in enumerate(states)
     }
-    verdict = blame(dict(enumerate(standings)))
-    return verdict, witnesses, sentence(verdict, witnesses)
+    verdict = blame(dict(enumerate(states)))
+    return verdict, snapshots, sentence(verdict, snapshots)
 
 
 def test_the_sentence_names_the_rank_its_place_and_who_waits() -> None:
-    verdict, witnesses, text = told([at(COLLECTIVE), at(WORK), GAVE_UP])
+    verdict, snapshots, text = told([at(COLLECTIVE), at(WORK), GAVE_UP])
     assert text == (
         "training rank 1 (pid 101 on host) got nothing done for 480 s, in recipe/megatron/microbatch.py line 80 "
         "(build_microbatch); the others wait for it in recipe/megatron/step.py line 130 (forward_backward); training "
         "rank 2 gave up: Timed out"
     )
-    assert "numpy.concatenate" in short_stacks(verdict, witnesses)
-    assert "work.wait()" not in short_stacks(verdict, witnesses)
-    assert "work.wait()" in all_stacks(witnesses)
+    assert "numpy.concatenate" in short_stacks(verdict, snapshots)
+    assert "work.wait()" not in short_stacks(verdict, snapshots)
+    assert "work.wait()" in all_stacks(snapshots)
 
 
 def test_what_cannot_be_told_is_not_told() -> None:

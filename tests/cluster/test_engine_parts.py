@@ -8,8 +8,8 @@ from pathlib import Path
 PROGRAM = """
 import os, re, signal, sys, time
 from pathlib import Path
-from recipe.cluster.meeting import write_token
-from recipe.cluster.node import LOOPBACK, OBJECT_STORE_BYTES, TOKEN_PATH
+from recipe.cluster.rendezvous import write_token
+from recipe.cluster.ray_node import LOOPBACK, OBJECT_STORE_BYTES, TOKEN_PATH
 from recipe.cluster.engine_actor import EngineActor
 from recipe.cluster.placement import Seat
 from recipe.config import Architecture, Config, Resolved

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from recipe.config import resolve
+from recipe.engines.launch import Node, SglangServer, launch_sglang
 from recipe.plan.__main__ import PUBLISHED
-from recipe.rollout.servers.launch import Node, SglangServer, launch_sglang
 
 MACHINES = ("10.0.0.1", "10.0.0.2", "10.0.0.3")
 RECIPE = ["--recipe", "glm4.7-flash-24gpu", "--hf-checkpoint", str(PUBLISHED), "--master-addr", MACHINES[0]]
@@ -15,7 +15,7 @@ RECIPE = ["--recipe", "glm4.7-flash-24gpu", "--hf-checkpoint", str(PUBLISHED), "
 def test_one_engine_of_24_gpus_is_three_processes_of_eight(monkeypatch: Any) -> None:
     from recipe.cluster.placement import Placement
     from recipe.config import sglang_rules
-    from recipe.rollout.servers import launch
+    from recipe.engines import launch
 
     monkeypatch.setattr(sglang_rules, "find_sglang_python", lambda named: None)
     monkeypatch.setattr(launch, "find_sglang_python", lambda named: Path(sys.executable))

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from recipe.config import Architecture, Config, Resolved
-from recipe.rollout.servers import process
-from recipe.rollout.servers.launch import Launch
+from recipe.engines import process
+from recipe.engines.launch import Launch
 from recipe.system.errors import UserError
 from recipe.system.ports import LOCAL, reserve_port_with
 from recipe.weights.tiny import write_tiny_checkpoint
@@ -178,22 +178,22 @@ def test_an_engine_that_fails_at_its_first_start_is_tried_again_for_want_of_a_po
 class Update:
     """A weight update to engines "a", "b" and "c", of which some fail, time after time."""
 
-    def __init__(self, *deliveries: dict[str, Any]) -> None:
-        from recipe.rollout.delivery import Delivery
+    def __init__(self, *results: dict[str, Any]) -> None:
+        from recipe.weight_sync.result import UpdateResult
 
-        self.deliveries = [Delivery(**delivery) for delivery in deliveries]
+        self.results = [UpdateResult(**result) for result in results]
         self.urls = ["a", "b", "c"]
         self.sent: list[list[str]] = []
 
     def send(self, numbers: Sequence[int]) -> Any:
         self.sent.append([self.urls[number] for number in numbers])
-        return self.deliveries[len(self.sent) - 1]
+        return self.results[len(self.sent) - 1]
 
     def start_again(self, number: int) -> None:
         self.urls[number] += "2"
 
     def carry_out(self) -> None:
-        from recipe.cluster.engines import deliver
+        from recipe.cluster.engine_group import deliver
 
         deliver([0, 1, 2], self.send, self.urls, self.start_again)
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from recipe.system.heartbeat import Heartbeat, Whereabouts
+from recipe.system.heartbeat import Heartbeat, RankLocation
 
 
 def waiting_in(file: str) -> Callable[[_thread.LockType], None]:
@@ -54,7 +54,7 @@ def backward_pass(heartbeat: Heartbeat, file: str) -> Iterator[None]:
 def test_a_wait_for_autograd_is_followed_into_its_thread(file: str, is_followed: bool) -> None:
     heartbeat = Heartbeat()
     with backward_pass(heartbeat, f"/somewhere/{file}"):
-        functions = [frame.function for frame in heartbeat.whereabouts().stack]
+        functions = [frame.function for frame in heartbeat.location().stack]
     assert {"work", "wait"} <= set(functions)
     assert ("hook" in functions) is is_followed
 
@@ -62,7 +62,7 @@ def test_a_wait_for_autograd_is_followed_into_its_thread(file: str, is_followed:
 def test_who_has_nothing_to_do_is_nowhere() -> None:
     heartbeat = Heartbeat()
     heartbeat.beat()
-    assert heartbeat.whereabouts() == Whereabouts(0, ())
+    assert heartbeat.location() == RankLocation(0, ())
 
 
 def test_only_the_thread_that_is_followed_beats() -> None:

@@ -15,9 +15,9 @@ from recipe.config import Config
 PROGRAM = """
 import os, sys
 from pathlib import Path
-from recipe.cluster.meeting import write_token
-from recipe.cluster.node import LOOPBACK, TOKEN_PATH
-from recipe.sizes import OBJECT_STORE_BYTES
+from recipe.cluster.rendezvous import write_token
+from recipe.cluster.ray_node import LOOPBACK, TOKEN_PATH
+from recipe.plan.constants import OBJECT_STORE_BYTES
 from recipe.cluster.placement import place
 from recipe.config import Config
 import ray

@@ -32,10 +32,10 @@ def actor() -> Iterator[Any]:
 
     class Rank:
         @ray.method(concurrency_group="answers")
-        def whereabouts(self) -> Any:
+        def location(self) -> Any:
             from recipe.system.heartbeat import heartbeat
 
-            return heartbeat.whereabouts()
+            return heartbeat.location()
 
         def do(self, work: Callable[[Callable[[], None]], Any]) -> Any:
             from recipe.system.heartbeat import heartbeat
@@ -54,7 +54,7 @@ def results(actor: Any, report: Path, *works: Callable[[Callable[[], None]], Any
     import ray
 
     ranks = [WatchedRank(f"training rank {number}", f"pid {number}", actor.remote()) for number in range(len(works))]
-    ray.get([rank.actor.whereabouts.remote() for rank in ranks])
+    ray.get([rank.actor.location.remote() for rank in ranks])
     references = [rank.actor.do.remote(work) for rank, work in zip(ranks, works, strict=True)]
     return WatchedCall(ranks, references, TIMEOUT_S, report).results()
 

@@ -4,7 +4,7 @@ import pytest
 from config_support import Refusal, Try
 
 from recipe.config import Config
-from recipe.config.engine_parts import gpus_of_fullest_machine, machine_of_gpu, parts_of, weight_sources
+from recipe.config.engine_placement import gpus_of_fullest_machine, machine_of_gpu, parts_of, weight_sources
 
 APART = ("--no-colocate", "--recipe", "glm4.7-flash-16gpu")
 

@@ -13,8 +13,8 @@ from config_support import Try
 
 from recipe.config import resolve
 from recipe.config.loading import shipped_recipes
-from recipe.rollout.servers import argument_check
-from recipe.rollout.servers.argument_check import ArgumentCheck, check_arguments
+from recipe.engines import argument_check
+from recipe.engines.argument_check import ArgumentCheck, check_arguments
 from recipe.system.errors import UserError
 
 Install = Callable[[Path], None]

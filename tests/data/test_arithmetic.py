@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from recipe.data.arithmetic import split_sums, write_task
+from recipe.data.arithmetic_task import split_sums, write_task
 from recipe.rewards import REWARD_RULES, Grader, GradeRequest, RewardType
 from recipe.system.errors import UserError
 
@@ -51,7 +51,7 @@ def test_the_warm_up_answers_are_right_and_some_are_boxed(tmp_path):
 
 
 def test_the_command_writes_both_files(tmp_path):
-    command = [sys.executable, "-m", "recipe.data.arithmetic", "--output", str(tmp_path / "new"), "--seed", "7"]
+    command = [sys.executable, "-m", "recipe.data.arithmetic_task", "--output", str(tmp_path / "new"), "--seed", "7"]
     subprocess.run(command, check=True)
     train, held = lines(tmp_path / "new/train.jsonl"), lines(tmp_path / "new/heldout.jsonl")
     assert (len(train), len(held)) == (800, 200)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from run_support import TinyInputs, arguments, run
 
-from recipe.data.arithmetic import main as write_arithmetic
+from recipe.data.arithmetic_task import main as write_arithmetic
 from recipe.weights.tiny import write_tiny_checkpoint
 
 

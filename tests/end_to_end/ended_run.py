@@ -13,11 +13,11 @@ from collections.abc import Mapping
 import psutil
 from run_support import engines
 
-from recipe.cluster.engines import EngineGroup
-from recipe.cluster.trainer import TrainerGroup
-from recipe.rollout.delivery import Delivery
+from recipe.cluster.engine_group import EngineGroup
+from recipe.cluster.trainer_group import TrainerGroup
 from recipe.system.errors import run_main
 from recipe.train import main
+from recipe.weight_sync.result import UpdateResult
 
 replace_dead, update_weights = EngineGroup.replace_dead, TrainerGroup.update_weights
 asked: list[EngineGroup] = []
@@ -31,7 +31,7 @@ def struck_between(self: EngineGroup) -> list[str]:
     return replace_dead(self)
 
 
-def struck_update(self: TrainerGroup, addresses: Mapping[int, str], version: str) -> Delivery:
+def struck_update(self: TrainerGroup, addresses: Mapping[int, str], version: str) -> UpdateResult:
     """`TrainerGroup.update_weights`, to an engine that hangs."""
     if version == "2":
         strike(signal.SIGSTOP)

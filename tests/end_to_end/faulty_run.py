@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from recipe.cluster import trainer
+from recipe.cluster import trainer_group as trainer
 from recipe.messages import Started
 from recipe.system.errors import run_main
 from recipe.train import main
@@ -34,8 +34,8 @@ WAYS: dict[str, Callable[[], None]] = {
 class FaultyRank(trainer.RankActor):
     """A rank that may be the one that fails."""
 
-    def start(self, meeting: tuple[str, int], threads: int) -> Started:
-        started = super().start(meeting, threads)
+    def start(self, store_address: tuple[str, int], threads: int) -> Started:
+        started = super().start(store_address, threads)
         if str(self.rank) == os.environ[RANK]:
             from recipe.megatron import step
 

@@ -67,7 +67,7 @@ def strike(first: psutil.Process, second: psutil.Process) -> None:
 
 def engines(run: psutil.Process) -> list[psutil.Process]:
     """The engines of a run."""
-    return [p for p in run.children(recursive=True) if "recipe.rollout.servers.embedded" in words_of(p)]
+    return [p for p in run.children(recursive=True) if "recipe.engines.embedded" in words_of(p)]
 
 
 def words_of(process: psutil.Process) -> list[str]:

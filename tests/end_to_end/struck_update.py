@@ -8,16 +8,16 @@ from collections.abc import Mapping
 import psutil
 from run_support import engines, strike
 
-from recipe.cluster import trainer
-from recipe.rollout.delivery import Delivery
+from recipe.cluster import trainer_group as trainer
 from recipe.system.errors import run_main
 from recipe.train import main
+from recipe.weight_sync.result import UpdateResult
 
 update_weights = trainer.TrainerGroup.update_weights
 struck: list[str] = []
 
 
-def struck_update(self: trainer.TrainerGroup, engines_: Mapping[int, str], version: str) -> Delivery:
+def struck_update(self: trainer.TrainerGroup, engines_: Mapping[int, str], version: str) -> UpdateResult:
     """`TrainerGroup.update_weights`, with the failures at its first call for version 2."""
     if version == "2" and not struck:
         struck.append(version)

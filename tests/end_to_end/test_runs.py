@@ -129,7 +129,7 @@ def test_doors_are_shut_and_an_interrupt_ends_everything(inputs: TinyInputs, tmp
         process = start(arguments(inputs, tmp_path, "interrupted", "--num-rollout", "1000"))
         wait_for_step(process, tmp_path / "interrupted", 1)
         doors = listening(family(process))
-        engine_doors = [doors[name] for name in doors if "recipe.rollout.servers.embedded" in name]
+        engine_doors = [doors[name] for name in doors if "recipe.engines.embedded" in name]
         assert len(engine_doors) == 2
         assert all(address.startswith("127.0.0.1:") for of_one in engine_doors for address in of_one)
         ray_heads = [doors[name] for name in doors if "dashboard/dashboard.py" in name]  # none yet, if it is slow

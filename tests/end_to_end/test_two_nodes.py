@@ -72,7 +72,7 @@ def test_two_hosts_take_the_steps_of_one(pair: Pair, inputs: TinyInputs, uninter
 
 def assert_own_servers_listen_on_the_nodes_address_only(pair: Pair) -> None:
     """The engine does; the ranks too, but for a port that Ray opens in each of its processes on every address."""
-    kinds = {"recipe.rollout.servers.embedded": set(), "ray::RankActor": set(), "dashboard/dashboard.py": set()}
+    kinds = {"recipe.engines.embedded": set(), "ray::RankActor": set(), "dashboard/dashboard.py": set()}
     for host in (pair.head, pair.worker):
         for pid, addresses in host.listening().items():
             words = " ".join(psutil.Process(pid).cmdline())

@@ -95,7 +95,15 @@ def test_a_checkpoint_of_the_trainer_answers_as_the_model_it_was_made_from(
     checkpoint: Path, questions: Path, whole: Path, tmp_path: Path
 ) -> None:
     torch_dist = tmp_path / "torch_dist"
-    convert = [sys.executable, "-m", "recipe.weights.convert", "--recipe", "tiny", "--hf-checkpoint", str(checkpoint)]
+    convert = [
+        sys.executable,
+        "-m",
+        "recipe.conversion.convert",
+        "--recipe",
+        "tiny",
+        "--hf-checkpoint",
+        str(checkpoint),
+    ]
     subprocess.run([*convert, "--save", str(torch_dist)], env=environment(), check=True, timeout=240)
     save = tmp_path / "of checkpoint"
     words = evaluation(questions, save, "--checkpoint", torch_dist, "--hf-checkpoint", checkpoint)

@@ -3,7 +3,7 @@
 import pytest
 
 from recipe.rewards.algebra import value_of
-from recipe.rewards.arithmetic import MAX_CHARACTERS, explicit
+from recipe.rewards.tex_arithmetic import MAX_CHARACTERS, explicit
 
 
 @pytest.mark.parametrize(

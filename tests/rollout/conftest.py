@@ -7,8 +7,8 @@ import pytest
 from rollout_support import CONTEXT, EngineUnderTest, Kind, make_checkpoint
 
 from recipe.config import resolve
-from recipe.rollout.servers.launch import SglangServer, launch_embedded, launch_sglang
-from recipe.rollout.servers.process import EngineProcess
+from recipe.engines.launch import SglangServer, launch_embedded, launch_sglang
+from recipe.engines.process import EngineProcess
 
 
 @pytest.fixture(scope="session")

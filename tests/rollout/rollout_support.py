@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import Glm4MoeLiteForCausalLM
 
 from recipe.data.prompts import Prompt
-from recipe.rollout.servers.process import EngineProcess
-from recipe.rollout.weights_payload import Bucket
+from recipe.engines.process import EngineProcess
+from recipe.weight_sync.tensor import Bucket
 from recipe.weights.tiny import write_tiny_checkpoint
 
 CONTEXT = 64

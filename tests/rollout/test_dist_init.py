@@ -5,7 +5,7 @@ import socket
 import pytest
 import torch.distributed as dist
 
-from recipe.rollout.servers.dist_init import DERIVED_FROM_ADDRESS, DistInit
+from recipe.engines.dist_init import DERIVED_FROM_ADDRESS, DistInit
 from recipe.system.errors import UserError
 from recipe.system.ports import LOCAL, reserve_derived
 
@@ -17,8 +17,8 @@ def test_a_store_is_there_with_the_ports_that_are_derived_from_its_own() -> None
         asked.append(port)
         return len(asked) == 3
 
-    meeting = DistInit.open(LOCAL, free_elsewhere)
-    host, port = meeting.address.split(":")
+    rendezvous = DistInit.open(LOCAL, free_elsewhere)
+    host, port = rendezvous.address.split(":")
     assert (host, int(port)) == (LOCAL, asked[-1])
     assert len(set(asked)) == 3
     client = dist.TCPStore(host, int(port), is_master=False)
@@ -30,7 +30,7 @@ def test_a_store_is_there_with_the_ports_that_are_derived_from_its_own() -> None
             stranger.bind((LOCAL, int(port) + number))
         with socket.create_server((LOCAL, int(port) + number)), socket.create_connection((LOCAL, int(port) + number)):
             pass
-    meeting.close()
+    rendezvous.close()
     with socket.socket() as anybody:
         anybody.bind((LOCAL, int(port) + DERIVED_FROM_ADDRESS[0]))
 

@@ -19,13 +19,13 @@ from rollout_support import CONTEXT, PROMPT, EngineUnderTest, Kind, assert_equal
 
 from recipe.config import resolve
 from recipe.config.sglang_rules import EngineLayout
-from recipe.rollout.servers.dist_init import DistInit
-from recipe.rollout.servers.launch import Node, SglangServer, launch_sglang
-from recipe.rollout.servers.process import EngineProcess
-from recipe.rollout.weights_checksum import EngineChecksums
-from recipe.rollout.weights_sync import WeightSync
+from recipe.engines.dist_init import DistInit
+from recipe.engines.launch import Node, SglangServer, launch_sglang
+from recipe.engines.process import EngineProcess
 from recipe.system.errors import UserError
 from recipe.system.ports import LOCAL
+from recipe.weight_sync.checksum import EngineChecksums
+from recipe.weight_sync.sync import WeightSync
 
 pytestmark = [pytest.mark.slow, pytest.mark.sglang]
 
@@ -91,10 +91,10 @@ def test_updates_reach_both(engine: EngineUnderTest, other_checkpoint: Path) -> 
     for transfer, checkpoint in zip(TRANSFERS, checkpoints, strict=False):
         sync = WeightSync(transfer, 500_000, ranks_per_engine=2, address=LOCAL, checksums=lambda: checksums(engine))
         if transfer == "disk":
-            delivery = sync.load_from_disk(checkpoint, [engine.url], transfer)
+            result = sync.load_from_disk(checkpoint, [engine.url], transfer)
         else:
-            delivery = sync.send(weights_of(checkpoint).items(), [engine.url], transfer)
-        assert not delivery.failed
+            result = sync.send(weights_of(checkpoint).items(), [engine.url], transfer)
+        assert not result.failed
         assert engine.request("GET", "/model_info")[1]["weight_version"] == transfer
         assert_equals_fresh_load(engine, checkpoint)
 

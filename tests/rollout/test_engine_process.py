@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 from transformers import Glm4MoeLiteConfig
 
 from recipe.config import SglangConfig, resolve
-from recipe.rollout.servers import launch
-from recipe.rollout.servers.embedded.fused import build_model
-from recipe.rollout.servers.launch import Launch, SglangServer, launch_embedded, launch_sglang, sglang_python
-from recipe.rollout.servers.process import EngineProcess, PortTaken, without_secrets
+from recipe.engines import launch
+from recipe.engines.embedded.fused import build_model
+from recipe.engines.launch import Launch, SglangServer, launch_embedded, launch_sglang, sglang_python
+from recipe.engines.process import EngineProcess, PortTaken, without_secrets
 from recipe.system.errors import UserError
 
 SERVER = """
@@ -45,8 +45,8 @@ print("segment", segment._name, flush=True)
 PARENT = """
 import sys, time
 from pathlib import Path
-from recipe.rollout.servers.launch import Launch
-from recipe.rollout.servers.process import EngineProcess
+from recipe.engines.launch import Launch
+from recipe.engines.process import EngineProcess
 process = EngineProcess(Launch((sys.executable, "-c", sys.argv[1])), Path(sys.argv[2]))
 process.wait_healthy(30)
 print(process.pid, flush=True)
@@ -68,7 +68,7 @@ def _child_in(log: Path) -> int:
 
 @pytest.mark.parametrize("program", [SERVER, STUBBORN])
 def test_stop_ends_the_server_and_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str) -> None:
-    monkeypatch.setattr("recipe.rollout.servers.process.GRACE_S", 0.5)
+    monkeypatch.setattr("recipe.engines.process.GRACE_S", 0.5)
     log = tmp_path / "log"
     bystander = subprocess.Popen(["sleep", "600"])
     process = EngineProcess(_python(program), log)
@@ -311,8 +311,8 @@ def test_a_server_without_a_port_is_told_apart(tmp_path: Path, words: str) -> No
 SGLANG_PARENT = """
 import sys, time
 from pathlib import Path
-from recipe.rollout.servers.launch import Launch
-from recipe.rollout.servers.process import EngineProcess
+from recipe.engines.launch import Launch
+from recipe.engines.process import EngineProcess
 print(EngineProcess(Launch(tuple(sys.argv[2:])), Path(sys.argv[1])).pid, flush=True)
 time.sleep(600)
 """

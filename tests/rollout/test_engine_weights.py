@@ -28,10 +28,10 @@ from rollout_support import (
 from safetensors.torch import save_file
 from torch import Tensor
 
-from recipe.rollout.answers import read_sample
-from recipe.rollout.weights_checksum import EngineChecksums
-from recipe.rollout.weights_sync import WeightSync
+from recipe.rollout.sglang_response import read_sample
 from recipe.system.errors import UserError
+from recipe.weight_sync.checksum import EngineChecksums
+from recipe.weight_sync.sync import WeightSync
 
 
 def _same(one: tuple[list[int], Tensor], other: tuple[list[int], Tensor]) -> bool:

@@ -2,7 +2,7 @@
 
 import torch
 
-from recipe.rollout.servers.embedded.cache import BLOCK, LatentCache
+from recipe.engines.embedded.cache import BLOCK, LatentCache
 
 
 def test_growth_keeps_what_is_there() -> None:

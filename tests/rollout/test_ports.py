@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe.rollout.servers.launch import Node, SglangServer, launch_sglang
+from recipe.engines.launch import Node, SglangServer, launch_sglang
 from recipe.system import ports
 from recipe.system.errors import UserError
 from recipe.system.ports import DERIVED_FROM_PORT, LOCAL, reserve_port, reserve_port_with

@@ -13,14 +13,14 @@ from aiohttp import web
 from fake_engines import FakeEngine, answers, group_of, serving
 from rollout_support import make_prompt
 
+from recipe.engines.launch import launch_embedded
+from recipe.engines.process import EngineProcess
 from recipe.rollout.client import ClientOptions, RolloutClient
 from recipe.rollout.errors import EngineAnswerError, EngineRefused, EngineUnreachable
 from recipe.rollout.sample import SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
-from recipe.rollout.servers.launch import launch_embedded
-from recipe.rollout.servers.process import EngineProcess
-from recipe.rollout.weights_client import WeightsClient
 from recipe.system.errors import UserError
+from recipe.weight_sync.client import WeightsClient
 
 SAMPLING = SamplingParams(max_new_tokens=4)
 

@@ -3,11 +3,11 @@
 import pytest
 from rollout_support import make_prompt
 
-from recipe.rollout.answers import read_sample
 from recipe.rollout.client import ClientCounters
 from recipe.rollout.errors import EngineAnswerError
 from recipe.rollout.generate import GenerationMetrics
 from recipe.rollout.sample import FinishReason, Sample, SampleGroup
+from recipe.rollout.sglang_response import read_sample
 
 
 def test_append_keeps_the_lists_aligned() -> None:

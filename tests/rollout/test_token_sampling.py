@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from recipe.rollout.servers.embedded.sampling import sample, scaled_log_probs, uniforms
+from recipe.engines.embedded.sampling import sample, scaled_log_probs, uniforms
 
 ROWS, VOCABULARY = 20_000, 8
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from recipe.config import Architecture
-from recipe.rollout.weights_checksum import EngineChecksums
-from recipe.rollout.weights_payload import NamedTensor
+from recipe.weight_sync.checksum import EngineChecksums
+from recipe.weight_sync.tensor import NamedTensor
 from recipe.weights.table import placements
 from recipe.weights.tiny import tiny_config
 

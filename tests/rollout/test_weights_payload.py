@@ -11,13 +11,13 @@ import pytest
 import torch
 from rollout_support import shared_segments
 
-from recipe.rollout.weights_payload import Bucket, PayloadError, read_payload
+from recipe.weight_sync.tensor import Bucket, PayloadError, read_payload
 
 WEIGHTS = [("a", torch.randn(7, 3)), ("b", torch.randn(5).bfloat16()), ("c", torch.arange(3)), ("d", torch.tensor(2.0))]
 
 READER = """
 import sys
-from recipe.rollout.weights_payload import read_payload
+from recipe.weight_sync.tensor import read_payload
 weights = read_payload(sys.stdin.readline().strip())
 print([(name, tensor.double().sum().item()) for name, tensor in weights], flush=True)
 del weights
@@ -25,7 +25,7 @@ del weights
 STUCK_READER = READER.replace("del weights", "sys.stdin.readline()")
 WRITER = """
 import torch, time
-from recipe.rollout.weights_payload import Bucket
+from recipe.weight_sync.tensor import Bucket
 bucket = Bucket.of([("a", torch.ones(1000))])
 print(bucket.payload(), flush=True)
 time.sleep(60)

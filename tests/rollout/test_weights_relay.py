@@ -11,10 +11,10 @@ import torch.distributed as dist
 from aiohttp import web
 from fake_engines import FakeEngine, serving
 
-from recipe.rollout.delivery import Delivery
-from recipe.rollout.weights_payload import NamedTensor, read_payload
-from recipe.rollout.weights_relay import Recipient, Relay
-from recipe.rollout.weights_sync import WeightSync
+from recipe.weight_sync.relay import Recipient, Relay
+from recipe.weight_sync.result import UpdateResult
+from recipe.weight_sync.sync import WeightSync
+from recipe.weight_sync.tensor import NamedTensor, read_payload
 
 BUCKETS = 3
 BOUND_S = 20.0
@@ -52,35 +52,35 @@ class Weights:
             yield f"model.layers.{number}.mlp.gate.weight", torch.full((10,), float(self._rank))
 
 
-async def send(*engines: Receiver) -> tuple[list[Delivery], list[Weights]]:
+async def send(*engines: Receiver) -> tuple[list[UpdateResult], list[Weights]]:
     """Engine 0 lies beside ranks 0 and 1, engine 1 beside ranks 2 and 0, two of its processes beside each."""
     store: Any = dist.HashStore()
     weights = [Weights(rank) for rank in range(3)]
     async with serving(*engines) as (first, second), asyncio.timeout(BOUND_S):
         recipients = [Recipient(0, first, (0, 0, 1, 1)), Recipient(1, second, (2, 2, 0, 0))]
         relays = [Relay(store, 1, rank, recipients, TIMEOUT) for rank in range(3)]
-        deliveries = await asyncio.gather(
+        results = await asyncio.gather(
             *(asyncio.to_thread(SYNC.send, weights[rank], relay.urls, "2", relay) for rank, relay in enumerate(relays))
         )
-    return list(deliveries), weights
+    return list(results), weights
 
 
 async def test_each_process_gets_the_payload_of_the_rank_beside_it() -> None:
     first, second = Receiver(), Receiver()
-    deliveries, weights = await send(first, second)
+    results, weights = await send(first, second)
     assert first.received == [[0, 0, 1, 1]] * BUCKETS
     assert second.received == [[2, 2, 0, 0]] * BUCKETS
-    assert deliveries == [Delivery()] * 3
+    assert results == [UpdateResult()] * 3
     assert [one.taken for one in weights] == [BUCKETS] * 3
 
 
 @pytest.mark.parametrize("dies_at", [1, 2])
 async def test_an_engine_that_dies_is_left_out_by_all_its_ranks_and_the_other_gets_all(dies_at: int) -> None:
     good, bad = Receiver(), Receiver(dies_at)
-    deliveries, weights = await send(good, bad)
+    results, weights = await send(good, bad)
     assert good.received == [[0, 0, 1, 1]] * BUCKETS
     assert len(bad.received) == dies_at
-    assert [list(delivery.failed) for delivery in deliveries] == [[], [], [bad.url]]
+    assert [list(result.failed) for result in results] == [[], [], [bad.url]]
     assert [one.taken for one in weights] == [BUCKETS] * 3
 
 
@@ -92,9 +92,9 @@ async def test_an_engine_that_is_dead_when_the_update_begins_holds_nobody_up() -
             return web.Response()
 
     good, bad = Receiver(), Dead()
-    deliveries, weights = await send(good, bad)
+    results, weights = await send(good, bad)
     assert good.received == [[0, 0, 1, 1]] * BUCKETS
-    assert list(deliveries[2].failed) == [bad.url]
+    assert list(results[2].failed) == [bad.url]
     assert [one.taken for one in weights] == [BUCKETS] * 3
 
 

@@ -20,8 +20,8 @@ from recipe.config import resolve, sglang_rules
 from recipe.config.loading import shipped_recipes
 from recipe.config.sglang_rules import EngineLayout
 from recipe.plan.engine import EngineModel
-from recipe.rollout.weights_checksum import EngineChecksums
-from recipe.rollout.weights_slices import slices
+from recipe.weight_sync.checksum import EngineChecksums
+from recipe.weight_sync.slices import slices
 from recipe.weights.table import placements
 
 LAYOUTS = {

@@ -12,10 +12,10 @@ from fake_engines import FakeEngine, serving
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recipe.rollout.delivery import Delivery
-from recipe.rollout.weights_payload import NamedTensor
-from recipe.rollout.weights_sync import WeightSync, buckets
 from recipe.system.errors import UserError
+from recipe.weight_sync.result import UpdateResult
+from recipe.weight_sync.sync import WeightSync, buckets
+from recipe.weight_sync.tensor import NamedTensor
 
 LAYER = (
     "self_attn.q_a_proj",
@@ -90,10 +90,10 @@ def sync_of(timeout_s: float = 0.5) -> WeightSync:
 async def test_an_engine_that_fails_over_an_update_is_named_and_the_others_get_all(way: str) -> None:
     good, bad, weights = FakeEngine(), FailingEngine(way), Weights()
     async with serving(bad, good) as urls, asyncio.timeout(BOUND_S):
-        delivery = await asyncio.to_thread(sync_of().send, weights, urls, "2")
-    assert list(delivery.failed) == [bad.url]
-    assert bad.url in delivery.failed[bad.url]
-    assert delivery.incomplete == ()
+        result = await asyncio.to_thread(sync_of().send, weights, urls, "2")
+    assert list(result.failed) == [bad.url]
+    assert bad.url in result.failed[bad.url]
+    assert result.incomplete == ()
     assert weights.taken == len(WEIGHTS)
     update = ["/update_weights_from_tensor"]
     assert good.calls == ["/begin_weight_update", *update * len(WEIGHTS), "/end_weight_update"]
@@ -102,19 +102,19 @@ async def test_an_engine_that_fails_over_an_update_is_named_and_the_others_get_a
 
 async def test_an_update_tells_the_rate_of_the_slowest_engine() -> None:
     async with serving(FakeEngine()) as urls, asyncio.timeout(BOUND_S):
-        delivery = await asyncio.to_thread(sync_of().send, WEIGHTS, urls, "2")
-    assert delivery.bytes_per_second is not None
-    assert 0 < delivery.bytes_per_second < 1e9  # 160 bytes in four requests
-    faster, nobody = Delivery(bytes_per_second=1e12), Delivery()
-    assert sum([faster, nobody], delivery).bytes_per_second == delivery.bytes_per_second
+        result = await asyncio.to_thread(sync_of().send, WEIGHTS, urls, "2")
+    assert result.bytes_per_second is not None
+    assert 0 < result.bytes_per_second < 1e9  # 160 bytes in four requests
+    faster, nobody = UpdateResult(bytes_per_second=1e12), UpdateResult()
+    assert sum([faster, nobody], result).bytes_per_second == result.bytes_per_second
     assert (nobody + nobody).bytes_per_second is None
 
 
 async def test_the_trainers_ranks_finish_though_no_engine_is_left() -> None:
     bad, weights = FailingEngine("dies"), Weights()
     async with serving(bad) as urls, asyncio.timeout(BOUND_S):
-        delivery = await asyncio.to_thread(sync_of().send, weights, urls, "2")
-    assert list(delivery.failed) == [bad.url]
+        result = await asyncio.to_thread(sync_of().send, weights, urls, "2")
+    assert list(result.failed) == [bad.url]
     assert weights.taken == len(WEIGHTS)
 
 
@@ -138,8 +138,8 @@ async def test_the_next_bucket_is_gathered_while_an_engine_loads_this_one() -> N
     weights = Noticed()
 
     async with serving(Slow()) as urls, asyncio.timeout(BOUND_S):
-        delivery = await asyncio.to_thread(sync_of(timeout_s=5.0).send, weights, urls, "2")
-    assert delivery.failed == {}
+        result = await asyncio.to_thread(sync_of(timeout_s=5.0).send, weights, urls, "2")
+    assert result.failed == {}
 
 
 async def test_an_engine_that_refuses_weights_ends_the_run() -> None:
@@ -177,8 +177,8 @@ async def test_a_broadcast_that_lost_a_member_is_over_for_the_others_at_once(way
     bad, good, weights = Silent(way), Waiting(), Weights()
     sync = WeightSync("distributed", 40, 1, "127.0.0.1", timeout_s=1.0 if way == "hangs" else 60.0)
     async with asyncio.timeout(BOUND_S), serving(bad, good) as urls:
-        delivery = await asyncio.to_thread(sync.send, weights, urls, "2")
+        result = await asyncio.to_thread(sync.send, weights, urls, "2")
     assert weights.taken == len(WEIGHTS)
     if way == "dies":
-        assert list(delivery.failed) == [bad.url]
-        assert delivery.incomplete == (good.url,)
+        assert list(result.failed) == [bad.url]
+        assert result.incomplete == (good.url,)

@@ -32,13 +32,13 @@ from trainer_support import on_ranks, random_checkpoint, tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recipe.config import Architecture
+from recipe.conversion.progress import ByteProgress
+from recipe.conversion.verify import verify
 from recipe.messages import Progress
 from recipe.system.errors import UserError
 from recipe.weights.hf_files import HuggingFaceCheckpoint
-from recipe.weights.progress import ByteProgress
 from recipe.weights.table import placements
 from recipe.weights.torch_dist import TorchDistCheckpoint
-from recipe.weights.verify import verify
 
 TINY_TENSORS = "verified 129 tensors and 42 of the MTP layer bit for bit"
 
@@ -116,7 +116,7 @@ def test_an_export_is_a_checkpoint_to_transformers(converted: Path, tmp_path: Pa
 
 
 def test_shards_of_an_export_are_indexed(converted: Path, tmp_path: Path) -> None:
-    program = "import recipe.weights.export as e; e.SHARD_BYTES = 2_000_000; e.main()"
+    program = "import recipe.conversion.export as e; e.SHARD_BYTES = 2_000_000; e.main()"
     words = ["--load", converted, "--hf-checkpoint", random_checkpoint(), "--save", tmp_path / "exported", "--verify"]
     ended = subprocess.run([sys.executable, "-c", program, *map(str, words)], capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
@@ -229,7 +229,7 @@ def test_a_disk_that_fills_is_told_and_leaves_nothing_that_looks_finished(
     load = [] if module == "convert" else ["--load", str(converted)]
     words = [*load, "--hf-checkpoint", str(random_checkpoint()), "--save", str(tmp_path / "full" / "out")]
     ended = subprocess.run(
-        [sys.executable, "-m", f"recipe.weights.{module}", *words],
+        [sys.executable, "-m", f"recipe.conversion.{module}", *words],
         capture_output=True,
         text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)),
@@ -241,7 +241,7 @@ def test_a_disk_that_fills_is_told_and_leaves_nothing_that_looks_finished(
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    from recipe.weights.destination import check_destination
+    from recipe.conversion.destination import check_destination
 
     with pytest.raises(UserError, match=r"GB free, but out takes .* GB"):
         check_destination(tmp_path / "out", 1 << 60)
@@ -250,7 +250,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path: Pat
 def test_a_killed_conversion_does_not_look_finished_and_is_begun_anew(tmp_path: Path) -> None:
     target = tmp_path / "torch_dist"
     words = ["--hf-checkpoint", str(random_checkpoint()), "--save", str(target), *MTP]
-    process = subprocess.Popen([sys.executable, "-m", "recipe.weights.convert", *words])
+    process = subprocess.Popen([sys.executable, "-m", "recipe.conversion.convert", *words])
     partial = tmp_path / ".torch_dist.partial"
     deadline = time.monotonic() + 60
     while not partial.exists():

@@ -70,7 +70,7 @@ def test_logits_of_packs_equal_transformers(ranks: int, perf: dict) -> None:
 
 def test_logits_survive_conversion_to_torch_dist(tmp_path: Path) -> None:
     """Converted by one process and read by two, which have no other source of weights."""
-    command = [sys.executable, "-m", "recipe.weights.convert", "--hf-checkpoint", str(random_checkpoint())]
+    command = [sys.executable, "-m", "recipe.conversion.convert", "--hf-checkpoint", str(random_checkpoint())]
     converted, without_weights = tmp_path / "converted", tmp_path / "hf"
     subprocess.run([*command, "--save", str(converted), "--mtp-num-layers", "1"], check=True)
     without_weights.mkdir()

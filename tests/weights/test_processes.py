@@ -3,8 +3,8 @@
 import pytest
 import torch.distributed as dist
 
+from recipe.conversion.processes import Processes
 from recipe.system.errors import UserError
-from recipe.weights.processes import Processes
 
 
 def test_nothing_of_the_meeting_is_left() -> None:

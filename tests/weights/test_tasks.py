@@ -44,7 +44,7 @@ def test_a_dry_run_prints_the_command_and_does_nothing(tmp_path: Path) -> None:
     words = ("--hf-checkpoint", "DIR", "--save", tmp_path / "out", "--dry-run", "--args", "--mtp-num-layers 1")
     status, output = invoke("convert", *words, "--processes", 8)
     assert status == 0
-    assert "--nproc-per-node=8 -m recipe.weights.convert --recipe glm4.7-flash-8gpu --hf-checkpoint DIR" in output
+    assert "--nproc-per-node=8 -m recipe.conversion.convert --recipe glm4.7-flash-8gpu --hf-checkpoint DIR" in output
     assert "--mtp-num-layers 1" in output
     assert not list(tmp_path.iterdir())
 

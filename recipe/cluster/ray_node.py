@@ -1,0 +1,94 @@
+"""Ray on one node of a cluster: `ray start`, as a child that ends with this process and takes its own with it."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from recipe.engines.process import die_with
+from recipe.plan.constants import OBJECT_STORE_BYTES
+from recipe.system.errors import UserError
+
+START_TIMEOUT_S = 120
+STOP_TIMEOUT_S = 30
+TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
+GCS_PORT, DASHBOARD_PORT = 6379, 8265
+"""Of a cluster of several nodes. A run on one node takes free ports: there may be others."""
+LOOPBACK = "127.0.0.1"
+_STARTED = "Ray runtime started"
+
+
+class RayNode:
+    """Use as a context manager: leaving it ends Ray on this node. The token is read from a file whose name goes by
+    environment."""
+
+    def __init__(self, arguments: Sequence[str], address: str, token: Path) -> None:
+        self._command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--node-ip-address={address}"]
+        self._command += [f"--object-store-memory={OBJECT_STORE_BYTES}", "--disable-usage-stats", "--block", *arguments]
+        self._environment = {**os.environ, TOKEN_PATH: str(token), "RAY_USAGE_STATS_ENABLED": "0"}
+
+    @classmethod
+    def head(cls, address: str, token: Path, num_cpus: int, port: int, dashboard_port: int) -> Self:
+        """The first node, which others join at `port`. Its dashboard listens on this machine's own loopback only."""
+        dashboard = [f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard_port}"]
+        return cls(["--head", f"--port={port}", *dashboard, f"--num-cpus={num_cpus}"], address, token)
+
+    @classmethod
+    def worker(cls, address: str, head: str, token: Path, num_cpus: int) -> Self:
+        """A node that joins the head at `head` (HOST:PORT)."""
+        return cls([f"--address={head}", f"--num-cpus={num_cpus}"], address, token)
+
+    def __enter__(self) -> Self:
+        """Returns when Ray has started. Raises UserError with what it says if it does not."""
+        parent = os.getpid()
+        self._output = tempfile.TemporaryFile("w+")
+        self._process = subprocess.Popen(
+            self._command,
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=lambda: die_with(parent),
+        )
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while _STARTED not in self._said():
+            if not self.alive or time.monotonic() > deadline:
+                said = self._said().strip().splitlines() or ["nothing"]
+                self._stop()
+                raise UserError(
+                    f"Ray does not start on this node: {said[-1]} (its logs: /tmp/ray/session_latest/logs; the "
+                    "commonest causes are a port that is taken, a full /tmp and a small /dev/shm)"
+                )
+            time.sleep(0.1)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    @property
+    def alive(self) -> bool:
+        """Whether this node is still part of the cluster."""
+        return self._process.poll() is None
+
+    def _said(self) -> str:
+        self._output.seek(0)
+        return self._output.read()
+
+    def _stop(self) -> None:
+        if self.alive:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+        self._process.wait()
+        self._output.close()

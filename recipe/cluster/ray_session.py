@@ -1,0 +1,106 @@
+"""Ray, started for one run and ended with it.
+
+The run's token is fresh and lies in a file that only this user can read. The file's name reaches Ray's processes by
+environment; the token is on no command line.
+"""
+
+import logging
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+from recipe.cluster.ray_node import LOOPBACK, TOKEN_PATH
+from recipe.cluster.ray_processes import VITAL, RayProcesses
+from recipe.cluster.rendezvous import write_token
+from recipe.config import Config
+from recipe.config.engine_placement import gpus_of_fullest_machine
+from recipe.plan.constants import OBJECT_STORE_BYTES
+from recipe.system.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_START_ATTEMPTS = 2
+
+
+@contextmanager
+def ray_session(config: Config) -> Iterator[None]:
+    """Ray for this run: the cluster that submitted this job if there is one (RAY_ADDRESS), or a local one of our own,
+    whose processes end with this block and die with this process. The block ends with a UserError if one of them dies
+    that it needs."""
+    if "RAY_ADDRESS" in os.environ:
+        try:
+            with _own_signals():
+                ray.init(log_to_driver=True, logging_level=_level(config))
+            yield
+        finally:
+            ray.shutdown()
+        return
+    secret = Path(tempfile.mkdtemp(prefix="recipe-ray-"))
+    with RayProcesses() as processes:
+        try:
+            write_token(secret / "token")
+            os.environ |= {TOKEN_PATH: str(secret / "token"), "RAY_USAGE_STATS_ENABLED": "0"}
+            _start_local(config)
+            with processes.watched(VITAL):
+                yield
+        finally:
+            ray.shutdown()
+            os.environ.pop(TOKEN_PATH, None)
+            shutil.rmtree(secret)
+
+
+def _start_local(config: Config) -> None:
+    """Starts Ray, again if need be: it picks some ports well before it opens them, and somebody else may be faster."""
+    for attempt in range(1, _START_ATTEMPTS + 1):
+        try:
+            _init_local(config)
+            return
+        except (OSError, RuntimeError, TimeoutError) as error:
+            ray.shutdown()
+            if attempt == _START_ATTEMPTS:
+                raise UserError(
+                    f"Ray does not start on this machine ({error}): see its logs in /tmp/ray/session_latest/logs; the "
+                    "commonest causes are a full /tmp and a small /dev/shm"
+                ) from error
+            logger.warning("Ray did not start (%s): starting it again", error)
+
+
+def _init_local(config: Config) -> None:
+    slots = gpus_of_fullest_machine(config)
+    with _own_signals():
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, slots),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=True,
+            logging_level=_level(config),
+            _node_ip_address=LOOPBACK,
+        )
+
+
+def _level(config: Config) -> int:
+    return logging.getLevelNamesMapping()[config.misc.log_level.upper()]
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keeps the program's answer to SIGTERM, which `ray.init` replaces by one of its own, an exit whose status is the
+    signal's number. One that came meanwhile is answered late."""
+    before = signal.getsignal(signal.SIGTERM)
+    came = False
+    try:
+        yield
+    except SystemExit as exit_:
+        came = exit_.code == signal.SIGTERM
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if came:
+            signal.raise_signal(signal.SIGTERM)

@@ -1,0 +1,115 @@
+"""Starts the embedded engine: python -m recipe.engines.embedded --model-path DIR --port N"""
+
+import argparse
+import asyncio
+import json
+from functools import partial
+from pathlib import Path
+
+import torch
+import uvicorn
+from fastapi import FastAPI
+from transformers import Glm4MoeLiteConfig, PreTrainedTokenizerFast
+
+from recipe.data.tokenizer import load_tokenizer
+from recipe.engines.embedded.app import Service, build_app
+from recipe.engines.embedded.engine import Engine
+from recipe.engines.embedded.forward import RowModel
+from recipe.engines.embedded.fused import build_model
+from recipe.engines.embedded.probe import check_forward
+from recipe.engines.embedded.protocol import Defaults, Limits
+from recipe.engines.embedded.weights import WeightError, WeightTable
+from recipe.system.errors import UserError, run_main
+from recipe.system.seeds import derive
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
+    torch.set_num_threads(arguments.threads)
+    app = build_app()
+    config = uvicorn.Config(
+        app, host=arguments.host, port=arguments.port, log_level="warning", timeout_graceful_shutdown=1
+    )
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        runner.run(_serve(app, config, arguments))
+
+
+async def _serve(app: FastAPI, config: uvicorn.Config, arguments: argparse.Namespace) -> None:
+    """Listens at once, and answers 503 until the model is loaded."""
+    server = uvicorn.Server(config)
+    serving = asyncio.create_task(server.serve())
+    try:
+        service = await asyncio.to_thread(_load, arguments)
+    except UserError:
+        server.should_exit = True
+        await serving
+        raise
+    app.state.service = service
+    await serving
+    service.engine.stop()
+
+
+def _load(arguments: argparse.Namespace) -> Service:
+    torch.set_num_threads(arguments.threads)
+    folder: Path = arguments.model_path
+    config = _read_config(folder)
+    context_length = arguments.context_length or config.max_position_embeddings
+    reference = build_model(config)
+    model = RowModel(reference, context_length)
+    weights = WeightTable(reference)
+    try:
+        weights.replace_all(folder)
+    except WeightError as error:
+        raise UserError(str(error)) from error
+    check_forward(model, reference)
+    tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
+    eos = config.eos_token_id
+    return Service(
+        engine=Engine(
+            model,
+            weights,
+            rows=arguments.max_running_requests,
+            version=arguments.weight_version,
+            decode=partial(_decode, tokenizer),
+            threads=arguments.threads,
+        ),
+        limits=Limits(config.vocab_size, context_length, tuple(eos if isinstance(eos, list) else [eos]), tokenizer),
+        defaults=Defaults(derive(arguments.random_seed, "engine")),
+        model_path=folder,
+        model_type=config.model_type,
+        architectures=config.architectures or [type(reference).__name__],
+        max_running_requests=arguments.max_running_requests,
+    )
+
+
+def _read_config(folder: Path) -> Glm4MoeLiteConfig:
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if content.get("model_type") != Glm4MoeLiteConfig.model_type:
+        raise UserError(f"{path}: the embedded engine runs glm4_moe_lite, not {content.get('model_type')}")
+    return Glm4MoeLiteConfig(**content)
+
+
+def _decode(tokenizer: PreTrainedTokenizerFast | None, ids: list[int]) -> str:
+    """The text that stop strings are looked for in."""
+    return "" if tokenizer is None else str(tokenizer.decode(ids, skip_special_tokens=False))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model-path", type=Path, required=True, help="Hugging Face checkpoint")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--max-running-requests", type=int, default=256, help="sequences that are generated at once")
+    parser.add_argument("--context-length", type=int, help="longest prompt and response; default: the model's")
+    parser.add_argument("--weight-version", default="default", help="version of the weights in the checkpoint")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads that compute")
+    parser.add_argument("--random-seed", type=int, default=0, help="seed of samples that bring none")
+    return parser
+
+
+if __name__ == "__main__":
+    run_main(main)

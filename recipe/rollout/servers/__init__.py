@@ -1,1 +1,0 @@
-"""Servers behind SGLang's HTTP API: SGLang itself, and the embedded engine for machines without a GPU."""

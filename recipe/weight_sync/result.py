@@ -1,0 +1,24 @@
+"""What the trainer tells of a weight update."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateResult:
+    """What became of a weight update."""
+
+    failed: Mapping[str, str] = field(default_factory=dict)
+    """Engines that died or hung over it, by address, and how it showed."""
+    incomplete: tuple[str, ...] = ()
+    """Engines that are well but have not got everything, since another one failed in a broadcast."""
+
+    bytes_per_second: float | None = field(default=None, compare=False)
+    """Of the whole model's weights, to each GPU of the slowest of the engines; None: they were not sent from here."""
+
+    def __add__(self, other: "UpdateResult") -> "UpdateResult":
+        """To different engines."""
+        rates = [one.bytes_per_second for one in (self, other) if one.bytes_per_second is not None]
+        return UpdateResult(
+            {**self.failed, **other.failed}, (*self.incomplete, *other.incomplete), min(rates, default=None)
+        )
