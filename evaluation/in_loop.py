@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 from evaluation.grading import (
     Judge,
@@ -69,6 +70,31 @@ def open_judge(config: Config) -> Judge:
     """The judge of evaluations: of boxes after the thinking part, or of the answers that `--rm-type dapo` teaches."""
     extract = answer_line_after_thinking if _answers_in_lines(config) else answer_after_thinking
     return Judge(extract, timeout_s=config.rollout.rm_timeout_s, num_workers=config.rollout.rm_num_workers)
+
+
+class InLoopEvaluation:
+    """The evaluation sets of a run, with what judges the answers to them. Raises UserError for what is wrong in them.
+
+    A custom reward function says by itself what is good; else a judge does, which lives as long as the context.
+    """
+
+    def __init__(self, resolved: Resolved) -> None:
+        self._config = resolved.config
+        self._sets = read_sets(resolved)
+        self._judge = open_judge(self._config) if self._config.rollout.custom_rm_path is None else None
+
+    def __enter__(self) -> Self:
+        if self._judge is not None:
+            self._judge.__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        if self._judge is not None:
+            self._judge.__exit__(*raised)
+
+    async def evaluate(self, client: RolloutClient, grade: OnGroup, *, expected_version: str) -> dict[str, EvalMetrics]:
+        """The score of the engines' weights on each set, by its name."""
+        return await evaluate(client, self._judge or grade, self._sets, self._config, expected_version=expected_version)
 
 
 async def evaluate(

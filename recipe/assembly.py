@@ -1,18 +1,16 @@
 """The parts of a run, started in order and ended in the opposite one, and its books between the steps."""
 
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from rich.console import Console
 
-from evaluation.grading import Judge
-from evaluation.in_loop import evaluate, open_judge, read_sets
 from recipe.cluster import EngineGroup, TrainerGroup, place, ray_session
 from recipe.config import Config, Resolved, RolloutConfig
-from recipe.data.prompts import Prompt, PromptFormat, read_prompts
+from recipe.data.prompts import PromptFormat, read_prompts
 from recipe.data.source import PromptSource, SourceState
 from recipe.data.tokenizer import load_tokenizer
 from recipe.engines.argument_check import ArgumentCheck
@@ -24,9 +22,8 @@ from recipe.rewards.grader import Grader
 from recipe.rollout.client import ClientCounters, ClientOptions, RolloutClient
 from recipe.rollout.collect import CollectionPlan, NothingToLearn, RolloutCollector
 from recipe.rollout.filters import GroupFilter, load_filter
-from recipe.rollout.generate import Rollout, SeedStream
-from recipe.rollout.grading import grade_group
-from recipe.rollout.sample import SampleGroup
+from recipe.rollout.generate import OnGroup, Rollout, SeedStream
+from recipe.rollout.sample import SampleGroup, grade_group
 from recipe.rollout.sampling_params import SamplingParams
 from recipe.run import (
     EvalMetrics,
@@ -41,6 +38,7 @@ from recipe.run import (
 )
 from recipe.run.progress import Progress as Display
 from recipe.system.errors import UserError
+from recipe.system.imports import load_function
 from recipe.system.threads import in_thread
 
 if TYPE_CHECKING:
@@ -49,12 +47,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+class Evaluation(AbstractContextManager[object], Protocol):
+    """What `--eval-function-path` makes of a resolved configuration: held-out sets, read and checked, and whatever
+    scores the answers to them, which lives as long as the context."""
+
+    async def evaluate(self, client: RolloutClient, grade: OnGroup, *, expected_version: str) -> dict[str, EvalMetrics]:
+        """The score of the engines' weights, which must have this version, on each set, by its name. `grade` leaves the
+        training reward's grades in the samples of a group."""
+
+
 @dataclass(frozen=True)
 class Data:
     """The prompts of a run, and what grades the responses to them."""
 
     source: PromptSource
-    eval_sets: Mapping[str, Sequence[Prompt]]
+    evaluation: Evaluation | None
+    """None where there is no evaluation set."""
     reward: Reward | None
     keep: GroupFilter | None
     """The dynamic sampling filter."""
@@ -76,7 +84,15 @@ class Data:
         prompts = read_prompts(config.data.prompt_data, tokenizer, form, max_tokens=resolved.max_prompt_len)
         source = PromptSource(prompts, shuffle=config.data.rollout_shuffle, seed=config.misc.seed)
         keep = config.rollout.dynamic_sampling_filter_path
-        return cls(source, read_sets(resolved), reward, load_filter(keep) if keep is not None else None, tokenizer)
+        return cls(source, _evaluation(resolved), reward, load_filter(keep) if keep is not None else None, tokenizer)
+
+
+def _evaluation(resolved: Resolved) -> Evaluation | None:
+    config = resolved.config.eval
+    if not config.eval_prompt_data:
+        return None
+    evaluation: Evaluation = load_function("--eval-function-path", config.eval_function_path)(resolved)
+    return evaluation
 
 
 def _reward(config: Config) -> Reward | None:
@@ -149,15 +165,12 @@ class Run:
 
     async def evaluate(self) -> None:
         """Scores the engines' weights on the held-out sets."""
-        if self._engines is None:
+        engines, evaluation = self._engines, self._data.evaluation
+        if engines is None or evaluation is None:
             return
         with self.clock.measure(Phase.EVAL):
-            self._evals = await evaluate(
-                self._engines.client,
-                self._engines.judge or self._engines.grade,
-                self._data.eval_sets,
-                self.config,
-                expected_version=str(self.progress.rollouts),
+            self._evals = await evaluation.evaluate(
+                engines.client, engines.grade, expected_version=str(self.progress.rollouts)
             )
 
     def count_step(self, report: StepReport) -> None:
@@ -196,7 +209,7 @@ class Run:
     @property
     def is_first_evaluation_due(self) -> bool:
         """Whether the starting weights are to be scored."""
-        evaluates = bool(self._data.eval_sets) and not self.config.eval.skip_eval_before_train
+        evaluates = self._data.evaluation is not None and not self.config.eval.skip_eval_before_train
         return evaluates and self.progress.rollouts == 0
 
     @property
@@ -265,19 +278,17 @@ class Run:
 
 
 class Engines:
-    """The rollout side: servers, the client that speaks to them, and the grader of what they say. In evaluations a
-    judge takes its place, but where a custom reward function says what is good."""
+    """The rollout side: servers, the client that speaks to them, and the grader of what they say."""
 
     def __init__(
         self,
         group: EngineGroup,
         client: RolloutClient,
         grader: Grader,
-        judge: Judge | None,
         data: Data,
         rollout: RolloutConfig,
     ) -> None:
-        self.client, self.grader, self.judge = client, grader, judge
+        self.client, self.grader = client, grader
         self._group = group
         self._told = client.counters
         self.collector = RolloutCollector(
@@ -291,7 +302,7 @@ class Engines:
         )
 
     async def grade(self, group: SampleGroup) -> None:
-        """Grades a complete group."""
+        """Grades every sample of a complete group."""
         await grade_group(self.grader, group)
 
     async def release_memory(self) -> None:
@@ -390,5 +401,6 @@ def _open_engines(
     assert data.reward is not None
     timeout_s, num_workers = config.rollout.rm_timeout_s, config.rollout.rm_num_workers
     grader = stack.enter_context(Grader(data.reward, timeout_s=timeout_s, num_workers=num_workers))
-    judge = stack.enter_context(open_judge(config)) if isinstance(data.reward, RewardRule) else None
-    return Engines(group, client, grader, judge, data, config.rollout)
+    if data.evaluation is not None:
+        stack.enter_context(data.evaluation)
+    return Engines(group, client, grader, data, config.rollout)

@@ -10,10 +10,8 @@ from numpy.typing import NDArray
 from recipe.config import Config
 from recipe.data.source import Draw
 from recipe.grpo.advantages import group_advantages, penalise_kl
-from recipe.grpo.metrics import Metric
 from recipe.grpo.mismatch import StepMismatch
-from recipe.grpo.reduction import sequence_weights
-from recipe.messages import OLDER_TOKENS, FloatArray, StepReport, TrainSample
+from recipe.messages import OLDER_TOKENS, FloatArray, Metric, StepReport, TrainSample
 from recipe.rewards.grader import GradeStatus
 from recipe.rollout.client import ClientCounters
 from recipe.rollout.generate import Rollout
@@ -114,6 +112,24 @@ def optimizer_batches(samples: Sequence[TrainSample], config: Config) -> list[li
     size = config.global_batch_size
     batches = [list(samples[start : start + size]) for start in range(0, len(samples), size)]
     return [_weighted(batch, per_token=config.grpo.calculate_per_token_loss) for batch in batches]
+
+
+def sequence_weights(trainable_tokens: Sequence[int], *, per_token: bool) -> list[float]:
+    """The weight of a trainable token of each sequence, for all the sequences of one optimizer step.
+
+    The denominators are those of the whole batch, and the tokens carry them as weights, so the loss is a plain sum over
+    tokens: splitting the batch into any microbatches, packs or ranks and adding up changes nothing.
+
+    `per_token`: every trainable token of the batch weighs the same (DAPO: Yu et al., arXiv:2503.14476, eq. 8).
+    Otherwise every sequence does: the mean over its own tokens, then over sequences (GRPO: arXiv:2402.03300, eq. 3).
+    Weights times token counts add up to 1. A sequence with no trainable token weighs 0 and is counted nowhere: a batch
+    with it and without it has the same loss.
+    """
+    if per_token:
+        tokens = sum(trainable_tokens)
+        return [1 / tokens if count else 0.0 for count in trainable_tokens]
+    sequences = sum(count > 0 for count in trainable_tokens)
+    return [1 / (count * sequences) if count else 0.0 for count in trainable_tokens]
 
 
 def _weighted(batch: list[TrainSample], *, per_token: bool) -> list[TrainSample]:

@@ -24,8 +24,8 @@ import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 
-from recipe.rewards.equality import plainly_equal
 from recipe.rewards.functions import REWARD_RULES, RewardRule, RewardType
+from recipe.rewards.integers import plainly_equal
 
 Rewards = Callable[[Sequence[str], Sequence[str]], list[float]]
 """Responses, labels -> rewards."""

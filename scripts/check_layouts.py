@@ -34,8 +34,7 @@ from trainer_ranks import CPU_ADAM, RECOMPUTE, Ranks, build_rank
 
 from recipe.batching.schedule import schedule
 from recipe.config import resolve
-from recipe.grpo.metrics import Metric
-from recipe.messages import StepReport, TrainSample
+from recipe.messages import Metric, StepReport, TrainSample
 from recipe.system.errors import UserError, run_main
 
 if TYPE_CHECKING:

@@ -1,9 +1,9 @@
 """The losses of a pack, as sums of weighted tokens. T is the number of tokens.
 
-Every weight comes from `recipe.grpo.reduction` and holds the denominators of the whole batch, so losses and metrics
-of microbatches and ranks are simply added. A token of weight 0 takes no part, and its inputs may be anything, NaN and
-infinity included. At tokens of weight above 0 every input must be finite: NaN there makes the loss NaN, which the
-trainer answers by skipping the step.
+Every weight comes from `recipe.experience.sequence_weights` and holds the denominators of the whole batch, so losses
+and metrics of microbatches and ranks are simply added. A token of weight 0 takes no part, and its inputs may be
+anything, NaN and infinity included. At tokens of weight above 0 every input must be finite: NaN there makes the loss
+NaN, which the trainer answers by skipping the step.
 """
 
 import math
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recipe.grpo.kl import KLEstimator, approximate_kl, bounded_exp
-from recipe.grpo.metrics import Metric, SourceDifference
+from recipe.messages import Metric, SourceDifference
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from recipe.grpo.metrics import SourceDifference
-from recipe.messages import OLDER_TOKENS, StepReport
+from recipe.messages import OLDER_TOKENS, SourceDifference, StepReport
 
 OUTLIER = 3.0
 """An engine whose tokens differ so many times as much as the other engines' is a case of its own."""

@@ -1,6 +1,6 @@
 """megatron's data-parallel wrapper, distributed optimizer and learning-rate schedule, built from the configuration."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +11,13 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer import MLATransformerConfig
+from torch import Tensor
 
 from recipe.config import Config
-from recipe.megatron import adam, host_memory
+from recipe.megatron import adam
 from recipe.megatron.clipping import IS_MTP
 from recipe.megatron.model import PolicyModel
+from recipe.system.memory import require_host_memory
 
 
 def wrap_data_parallel(
@@ -72,7 +74,7 @@ class Optimization:
         needs: list[int] = [0] * dist.get_world_size()
         dist.all_gather_object(needs, sum(inner.needed_host_bytes for inner in owners))
         first = dist.get_rank() // ranks * ranks
-        host_memory.require(
+        require_host_memory(
             sum(needs[first : first + ranks]),
             "the optimizer state of --optimizer-cpu-offload",
             "use more machines, or a lower --optimizer-offload-fraction",
@@ -150,3 +152,8 @@ def build_optimization(chunks: list[DistributedDataParallel], config: Config) ->
     fraction = settings.optimizer_offload_fraction if settings.optimizer_cpu_offload else 0.0
     optimization.allocate(fraction, config.cluster.actor_num_gpus_per_node)
     return optimization
+
+
+def host_bytes(tensors: Iterable[Tensor]) -> int:
+    """Of those tensors that lie in host memory."""
+    return sum(tensor.nbytes for tensor in tensors if tensor.device == torch.device("cpu"))

@@ -17,10 +17,9 @@ from recipe.config import Architecture, Config
 from recipe.megatron import checkpoint, layout
 from recipe.megatron.async_save import SaveInFlight
 from recipe.megatron.clipping import clipped_step, gradient_norms
-from recipe.megatron.host_memory import host_bytes
 from recipe.megatron.layout import Rendezvous
 from recipe.megatron.model import build_chunks
-from recipe.megatron.optimizer import build_optimization, wrap_data_parallel
+from recipe.megatron.optimizer import build_optimization, host_bytes, wrap_data_parallel
 from recipe.megatron.step import (
     LossFunction,
     Microbatches,

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self
 
-from recipe.rewards.equality import equals_integer
 from recipe.rewards.functions import CustomReward, Reward, RewardRule, answer_in_label
-from recipe.rewards.integers import MAX_ANSWER_CHARACTERS, canonical_integer, read_answer
+from recipe.rewards.integers import MAX_ANSWER_CHARACTERS, canonical_integer, equals_integer, read_answer
 from recipe.rewards.workers import Outcome, WorkerPool
 from recipe.system.errors import UserError
 from recipe.system.threads import in_thread

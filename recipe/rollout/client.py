@@ -11,13 +11,14 @@ from typing import Any, Literal, Self
 import aiohttp
 
 from recipe.config import RolloutConfig
+from recipe.data.prompts import Prompt
 from recipe.rollout.errors import EngineAnswerError, EngineUnreachable
 from recipe.rollout.fleet import Engine, Fleet, HealthOptions, Recover
 from recipe.rollout.http import ask
-from recipe.rollout.prompt_check import check_prompt
 from recipe.rollout.sample import FinishReason, Sample, SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
 from recipe.rollout.sglang_response import read_samples
+from recipe.system.errors import UserError
 
 PauseMode = Literal["abort", "retract", "in_place"]
 MemoryTag = Literal["kv_cache", "weights", "cuda_graph"]
@@ -307,3 +308,16 @@ class RolloutClient:
         if self._session is None:
             raise RuntimeError("RolloutClient is used outside `async with`")
         return self._session
+
+
+def check_prompt(prompt: Prompt, vocab_size: int | None) -> None:
+    """Raises UserError for a prompt that SGLang does not refuse, but ends at: one that is empty, or has a token id
+    outside the vocabulary (None: of any size)."""
+    if not prompt.ids:
+        raise UserError(f"prompt {prompt.index} has no tokens: take it out of the prompt file")
+    for token in (min(prompt.ids), max(prompt.ids)):
+        if token < 0 or (vocab_size is not None and token >= vocab_size):
+            raise UserError(
+                f"prompt {prompt.index} has the token id {token}, outside the model's vocabulary of {vocab_size}: the "
+                "tokenizer is not the model's; check that --hf-checkpoint has both from one source"
+            )

@@ -6,7 +6,7 @@ from enum import StrEnum
 from itertools import zip_longest
 
 from recipe.data.prompts import Prompt
-from recipe.rewards import Grade
+from recipe.rewards import Grade, Grader, GradeRequest
 
 
 class FinishReason(StrEnum):
@@ -130,3 +130,13 @@ class SampleGroup:
     def is_finished(self) -> bool:
         """Whether all its samples are."""
         return all(sample.is_finished for sample in self.samples)
+
+
+async def grade_group(grader: Grader, group: SampleGroup) -> None:
+    """Grades every sample of a complete group."""
+    requests = [
+        GradeRequest(group.prompt.text, sample.response, group.prompt.label, sample.truncated)
+        for sample in group.samples
+    ]
+    for sample, grade in zip(group.samples, await grader.grade_async(requests), strict=True):
+        sample.grade = grade

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import psutil
 
+from recipe.system.errors import UserError
+
 CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -16,3 +18,14 @@ def available_bytes(cgroup: Path = CGROUP) -> int:
         cached = int(stat["active_file"]) + int(stat["inactive_file"])
         free = min(free, int(most) - int((cgroup / "memory.current").read_text()) + cached)
     return free
+
+
+def require_host_memory(needed: int, what: str, remedy: str) -> None:
+    """Raises UserError if the ranks of this machine, which need `needed` bytes together, would not fit. The kernel
+    hands out memory that it does not have, and kills a process later, when it is used."""
+    free = available_bytes()
+    if needed > free:
+        raise UserError(
+            f"{what} needs {needed / 1e9:.1f} GB of host memory on this machine, and {free / 1e9:.1f} GB are "
+            f"available: {remedy}"
+        )

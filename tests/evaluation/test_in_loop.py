@@ -67,7 +67,7 @@ async def test_it_is_the_same_evaluation(server: KnownServer, data: Path, tmp_pa
 
 async def test_a_custom_reward_is_averaged(server: KnownServer, data: Path) -> None:
     from recipe.rewards import Grader
-    from recipe.rollout.grading import grade_group
+    from recipe.rollout.sample import grade_group
 
     with Grader(lambda prompt, response, label: -2.0 if label == "3" else 4.0) as grader:
 
@@ -143,7 +143,7 @@ async def test_one_problem_with_a_custom_reward_has_no_interval_and_can_be_drawn
     server: KnownServer, tmp_path: Path
 ) -> None:
     from recipe.rewards import Grader
-    from recipe.rollout.grading import grade_group
+    from recipe.rollout.sample import grade_group
     from recipe.run.metrics import StepMetrics, StepSeconds
     from recipe.run.plots import draw_rewards
 

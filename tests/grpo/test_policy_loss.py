@@ -5,9 +5,9 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+from recipe.experience import sequence_weights
 from recipe.grpo.kl import KLEstimator
 from recipe.grpo.loss import LossMetrics, Metric, PolicyLossConfig, PolicyLossInputs, policy_loss, sft_loss
-from recipe.grpo.reduction import sequence_weights
 
 pytestmark = pytest.mark.smoke
 

@@ -1,6 +1,6 @@
 import pytest
 
-from recipe.grpo.reduction import sequence_weights
+from recipe.experience import sequence_weights
 
 COUNTS = [3, 1, 0, 7]
 

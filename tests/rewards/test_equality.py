@@ -2,8 +2,7 @@ import time
 
 import pytest
 
-from recipe.rewards.equality import plainly_equal
-from recipe.rewards.integers import MAX_ANSWER_CHARACTERS, canonical_integer
+from recipe.rewards.integers import MAX_ANSWER_CHARACTERS, canonical_integer, plainly_equal
 
 pytestmark = pytest.mark.smoke
 

@@ -2,9 +2,8 @@
 
 import pytest
 
-from recipe.grpo.metrics import SourceDifference
 from recipe.grpo.mismatch import MismatchWatch, StepMismatch
-from recipe.messages import StepReport
+from recipe.messages import SourceDifference, StepReport
 
 LIMIT = 0.05
 

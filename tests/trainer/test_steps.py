@@ -11,9 +11,10 @@ import pytest
 import torch
 from trainer_support import on_ranks, random_checkpoint, random_samples, scheduled, tiny_config, weights_of
 
-from recipe.megatron import adam, host_memory
+from recipe.megatron import adam
 from recipe.megatron.adam import Adam, MasterAdam
 from recipe.messages import Progress, StepReport, TrainSample
+from recipe.system import memory
 from recipe.system.errors import UserError
 
 pytestmark = pytest.mark.slow
@@ -119,18 +120,18 @@ def test_master_weights_come_over_the_bus_in_pieces(monkeypatch: pytest.MonkeyPa
 
 
 def test_memory_that_is_not_there_is_told_before_it_is_used() -> None:
-    host_memory.require(1000, "the optimizer", "use more machines")
+    memory.require_host_memory(1000, "the optimizer", "use more machines")
     with pytest.raises(UserError, match=r"the optimizer needs 1000000.0 GB .* available: use more machines"):
-        host_memory.require(10**15, "the optimizer", "use more machines")
+        memory.require_host_memory(10**15, "the optimizer", "use more machines")
 
 
 def test_a_container_has_what_its_limit_leaves(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("5000\n")
     (tmp_path / "memory.current").write_text("2000\n")
     (tmp_path / "memory.stat").write_text("anon 900\ninactive_file 300\nactive_file 500\nslab 300\n")
-    assert host_memory.available_bytes(tmp_path) == 3800
+    assert memory.available_bytes(tmp_path) == 3800
     (tmp_path / "memory.max").write_text("max\n")
-    assert host_memory.available_bytes(tmp_path) > 10**6
+    assert memory.available_bytes(tmp_path) > 10**6
 
 
 def save_on_a_full_disk(trainer, folder: Path) -> tuple[str, int]:
