@@ -14,6 +14,7 @@ from typing import Self
 from recipe.engines.process import die_with
 from recipe.plan.constants import OBJECT_STORE_BYTES
 from recipe.system.errors import UserError
+from recipe.system.ports import reserve_port
 
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 30
@@ -30,7 +31,8 @@ class RayNode:
 
     def __init__(self, arguments: Sequence[str], address: str, token: Path) -> None:
         self._command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--node-ip-address={address}"]
-        self._command += [f"--object-store-memory={OBJECT_STORE_BYTES}", "--disable-usage-stats", "--block", *arguments]
+        self._command += [f"--object-store-memory={OBJECT_STORE_BYTES}", "--disable-usage-stats", "--block"]
+        self._command += [f"--dashboard-agent-listen-port={_agent_port()}", *arguments]
         self._environment = {**os.environ, TOKEN_PATH: str(token), "RAY_USAGE_STATS_ENABLED": "0"}
 
     @classmethod
@@ -92,3 +94,10 @@ class RayNode:
                 self._process.kill()
         self._process.wait()
         self._output.close()
+
+
+def _agent_port() -> int:
+    """A free port for Ray's agent. Where its usual one is taken, as by another cluster, no job would ever be started."""
+    with reserve_port("0.0.0.0") as reservation:
+        port: int = reservation.getsockname()[1]
+        return port
