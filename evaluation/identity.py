@@ -56,7 +56,7 @@ def identity_of_directory(directory: Path) -> Identity:
 
 def newest_checkpoint(directory: Path) -> Path:
     """The torch_dist directory itself, or the newest of training checkpoints. Raises UserError if there is none."""
-    from recipe.weights.torch_dist import METADATA, latest
+    from recipe.weights.checkpoints import METADATA, latest
 
     checkpoint = latest(directory) or directory
     if not (checkpoint / METADATA).is_file():

@@ -258,6 +258,7 @@ class Run:
             self.trainer.save(self.config.save_dir, self.progress)
             self._directory.record_host_memory(self.trainer.host_memory())
             if (target := self.config.checkpoint.hugging_face_target(self.progress.rollouts, self.is_over)) is not None:
+                self._directory.claim_export(target)
                 self.trainer.export_hugging_face(target)
 
     def save_what_is_done(self) -> None:

@@ -15,8 +15,10 @@ from recipe.experience import optimizer_batches, with_advantages, with_log_probs
 from recipe.messages import TrainSample
 from recipe.plan.preflight import preflight
 from recipe.run import Phase
+from recipe.run.outputs import check_outputs
 from recipe.system.errors import run_main
 from recipe.system.shutdown import safe_point, saving_on_notice
+from recipe.weights.checkpoints import find_start, rollouts_in
 
 
 async def train(resolved: Resolved) -> None:
@@ -67,12 +69,17 @@ def main() -> None:
         print(help_text())
         return
     resolved = resolve([word for word in arguments if word not in (CHECK, FORCE)])
+    start = find_start(resolved.config)
+    check_outputs(resolved.config)
     if CHECK in arguments:
         check_arguments(resolved)
         print(resolved.describe())
         return
-    for note in resolved.notes:
+    for note in filter(None, (*resolved.notes, start.note)):
         print(f"note: {note}")
+    if start.checkpoint is not None and (done := rollouts_in(start.checkpoint)) >= resolved.config.rollout.num_rollout:
+        print(f"nothing to do: {start.checkpoint} has all of its {done} rollouts; to go on, raise --num-rollout")
+        return
     preflight(resolved, force=FORCE in arguments)
     asyncio.run(train(resolved))
 

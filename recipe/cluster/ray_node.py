@@ -97,7 +97,7 @@ class RayNode:
 
 
 def _agent_port() -> int:
-    """A free port for Ray's agent. Where its usual one is taken, as by another cluster, no job would ever be started."""
+    """A free port for Ray's agent: where its usual one is taken, as by another cluster, no job would ever start."""
     with reserve_port("0.0.0.0") as reservation:
         port: int = reservation.getsockname()[1]
         return port

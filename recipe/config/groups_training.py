@@ -7,7 +7,8 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from recipe.config.fields import Group, LayerPattern, PositiveShare, Share, Spelling
 
-_ROLLOUT_ID = "{rollout_id}"
+ROLLOUT_ID = "{rollout_id}"
+"""In `save_hf`: stands for the number of finished rollouts."""
 
 
 class ModelConfig(Group):
@@ -138,9 +139,9 @@ class CheckpointConfig(Group):
 
     def hugging_face_target(self, rollouts: int, is_over: bool) -> Path | None:
         """Where `save_hf` wants the weights of the save after so many rollouts, if anywhere."""
-        if self.save_hf is None or not (is_over or _ROLLOUT_ID in str(self.save_hf)):
+        if self.save_hf is None or not (is_over or ROLLOUT_ID in str(self.save_hf)):
             return None
-        return Path(str(self.save_hf).replace(_ROLLOUT_ID, str(rollouts)))
+        return Path(str(self.save_hf).replace(ROLLOUT_ID, str(rollouts)))
 
 
 class GrpoConfig(Group):

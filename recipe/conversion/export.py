@@ -23,6 +23,7 @@ from recipe.conversion.processes import Processes
 from recipe.conversion.progress import ByteProgress
 from recipe.conversion.verify import TensorRecord, verify, write_manifest
 from recipe.system.errors import run_main
+from recipe.weights.checkpoints import latest
 from recipe.weights.hf_files import (
     SHARD_BYTES,
     HuggingFaceCheckpoint,
@@ -34,7 +35,7 @@ from recipe.weights.hf_files import (
 )
 from recipe.weights.origin import mtp_table, with_duplicates
 from recipe.weights.table import Placement, placements
-from recipe.weights.torch_dist import TorchDistCheckpoint, latest
+from recipe.weights.torch_dist import TorchDistCheckpoint
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,13 @@
 """Training checkpoints: torch_dist (any layout reads any other's) plus one small file of what is the same on all ranks.
 
-    DIR/iter_0000010/          one directory a checkpoint, renamed into place when it is whole
-    DIR/latest_checkpointed_iteration.txt
-
-A directory that crashed half-written still has its temporary name and is never loaded.
+Where they lie, and which is the newest, is told in `recipe.weights.checkpoints`. A directory that crashed half-written
+still has its temporary name and is never loaded.
 """
 
 import functools
 import io
 import json
+import pickle
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -48,18 +47,19 @@ from recipe.messages import Progress
 from recipe.system.errors import UserError
 from recipe.system.files import atomic_write_bytes, atomic_write_text
 from recipe.system.heartbeat import heartbeat
+from recipe.weights.checkpoints import PROGRESS, damaged, name_of, note_written, others_that_are_whole
 from recipe.weights.table import Part, Placement
-from recipe.weights.torch_dist import PROGRESS
-
-LATEST = "latest_checkpointed_iteration.txt"
 
 Shards = dict[str, list[ShardedBase]]
 """What one rank writes, by parameter; of what several ranks hold, one of them has it."""
 
 
 def read_progress(checkpoint: Path) -> Progress:
-    """The progress file of a checkpoint."""
-    return Progress(**json.loads((checkpoint / PROGRESS).read_text()))
+    """The progress file of a checkpoint. Raises UserError if it is damaged."""
+    try:
+        return Progress(**json.loads((checkpoint / PROGRESS).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise damaged(checkpoint / PROGRESS) from error
 
 
 def _metadata() -> dict[str, Any]:
@@ -148,10 +148,10 @@ def save(
         atomic_write_text(partial / PROGRESS, json.dumps(asdict(progress)))
 
     def make_it_the_latest() -> None:
-        atomic_write_text(directory / LATEST, f"{progress.rollouts}\n")
-        _prune(directory, keep)
+        note_written(final, progress.rollouts, keep)
 
-    with written_beside(directory / f"iter_{progress.rollouts:07d}", group) as partial:
+    final = directory / name_of(progress.rollouts)
+    with written_beside(final, group) as partial:
         _write(partial, shards, group)
         _on_first_rank(tell_progress, group)
     _on_first_rank(make_it_the_latest, group)
@@ -246,12 +246,6 @@ def written_beside(final: Path, group: dist.ProcessGroup | None = None) -> Itera
     _on_first_rank(put_in_place, group)
 
 
-def _prune(directory: Path, keep: int | None) -> None:
-    if keep is not None:
-        for old in sorted(directory.glob("iter_*"))[:-keep]:
-            shutil.rmtree(old)
-
-
 def _load_into(chunks: list[PolicyModel], loaded: dict[str, Any]) -> None:
     for number, chunk in enumerate(chunks):
         state = loaded["model"] if len(chunks) == 1 else loaded[f"model{number}"]
@@ -279,6 +273,19 @@ def load(checkpoint: Path, chunks: list[PolicyModel], optimization: Optimization
     return progress
 
 
+_UNREADABLE = (
+    dist_checkpointing.core.CheckpointingException,
+    dcp.api.CheckpointException,
+    pickle.UnpicklingError,
+    EOFError,
+    KeyError,
+    OSError,
+    RuntimeError,
+    ValueError,
+)
+"""What reading a torch_dist directory raises where files are missing, cut off or something else."""
+
+
 def _beat(*_: object) -> None:
     heartbeat.beat()
 
@@ -295,5 +302,10 @@ def _read(checkpoint: Path, state: dict[str, Any]) -> dict[str, Any]:
         # The planner is told of every tensor read, and does nothing about it.
         with mock.patch.object(DefaultLoadPlanner, "commit_tensor", _beat):
             return dist_checkpointing.load(state, str(checkpoint), get_default_load_sharded_strategy(str(checkpoint)))
-    except dist_checkpointing.core.CheckpointingException as error:
-        raise UserError(f"{checkpoint} cannot be loaded as a torch_dist checkpoint: {error}") from error
+    except (torch.OutOfMemoryError, dist.DistError):
+        raise
+    except _UNREADABLE as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        others = others_that_are_whole(checkpoint)
+        cure = f"move it away, and --load goes on from {others[0].name}" if others else "restore it, or convert again"
+        raise UserError(f"{checkpoint} is damaged or no torch_dist checkpoint ({reason}): {cure}") from error

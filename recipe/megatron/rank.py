@@ -33,10 +33,10 @@ from recipe.messages import FloatArray, MtpReport, Progress, RankPart, StepRepor
 from recipe.system.errors import UserError
 from recipe.system.heartbeat import heartbeat
 from recipe.system.stopwatch import Stopwatch
-from recipe.weights.hf_files import HuggingFaceCheckpoint, is_hugging_face, write_checkpoint
+from recipe.weights.checkpoints import find_start, is_hugging_face
+from recipe.weights.hf_files import HuggingFaceCheckpoint, write_checkpoint
 from recipe.weights.inspection import inspect
 from recipe.weights.origin import mtp_of_origin, with_duplicates
-from recipe.weights.torch_dist import holds_weights, latest
 
 
 class TrainerRank:
@@ -68,25 +68,23 @@ class TrainerRank:
             self.save_in_flight = SaveInFlight(timedelta(minutes=config.cluster.distributed_timeout_minutes))
 
     def load(self) -> Progress:
-        """Takes the newest training checkpoint of `--load`. Without one: weights that lie in `--load` itself, or else
-        the starting weights, `--ref-load` or `--hf-checkpoint`. Returns how far the run has come."""
-        settings = self.config.checkpoint
-        newest = latest(settings.load) if settings.load else None
-        weights = settings.load if settings.load and newest is None and holds_weights(settings.load) else None
-        if self.config.needs_reference or (newest is None and weights is None):
+        """Takes the training checkpoint or the weights that `--load` names, or else the starting weights, `--ref-load`
+        or `--hf-checkpoint`; see `find_start`. Returns how far the run has come."""
+        settings, start = self.config.checkpoint, find_start(self.config)
+        if self.config.needs_reference or (start.checkpoint is None and start.weights is None):
             self._load_weights(settings.ref_load or self.config.model.hf_checkpoint)
         if self.config.needs_reference:
             self.reference = {name: weight.cpu().clone() for name, weight in named_weights(self.chunks).items()}
-        if newest is not None and not settings.no_load_optim:
-            progress = checkpoint.load(newest, self.chunks, self.optimization)
+        if start.checkpoint is not None and not settings.no_load_optim:
+            progress = checkpoint.load(start.checkpoint, self.chunks, self.optimization)
             self.stopwatch.lap(RankPart.WEIGHTS)
             return progress
-        if chosen := newest or weights:
+        if chosen := start.checkpoint or start.weights:
             self._load_weights(chosen)
         self.stopwatch.lap(RankPart.WEIGHTS)
         self.optimization.begin()
         self.stopwatch.lap(RankPart.OPTIMIZER)
-        return checkpoint.read_progress(newest) if newest else Progress()
+        return checkpoint.read_progress(start.checkpoint) if start.checkpoint else Progress()
 
     def _load_weights(self, directory: Path) -> None:
         """Weights of a torch_dist or a Hugging Face directory."""

@@ -9,6 +9,7 @@
                      written when the run ends, however it ends
     reward.png       the same as a picture
     host_memory.json the most host memory that the training ranks used, by machine and part, in bytes
+    exports.json     what `--save-hf` wrote
     hung-ranks.txt   what every training rank was doing when one had hung, if one did
 
 A run is continued by --load with its own checkpoints. What it wrote after the loaded checkpoint is cut off then, so
@@ -22,6 +23,7 @@ from asyncio import CancelledError
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -31,9 +33,10 @@ from recipe.config import Resolved
 from recipe.run.journal import Journal, encode, writing
 from recipe.run.manifest import public_config, write_manifest
 from recipe.run.metrics import StepMetrics
+from recipe.run.outputs import Exports, check_outputs
 from recipe.run.summary import summarize
 from recipe.system.errors import UserError
-from recipe.system.files import atomic_write_bytes, atomic_write_text
+from recipe.system.files import FileLock, atomic_write_bytes, atomic_write_text
 
 if TYPE_CHECKING:
     from recipe.run.sinks import MetricSink
@@ -81,10 +84,13 @@ class RunDirectory:
         self._sinks: list[MetricSink] = []
         self._host_memory: list[dict[str, int]] = []
         self._start: Mapping[str, float] = {}
+        check_outputs(self._config)
+        with writing(self.path):
+            self._rollouts.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.path / ".lock", f"a run is at work in {self.path}: choose another --name")
         if self._metrics.read():
             self._refuse_unless_continued()
         with writing(self.path):
-            self._rollouts.mkdir(parents=True, exist_ok=True)
             write_manifest(self.path / "manifest.json", resolved)
 
     def _refuse_unless_continued(self) -> None:
@@ -141,15 +147,20 @@ class RunDirectory:
         with writing(self.path):
             atomic_write_text(self.path / "host_memory.json", json.dumps(lines, indent=1) + "\n")
 
+    def claim_export(self, target: Path) -> None:
+        """To be called before `--save-hf` writes there. Raises UserError if this run did not write what lies there."""
+        Exports(self.path).claim(target)
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if error is None:
-            self._close("finished")
-            return
-        with suppress(UserError, OSError):
-            self._close(_outcome(error))
+        with self._lock:
+            if error is None:
+                self._close("finished")
+                return
+            with suppress(UserError, OSError):
+                self._close(_outcome(error))
 
     def _close(self, outcome: str) -> None:
         from recipe.run.plots import draw_rewards

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from recipe.system.errors import UserError
 from recipe.system.files import atomic_write_text, sync
+from recipe.weights.checkpoints import INDEX, SINGLE, is_hugging_face
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 CONFIG = "config.json"
 SHARD_BYTES = 5 << 30
 CARRIED_SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md")
@@ -36,11 +35,6 @@ class TensorHeader:
     file: str
     shape: tuple[int, ...]
     dtype: str
-
-
-def is_hugging_face(directory: Path) -> bool:
-    """Whether the directory holds safetensors weights."""
-    return (directory / INDEX).exists() or (directory / SINGLE).exists()
 
 
 class HuggingFaceCheckpoint:
@@ -144,6 +138,8 @@ def write_shard(tensors: dict[str, Tensor], partial: Path, number: int) -> None:
     """Writes one shard to the disk, under a name that `finish` replaces."""
     path = partial / f"{number}{_SHARD}"
     save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # else only this user could read it, and no engine in a container
+    path.chmod(0o644)  # else only this user could read it, and no engine in a container
     sync(path)
 
 

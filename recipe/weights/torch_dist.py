@@ -18,24 +18,10 @@ from torch.distributed.checkpoint.filesystem import _create_file_view, _StorageI
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from recipe.system.errors import UserError
-from recipe.weights.hf_files import is_hugging_face
+from recipe.weights.checkpoints import METADATA
 from recipe.weights.table import Placement, ShardCoordinates
 
-METADATA = ".metadata"
-PROGRESS = "progress.json"
-"""The last file that a training checkpoint gets."""
 _WHOLE = ShardCoordinates()
-
-
-def latest(directory: Path) -> Path | None:
-    """The newest whole training checkpoint under `directory`, or None."""
-    found = sorted(path for path in directory.glob("iter_*") if (path / PROGRESS).exists())
-    return found[-1] if found else None
-
-
-def holds_weights(directory: Path) -> bool:
-    """Whether weights lie in the directory itself, torch_dist or safetensors."""
-    return (directory / METADATA).is_file() or is_hugging_face(directory)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from run_support import (
 )
 
 from recipe.system.shutdown import SAVED_STATUS
-from recipe.weights.torch_dist import latest
+from recipe.weights.checkpoints import latest
 
 pytestmark = pytest.mark.slow
 

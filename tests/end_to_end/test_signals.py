@@ -27,7 +27,7 @@ from run_support import (
 from torch.distributed.checkpoint import FileSystemReader
 
 from recipe.system.shutdown import SAVED_STATUS
-from recipe.weights.torch_dist import latest
+from recipe.weights.checkpoints import latest
 
 pytestmark = pytest.mark.slow
 

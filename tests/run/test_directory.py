@@ -9,6 +9,7 @@ import pytest
 from made_up import sample_record, step_metrics
 
 from recipe.run import RunDirectory
+from recipe.run.outputs import check_outputs
 from recipe.system.errors import UserError
 
 CHECKPOINTS = "checkpoints"
@@ -27,6 +28,11 @@ def do_steps(run: RunDirectory, steps: range, seconds: float = 2.0) -> None:
         if step:
             run.record_rollout(step - 1, [sample_record(4 * step + i) for i in range(4)])
         run.record(step_metrics(step, seconds, **({"heldout": 0.4 + step / 10} if step % 2 == 0 else {})))
+
+
+def let_go(run: RunDirectory) -> None:
+    """As the kernel does when the run's process is killed."""
+    run._lock.release()
 
 
 def end_with(run: RunDirectory, error: BaseException) -> None:
@@ -87,6 +93,7 @@ def test_a_continued_run_is_an_uninterrupted_one_but_for_times(resolve, continue
     killed.record_rollout(5, [sample_record(99)])
     with (killed.path / "metrics.jsonl").open("ab") as file:
         file.write(b'{"step": 6, "rew')  # killed in mid-write
+    let_go(killed)
 
     again = RunDirectory(continued)
     again.start(steps_done)
@@ -102,6 +109,7 @@ def test_continuing_keeps_earlier_lines_byte_for_byte_and_the_earlier_manifest(r
     first.start(0)
     do_steps(first, range(4))
     before = (first.path / "metrics.jsonl").read_bytes()
+    let_go(first)
     again = RunDirectory(continued)
     again.start(3)
     assert (again.path / "metrics.jsonl").read_bytes() == before
@@ -115,13 +123,14 @@ def test_a_run_is_never_overwritten(resolve, tmp_path, load):
     first = RunDirectory(resolve())
     first.start(0)
     do_steps(first, range(2))
+    let_go(first)
     with pytest.raises(UserError, match=r"holds a run already: go on with it by --load .*checkpoints, or choose"):
         RunDirectory(resolve(checkpoint={"load": load and tmp_path / load}))
     assert len(lines_of(first)) == 2
 
 
 def test_a_run_that_never_made_a_step_may_begin_anew(resolve):
-    RunDirectory(resolve())
+    let_go(RunDirectory(resolve()))
     again = RunDirectory(resolve())
     again.start(0)
     do_steps(again, range(1))
@@ -211,8 +220,55 @@ def test_damage_in_the_middle_is_not_guessed_at(resolve, continued):
     do_steps(run, range(3))
     path = run.path / "metrics.jsonl"
     path.write_text(path.read_text().replace('{"step": 1', '{"step": 1, oops', 1))
+    let_go(run)
     with pytest.raises(UserError, match=r"metrics\.jsonl is damaged in line 2"):
         RunDirectory(continued)
+
+
+def test_two_runs_of_one_name_do_not_meet(resolve):
+    run = RunDirectory(resolve())
+    before = (run.path / "manifest.json").read_bytes()
+    with pytest.raises(UserError, match=r"a run is at work in .*runs/run: choose another --name"):
+        RunDirectory(resolve())
+    assert (run.path / "manifest.json").read_bytes() == before
+    with run:
+        pass
+    RunDirectory(resolve())
+
+
+def test_an_export_replaces_what_the_run_wrote_and_nothing_else(resolve, tmp_path):
+    template = tmp_path / "hf-{rollout_id}"
+    config = resolve(checkpoint={"save_hf": template})
+    own, notes = tmp_path / "hf-2", tmp_path / "hf-4"
+    run = RunDirectory(config)
+    run.claim_export(own)
+    own.mkdir()
+    (own / "config.json").touch()
+    run.claim_export(own)
+    let_go(run)
+    RunDirectory(config).claim_export(own)  # a resumed run repeats the step
+    for other in (notes, tmp_path / "hf-old"):
+        other.mkdir()
+        (other / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"--save-hf .*hf-4 exists, and this run did not write it"):
+        check_outputs(config.config)
+    with pytest.raises(UserError, match=r"hf-4 exists"):
+        run.claim_export(notes)
+    assert (notes / "notes.txt").read_text() == "mine"
+    notes.joinpath("notes.txt").unlink()
+    check_outputs(config.config)  # an empty folder is nobody's loss; hf-old has no number
+
+
+@pytest.mark.parametrize("flag", ["save", "save_hf"])
+def test_outputs_that_cannot_be_written_are_refused_at_the_start(resolve, tmp_path, flag):
+    (tmp_path / "file").touch()
+    for place, told in (
+        (tmp_path / "file" / "x" / "y", "is no folder"),
+        ("/proc/x/y", "nothing can be written in"),
+    ):
+        with pytest.raises(UserError, match=rf"--{flag.replace('_', '-')} .*{told}"):
+            check_outputs(resolve(checkpoint={flag: place}).config)
+    assert not list(tmp_path.glob("runs*"))
 
 
 def test_values_that_are_not_finite_stay_json(resolve):

@@ -17,7 +17,7 @@ from trainer_support import on_ranks, random_checkpoint, random_samples, schedul
 from recipe.config import Config
 from recipe.messages import Progress
 from recipe.system.errors import UserError
-from recipe.weights.torch_dist import PROGRESS, latest
+from recipe.weights.checkpoints import PROGRESS, latest
 
 pytestmark = pytest.mark.slow
 
@@ -160,7 +160,7 @@ def failing_saves(trainer, folder: Path) -> tuple[list[str], bool, str]:
 
 def test_a_save_waits_for_the_one_before_and_old_ones_go(tmp_path: Path) -> None:
     for names, newest in on_ranks(two_saves_in_a_row, async_config(save_keep=1), tmp_path):
-        assert names == ["iter_0000002", "latest_checkpointed_iteration.txt"]
+        assert names == ["iter_0000002", "latest_checkpointed_iteration.txt", "written.json"]
         assert newest == "iter_0000002"
 
 
@@ -192,5 +192,5 @@ def test_a_kill_while_writing_leaves_the_checkpoint_before(tmp_path: Path) -> No
     assert (tmp_path / ".iter_0000002.partial").exists()
     assert latest(tmp_path) == tmp_path / "iter_0000001"
     [(names, newest)] = on_ranks(two_saves_in_a_row, async_config(1), tmp_path)
-    assert names == ["iter_0000001", "iter_0000002", "latest_checkpointed_iteration.txt"]
+    assert names == ["iter_0000001", "iter_0000002", "latest_checkpointed_iteration.txt", "written.json"]
     assert newest == "iter_0000002"

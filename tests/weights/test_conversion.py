@@ -274,7 +274,7 @@ def test_training_starts_from_weights_in_load_of_either_kind(converted: Path, tm
     rewrite(other, tensors)
     original = load_file(random_checkpoint() / WEIGHTS)
     for load, expected in ((other, tensors), (converted, original), (tmp_path / "empty", original)):
-        config = tiny_config(random_checkpoint(), checkpoint={"load": load})
+        config = tiny_config(random_checkpoint(), checkpoint={"load": load, "save": tmp_path / "empty"})
         [gathered] = on_ranks(start_from, config)
         assert_same_bits(gathered, expected)
 
