@@ -26,6 +26,8 @@ from recipe.system.errors import UserError
 logger = logging.getLogger(__name__)
 
 _START_ATTEMPTS = 2
+_TIMED_OUT = "timed out during startup"
+"""What Ray says when a node is not there in time, in an exception that is of no class of its own."""
 
 
 @contextmanager
@@ -61,7 +63,10 @@ def _start_local(config: Config) -> None:
         try:
             _init_local(config)
             return
-        except (OSError, RuntimeError, TimeoutError) as error:
+        except Exception as error:
+            timed_out = type(error) is Exception and _TIMED_OUT in str(error)
+            if not timed_out and not isinstance(error, OSError | RuntimeError):
+                raise
             ray.shutdown()
             if attempt == _START_ATTEMPTS:
                 raise UserError(

@@ -1,0 +1,47 @@
+"""Ray that does not start is started again, and then told of in a sentence."""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import pytest
+
+from recipe.system.errors import UserError
+
+SLOW = Exception("The current node timed out during startup. This could happen because some of the raylet failed to")
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Starts Ray, which fails with one error after the other, and then starts. Returns how often it was started."""
+    module: Any = import_module("recipe.cluster.ray_session")
+
+    def run(*errors: Exception) -> int:
+        outcomes = iter([*errors, None])
+        calls = []
+
+        def init(_: object) -> None:
+            calls.append(1)
+            if (error := next(outcomes)) is not None:
+                raise error
+
+        monkeypatch.setattr(module, "_init_local", init)
+        module._start_local(None)
+        return len(calls)
+
+    return run
+
+
+@pytest.mark.parametrize("error", [SLOW, OSError("address in use"), RuntimeError("a process died")])
+def test_ray_that_starts_too_slowly_or_without_a_port_is_started_again(
+    start: Callable[..., int], error: Exception
+) -> None:
+    assert start(error) == 2
+    with pytest.raises(UserError, match=rf"^Ray does not start on this machine \({error}\)"):
+        start(error, error)
+
+
+@pytest.mark.parametrize("fault", [Exception("another"), ValueError("timed out during startup")])
+def test_a_fault_of_the_program_is_no_failed_start(start: Callable[..., int], fault: Exception) -> None:
+    with pytest.raises(type(fault), match=str(fault)):
+        start(fault)
