@@ -1,6 +1,5 @@
 """Which weights are evaluated: a directory of samples is never continued with others."""
 
-import asyncio
 import hashlib
 import json
 import os
@@ -11,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipe.rollout.client import RolloutClient
 from recipe.rollout.errors import EngineAnswerError, EngineRefused
+from recipe.rollout.http import ask_blocking, succeeds
 from recipe.system.errors import UserError
 from recipe.system.files import sha256_file
 
@@ -34,6 +33,7 @@ _SERVED = (
 )
 """What of a server's /server_info bears on its answers."""
 _WORTH_SAYING = 4 << 30
+_HEALTH_TIMEOUT_S, _ANSWER_TIMEOUT_S = 5.0, 600.0
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,14 @@ def origin_of(checkpoint: Path) -> Path:
 def identity_of_server(url: str) -> tuple[Identity, Path | None]:
     """Of the server at `url`, and the directory of its tokenizer if that is on this machine. Raises UserError if it
     does not answer or does not say what it serves."""
-    info, settings = asyncio.run(_ask(url))
+    base = url.rstrip("/")
+    if not succeeds("GET", base + "/health_generate", timeout_s=_HEALTH_TIMEOUT_S):
+        raise UserError(f"no server answers at {url}/health: start one there, or give --model instead of --url")
+    info = _said_at(base + "/model_info")
+    try:
+        settings = _said_at(base + "/server_info")
+    except (EngineRefused, EngineAnswerError):
+        settings = {}
     try:
         model, version = str(info["model_path"]), str(info["weight_version"])
     except KeyError as error:
@@ -102,16 +109,11 @@ def identity_of_server(url: str) -> tuple[Identity, Path | None]:
     return identity, tokenizer if (tokenizer / "tokenizer.json").is_file() else None
 
 
-async def _ask(url: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    async with RolloutClient([url]) as client:
-        if not all(await client.healthy()):
-            raise UserError(f"no server answers at {url}/health: start one there, or give --model instead of --url")
-        [info] = await client.model_info()
-        try:
-            [settings] = await client.server_info()
-        except (EngineRefused, EngineAnswerError):
-            settings = {}
-    return info, settings
+def _said_at(address: str) -> Mapping[str, Any]:
+    answer = ask_blocking("GET", address, timeout_s=_ANSWER_TIMEOUT_S)
+    if not isinstance(answer, dict):
+        raise EngineAnswerError(f"{address} did not answer with a JSON object: it is no SGLang server")
+    return answer
 
 
 def _holds_model(directory: Path) -> bool:

@@ -109,7 +109,7 @@ class Run:
         resolved: Resolved,
         data: Data,
         trainer: TrainerGroup,
-        engines: "Engines | None",
+        engines: "RolloutEngines | None",
         directory: RunDirectory,
         display: Display,
         progress: Progress,
@@ -278,7 +278,7 @@ class Run:
             self.trainer.finish_save()
 
 
-class Engines:
+class RolloutEngines:
     """The rollout side: servers, the client that speaks to them, and the grader of what they say."""
 
     def __init__(
@@ -311,9 +311,8 @@ class Engines:
         await in_thread(self._group.release_memory)
 
     async def update_weights(self, trainer: TrainerGroup, version: int) -> None:
-        """Replaces engines that do not answer any more, and sends the policy to all."""
+        """Sends the policy to all engines; those that do not generate any more are started again for it."""
         trainer.make_room()
-        self.client.move(await in_thread(self._group.replace_dead))
         self.client.move(await in_thread(self._group.update_weights, trainer, version))
 
     def begin_end(self) -> None:
@@ -356,11 +355,16 @@ async def open_run(resolved: Resolved) -> AsyncIterator[Run]:
         directory.record_host_memory(trainer.host_memory())
         engines = None
         if group is not None:
+
+            def on_answer(engine: int) -> None:
+                clock.reach(StartMoment.ANSWER)
+                group.on_answer(engine)
+
             client = RolloutClient(
                 urls,
                 ClientOptions.of(config.rollout, resolved.architecture.vocab_size),
-                recover=group.recover,
-                on_answer=lambda: clock.reach(StartMoment.ANSWER),
+                on_silent=group.on_silent,
+                on_answer=on_answer,
             )
             engines = _open_engines(config, data, group, await stack.enter_async_context(client), stack)
             clock.begin(StartPart.FIRST_WEIGHTS)
@@ -397,11 +401,11 @@ def _finish_start(
 
 def _open_engines(
     config: Config, data: Data, group: EngineGroup, client: RolloutClient, stack: AsyncExitStack
-) -> Engines:
+) -> RolloutEngines:
     """The engines with what grades their answers, which ends with `stack`."""
     assert data.reward is not None
     timeout_s, num_workers = config.rollout.rm_timeout_s, config.rollout.rm_num_workers
     grader = stack.enter_context(Grader(data.reward, timeout_s=timeout_s, num_workers=num_workers))
     if data.evaluation is not None:
         stack.enter_context(data.evaluation)
-    return Engines(group, client, grader, data, config.rollout)
+    return RolloutEngines(group, client, grader, data, config.rollout)

@@ -14,12 +14,10 @@ Every part has its limit of time, and its figures are printed and written (DIR/r
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -31,6 +29,7 @@ from counting_model import write_draft
 from engine_bench import FIRST, START_LIMIT_S, Bench, difference, ours, probe, prompts_of, release, resume, theirs
 
 from recipe.config.sglang_rules import find_sglang_python
+from recipe.rollout.http import ask_blocking
 from recipe.system.errors import UserError, run_main
 
 LIMITS = {"speed": 330.0, "memory": 60.0, "sync": 150.0, "equal": 100.0, "eagle": 330.0}
@@ -174,10 +173,7 @@ def accept_length(bench: Bench, url: str, vocabulary: int) -> float:
         "input_ids": [list(prompt.ids) for prompt in prompts_of(8, 16, vocabulary, seed=2)],
         "sampling_params": {"temperature": 0, "max_new_tokens": 64, "ignore_eos": True},
     }
-    headers = {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{url}/generate", json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=bench.left) as response:
-        answers = json.load(response)
+    answers = ask_blocking("POST", f"{url}/generate", body, timeout_s=bench.left)
     return float(np.mean([answer["meta_info"]["spec_accept_length"] for answer in answers]))
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from recipe.config import Architecture
-from recipe.weight_sync.checksum import EngineChecksums
+from recipe.weight_sync.checksum import ExpectedChecksums
 from recipe.weight_sync.sync import WeightSync
 from recipe.weights.hf_files import write_checkpoint
 from recipe.weights.table import Placement, placements
@@ -153,8 +153,8 @@ def _work(pipe: Connection, folder: Path, device: str, dtype: torch.dtype, bucke
     architecture = Architecture.from_checkpoint(folder)
     weights = CountingWeights(architecture, device, dtype)
 
-    def checksums() -> EngineChecksums:
-        return EngineChecksums(architecture.num_hidden_layers, architecture.n_routed_experts)
+    def checksums() -> ExpectedChecksums:
+        return ExpectedChecksums(architecture.num_hidden_layers, architecture.n_routed_experts)
 
     def carry_out(what: tuple[object, ...]) -> float:
         match what:
@@ -164,7 +164,7 @@ def _work(pipe: Connection, folder: Path, device: str, dtype: torch.dtype, bucke
             case ("send", str(url), str(version), bool(check)):
                 sync = WeightSync("tensor", bucket_bytes, 1, LOOPBACK, checksums if check else None)
                 started = time.monotonic()
-                sync.send(weights, [url], version)
+                sync.send(weights, {0: url}, version)
                 return time.monotonic() - started
             case ("write", Path() as target):
                 started = time.monotonic()

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from recipe.engines.launch import SERVE_ON_CPU, SglangServer, launch_sglang
 from recipe.engines.process import EngineProcess
 from recipe.rollout.client import ClientOptions, RolloutClient
 from recipe.rollout.generate import Rollout, SeedStream, generate_rollout
+from recipe.rollout.http import ask_blocking
 from recipe.rollout.sample import Sample
 from recipe.rollout.sampling_params import SamplingParams
 from recipe.system.errors import UserError
@@ -48,8 +49,6 @@ FEWER = (
 START_LIMIT_S = 300.0
 FIRST = "initial"
 """Version of the weights that an engine starts with."""
-
-Verb = Callable[[RolloutClient], Awaitable[None]]
 
 
 class FixedLength(SamplingParams):
@@ -243,7 +242,7 @@ def probe(bench: Bench, url: str, vocabulary: int, version: str) -> list[Sample]
     """Greedy responses with their log-probabilities, to compare weights by."""
     prompts = prompts_of(8, 16, vocabulary, seed=1)
     sampling = FixedLength(max_new_tokens=24, temperature=0.0)
-    asyncio.run(_post(bench, url, lambda client: client.flush_cache()))
+    _post(bench, url, "/flush_cache")
     rollout = asyncio.run(_generate(bench, url, prompts, sampling, len(prompts), 1, version))
     return [group.samples[0] for group in rollout.groups]
 
@@ -266,16 +265,15 @@ def difference(left: Sequence[Sample], right: Sequence[Sample]) -> dict[str, flo
     }
 
 
-async def _post(bench: Bench, url: str, verb: Verb) -> float:
-    async with asyncio.timeout(bench.left), RolloutClient([url]) as client:
-        started = time.monotonic()
-        await verb(client)
-        return time.monotonic() - started
+def _post(bench: Bench, url: str, path: str, **body: object) -> float:
+    started = time.monotonic()
+    ask_blocking("POST", url + path, body, timeout_s=bench.left)
+    return time.monotonic() - started
 
 
 def release(bench: Bench, url: str, *tags: str) -> float:
-    return asyncio.run(_post(bench, url, lambda client: client.release_memory_occupation(list(tags))))
+    return _post(bench, url, "/release_memory_occupation", tags=tags)
 
 
 def resume(bench: Bench, url: str, *tags: str) -> float:
-    return asyncio.run(_post(bench, url, lambda client: client.resume_memory_occupation(list(tags))))
+    return _post(bench, url, "/resume_memory_occupation", tags=tags)

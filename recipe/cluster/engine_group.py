@@ -1,77 +1,61 @@
-"""All rollout servers of a run: they start, take weights and are replaced, each by the actor that owns it."""
+"""All rollout servers of a run, and every decision on their lives: when one is started, is dead, or is given up."""
 
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 import ray
 from ray.actor import ActorHandle
 
-from recipe.cluster.calls import ActorDied, get, raise_failure
-from recipe.cluster.engine_actor import (
-    ENDS,
-    START_ATTEMPTS,
-    THE_REST,
-    WEIGHTS,
-    EngineActor,
-    EngineEnded,
-    start_again,
-)
-from recipe.cluster.multi_node_engine import APPEARS_WITHIN_S
+from recipe.cluster.calls import ActorDied, get
+from recipe.cluster.engine_actor import ENDS, THE_REST, WEIGHTS, EngineActor, EngineEnded
+from recipe.cluster.engine_nodes import APPEARS_WITHIN_S
 from recipe.cluster.placement import Placement
 from recipe.cluster.trainer_group import TrainerGroup
 from recipe.config import Resolved
+from recipe.engines.process import PortTaken
 from recipe.system.errors import UserError
 from recipe.system.threads import in_thread
 from recipe.weight_sync.result import UpdateResult
 
 logger = logging.getLogger(__name__)
 
+STARTS_IN_A_ROW = 3
+"""Times that an engine is started before the run gives up. Counted anew once it has worked: it took weights, and then
+answered."""
 END_S = 8.0
-"""Time that the owners of engines have to end them, before they are killed with them."""
+"""Time that actors have to end their engines, before they are killed with them."""
 
 
-def deliver(
-    numbers: Sequence[int],
-    send: Callable[[Sequence[int]], UpdateResult],
-    urls: Sequence[str],
-    start_again: Callable[[int], None],
-) -> UpdateResult:
-    """Sends weights by `send` to engines `numbers`, of which those that fail over it are started again, which changes
-    `urls`, and get them again with those that have not got all. Returns what became of the last time. Raises UserError
-    if that goes on for START_ATTEMPTS."""
-    if not numbers:
-        return UpdateResult()
-    for _ in range(START_ATTEMPTS):
-        result = send(numbers)
-        if not result.failed:
-            return result
-        failed = [number for number in numbers if urls[number] in result.failed]
-        incomplete = [number for number in numbers if urls[number] in result.incomplete]
-        reasons = [result.failed[urls[number]] for number in failed]
-        for number, reason in zip(failed, reasons, strict=True):
-            logger.warning("engine %d failed while it was sent weights (%s): it is started again", number, reason)
-            start_again(number)
-        numbers = sorted([*failed, *incomplete])
-    raise UserError(
-        f"engine {failed[0]} failed in {START_ATTEMPTS} attempts to send it the weights, the last time since "
-        f"{reasons[0]}; see its log"
-    )
+@dataclass(slots=True)
+class EngineLife:
+    """What the group knows of an engine, through all its starts."""
+
+    number: int
+    actor: ActorHandle
+    url: str | None = None
+    """Its address since it last became healthy; None before the first time."""
+    starts: int = 0
+    """Since it last worked."""
+
+    @property
+    def name(self) -> str:
+        """As users are told of it."""
+        return f"engine {self.number}"
 
 
 class EngineGroup:
-    """All engines of a run. Use as a context manager: leaving it ends them."""
+    """All engines of a run, by number. Use as a context manager: leaving it ends them."""
 
     def __init__(self, resolved: Resolved, placement: Placement) -> None:
         self._resolved, self._placement = resolved, placement
-        self._actors = [self._owner(number) for number in range(resolved.config.num_engines)]
+        self._engines = [EngineLife(number, self._new_actor(number)) for number in range(resolved.config.num_engines)]
         self._shares_gpus = resolved.config.cluster.colocate
-        self._starting: list[ray.ObjectRef] = []
-        self._urls: list[str] = []
+        self._starting: dict[int, ray.ObjectRef] = {}
         self._weights: tuple[TrainerGroup, str] | None = None
         self.weight_bytes_per_second: float | None = None
         """Of the last update, to each GPU of the slowest engine; None where it went by the disk."""
@@ -79,13 +63,13 @@ class EngineGroup:
         self._ending: dict[ray.ObjectRef, ActorHandle] = {}
         self._ended = threading.Event()
 
-    def _owner(self, number: int) -> ActorHandle:
+    def _new_actor(self, number: int) -> ActorHandle:
         actor: Any = ray.remote(concurrency_groups={ENDS: 1})(EngineActor)  # type: ignore[call-overload]
         seat, *others = self._placement.seats(number)
-        owner: ActorHandle = actor.options(name=f"engine {number}", **seat.options).remote(
+        handle: ActorHandle = actor.options(name=f"engine {number}", **seat.options).remote(
             self._resolved, number, seat.gpus, others
         )
-        return owner
+        return handle
 
     def __enter__(self) -> Self:
         return self
@@ -102,113 +86,142 @@ class EngineGroup:
         """Ends the engines for good, without waiting for that: also those that hang, are just starting or take weights,
         so that nobody waits for them any more. Whoever starts one raises EngineEnded."""
         self._ended.set()
-        self._ending |= {actor.stop.remote(): actor for actor in self._actors}
+        self._ending |= {engine.actor.stop.remote(): engine.actor for engine in self._engines}
 
     def begin_start(self) -> None:
         """Lets the engines start, without waiting for them."""
-        self._starting = [actor.start.remote() for actor in self._actors]
+        self._starting = {engine.number: self._order_start(engine) for engine in self._engines}
 
     def have_started(self) -> bool:
         """Whether `finish_start` has nothing to wait for. Raises UserError if an engine did not become healthy."""
-        done, starting = ray.wait(self._starting, num_returns=len(self._starting), timeout=0)
-        for reference in done:
-            raise_failure(reference, self._names[self._starting.index(reference)])
-        return not starting
+        if self._starting:
+            done, _ = ray.wait(list(self._starting.values()), num_returns=len(self._starting), timeout=0)
+            for number in [number for number, reference in self._starting.items() if reference in done]:
+                self._take_start(self._starting, number)
+        return not self._starting
 
     def finish_start(self) -> list[str]:
         """Waits for `begin_start`. Returns the engines' addresses. Raises UserError if one does not become healthy."""
-        self._urls = get(self._starting, self._names)
-        return list(self._urls)
+        while not self.have_started():
+            ray.wait(list(self._starting.values()))
+        return self.urls
+
+    @property
+    def urls(self) -> list[str]:
+        """The present addresses of all engines, which have started, in the order of their numbers."""
+        return [self._url(engine.number) for engine in self._engines]
 
     def release_memory(self) -> None:
         """Has idle engines that share the trainer's GPUs give back their memory; `update_weights` has them take it
-        again."""
+        again. One that does not is ended: it is in the trainer's way."""
         if self._shares_gpus:
-            releasing: list[ray.ObjectRef] = [actor.release_memory.remote() for actor in self._actors]
-            for reference, name in zip(releasing, self._names, strict=True):
-                with suppress(ActorDied):
-                    get([reference], [name])
-
-    def replace_dead(self) -> list[str]:
-        """Starts engines again that have died or hang, for a time in which nothing is generated: they hold no trained
-        weights then. Returns the addresses of all. Raises UserError if one does not become healthy."""
-        return self._all("keep_alive")
+            for number in self._failing("release_memory"):
+                logger.warning("engine %d does not give its memory back: it is ended", number)
+                get([self._engines[number].actor.kill.remote()], [self._engines[number].name])
 
     def update_weights(self, trainer: TrainerGroup, version: int) -> list[str]:
-        """Sends the policy to every engine; one that fails over it is started again. Returns the addresses of all."""
+        """Sends the policy to every engine. Those that died while nothing was generated are started again before, and
+        those that fail over it as it shows. Returns the addresses of all. Raises UserError if one is given up."""
         self._weights = trainer, str(version)
+        self._replace_dead()
         self._resume_memory(WEIGHTS)
-        self.weight_bytes_per_second = self._deliver(range(len(self._urls))).bytes_per_second
+        self.weight_bytes_per_second = self._deliver(range(len(self._engines))).bytes_per_second
         self._deliver(self._resume_memory(THE_REST))
-        return list(self._urls)
+        return self.urls
+
+    def on_answer(self, number: int) -> None:
+        """The client has samples of this engine, which it speaks to only once that has taken weights: it works."""
+        self._engines[number].starts = 0
+
+    async def on_silent(self, number: int) -> str:
+        """The client finds that this engine does not generate: it is dead, and is replaced by one that holds the
+        current weights, which the trainer still has: it does nothing else while something is generated. Returns the new
+        address. Raises UserError if the engine is given up."""
+        await in_thread(self._replace, {number: "does not generate any more"})
+        async with self._sending:
+            await in_thread(self._deliver, [number])
+        return self._url(number)
+
+    def _replace_dead(self) -> None:
+        self._replace(dict.fromkeys(self._failing("works"), "does not generate any more"))
 
     def _resume_memory(self, tags: Sequence[str]) -> list[int]:
-        """The numbers of the engines that had to be started again for it."""
+        """The engines that had to be started again for it."""
         if not self._shares_gpus:
             return []
-        before = list(self._urls)
-        return [number for number, url in enumerate(self._all("resume_memory", tags)) if url != before[number]]
+        failing = self._failing("resume_memory", tags)
+        self._replace(dict.fromkeys(failing, "does not take its memory again"))
+        return failing
 
-    async def recover(self, url: str) -> str:
-        """Replaces the engine at `url` by a new one that holds the current weights, which the trainer still has: it
-        does nothing else while something is generated. Returns the new address. Raises UserError if that fails."""
-        number = self._urls.index(url)
-        logger.warning("engine %d at %s does not generate any more: it is started again", number, url)
-        await in_thread(self._start_again, number)
-        if self._weights is not None:
-            async with self._sending:
-                await in_thread(self._deliver, [number])
-        return self._urls[number]
-
-    def _deliver(self, numbers: Iterable[int]) -> UpdateResult:
-        """Sends the current weights to these engines."""
+    def _deliver(self, numbers: Collection[int]) -> UpdateResult:
+        """Sends the current weights to these engines, and again to those that failed over it, once they are started
+        again, and those that have not got all. Returns what became of the last time."""
         assert self._weights is not None
         trainer, version = self._weights
-        return deliver(
-            list(numbers),
-            lambda some: trainer.update_weights({number: self._urls[number] for number in some}, version),
-            self._urls,
-            self._start_again,
-        )
+        result = UpdateResult()
+        while numbers:
+            result = trainer.update_weights({number: self._url(number) for number in numbers}, version)
+            self._replace({n: f"failed while it was sent weights ({why})" for n, why in result.failed.items()})
+            numbers = sorted({*result.failed, *result.incomplete})
+        return result
 
-    def _start_again(self, number: int) -> None:
-        self._urls[number] = start_again(self._names[number], self._start(number))
-
-    def _start(self, number: int) -> Callable[[], str]:
-        timeout_s = APPEARS_WITHIN_S + self._resolved.config.rollout.rollout_engine_start_timeout_s
-
-        def start() -> str:
-            self._check_wanted()
+    def _failing(self, verb: str, *arguments: Any) -> list[int]:
+        """The engines whose actors answer a verb with False, or are dead and now replaced by others without a
+        server."""
+        references = [getattr(engine.actor, verb).remote(*arguments) for engine in self._engines]
+        failing = []
+        for engine, reference in zip(self._engines, references, strict=True):
             try:
-                return str(get([self._actors[number].start.remote()], [self._names[number]], timeout_s)[0])
+                [works] = get([reference], [engine.name])
             except ActorDied:
-                self._replace_owner(number)
-                raise
+                self._replace_actor(engine)
+                works = False
+            if not works:
+                failing.append(engine.number)
+        return failing
 
-        return start
+    def _replace(self, dead: Mapping[int, str]) -> None:
+        """Starts dead engines again, all at once, until they are healthy. `dead`: what is wrong with each. Raises
+        UserError if one is given up."""
+        starting = {number: self._order_start(self._engines[number], why) for number, why in dead.items()}
+        while starting:
+            self._take_start(starting, next(iter(starting)))
 
-    def _all(self, verb: str, *arguments: Any) -> list[str]:
-        """The address that each owner answers with. Where the owner died, the engine, which died with it, is started
-        again by another one."""
-        references = [getattr(actor, verb).remote(*arguments) for actor in self._actors]
-        for number, reference in enumerate(references):
-            try:
-                [self._urls[number]] = get([reference], [self._names[number]])
-            except ActorDied:
-                logger.warning("the owner of engine %d died, and the engine with it: both are started again", number)
-                self._replace_owner(number)
-                self._start_again(number)
-        return list(self._urls)
-
-    def _check_wanted(self) -> None:
+    def _order_start(self, engine: EngineLife, why: str = "") -> ray.ObjectRef:
+        """Has an engine start, or start again; `why`: what is wrong with it. Raises UserError if it is given up."""
         if self._ended.is_set():
             raise EngineEnded("the run is over")
+        if engine.starts == STARTS_IN_A_ROW:
+            raise UserError(
+                f"{engine.name} {why}: it has been started {STARTS_IN_A_ROW} times in a row and has not worked since; "
+                f"see its logs in {self._resolved.config.run_dir / 'logs'}"
+            )
+        engine.starts += 1
+        if why:
+            logger.warning("%s %s: it is started again (%d of %d)", engine.name, why, engine.starts, STARTS_IN_A_ROW)
+        return engine.actor.start.remote()
 
-    def _replace_owner(self, number: int) -> None:
-        self._check_wanted()
-        ray.kill(self._actors[number])
-        self._actors[number] = self._owner(number)
+    def _take_start(self, starting: dict[int, ray.ObjectRef], number: int) -> None:
+        """Waits for a start, and orders another one if it failed: an engine that never was healthy is tried again for
+        want of a port only. Raises UserError if it is given up."""
+        engine = self._engines[number]
+        timeout_s = APPEARS_WITHIN_S + self._resolved.config.rollout.rollout_engine_start_timeout_s
+        try:
+            [engine.url] = get([starting.pop(number)], [engine.name], timeout_s)
+        except UserError as error:
+            if engine.url is None and not isinstance(error, PortTaken):
+                raise
+            if isinstance(error, ActorDied):
+                self._replace_actor(engine)
+            starting[number] = self._order_start(engine, f"does not start ({error})")
 
-    @property
-    def _names(self) -> list[str]:
-        return [f"engine {number}" for number in range(len(self._actors))]
+    def _replace_actor(self, engine: EngineLife) -> None:
+        if self._ended.is_set():
+            raise EngineEnded("the run is over")
+        ray.kill(engine.actor)
+        engine.actor = self._new_actor(engine.number)
+
+    def _url(self, number: int) -> str:
+        url = self._engines[number].url
+        assert url is not None
+        return url

@@ -135,13 +135,13 @@ class RankActor:
             self.trainer.export_hugging_face(folder)
             if self.rank:
                 return UpdateResult()
-            result = sync.load_from_disk(folder, list(engines.values()), version)
+            result = sync.load_from_disk(folder, engines, version)
             shutil.rmtree(folder)
             return result
         self.weight_updates += 1
         weights = self.trainer.weights()
         if sync.transfer == "distributed":
-            return sync.send(weights, list(engines.values()) if self.rank == 0 else [], version)
+            return sync.send(weights, engines if self.rank == 0 else {}, version)
         assert self.store is not None
         relay = Relay(
             self.store,
@@ -150,7 +150,7 @@ class RankActor:
             [Recipient(number, url, weight_sources(self.config, number)) for number, url in engines.items()],
             timedelta(minutes=self.config.cluster.distributed_timeout_minutes),
         )
-        return sync.send(weights, relay.urls, version, relay)
+        return sync.send(weights, relay.engines, version, relay)
 
     def save(self, directory: Path, progress: Progress) -> None:
         """Writes a checkpoint or, with `--async-save`, begins to."""

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import json
 import os
 import re
 import signal
@@ -10,8 +9,6 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from http import HTTPStatus
-from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -19,6 +16,7 @@ from typing import Self
 import psutil
 
 from recipe.engines.launch import SCRATCH, Launch
+from recipe.rollout.http import succeeds
 from recipe.system.errors import UserError
 from recipe.system.ports import LOCAL, reserve_port_with
 
@@ -51,7 +49,6 @@ class EngineProcess:
         """Starts the server; its output goes to `log`."""
         self.port, self._reservation = reserve_port_with(host, launch.derived_ports)
         self.url = f"http://{host}:{self.port}"
-        self._host = host
         self._log = log
         self._segments: set[Path] = set()
         self._has_been_healthy = False
@@ -183,15 +180,7 @@ class EngineProcess:
         return True
 
     def _asks(self, method: str, path: str, timeout_s: float, body: dict[str, object] | None = None) -> bool:
-        connection = HTTPConnection(self._host, self.port, timeout=timeout_s)
-        try:
-            content = None if body is None else json.dumps(body)
-            connection.request(method, path, content, {"Content-Type": "application/json"})
-            return connection.getresponse().status == HTTPStatus.OK
-        except (OSError, HTTPException):
-            return False
-        finally:
-            connection.close()
+        return succeeds(method, self.url + path, body, timeout_s=timeout_s)
 
 
 def _telling_line(said: str) -> str:

@@ -38,7 +38,7 @@ def static_fraction(config: Config) -> float:
 
 
 @dataclass(frozen=True)
-class EngineModel:
+class EngineEstimate:
     """One engine's GPUs, which are all alike."""
 
     architecture: Architecture

@@ -11,7 +11,7 @@ from recipe.config import Resolved
 from recipe.plan import constants
 from recipe.plan.activations import ActivationModel, Pack, microbatches_in_flight
 from recipe.plan.constants import SLOT_ELEMENTS
-from recipe.plan.engine import EngineMemory, EngineModel
+from recipe.plan.engine import EngineEstimate, EngineMemory
 from recipe.plan.hardware import Machine
 from recipe.plan.shards import Layout, StageShard, stage_shards, table_of
 from recipe.weights.table import Placement
@@ -191,7 +191,7 @@ class GpuModel(MemoryModel):
         """On the GPU where the trainer leaves least."""
         if not self.has_engine:
             return None
-        model = EngineModel(self.resolved.architecture, self.resolved.config, longest_sample(self.resolved))
+        model = EngineEstimate(self.resolved.architecture, self.resolved.config, longest_sample(self.resolved))
         gpu = self.machine.gpu
         if self.shares:
             gpu = replace(gpu, memory=gpu.memory - max(map(self.resident, self.shards)))

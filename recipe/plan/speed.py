@@ -11,7 +11,7 @@ from enum import StrEnum
 from recipe.config import Resolved
 from recipe.plan import constants
 from recipe.plan.disk import plan_disk
-from recipe.plan.engine import EngineModel
+from recipe.plan.engine import EngineEstimate
 from recipe.plan.flops import active_parameters, sequence_cost
 from recipe.plan.hardware import Machine
 from recipe.plan.memory import MemoryModel, longest_sample
@@ -157,7 +157,7 @@ class SpeedModel:
         bus = fullest * (FP32 + BF16) / (gpu.pcie_bandwidth * constants.PCIE_SHARE)
         return (1 - memory.offloaded) * on_gpu + memory.offloaded * max(host, bus)
 
-    def decode_step(self, engine: EngineModel, batch: int) -> float:
+    def decode_step(self, engine: EngineEstimate, batch: int) -> float:
         """One token of each of `batch` sequences of a GPU: weights (of experts, those that any of the engine's
         sequences asks for) and cache are read once, and every layer has its latency."""
         a, layout = self.resolved.architecture, engine.layout
@@ -174,7 +174,7 @@ class SpeedModel:
     def rollout(self) -> float:
         """Decoding and prefill of all samples, the long ones last. Speculative decoding is not credited."""
         config = self.resolved.config
-        engine = EngineModel(self.resolved.architecture, config, longest_sample(self.resolved))
+        engine = EngineEstimate(self.resolved.architecture, config, longest_sample(self.resolved))
         samples = config.samples_per_rollout / (config.num_engines * engine.attention_groups)
         batch = max(1, min(engine.running(), int(samples)))
         decoding = samples * self.mean_response / batch * self.decode_step(engine, batch) * constants.TAIL

@@ -1,33 +1,26 @@
-"""The trainer's side of SGLang's HTTP API: generation with retries and recovery, and memory."""
+"""Generation by all engines of a run: with retries, and reports of engines that do not generate any more."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from http import HTTPStatus
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import aiohttp
 
 from recipe.config import RolloutConfig
 from recipe.data.prompts import Prompt
-from recipe.rollout.errors import EngineAnswerError, EngineUnreachable
-from recipe.rollout.fleet import Engine, Fleet, HealthOptions, Recover
-from recipe.rollout.http import ask
+from recipe.rollout.errors import EngineUnreachable
+from recipe.rollout.fleet import EnginePeer, Fleet, HealthOptions, OnSilent
+from recipe.rollout.http import ask, generates, open_session
 from recipe.rollout.sample import FinishReason, Sample, SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
 from recipe.rollout.sglang_response import read_samples
 from recipe.system.errors import UserError
 
-PauseMode = Literal["abort", "retract", "in_place"]
-MemoryTag = Literal["kv_cache", "weights", "cuda_graph"]
-
 HEALTH_TIMEOUT_S = 5.0
-VERB_TIMEOUT_S = 600.0
-"""Of whatever else than generation an engine is told to do."""
-KEEP_ALIVE_S = 2.0
-"""An idle connection is not used again after so long: servers (uvicorn) close theirs after 5 s."""
+ABORT_TIMEOUT_S = 600.0
 ABORT_AGAIN_S = 0.5
 """An abort may reach an engine before a request that was sent first."""
 
@@ -84,21 +77,22 @@ class RolloutClient:
 
     A request goes to the engine with the fewest samples under way (the first of several). A request that an engine
     did not answer is sent again, at most `max_retries` times, to another engine if there is one; an engine that is dead
-    or, while the engines are `watched`, hangs is replaced by `recover`. Samples are written only from a complete
-    answer, so none is lost or made twice.
+    or, while the engines are `watched`, hangs is reported, and spoken to again where it has been started anew. Samples
+    are written only from a complete answer, so none is lost or made twice.
     """
 
     def __init__(
         self,
         urls: Sequence[str],
         options: ClientOptions | None = None,
-        recover: Recover | None = None,
-        on_answer: Callable[[], None] | None = None,
+        on_silent: OnSilent | None = None,
+        on_answer: Callable[[int], None] | None = None,
     ) -> None:
-        """`on_answer` is called whenever an engine has answered."""
+        """`urls`: the engines' addresses, in the order of their numbers; `on_answer` is called whenever an engine has
+        made samples, with its number."""
         self._on_answer = on_answer
         self._options = options or ClientOptions()
-        self._fleet = Fleet(urls, self._is_healthy, recover, self._options.health)
+        self._fleet = Fleet(urls, self._is_healthy, on_silent, self._options.health)
         self._engines = self._fleet.engines
         self._draining = False
         self._generating = 0
@@ -109,7 +103,7 @@ class RolloutClient:
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        self._session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S))
+        self._session = open_session()
         return self
 
     async def __aexit__(
@@ -187,18 +181,18 @@ class RolloutClient:
                 break
             try:
                 answers = await self._send(engine, todo, sampling)
-            except EngineUnreachable:
+            except EngineUnreachable as error:
                 if self._draining:
                     break
                 if attempt == self._options.max_retries:
-                    raise
+                    raise EngineUnreachable(f"engine {engine.number} at {error}") from error
                 self._retries += 1
                 if await self._fleet.examine(engine, restarts):
                     await asyncio.sleep(self._options.backoff_s * 2**attempt)
                 continue
             results = read_samples(answers, len(todo))
             if self._on_answer is not None:
-                self._on_answer()
+                self._on_answer(engine.number)
             for (sample, _), result in zip(todo, results, strict=True):
                 sample.append(result.ids, result.log_probs, result.versions)
                 sample.finish_reason, sample.matched = result.finish_reason, result.matched
@@ -222,49 +216,16 @@ class RolloutClient:
         finally:
             self._draining = False
 
-    async def _abort(self, engine: Engine) -> None:
+    async def _abort(self, engine: EnginePeer) -> None:
         if engine.replacement is None:
             with suppress(EngineUnreachable):
-                await engine.answer(self._post(engine, "/abort_request", {"abort_all": True}))
-
-    async def abort_all(self) -> None:
-        """Ends every request on every engine; each answers with what it has."""
-        await self._post_all("/abort_request", {"abort_all": True})
-
-    async def pause_generation(self, mode: PauseMode = "abort") -> None:
-        await self._post_all("/pause_generation", {"mode": mode})
-
-    async def continue_generation(self) -> None:
-        await self._post_all("/continue_generation", {})
-
-    async def flush_cache(self) -> None:
-        """Forgets cached prefixes. Raises EngineRefused while requests run."""
-        await self._post_all("/flush_cache", {})
-
-    async def release_memory_occupation(self, tags: Sequence[MemoryTag] | None = None) -> None:
-        """Gives back the memory of `tags` (default: all) on every idle engine."""
-        await self._post_all("/release_memory_occupation", {"tags": tags})
-
-    async def resume_memory_occupation(self, tags: Sequence[MemoryTag] | None = None) -> None:
-        await self._post_all("/resume_memory_occupation", {"tags": tags})
-
-    async def weight_versions(self) -> list[str]:
-        """The version of the weights each engine holds."""
-        return [str(info["weight_version"]) for info in await self.model_info()]
-
-    async def model_info(self) -> list[dict[str, Any]]:
-        """What each engine says of its model: `model_path`, `tokenizer_path`, `weight_version` and more."""
-        return await self._get_all("/model_info")
-
-    async def server_info(self) -> list[dict[str, Any]]:
-        """What each engine says of its settings."""
-        return await self._get_all("/server_info")
+                await engine.answer(self._post(engine, "/abort_request", {"abort_all": True}, ABORT_TIMEOUT_S))
 
     async def healthy(self) -> list[bool]:
         """Whether each engine answers."""
         return list(await asyncio.gather(*(self._is_healthy(engine) for engine in self._engines)))
 
-    async def _send(self, engine: Engine, todo: Sequence[tuple[Sample, int]], sampling: SamplingParams) -> object:
+    async def _send(self, engine: EnginePeer, todo: Sequence[tuple[Sample, int]], sampling: SamplingParams) -> object:
         body = {
             "input_ids": [sample.tokens for sample, _ in todo],
             "sampling_params": [sampling.request(seed, sample.response_length) for sample, seed in todo],
@@ -272,37 +233,15 @@ class RolloutClient:
         }
         engine.load += len(todo)
         try:
-            request = self._request(engine, "POST", "/generate", body, self._options.request_timeout_s)
-            return await engine.answer(request)
+            return await engine.answer(self._post(engine, "/generate", body, self._options.request_timeout_s))
         finally:
             engine.load -= len(todo)
 
-    async def _is_healthy(self, engine: Engine, timeout_s: float = HEALTH_TIMEOUT_S) -> bool:
-        try:
-            timeout = aiohttp.ClientTimeout(total=timeout_s)
-            async with self._connected().get(f"{engine.url}/health_generate", timeout=timeout) as response:
-                return response.status == HTTPStatus.OK
-        except (aiohttp.ClientError, TimeoutError):
-            return False
+    async def _is_healthy(self, engine: EnginePeer, timeout_s: float = HEALTH_TIMEOUT_S) -> bool:
+        return await generates(self._connected(), engine.url, timeout_s)
 
-    async def _post_all(self, path: str, body: dict[str, Any]) -> None:
-        await asyncio.gather(*(self._post(engine, path, body) for engine in self._engines))
-
-    async def _get_all(self, path: str) -> list[dict[str, Any]]:
-        requests = (self._request(engine, "GET", path, None, VERB_TIMEOUT_S) for engine in self._engines)
-        answers = list(await asyncio.gather(*requests))
-        for engine, answer in zip(self._engines, answers, strict=True):
-            if not isinstance(answer, dict):
-                raise EngineAnswerError(f"{engine.url}{path} did not answer with a JSON object: it is no SGLang server")
-        return answers
-
-    async def _post(self, engine: Engine, path: str, body: dict[str, Any]) -> Any:
-        return await self._request(engine, "POST", path, body, VERB_TIMEOUT_S)
-
-    async def _request(
-        self, engine: Engine, method: str, path: str, body: dict[str, Any] | None, timeout_s: float | None
-    ) -> Any:
-        return await ask(self._connected(), method, engine.url + path, body, timeout_s=timeout_s)
+    async def _post(self, engine: EnginePeer, path: str, body: dict[str, Any], timeout_s: float | None) -> Any:
+        return await ask(self._connected(), "POST", engine.url + path, body, timeout_s=timeout_s)
 
     def _connected(self) -> aiohttp.ClientSession:
         if self._session is None:

@@ -1,4 +1,4 @@
-"""The engines as the client sees them: which of them takes a request, and what becomes of one that is dead or hangs."""
+"""The engines as the client sees them: which of them takes a request, and which of them is reported as silent."""
 
 import asyncio
 import time
@@ -12,13 +12,14 @@ from recipe.rollout.errors import EngineUnreachable
 
 T = TypeVar("T")
 
-Recover = Callable[[str], Awaitable[str]]
-"""Replaces the dead engine at a URL by one that holds the current weights; returns the new URL."""
+OnSilent = Callable[[int], Awaitable[str]]
+"""Told the number of an engine that does not generate, whose owner starts it again; answers with the address at which
+it holds the current weights."""
 
 ASK_AGAIN_S = 0.5
-"""After a check that failed, before the second one, which ends the engine."""
+"""After a check that failed, before the second one, after which the engine is reported."""
 
-IsHealthy = Callable[["Engine", float], Awaitable[bool]]
+IsHealthy = Callable[["EnginePeer", float], Awaitable[bool]]
 """Whether an engine generates, found out within so many seconds."""
 
 
@@ -40,8 +41,8 @@ class HealthOptions:
         )
 
 
-class Engine:
-    """One server, through all its replacements."""
+class EnginePeer:
+    """An engine that requests are sent to. Its address changes whenever it is started again, its number never."""
 
     def __init__(self, number: int, url: str) -> None:
         self.number = number
@@ -88,14 +89,14 @@ class Fleet:
     """All engines of a run, in one event loop."""
 
     def __init__(
-        self, urls: Sequence[str], is_healthy: IsHealthy, recover: Recover | None, options: HealthOptions
+        self, urls: Sequence[str], is_healthy: IsHealthy, on_silent: OnSilent | None, options: HealthOptions
     ) -> None:
-        self.engines = [Engine(number, url.rstrip("/")) for number, url in enumerate(urls)]
+        self.engines = [EnginePeer(number, url.rstrip("/")) for number, url in enumerate(urls)]
         self._is_healthy = is_healthy
-        self._recover = recover
+        self._on_silent = on_silent
         self._options = options
 
-    async def least_loaded(self) -> Engine:
+    async def least_loaded(self) -> EnginePeer:
         """The engine with the fewest samples under way (the first of several), once there is one. Raises what a
         replacement failed with."""
         while True:
@@ -108,10 +109,10 @@ class Fleet:
                 return min(present, key=lambda engine: engine.load)
             await asyncio.wait(away, return_when=asyncio.FIRST_COMPLETED)
 
-    async def examine(self, engine: Engine, restarts: int) -> bool:
-        """After an unanswered request to `engine` when it had had so many restarts: replaces it if it does not
+    async def examine(self, engine: EnginePeer, restarts: int) -> bool:
+        """After an unanswered request to `engine` when it had had so many restarts: reports it if it does not
         generate, asked twice, and not before it has had its first wait. Whether it is the same as before, and well."""
-        if self._recover is None:
+        if self._on_silent is None:
             return True
         await asyncio.sleep(engine.started + self._options.first_wait_s - time.monotonic())
         for pause in (ASK_AGAIN_S, 0.0):
@@ -119,11 +120,11 @@ class Fleet:
                 return engine.is_as_after(restarts)
             await asyncio.sleep(pause)
         if engine.is_as_after(restarts):
-            self._replace(engine)
+            self._report(engine)
         return False
 
     async def watch(self) -> None:
-        """Asks every engine again and again, for ever, and replaces those that do not generate. Raises what a
+        """Asks every engine again and again, for ever, and reports those that do not generate. Raises what a
         replacement failed with."""
         async with asyncio.TaskGroup() as tasks:
             for engine in self.engines:
@@ -142,7 +143,7 @@ class Fleet:
                 with suppress(asyncio.CancelledError, Exception):
                     await engine.replacement
 
-    async def _watch(self, engine: Engine) -> None:
+    async def _watch(self, engine: EnginePeer) -> None:
         options = self._options
         while True:
             if engine.replacement is not None:
@@ -150,11 +151,11 @@ class Fleet:
             await asyncio.sleep(options.interval_s)
             await self.examine(engine, engine.restarts)
 
-    def _replace(self, engine: Engine) -> None:
-        engine.replacement = asyncio.get_running_loop().create_task(self._recovered(engine))
+    def _report(self, engine: EnginePeer) -> None:
+        engine.replacement = asyncio.get_running_loop().create_task(self._replacement(engine))
         for request in engine.requests:
             request.cancel()
 
-    async def _recovered(self, engine: Engine) -> None:
-        assert self._recover is not None
-        engine.move(await self._recover(engine.url))
+    async def _replacement(self, engine: EnginePeer) -> None:
+        assert self._on_silent is not None
+        engine.move(await self._on_silent(engine.number))

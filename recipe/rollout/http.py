@@ -1,11 +1,20 @@
-"""A request to an engine, and its failures by what can be done about them."""
+"""The client of SGLang's HTTP API: one request to an engine, and its failures by what can be done about them."""
 
+import asyncio
 from http import HTTPStatus
 from typing import Any
 
 import aiohttp
 
-from recipe.rollout.errors import EngineAnswerError, EngineRefused, EngineUnreachable
+from recipe.rollout.errors import EngineAnswerError, EngineError, EngineRefused, EngineUnreachable
+
+KEEP_ALIVE_S = 2.0
+"""An idle connection is not used again after so long: servers (uvicorn) close theirs after 5 s."""
+
+
+def open_session() -> aiohttp.ClientSession:
+    """Connections to engines, as many at a time as there are requests. Closed by whoever opens it."""
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S))
 
 
 async def ask(
@@ -31,3 +40,31 @@ async def ask(
         raise EngineUnreachable(f"{address} did not answer: {error or type(error).__name__}") from error
     except ValueError as error:
         raise EngineAnswerError(f"{address} answered with damaged JSON: {error}") from error
+
+
+async def generates(session: aiohttp.ClientSession, url: str, timeout_s: float) -> bool:
+    """Whether the engine at `url` generates a token within so many seconds."""
+    try:
+        await ask(session, "GET", url + "/health_generate", timeout_s=timeout_s)
+    except EngineError:
+        return False
+    return True
+
+
+def ask_blocking(method: str, address: str, body: dict[str, Any] | None = None, *, timeout_s: float | None) -> Any:
+    """`ask` where no event loop runs, on a connection of its own."""
+
+    async def once() -> Any:
+        async with open_session() as session:
+            return await ask(session, method, address, body, timeout_s=timeout_s)
+
+    return asyncio.run(once())
+
+
+def succeeds(method: str, address: str, body: dict[str, Any] | None = None, *, timeout_s: float) -> bool:
+    """Whether `ask_blocking` gets an answer."""
+    try:
+        ask_blocking(method, address, body, timeout_s=timeout_s)
+    except EngineError:
+        return False
+    return True

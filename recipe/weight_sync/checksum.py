@@ -40,7 +40,7 @@ class Comparison:
     """SGLang's names, with the rank where an engine has several."""
 
 
-class EngineChecksums:
+class ExpectedChecksums:
     """Takes a checkpoint's tensors one by one and keeps no more than the pieces of an unfinished tensor of SGLang's."""
 
     def __init__(

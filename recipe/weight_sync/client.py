@@ -5,10 +5,8 @@ from http import HTTPStatus
 from types import TracebackType
 from typing import Any, Self
 
-import aiohttp
-
 from recipe.rollout.errors import EngineRefused
-from recipe.rollout.http import ask
+from recipe.rollout.http import ask, open_session
 from recipe.weight_sync.broadcast import TensorHeader, UpdateGroup
 from recipe.weight_sync.checksum import RankChecksums
 
@@ -20,12 +18,13 @@ class WeightsClient:
     `timeout_s`.
     """
 
-    def __init__(self, url: str, timeout_s: float) -> None:
-        self.url = url
+    def __init__(self, number: int, url: str, timeout_s: float) -> None:
+        self.number = number
+        self._url = url
         self._timeout_s = timeout_s
 
     async def __aenter__(self) -> Self:
-        self._session = aiohttp.ClientSession()
+        self._session = open_session()
         return self
 
     async def __aexit__(
@@ -93,7 +92,7 @@ class WeightsClient:
         return {_tensor_rank(told["parallelism_info"]): told["checksums"] for told in answer["ranks"]}
 
     async def _post(self, path: str, body: dict[str, Any]) -> Any:
-        return await ask(self._session, "POST", self.url + path, body, timeout_s=self._timeout_s)
+        return await ask(self._session, "POST", self._url + path, body, timeout_s=self._timeout_s)
 
     async def _post_if_known(self, path: str) -> None:
         try:

@@ -42,29 +42,29 @@ class Relay:
         self._bucket = 0
 
     @property
-    def urls(self) -> list[str]:
-        """The engines that this rank speaks to."""
-        return [one.url for one in self._led]
+    def engines(self) -> dict[int, str]:
+        """The addresses of the engines that this rank speaks to, by number."""
+        return {one.engine: one.url for one in self._led}
 
     @property
     def is_open(self) -> bool:
         """Whether an engine is left that takes this rank's weights: one that fails is left out."""
         return bool(self._led or self._followed)
 
-    def exchange(self, bucket: Bucket) -> dict[str, list[str]]:
-        """Hands over the payloads of the next bucket. Returns, by address, those of the engines that this rank speaks
+    def exchange(self, bucket: Bucket) -> dict[int, list[str]]:
+        """Hands over the payloads of the next bucket. Returns, by number, those of the engines that this rank speaks
         to. Raises DistStoreError if another rank's do not come."""
         for one in self._followed:
             payloads = [bucket.payload() for _ in range(one.sources.count(self._rank))]
             self._store.set(self._key(one, self._rank), json.dumps(payloads))
-        return {one.url: self._payloads(bucket, one) for one in self._led}
+        return {one.engine: self._payloads(bucket, one) for one in self._led}
 
-    def settle(self, present: Collection[str]) -> None:
-        """Returns when the bucket may go. `present`: the engines that this rank speaks to and that took it; the others
-        are left out."""
+    def settle(self, present: Collection[int]) -> None:
+        """Returns when the bucket may go. `present`: the numbers of the engines that this rank speaks to and that took
+        it; the others are left out."""
         for one in self._led:
-            self._store.set(self._key(one, "taken"), str(one.url in present))
-        self._led = [one for one in self._led if one.url in present]
+            self._store.set(self._key(one, "taken"), str(one.engine in present))
+        self._led = [one for one in self._led if one.engine in present]
         self._followed = [one for one in self._followed if self._wait_for(self._key(one, "taken")) == str(True)]
         self._bucket += 1
 

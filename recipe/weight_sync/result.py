@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 class UpdateResult:
     """What became of a weight update."""
 
-    failed: Mapping[str, str] = field(default_factory=dict)
-    """Engines that died or hung over it, by address, and how it showed."""
-    incomplete: tuple[str, ...] = ()
-    """Engines that are well but have not got everything, since another one failed in a broadcast."""
+    failed: Mapping[int, str] = field(default_factory=dict)
+    """Engines that died or hung over it, by number, and how it showed."""
+    incomplete: tuple[int, ...] = ()
+    """Numbers of engines that are well but have not got everything, since another one failed in a broadcast."""
 
     bytes_per_second: float | None = field(default=None, compare=False)
     """Of the whole model's weights, to each GPU of the slowest of the engines; None: they were not sent from here."""

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from recipe.config.sglang_rules import ONE_GPU, EngineLayout
 from recipe.rollout.errors import EngineUnreachable
 from recipe.system.errors import UserError
 from recipe.weight_sync.broadcast import BroadcastGroup, TensorHeader, UpdateGroup, open_group_store
-from recipe.weight_sync.checksum import EngineChecksums
+from recipe.weight_sync.checksum import ExpectedChecksums
 from recipe.weight_sync.client import WeightsClient
 from recipe.weight_sync.relay import Relay
 from recipe.weight_sync.result import UpdateResult
@@ -44,7 +44,7 @@ class WeightSync:
     ranks_per_engine: int
     address: str
     """Of this machine, for the engines that join a broadcast."""
-    checksums: Callable[[], EngineChecksums] | None = None
+    checksums: Callable[[], ExpectedChecksums] | None = None
     """Of what is sent, to compare with what the engines hold; None: they are not compared."""
     timeout_s: float = 120.0
     """An engine that has not taken a bucket by then has failed."""
@@ -58,9 +58,9 @@ class WeightSync:
 
         layout = EngineLayout.of(config)
 
-        def checksums() -> EngineChecksums:
+        def checksums() -> ExpectedChecksums:
             is_embedded = rollout.engine == "embedded"
-            return EngineChecksums(
+            return ExpectedChecksums(
                 architecture.num_hidden_layers,
                 architecture.n_routed_experts,
                 ONE_GPU if is_embedded else layout,
@@ -78,27 +78,27 @@ class WeightSync:
         )
 
     def send(
-        self, weights: Iterable[NamedTensor], urls: Sequence[str], version: str, relay: Relay | None = None
+        self, weights: Iterable[NamedTensor], engines: Mapping[int, str], version: str, relay: Relay | None = None
     ) -> UpdateResult:
-        """Sends all tensors to every engine; after the last bucket they hold `version`. Engines that open the memory of
-        several ranks get them by `relay`, which also serves engines that another rank speaks to. `weights`, a
-        collective of the trainer's ranks, is exhausted also when engines fail. Raises UserError if an engine that is
-        well does not take them, or holds others afterwards."""
-        if not urls and (relay is None or not relay.is_open):
+        """Sends all tensors to the engines, whose addresses are given by number; after the last bucket they hold
+        `version`. Engines that open the memory of several ranks get them by `relay`, which also serves engines that
+        another rank speaks to. `weights`, a collective of the trainer's ranks, is exhausted also when engines fail.
+        Raises UserError if an engine that is well does not take them, or holds others afterwards."""
+        if not engines and (relay is None or not relay.is_open):
             for _ in weights:
                 pass
             return UpdateResult()
-        checksums = self.checksums() if self.checksums is not None and urls else None
+        checksums = self.checksums() if self.checksums is not None and engines else None
         counted = _Counted(checksums.watch(weights) if checksums is not None else weights)
         passing = iter(counted)
-        with _Receivers(urls, self.timeout_s) as receivers:
+        with _Receivers(engines, self.timeout_s) as receivers:
             receivers.ask(WeightsClient.begin_weight_update)
             began, whole = time.monotonic(), True
             if self.transfer == "distributed":
                 whole = self._broadcast(receivers, passing, version)
             else:
                 self._hand_over(receivers, passing, version, relay)
-            rate = counted.nbytes / (time.monotonic() - began) if urls else None
+            rate = counted.nbytes / (time.monotonic() - began) if engines else None
             receivers.ask(WeightsClient.end_weight_update)
             for _ in passing:
                 pass
@@ -106,9 +106,9 @@ class WeightSync:
                 receivers.ask(lambda engine: _compare(engine, checksums, version))
             return replace(receivers.result(whole=whole), bytes_per_second=rate)
 
-    def load_from_disk(self, folder: Path, urls: Sequence[str], version: str) -> UpdateResult:
+    def load_from_disk(self, folder: Path, engines: Mapping[int, str], version: str) -> UpdateResult:
         """Has every engine read the Hugging Face checkpoint in `folder`, as `version`."""
-        with _Receivers(urls, self.disk_timeout_s) as receivers:
+        with _Receivers(engines, self.disk_timeout_s) as receivers:
             receivers.ask(lambda engine: engine.update_weights_from_disk(str(folder), weight_version=version))
             return receivers.result()
 
@@ -120,7 +120,7 @@ class WeightSync:
         def settle(loading: Future[None]) -> None:
             loading.result()
             if relay is not None:
-                relay.settle([engine.url for engine in receivers.present])
+                relay.settle([engine.number for engine in receivers.present])
 
         loading: Future[None] | None = None
         for bucket in map(Bucket.of, buckets(weights, self.bucket_bytes)):
@@ -131,7 +131,7 @@ class WeightSync:
             relayed = relay.exchange(bucket) if relay is not None else {}
             loading = receivers.begin(
                 lambda engine, bucket=bucket, relayed=relayed: engine.update_weights_from_tensor(  # type: ignore[misc]
-                    relayed.get(engine.url) or [bucket.payload() for _ in range(self.ranks_per_engine)],
+                    relayed.get(engine.number) or [bucket.payload() for _ in range(self.ranks_per_engine)],
                     weight_version=version,
                 )
             )
@@ -189,9 +189,9 @@ class _Receivers:
     """The engines that take an update, spoken to from a thread of its own. One that does not answer is left out from
     then on."""
 
-    def __init__(self, urls: Sequence[str], timeout_s: float) -> None:
-        self.present = [WeightsClient(url, timeout_s) for url in urls]
-        self._failed: dict[str, str] = {}
+    def __init__(self, engines: Mapping[int, str], timeout_s: float) -> None:
+        self.present = [WeightsClient(number, url, timeout_s) for number, url in engines.items()]
+        self._failed: dict[int, str] = {}
         self._stack = AsyncExitStack()
         self._loop = asyncio.new_event_loop()
 
@@ -217,7 +217,7 @@ class _Receivers:
 
     def result(self, *, whole: bool = True) -> UpdateResult:
         """What has become of them."""
-        return UpdateResult(self._failed, () if whole else tuple(engine.url for engine in self.present))
+        return UpdateResult(self._failed, () if whole else tuple(engine.number for engine in self.present))
 
     def begin(self, request: Request) -> Future[None]:
         """Asks each, and returns at once. The result, which comes when all have answered, raises EngineRefused if one
@@ -266,7 +266,7 @@ class _Receivers:
             await request(engine)
         except EngineUnreachable as error:
             self.present.remove(engine)
-            self._failed[engine.url] = str(error)
+            self._failed[engine.number] = str(error)
             raise
 
     def _begin(self, work: Coroutine[Any, Any, T]) -> Future[T]:
@@ -305,11 +305,11 @@ def _in_thread(work: Callable[[], T]) -> Future[T]:
     return result
 
 
-async def _compare(engine: WeightsClient, checksums: EngineChecksums, version: str) -> None:
+async def _compare(engine: WeightsClient, checksums: ExpectedChecksums, version: str) -> None:
     found = checksums.compare(await engine.checksums())
     if found.differing:
         raise UserError(
-            f"after the update to version {version}, {len(found.differing)} of {found.compared} tensors of the engine "
-            f"at {engine.url} are not the trainer's, the first of them {', '.join(found.differing[:_SHOWN])}: samples "
+            f"after the update to version {version}, {len(found.differing)} of {found.compared} tensors of engine "
+            f"{engine.number} are not the trainer's, the first of them {', '.join(found.differing[:_SHOWN])}: samples "
             "would come from other weights than those that are trained; see the engine's log"
         )

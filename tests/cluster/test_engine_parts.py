@@ -34,7 +34,7 @@ write_token(folder / "token")
 os.environ[TOKEN_PATH] = str(folder / "token")
 options = {"include_dashboard": False, "log_to_driver": False, "_node_ip_address": LOOPBACK}
 ray.init(address="local", num_cpus=2, object_store_memory=OBJECT_STORE_BYTES, **options)
-owner = EngineActor(resolved, 0, (), [Seat({"num_cpus": 0}, ())])
+engine = EngineActor(resolved, 0, (), [Seat({"num_cpus": 0}, ())])
 
 def nodes():
     \"\"\"Of the last start: process ids by node rank, which are alive.\"\"\"
@@ -53,39 +53,39 @@ def wait_until(condition):
 def gone(pids):
     return not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in pids)
 
-url = owner.start()
+url = engine.start()
 first = nodes()
-assert owner.keep_alive() == url and nodes() == first
+assert engine.works() and nodes() == first
 os.kill(first[1], signal.SIGKILL)
-wait_until(lambda: not owner.parts.are_alive())
-assert owner.keep_alive() != url
+wait_until(lambda: not engine.nodes.are_alive())
+assert not engine.works() and engine.start() != url
 second = nodes()
 assert not set(first) & set(second)
 wait_until(lambda: gone(first))
 part = psutil.Process(second[1]).parent()
-assert "EnginePartActor" in " ".join(part.cmdline())
+assert "EngineNodeActor" in " ".join(part.cmdline())
 part.kill()
-wait_until(lambda: not owner.parts.are_alive())
-url = owner.keep_alive()
+wait_until(lambda: not engine.nodes.are_alive())
+url = engine.start()
 third = nodes()
 assert not set(second) & set(third)
 wait_until(lambda: gone(second))
 os.kill(third[0], signal.SIGKILL)
-wait_until(lambda: not owner.process.alive)
-assert owner.keep_alive() != url
+wait_until(lambda: not engine.process.alive)
+assert not engine.works() and engine.start() != url
 fourth = nodes()
 assert not set(third) & set(fourth)
 wait_until(lambda: gone(third))
 (folder / "hf" / "node-1-fails").touch()
 try:
-    owner.start()
+    engine.start()
 except UserError as error:
     print(error)
 wait_until(lambda: gone(fourth))
-assert owner.parts.are_alive()  # there are none
+assert engine.nodes.are_alive()  # there are none
 (folder / "hf" / "node-1-fails").unlink()
-owner.start()
-owner.stop()
+engine.start()
+engine.stop()
 wait_until(lambda: gone(nodes()))
 ray.shutdown()
 """

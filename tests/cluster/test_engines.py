@@ -1,22 +1,31 @@
-"""The owner of an engine: it notices that the engine died or hangs, and says why it cannot be started again."""
+"""The group owns its engines' lives: it finds out that one is dead, starts it again, and says why it gives one up."""
 
 import os
 import signal
 import socket
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from local_engines import local_group
 
+from recipe.cluster import engine_actor
+from recipe.cluster.calls import ActorDied
+from recipe.cluster.engine_actor import THE_REST, WEIGHTS, EngineActor, EngineEnded
+from recipe.cluster.engine_group import STARTS_IN_A_ROW, EngineGroup
+from recipe.cluster.trainer_group import TrainerGroup
 from recipe.config import Architecture, Config, Resolved
 from recipe.engines import process
 from recipe.engines.launch import Launch
 from recipe.system.errors import UserError
 from recipe.system.ports import LOCAL, reserve_port_with
+from recipe.weight_sync.result import UpdateResult
 from recipe.weights.tiny import write_tiny_checkpoint
 
 BOUND_S = 90.0
@@ -39,87 +48,90 @@ def resolved(tmp_path: Path) -> Resolved:
             },
             "optimizer": {"lr": 1e-3},
             "misc": {"runs_dir": tmp_path},
+            "cluster": {"colocate": True},
         }
     )
     return Resolved(config, Architecture.from_checkpoint(tmp_path / "hf"), {}, ())
 
 
 @pytest.fixture
-def owner(resolved: Resolved) -> Iterator[Any]:
-    from recipe.cluster.engine_actor import EngineActor
-
-    owner = EngineActor(resolved, 0, gpus=())
-    yield owner
-    owner.stop()
+def group(resolved: Resolved, monkeypatch: pytest.MonkeyPatch) -> Iterator[EngineGroup]:
+    """One embedded engine, carried by this process, as on GPUs that it shares with the trainer."""
+    with local_group(resolved, lambda number: EngineActor(resolved, number, gpus=()), monkeypatch) as group:
+        yield group
 
 
-def test_an_engine_that_does_not_generate_between_two_rollouts_is_started_again(owner: Any) -> None:
-    address = owner.start()
-    pid = owner.process.pid
-    assert owner.keep_alive() == address
-    assert owner.process.pid == pid
+def carried(group: EngineGroup) -> Any:
+    """The actor of the group's engine."""
+    return group._engines[0].actor.carried
+
+
+def start(group: EngineGroup) -> str:
+    group.begin_start()
+    [url] = group.finish_start()
+    return url
+
+
+class FakeTrainer:
+    """Tells of one update after the other what a test says, and then that all went well."""
+
+    def __init__(self, *results: UpdateResult) -> None:
+        self.results = list(results)
+        self.sent: list[dict[int, str]] = []
+        """The engines' addresses by number, at each update."""
+
+    def update_weights(self, engines: Mapping[int, str], version: str) -> UpdateResult:
+        self.sent.append(dict(engines))
+        return self.results.pop(0) if self.results else UpdateResult()
+
+
+def update(group: EngineGroup, trainer: FakeTrainer | None = None) -> list[str]:
+    return group.update_weights(cast(TrainerGroup, trainer or FakeTrainer()), 1)
+
+
+def test_an_engine_that_does_not_generate_between_two_rollouts_is_started_again(group: EngineGroup) -> None:
+    url = start(group)
+    pid = carried(group).process.pid
+    assert update(group) == [url]
+    assert carried(group).process.pid == pid
     for number in (signal.SIGSTOP, signal.SIGKILL):
-        pid, address = owner.process.pid, owner.process.url
+        pid, [url] = carried(group).process.pid, group.urls
         os.killpg(pid, number)
-        began = time.monotonic()
-        assert owner.keep_alive() != address
+        began, trainer = time.monotonic(), FakeTrainer()
+        assert update(group, trainer) != [url]
+        assert trainer.sent == [{0: group.urls[0]}]
         assert time.monotonic() - began < BOUND_S
-        assert owner.process.generates(30)
+        assert carried(group).process.generates(30)
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
 
 
-def test_an_engine_gives_its_memory_back_and_takes_it_again_in_two_parts(owner: Any) -> None:
-    from recipe.cluster.engine_actor import THE_REST, WEIGHTS
-
-    address = owner.start()
-    owner.release_memory()
-    assert not owner.process.generates(5)
-    assert owner.keep_alive() == address
-    assert owner.resume_memory(WEIGHTS) == address
-    assert not owner.process.generates(5)
-    assert owner.resume_memory(THE_REST) == address
-    assert owner.process.generates(5)
-    assert owner.resume_memory(WEIGHTS) == address
-
-
-def test_an_engine_that_hangs_over_its_memory_is_ended_or_started_again(owner: Any) -> None:
-    from recipe.cluster.engine_actor import WEIGHTS
-
-    address = owner.start()
-    os.killpg(owner.process.pid, signal.SIGSTOP)
-    owner.release_memory()
-    assert not owner.process.alive
-    assert owner.keep_alive() != address
-    owner.release_memory()
-    os.killpg(owner.process.pid, signal.SIGSTOP)
-    address = owner.process.url
-    assert owner.resume_memory(WEIGHTS) != address
-    assert owner.process.generates(5)
+def test_an_engine_gives_its_memory_back_and_takes_it_again_in_two_parts(group: EngineGroup) -> None:
+    url = start(group)
+    engine = carried(group)
+    group.release_memory()
+    assert not engine.process.generates(5)
+    assert engine.works()
+    assert engine.resume_memory(WEIGHTS)
+    assert not engine.process.generates(5)
+    assert engine.resume_memory(THE_REST)
+    assert engine.process.generates(5)
+    assert engine.resume_memory(WEIGHTS)
+    assert update(group) == [url]
 
 
-def test_an_engine_that_cannot_be_started_again_is_given_up_with_its_log(
-    owner: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from recipe.cluster import engine_actor
-
-    monkeypatch.setattr(engine_actor, "START_ATTEMPTS", 1)
-    (tmp_path / "hf" / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"engine 0 died and could not be started again in 1 attempts: .*config.json"):
-        engine_actor.start_again("engine 0", owner.start)
-
-
-def test_an_engine_is_started_so_often_and_no_oftener() -> None:
-    from recipe.cluster.engine_actor import START_ATTEMPTS, start_again
-
-    def start() -> str:
-        attempts.append(len(attempts))
-        raise UserError("its port was taken")
-
-    attempts: list[int] = []
-    with pytest.raises(UserError, match="in 3 attempts: its port was taken"):
-        start_again("engine 0", start)
-    assert len(attempts) == START_ATTEMPTS
+def test_an_engine_that_hangs_over_its_memory_is_ended_or_started_again(group: EngineGroup) -> None:
+    url = start(group)
+    os.killpg(carried(group).process.pid, signal.SIGSTOP)
+    group.release_memory()
+    assert not carried(group).process.alive
+    assert update(group) != [url]
+    group.release_memory()
+    os.killpg(carried(group).process.pid, signal.SIGSTOP)
+    [url] = group.urls
+    assert group._resume_memory(WEIGHTS) == [0]
+    assert group.urls != [url]
+    assert carried(group).process.generates(5)
 
 
 NEEDS_TWO_PORTS = """
@@ -137,7 +149,6 @@ http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 @pytest.fixture
 def launch(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Has engines run another program in the place of a server."""
-    from recipe.cluster import engine_actor
 
     def run(program: str) -> None:
         monkeypatch.setattr(engine_actor, "launch_of", lambda *_: Launch((sys.executable, "-c", program)))
@@ -146,7 +157,7 @@ def launch(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
 
 
 def test_an_engine_whose_port_is_taken_starts_on_another_at_the_first_start_too(
-    owner: Any, launch: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    group: EngineGroup, launch: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     launch(NEEDS_TWO_PORTS)
     with socket.create_server((LOCAL, 0)) as taken:
@@ -155,77 +166,143 @@ def test_an_engine_whose_port_is_taken_starts_on_another_at_the_first_start_too(
         monkeypatch.setattr(
             process, "reserve_port_with", lambda host, _: offered.pop() if offered else reserve_port_with(host, (1,))
         )
-        address = owner.start()
-    assert owner.process.generates(5)
+        address = start(group)
+    assert carried(group).process.generates(5)
     assert address != f"http://{LOCAL}:{unlucky}"
     [line] = caplog.messages
-    assert "engine 0 does not start (attempt 1 of 3, is started again): " in line
+    assert line.startswith("engine 0 does not start (")
     assert "says: OSError: [Errno 98] Address already in use" in line
+    assert line.endswith("): it is started again (2 of 3)")
 
 
 @pytest.mark.parametrize(
     ("words", "starts"), [("ValueError: port at 1 is not available", 3), ("torch.OutOfMemoryError: 60 GiB", 1)]
 )
 def test_an_engine_that_fails_at_its_first_start_is_tried_again_for_want_of_a_port_only(
-    owner: Any, launch: Callable[[str], None], tmp_path: Path, words: str, starts: int
+    group: EngineGroup, launch: Callable[[str], None], tmp_path: Path, words: str, starts: int
 ) -> None:
     launch(f"import sys; sys.exit({words!r})")
     with pytest.raises(UserError, match=words):
-        owner.start()
+        start(group)
     assert len(list((tmp_path / "run" / "logs").iterdir())) == starts
 
 
-class Update:
-    """A weight update to engines "a", "b" and "c", of which some fail, time after time."""
+class FakeEngine:
+    """An actor whose starts fail with one sentence after the other, and then go well."""
 
-    def __init__(self, *results: dict[str, Any]) -> None:
-        from recipe.weight_sync.result import UpdateResult
+    def __init__(self, number: int) -> None:
+        self.number, self.starts = number, 0
+        self.failures: list[str] = []
+        self.works: Callable[[], bool] = lambda: True
 
-        self.results = [UpdateResult(**result) for result in results]
-        self.urls = ["a", "b", "c"]
-        self.sent: list[list[str]] = []
+    def start(self) -> str:
+        self.starts += 1
+        if self.failures:
+            raise UserError(self.failures.pop(0))
+        return f"engine-{self.number}-start-{self.starts}"
 
-    def send(self, numbers: Sequence[int]) -> Any:
-        self.sent.append([self.urls[number] for number in numbers])
-        return self.results[len(self.sent) - 1]
-
-    def start_again(self, number: int) -> None:
-        self.urls[number] += "2"
-
-    def carry_out(self) -> None:
-        from recipe.cluster.engine_group import deliver
-
-        deliver([0, 1, 2], self.send, self.urls, self.start_again)
+    def stop(self) -> None:
+        pass
 
 
-def test_an_engine_that_fails_over_an_update_is_started_again_and_gets_the_weights() -> None:
-    update = Update({"failed": {"b": "it hung"}}, {"failed": {"b2": "it hung again"}}, {})
-    update.carry_out()
-    assert update.sent == [["a", "b", "c"], ["b2"], ["b22"]]
-    assert update.urls == ["a", "b22", "c"]
+@pytest.fixture
+def fakes(resolved: Resolved, monkeypatch: pytest.MonkeyPatch) -> EngineGroup:
+    """Three engines that have taken weights, and then answered."""
+    cluster = resolved.config.cluster.model_copy(update={"rollout_num_gpus": 3, "colocate": False})
+    config = resolved.config.model_copy(update={"cluster": cluster})
+    group = local_group(replace(resolved, config=config), FakeEngine, monkeypatch)
+    group.begin_start()
+    group.finish_start()
+    update(group)
+    for number in range(3):
+        group.on_answer(number)
+    return group
 
 
-def test_engines_that_lost_a_broadcast_get_it_again_with_the_one_that_failed() -> None:
-    update = Update({"failed": {"c": "it died"}, "incomplete": ("a",)}, {})
-    update.carry_out()
-    assert update.sent == [["a", "b", "c"], ["a", "c2"]]
+def starts(group: EngineGroup) -> list[int]:
+    return [engine.actor.carried.starts for engine in group._engines]
 
 
-def test_an_engine_that_fails_over_every_update_ends_the_run_with_the_reason() -> None:
-    update = Update(*({"failed": {"a" + "2" * number: "out of memory"}} for number in range(3)))
-    with pytest.raises(UserError, match=r"engine 0 failed in 3 attempts to send it the weights.* out of memory"):
-        update.carry_out()
-    assert len(update.sent) == 3
+GIVEN_UP = "it has been started 3 times in a row and has not worked since; see its logs in "
 
 
-def test_an_engine_may_start_at_a_later_attempt() -> None:
-    from recipe.cluster.engine_actor import start_again
+async def test_a_silent_engine_that_cannot_be_started_again_is_given_up_after_three_starts(fakes: EngineGroup) -> None:
+    fakes._engines[1].actor.carried.failures = ["its GPU is gone"] * 9
+    with pytest.raises(UserError, match=rf"^engine 1 does not start \(its GPU is gone\): {GIVEN_UP}.*logs$"):
+        await fakes.on_silent(1)
+    assert starts(fakes) == [1, 1 + STARTS_IN_A_ROW, 1]
 
-    failures = iter(["its port was taken"])
+
+async def test_a_silent_engine_may_start_at_a_later_attempt_and_gets_the_weights(fakes: EngineGroup) -> None:
+    trainer = FakeTrainer()
+    update(fakes, trainer)
+    fakes._engines[1].actor.carried.failures = ["its port was taken", "and again"]
+    assert await fakes.on_silent(1) == "engine-1-start-4"
+    assert trainer.sent[1:] == [{1: "engine-1-start-4"}]
+    assert fakes.urls == ["engine-0-start-1", "engine-1-start-4", "engine-2-start-1"]
+
+
+async def test_an_engine_that_works_in_between_may_die_as_often_as_it_will(fakes: EngineGroup) -> None:
+    for _ in range(2 * STARTS_IN_A_ROW):
+        await fakes.on_silent(0)
+        fakes.on_answer(0)
+
+
+async def test_an_engine_that_takes_weights_and_never_answers_is_given_up(fakes: EngineGroup) -> None:
+    for _ in range(STARTS_IN_A_ROW):
+        await fakes.on_silent(0)
+    with pytest.raises(UserError, match=rf"engine 0 does not generate any more: {GIVEN_UP}"):
+        await fakes.on_silent(0)
+
+
+def test_an_engine_that_fails_over_an_update_is_started_again_and_gets_the_weights(fakes: EngineGroup) -> None:
+    trainer = FakeTrainer(UpdateResult({1: "it hung"}), UpdateResult({1: "it hung again"}))
+    urls = update(fakes, trainer)
+    assert trainer.sent == [
+        {0: "engine-0-start-1", 1: "engine-1-start-1", 2: "engine-2-start-1"},
+        {1: "engine-1-start-2"},
+        {1: "engine-1-start-3"},
+    ]
+    assert urls == ["engine-0-start-1", "engine-1-start-3", "engine-2-start-1"]
+
+
+def test_engines_that_lost_a_broadcast_get_it_again_with_the_one_that_failed(fakes: EngineGroup) -> None:
+    trainer = FakeTrainer(UpdateResult({2: "it died"}, incomplete=(0,)))
+    update(fakes, trainer)
+    assert trainer.sent[1:] == [{0: "engine-0-start-1", 2: "engine-2-start-2"}]
+
+
+def test_an_engine_that_fails_over_every_update_ends_the_run_with_the_reason(fakes: EngineGroup) -> None:
+    trainer = FakeTrainer(*[UpdateResult({0: "out of memory"})] * 9)
+    with pytest.raises(UserError, match=rf"engine 0 failed while it was sent weights \(out of memory\): {GIVEN_UP}"):
+        update(fakes, trainer)
+    assert starts(fakes) == [1 + STARTS_IN_A_ROW, 1, 1]
+
+
+def test_an_engine_that_died_with_its_actor_is_started_by_another(fakes: EngineGroup) -> None:
+    def dies() -> bool:
+        raise ActorDied("engine 2 died")
+
+    dead = fakes._engines[2].actor
+    dead.carried.works = dies
+    assert update(fakes) == ["engine-0-start-1", "engine-1-start-1", "engine-2-start-1"]
+    assert fakes._engines[2].actor is not dead
+    assert starts(fakes) == [1, 1, 1]
+
+
+def test_engines_that_died_together_start_at_the_same_time(fakes: EngineGroup) -> None:
+    both = threading.Barrier(2)
 
     def start() -> str:
-        for failure in failures:
-            raise UserError(failure)
-        return "http://127.0.0.1:1"
+        both.wait(10)
+        return "again"
 
-    assert start_again("engine 0", start) == "http://127.0.0.1:1"
+    for engine in fakes._engines[1:]:
+        engine.actor.carried.works, engine.actor.carried.start = lambda: False, start
+    assert update(fakes) == ["engine-0-start-1", "again", "again"]
+
+
+def test_who_starts_an_engine_of_a_run_that_is_over_is_told(fakes: EngineGroup) -> None:
+    fakes.begin_end()
+    with pytest.raises(EngineEnded):
+        update(fakes, FakeTrainer(UpdateResult({0: "it was ended"})))

@@ -14,6 +14,7 @@ from typing import Any, cast
 import pytest
 
 from recipe.cluster import EngineGroup, ray_session
+from recipe.cluster.engine_group import EngineLife
 from recipe.cluster.watch import WatchedCall, WatchedRank
 from recipe.config import Config
 from recipe.system.errors import UserError
@@ -176,8 +177,10 @@ def test_an_engine_that_does_not_start_is_told_while_ranks_and_other_engines_sti
 ) -> None:
     owners = [actor.remote(), actor.remote()]
     engines = EngineGroup.__new__(EngineGroup)
-    engines._actors = owners
-    engines._starting = [owners[0].do.remote(be_long_about_it), owners[1].do.remote(fail_to_start)]
+    rollout = SimpleNamespace(rollout_engine_start_timeout_s=TIMEOUT_S)
+    engines._resolved = cast(Any, SimpleNamespace(config=SimpleNamespace(rollout=rollout)))
+    engines._engines = [EngineLife(number, owner) for number, owner in enumerate(owners)]
+    engines._starting = {0: owners[0].do.remote(be_long_about_it), 1: owners[1].do.remote(fail_to_start)}
     rank = WatchedRank("training rank 0", "pid 0", actor.remote())
     call = WatchedCall([rank], [rank.actor.do.remote(be_long_about_it)], TIMEOUT_S, tmp_path / "report")
     began = time.monotonic()

@@ -19,16 +19,16 @@ from recipe.system.errors import run_main
 from recipe.train import main
 from recipe.weight_sync.result import UpdateResult
 
-replace_dead, update_weights = EngineGroup.replace_dead, TrainerGroup.update_weights
+replace_dead, update_weights = EngineGroup._replace_dead, TrainerGroup.update_weights
 asked: list[EngineGroup] = []
 
 
-def struck_between(self: EngineGroup) -> list[str]:
-    """`EngineGroup.replace_dead`, with the engine's death before the third call."""
+def struck_between(self: EngineGroup) -> None:
+    """`EngineGroup._replace_dead`, with the engine's death before the third call."""
     asked.append(self)
     if len(asked) == 3:
         strike(signal.SIGKILL)
-    return replace_dead(self)
+    replace_dead(self)
 
 
 def struck_update(self: TrainerGroup, addresses: Mapping[int, str], version: str) -> UpdateResult:
@@ -47,7 +47,7 @@ def strike(number: signal.Signals) -> None:
 if __name__ == "__main__":
     way = sys.argv.pop(1)
     if way == "between":
-        EngineGroup.replace_dead = struck_between  # type: ignore[method-assign]
+        EngineGroup._replace_dead = struck_between  # type: ignore[method-assign]
     else:
         TrainerGroup.update_weights = struck_update  # type: ignore[method-assign]
     run_main(main)

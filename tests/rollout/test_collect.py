@@ -142,10 +142,10 @@ async def cut_short(embedded: EngineUnderTest, group: SampleGroup, sampling: Sam
     seeds = range(5, 5 + len(group.samples))
     async with RolloutClient([embedded.url]) as client:
         for _ in range(20):
-            await client.pause_generation("in_place")
+            embedded.post("/pause_generation", {"mode": "in_place"})
             task = asyncio.create_task(client.generate(group, sampling, seeds))
             await asyncio.sleep(0.05)
-            await client.continue_generation()
+            embedded.post("/continue_generation")
             await asyncio.sleep(0.01)
             await client.drain()
             await task

@@ -24,7 +24,7 @@ from recipe.engines.launch import Node, SglangServer, launch_sglang
 from recipe.engines.process import EngineProcess
 from recipe.system.errors import UserError
 from recipe.system.ports import LOCAL
-from recipe.weight_sync.checksum import EngineChecksums
+from recipe.weight_sync.checksum import ExpectedChecksums
 from recipe.weight_sync.sync import WeightSync
 
 pytestmark = [pytest.mark.slow, pytest.mark.sglang]
@@ -64,9 +64,9 @@ def engine(parts: list[EngineProcess], checkpoint: Path) -> EngineUnderTest:
     return EngineUnderTest(parts[0], checkpoint, Kind.SGLANG)
 
 
-def checksums(engine: EngineUnderTest) -> EngineChecksums:
+def checksums(engine: EngineUnderTest) -> ExpectedChecksums:
     model = engine.reference.config
-    return EngineChecksums(model.num_hidden_layers, model.n_routed_experts, EngineLayout(tp=2))
+    return ExpectedChecksums(model.num_hidden_layers, model.n_routed_experts, EngineLayout(tp=2))
 
 
 def test_two_processes_answer_as_transformers_does(engine: EngineUnderTest) -> None:
@@ -91,9 +91,9 @@ def test_updates_reach_both(engine: EngineUnderTest, other_checkpoint: Path) -> 
     for transfer, checkpoint in zip(TRANSFERS, checkpoints, strict=False):
         sync = WeightSync(transfer, 500_000, ranks_per_engine=2, address=LOCAL, checksums=lambda: checksums(engine))
         if transfer == "disk":
-            result = sync.load_from_disk(checkpoint, [engine.url], transfer)
+            result = sync.load_from_disk(checkpoint, {0: engine.url}, transfer)
         else:
-            result = sync.send(weights_of(checkpoint).items(), [engine.url], transfer)
+            result = sync.send(weights_of(checkpoint).items(), {0: engine.url}, transfer)
         assert not result.failed
         assert engine.request("GET", "/model_info")[1]["weight_version"] == transfer
         assert_equals_fresh_load(engine, checkpoint)
@@ -110,11 +110,11 @@ def test_a_rank_with_another_slice_is_named(engine: EngineUnderTest) -> None:
             changed[-1] += 1
         expected.add(name, changed)
     sync = WeightSync("tensor", 500_000, ranks_per_engine=2, address=LOCAL)
-    sync.send(weights.items(), [engine.url], "same")
+    sync.send(weights.items(), {0: engine.url}, "same")
     checked = dataclasses.replace(sync, checksums=lambda: expected)
     named = "model.layers.1.self_attn.q_b_proj.weight on rank 1, model.layers.2.mlp.experts.w13_weight on rank 1: "
     with pytest.raises(UserError, match=rf", 2 of \d+ tensors .* first of them {named}"):
-        checked.send([("model.norm.weight", weights["model.norm.weight"])], [engine.url], "changed")
+        checked.send([("model.norm.weight", weights["model.norm.weight"])], {0: engine.url}, "changed")
 
 
 def test_the_first_ends_when_the_second_does(parts: list[EngineProcess]) -> None:

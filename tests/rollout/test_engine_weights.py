@@ -30,7 +30,7 @@ from torch import Tensor
 
 from recipe.rollout.sglang_response import read_sample
 from recipe.system.errors import UserError
-from recipe.weight_sync.checksum import EngineChecksums
+from recipe.weight_sync.checksum import ExpectedChecksums
 from recipe.weight_sync.sync import WeightSync
 
 
@@ -67,20 +67,20 @@ def test_the_trainers_way_equals_a_fresh_load_and_is_checked(
         bucket_bytes=100_000,
         ranks_per_engine=1,
         address="127.0.0.1",
-        checksums=lambda: EngineChecksums(model.num_hidden_layers, model.n_routed_experts),
+        checksums=lambda: ExpectedChecksums(model.num_hidden_layers, model.n_routed_experts),
     )
     weights = weights_of(other_checkpoint)
-    sync.send(weights.items(), [engine.url], "2")
+    sync.send(weights.items(), {0: engine.url}, "2")
     assert engine.request("GET", "/model_info")[1]["weight_version"] == "2"
     assert_equals_fresh_load(engine, other_checkpoint)
 
     router = "model.layers.2.mlp.gate.weight"
     stale = {name: tensor for name, tensor in weights.items() if name != router}
-    checksums = EngineChecksums(model.num_hidden_layers, model.n_routed_experts)
+    checksums = ExpectedChecksums(model.num_hidden_layers, model.n_routed_experts)
     checksums.add(router, weights[router] + 1)
     differing = dataclasses.replace(sync, checksums=lambda: checksums)
     with pytest.raises(UserError, match=rf"version 3, 1 of \d+ tensors .* first of them {router}: samples"):
-        differing.send(stale.items(), [engine.url], "3")
+        differing.send(stale.items(), {0: engine.url}, "3")
 
 
 def test_a_broadcast_without_a_group_is_refused(engine: EngineUnderTest) -> None:

@@ -11,7 +11,7 @@ from aiohttp import web
 from fake_engines import FakeEngine, answers, group_of, serving
 
 from recipe.rollout.client import ClientCounters, ClientOptions, RolloutClient
-from recipe.rollout.fleet import Engine, Fleet, HealthOptions, Recover
+from recipe.rollout.fleet import EnginePeer, Fleet, HealthOptions, OnSilent
 from recipe.rollout.sample import FinishReason, SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
 from recipe.system.errors import UserError
@@ -45,15 +45,15 @@ async def slow(body: dict[str, Any]) -> web.Response:
 
 
 @dataclass
-class Recovery:
-    """Replaces engines by the one at `url`, after `seconds`, and notes which."""
+class Owner:
+    """Has silent engines replaced by the one at `url`, after `seconds`, and notes their numbers."""
 
     url: str
     seconds: float = 0.0
-    replaced: list[str] = field(default_factory=list)
+    replaced: list[int] = field(default_factory=list)
 
-    async def __call__(self, url: str) -> str:
-        self.replaced.append(url)
+    async def __call__(self, number: int) -> str:
+        self.replaced.append(number)
         await asyncio.sleep(self.seconds)
         return self.url
 
@@ -71,21 +71,23 @@ def made_once(groups: list[SampleGroup]) -> bool:
 
 
 @asynccontextmanager
-async def opened(urls: list[str], recover: Recover, options: ClientOptions = OPTIONS) -> AsyncIterator[RolloutClient]:
-    async with RolloutClient(urls, options, recover) as client:
+async def opened(
+    urls: list[str], on_silent: OnSilent, options: ClientOptions = OPTIONS
+) -> AsyncIterator[RolloutClient]:
+    async with RolloutClient(urls, options, on_silent) as client:
         yield client
 
 
 async def test_a_hanging_engine_is_replaced_and_its_samples_are_made_by_others_meanwhile() -> None:
     hanging, other, fresh = HangingEngine(), FakeEngine(slow), FakeEngine()
     async with serving(hanging, other, fresh) as (first, second, third):
-        recovery = Recovery(third, seconds=1.0)
-        async with opened([first, second], recovery) as client:
+        owner = Owner(third, seconds=1.0)
+        async with opened([first, second], owner) as client:
             groups = await generate(client, 8)
             assert client.urls == [third, second]
             lost = len(hanging.bodies)
             assert client.counters == ClientCounters(retries=lost, restarts=1, retried_tokens=2 * lost)
-    assert recovery.replaced == [first]
+    assert owner.replaced == [0]
     assert lost > 0
     assert made_once(groups)
     # The other engine took them at once; it did not wait for the replacement.
@@ -95,7 +97,7 @@ async def test_a_hanging_engine_is_replaced_and_its_samples_are_made_by_others_m
 
 async def test_an_engine_that_hangs_alone_has_its_samples_made_by_its_replacement() -> None:
     hanging, fresh = HangingEngine(), FakeEngine()
-    async with serving(hanging, fresh) as (first, second), opened([first], Recovery(second, 0.1)) as client:
+    async with serving(hanging, fresh) as (first, second), opened([first], Owner(second, 0.1)) as client:
         groups = await generate(client, 3)
         assert client.counters.restarts == 1
     assert made_once(groups)
@@ -124,7 +126,7 @@ class BusyEngine(FakeEngine):
 @pytest.mark.parametrize("says", [(True, True), (False, True, True, False, True)])
 async def test_a_busy_engine_is_left_alone_though_a_single_check_may_fail(says: tuple[bool, ...]) -> None:
     engine = BusyEngine(*says)
-    async with serving(engine) as urls, opened(urls, Recovery("")) as client:
+    async with serving(engine) as urls, opened(urls, Owner("")) as client:
         assert made_once(await generate(client, 2))
         assert client.counters == ClientCounters()
     assert engine.calls.count("/health_generate") >= len(says)
@@ -138,7 +140,7 @@ async def test_an_engine_that_has_just_started_is_not_asked_after_an_unanswered_
     engine.healthy = False
     options = replace(OPTIONS, health=replace(OPTIONS.health, interval_s=60, first_wait_s=1.5))
     began = asyncio.get_running_loop().time()
-    async with serving(engine, fresh) as (first, second), opened([first], Recovery(second), options) as client:
+    async with serving(engine, fresh) as (first, second), opened([first], Owner(second), options) as client:
         assert made_once(await generate(client, 1))
         assert client.counters.restarts == 1
     assert asyncio.get_running_loop().time() - began > 1.5
@@ -148,25 +150,25 @@ async def test_an_engine_that_has_just_started_is_not_asked() -> None:
     hanging, fresh = HangingEngine(), FakeEngine()
     options = replace(OPTIONS, health=replace(OPTIONS.health, first_wait_s=1.5))
     began = asyncio.get_running_loop().time()
-    async with serving(hanging, fresh) as (first, second), opened([first], Recovery(second), options) as client:
+    async with serving(hanging, fresh) as (first, second), opened([first], Owner(second), options) as client:
         assert made_once(await generate(client, 1))
     assert asyncio.get_running_loop().time() - began > 1.5
     assert hanging.calls == ["/health_generate"] * 2
 
 
 async def test_an_engine_that_cannot_be_replaced_ends_the_rollout_with_the_reason() -> None:
-    async def recover(_: str) -> str:
-        raise UserError("engine 0 could not be started again")
+    async def give_up(_: int) -> str:
+        raise UserError("engine 0 has not worked since")
 
     hanging, other = HangingEngine(), FakeEngine(slow)
-    async with serving(hanging, other) as urls, opened(urls, recover) as client:
-        with pytest.raises(UserError, match="could not be started again"):
+    async with serving(hanging, other) as urls, opened(urls, give_up) as client:
+        with pytest.raises(UserError, match="has not worked since"):
             await generate(client, 4)
 
 
 async def test_an_engine_replaced_between_two_rollouts_is_counted_and_used() -> None:
     old, new = FakeEngine(), FakeEngine()
-    async with serving(old, new) as (first, second), opened([first], Recovery("")) as client:
+    async with serving(old, new) as (first, second), opened([first], Owner("")) as client:
         client.move([first])
         assert client.counters.restarts == 0
         client.move([second])
@@ -210,7 +212,7 @@ async def drained(client: RolloutClient, count: int, *asked: FakeEngine) -> list
 async def test_draining_aborts_until_all_have_answered_and_sends_nothing_more() -> None:
     engine = StubbornEngine(deaf=1)
     options = replace(OPTIONS, max_concurrency=2)
-    async with serving(engine) as urls, opened(urls, Recovery(""), options) as client:
+    async with serving(engine) as urls, opened(urls, Owner(""), options) as client:
         groups = await drained(client, 5, engine)
     assert len(engine.bodies) == 2
     lengths = [[sample.response_length for sample in group.samples] for group in groups]
@@ -221,41 +223,41 @@ async def test_draining_aborts_until_all_have_answered_and_sends_nothing_more() 
 async def test_an_engine_that_hangs_while_it_is_drained_loses_its_samples_only() -> None:
     hanging, other, fresh = HangingEngine(), StubbornEngine(deaf=0), FakeEngine()
     async with serving(hanging, other, fresh) as (first, second, third):
-        recovery = Recovery(third)
-        async with opened([first, second], recovery) as client:
+        owner = Owner(third)
+        async with opened([first, second], owner) as client:
             groups = await drained(client, 4, hanging, other)
             assert client.counters == ClientCounters(restarts=1)
-    assert recovery.replaced == [first]
+    assert owner.replaced == [0]
     lengths = [[sample.response_length for sample in group.samples] for group in groups]
     assert sorted(lengths) == [[0, 0]] * 2 + [[1, 1]] * 2
     assert {sample.finish_reason for group in groups for sample in group.samples} == {FinishReason.ABORT}
 
 
 async def test_an_engine_that_dies_while_another_is_replaced_is_waited_for_too() -> None:
-    sick, begun = {1}, {"http://a": asyncio.Event(), "http://b": asyncio.Event()}
+    sick, begun = {1}, [asyncio.Event(), asyncio.Event()]
 
-    async def is_healthy(engine: Engine, _: float) -> bool:
+    async def is_healthy(engine: EnginePeer, _: float) -> bool:
         return engine.number not in sick
 
-    async def recover(url: str) -> str:
-        begun[url].set()
-        await begun["http://a"].wait()
-        if url == "http://a":
+    async def replace(number: int) -> str:
+        begun[number].set()
+        await begun[0].wait()
+        if number == 0:
             assert fleet.engines[1].replacement is not None
             await asyncio.wait([fleet.engines[1].replacement])
-        return url + "/new"
+        return f"http://new-{number}"
 
-    fleet = Fleet(list(begun), is_healthy, recover, HealthOptions(interval_s=0.02, timeout_s=1))
+    fleet = Fleet(["http://a", "http://b"], is_healthy, replace, HealthOptions(interval_s=0.02, timeout_s=1))
     watch = asyncio.create_task(fleet.watch())
     async with asyncio.timeout(BOUND_S):
-        await begun["http://b"].wait()
+        await begun[1].wait()
         settled = asyncio.create_task(fleet.settle())
         sick.symmetric_difference_update({0, 1})
-        await begun["http://a"].wait()
+        await begun[0].wait()
         sick.clear()
         await settled
         watch.cancel()
-        assert [engine.url for engine in fleet.engines] == ["http://a/new", "http://b/new"]
+        assert [engine.url for engine in fleet.engines] == ["http://new-0", "http://new-1"]
         await fleet.least_loaded()
 
 
@@ -263,19 +265,19 @@ async def test_who_ends_the_watch_ends_no_replacement() -> None:
     """The next rollout would wait for it for ever."""
     begun, may_end = asyncio.Event(), asyncio.Event()
 
-    async def is_healthy(_: Engine, __: float) -> bool:
+    async def is_healthy(_: EnginePeer, __: float) -> bool:
         return False
 
-    async def recover(url: str) -> str:
+    async def replace(_: int) -> str:
         begun.set()
         await may_end.wait()
-        return url + "/new"
+        return "http://new"
 
-    fleet = Fleet(["http://a"], is_healthy, recover, HealthOptions(interval_s=0.02, timeout_s=1))
+    fleet = Fleet(["http://a"], is_healthy, replace, HealthOptions(interval_s=0.02, timeout_s=1))
     watch = asyncio.create_task(fleet.watch())
     async with asyncio.timeout(BOUND_S):
         await begun.wait()
         watch.cancel()
         await asyncio.wait([watch])
         may_end.set()
-        assert (await fleet.least_loaded()).url == "http://a/new"
+        assert (await fleet.least_loaded()).url == "http://new"

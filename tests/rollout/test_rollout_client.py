@@ -28,10 +28,11 @@ QUICK = ClientOptions(request_timeout_s=5, max_retries=2, backoff_s=0.01)
 
 
 async def test_a_group_is_one_request_with_a_seed_for_each_sample() -> None:
-    engine = FakeEngine()
-    async with serving(engine) as urls, RolloutClient(urls, QUICK) as client:
+    engine, answered = FakeEngine(), list[int]()
+    async with serving(engine) as urls, RolloutClient(urls, QUICK, on_answer=answered.append) as client:
         group = group_of()
         await client.generate(group, SAMPLING, [11, 12])
+    assert answered == [0]
     assert len(engine.bodies) == 1
     body = engine.bodies[0]
     assert body["input_ids"] == [[5, 6, 7], [5, 6, 7]]
@@ -110,7 +111,7 @@ async def test_retries_end() -> None:
 
     engine = FakeEngine(fail)
     async with serving(engine) as urls, RolloutClient(urls, QUICK) as client:
-        with pytest.raises(EngineUnreachable, match="503"):
+        with pytest.raises(EngineUnreachable, match=rf"^engine 0 at {urls[0]}/generate answered 503$"):
             await client.generate(group_of(), SAMPLING, [1, 2])
     assert len(engine.bodies) == QUICK.max_retries + 1
 
@@ -152,48 +153,31 @@ async def test_what_retrying_cannot_mend_is_raised_at_once(
 
 
 async def test_a_dead_engine_is_replaced_once_for_all_its_requests() -> None:
-    dead, replacement, recovered = FakeEngine(), FakeEngine(), []
+    dead, replacement, replaced = FakeEngine(), FakeEngine(), []
 
     async with serving(replacement) as (new_url,):
         async with serving(dead) as (old_url,):
             pass
 
-        async def recover(url: str) -> str:
-            recovered.append(url)
+        async def replace(number: int) -> str:
+            replaced.append(number)
             await asyncio.sleep(0.05)
             return new_url
 
-        async with RolloutClient([old_url], QUICK, recover) as client:
+        async with RolloutClient([old_url], QUICK, replace) as client:
             groups = [group_of(index) for index in range(6)]
             await asyncio.gather(*(client.generate(group, SAMPLING, [1, 2]) for group in groups))
             assert client.urls == [new_url]
             assert client.counters.restarts == 1
-    assert recovered == [old_url]
+    assert replaced == [0]
     assert all([sample.response_ids for sample in group.samples] == [[1], [2]] for group in groups)
 
 
-async def test_verbs_reach_every_engine() -> None:
-    engines = [FakeEngine(), FakeEngine()]
-    async with serving(*engines) as urls, RolloutClient(urls, QUICK) as client:
-        await client.pause_generation("retract")
-        await client.abort_all()
-        await client.flush_cache()
-        await client.release_memory_occupation(["kv_cache"])
-        await client.resume_memory_occupation(["kv_cache"])
-        await client.continue_generation()
-        assert await client.weight_versions() == ["1", "1"]
-        assert await client.healthy() == [True, True]
-    expected = [
-        "/pause_generation",
-        "/abort_request",
-        "/flush_cache",
-        "/release_memory_occupation",
-        "/resume_memory_occupation",
-        "/continue_generation",
-        "/model_info",
-        "/health_generate",
-    ]
-    assert [engine.calls for engine in engines] == [expected, expected]
+async def test_an_engine_that_serves_but_does_not_generate_is_not_healthy() -> None:
+    good, bad = FakeEngine(), FakeEngine()
+    bad.healthy = False
+    async with serving(good, bad) as urls, RolloutClient([*urls, "http://127.0.0.1:9"], QUICK) as client:
+        assert await client.healthy() == [True, False, False]
 
 
 async def test_servers_without_update_sessions_are_known() -> None:
@@ -201,7 +185,7 @@ async def test_servers_without_update_sessions_are_known() -> None:
         return answers(body)
 
     engine = FakeEngine(answer)
-    async with serving(engine) as [url], WeightsClient(url, 5) as client:
+    async with serving(engine) as [url], WeightsClient(0, url, 5) as client:
         await client.begin_weight_update()
         await client.end_weight_update()
     assert engine.calls == ["/begin_weight_update", "/end_weight_update"]
@@ -210,10 +194,9 @@ async def test_servers_without_update_sessions_are_known() -> None:
 async def test_an_engine_killed_midway_loses_and_doubles_nothing(checkpoint: Path, tmp_path: Path) -> None:
     launch = launch_embedded(checkpoint, weight_version="1", threads=1, max_running_requests=32)
     with EngineProcess(launch, tmp_path / "first") as first, EngineProcess(launch, tmp_path / "second") as second:
-        first.wait_healthy(120)
-        second.wait_healthy(120)
+        await asyncio.gather(*(asyncio.to_thread(one.wait_healthy, 120) for one in (first, second)))
 
-        async def recover(_: str) -> str:
+        async def replace(_: int) -> str:
             return second.url
 
         sampling = SamplingParams(max_new_tokens=40, stop_token_ids=())
@@ -221,7 +204,7 @@ async def test_an_engine_killed_midway_loses_and_doubles_nothing(checkpoint: Pat
         async with RolloutClient([second.url], QUICK) as client:
             expected = [group_of(index) for index in seeds]
             await asyncio.gather(*(client.generate(group, sampling, seeds[group.index]) for group in expected))
-        async with RolloutClient([first.url], QUICK, recover) as client:
+        async with RolloutClient([first.url], QUICK, replace) as client:
             groups = [group_of(index) for index in seeds]
             tasks = [asyncio.create_task(client.generate(group, sampling, seeds[group.index])) for group in groups]
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -100,11 +100,11 @@ async def test_an_error_in_grading_ends_the_rollout(client: RolloutClient, embed
     assert embedded.post("/generate", {"input_ids": [1], "sampling_params": {"max_new_tokens": 1}})["output_ids"]
 
 
-async def test_an_aborted_sample_is_an_error(client: RolloutClient) -> None:
-    await client.pause_generation("in_place")
+async def test_an_aborted_sample_is_an_error(client: RolloutClient, embedded: EngineUnderTest) -> None:
+    embedded.post("/pause_generation", {"mode": "in_place"})
     task = asyncio.create_task(_rollout(client))
     await asyncio.sleep(0.1)
-    await client.abort_all()
+    embedded.post("/abort_request", {"abort_all": True})
     with pytest.raises(EngineError, match="aborted"):
         await task
 

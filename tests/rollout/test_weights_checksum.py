@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from recipe.config import Architecture
-from recipe.weight_sync.checksum import EngineChecksums
+from recipe.weight_sync.checksum import ExpectedChecksums
 from recipe.weight_sync.tensor import NamedTensor
 from recipe.weights.table import placements
 from recipe.weights.tiny import tiny_config
@@ -51,8 +51,8 @@ def weights(*, with_mtp: bool) -> list[NamedTensor]:
     ]
 
 
-def checksums(passing: list[NamedTensor]) -> EngineChecksums:
-    found = EngineChecksums(ARCHITECTURE.num_hidden_layers, ARCHITECTURE.n_routed_experts)
+def checksums(passing: list[NamedTensor]) -> ExpectedChecksums:
+    found = ExpectedChecksums(ARCHITECTURE.num_hidden_layers, ARCHITECTURE.n_routed_experts)
     for name, tensor in passing:
         found.add(name, tensor)
     return found

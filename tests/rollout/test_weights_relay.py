@@ -60,7 +60,10 @@ async def send(*engines: Receiver) -> tuple[list[UpdateResult], list[Weights]]:
         recipients = [Recipient(0, first, (0, 0, 1, 1)), Recipient(1, second, (2, 2, 0, 0))]
         relays = [Relay(store, 1, rank, recipients, TIMEOUT) for rank in range(3)]
         results = await asyncio.gather(
-            *(asyncio.to_thread(SYNC.send, weights[rank], relay.urls, "2", relay) for rank, relay in enumerate(relays))
+            *(
+                asyncio.to_thread(SYNC.send, weights[rank], relay.engines, "2", relay)
+                for rank, relay in enumerate(relays)
+            )
         )
     return list(results), weights
 
@@ -80,7 +83,7 @@ async def test_an_engine_that_dies_is_left_out_by_all_its_ranks_and_the_other_ge
     results, weights = await send(good, bad)
     assert good.received == [[0, 0, 1, 1]] * BUCKETS
     assert len(bad.received) == dies_at
-    assert [list(result.failed) for result in results] == [[], [], [bad.url]]
+    assert [list(result.failed) for result in results] == [[], [], [1]]
     assert [one.taken for one in weights] == [BUCKETS] * 3
 
 
@@ -94,13 +97,13 @@ async def test_an_engine_that_is_dead_when_the_update_begins_holds_nobody_up() -
     good, bad = Receiver(), Dead()
     results, weights = await send(good, bad)
     assert good.received == [[0, 0, 1, 1]] * BUCKETS
-    assert list(results[2].failed) == [bad.url]
+    assert list(results[2].failed) == [1]
     assert [one.taken for one in weights] == [BUCKETS] * 3
 
 
 def test_word_that_a_bucket_is_taken_counts_in_its_own_update_only() -> None:
     store, recipients = dist.HashStore(), [Recipient(0, "http://engine", (0, 1))]
-    Relay(store, 1, 0, recipients, TIMEOUT).settle(["http://engine"])
+    Relay(store, 1, 0, recipients, TIMEOUT).settle([0])
     follower = Relay(store, 2, 1, recipients, timedelta(milliseconds=100))
     with pytest.raises(dist.DistError):
         follower.settle([])

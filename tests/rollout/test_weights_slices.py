@@ -19,8 +19,8 @@ from torch import Tensor
 from recipe.config import resolve, sglang_rules
 from recipe.config.loading import shipped_recipes
 from recipe.config.sglang_rules import EngineLayout
-from recipe.plan.engine import EngineModel
-from recipe.weight_sync.checksum import EngineChecksums
+from recipe.plan.engine import EngineEstimate
+from recipe.weight_sync.checksum import ExpectedChecksums
 from recipe.weight_sync.slices import slices
 from recipe.weights.table import placements
 
@@ -134,8 +134,8 @@ def told(full: Weights, layout: EngineLayout) -> dict[int, dict[str, str]]:
     }
 
 
-def sent(full: Weights, layout: EngineLayout) -> EngineChecksums:
-    checksums = EngineChecksums(ARCHITECTURE.num_hidden_layers, ARCHITECTURE.n_routed_experts, layout)
+def sent(full: Weights, layout: EngineLayout) -> ExpectedChecksums:
+    checksums = ExpectedChecksums(ARCHITECTURE.num_hidden_layers, ARCHITECTURE.n_routed_experts, layout)
     assert list(checksums.watch(full.items())) == list(full.items())
     return checksums
 
@@ -204,7 +204,7 @@ def test_no_more_is_kept_than_an_unfinished_tensor() -> None:
     """A rank's experts are let go of when they are all there, before the other ranks'."""
     layout = EngineLayout(tp=4, ep=4)
     passed: list[weakref.ref[NDArray[np.float32]]] = []
-    checksums = EngineChecksums(ARCHITECTURE.num_hidden_layers, ARCHITECTURE.n_routed_experts, layout)
+    checksums = ExpectedChecksums(ARCHITECTURE.num_hidden_layers, ARCHITECTURE.n_routed_experts, layout)
     kept = []
     for name, tensor in weights(with_mtp=True):
         memory = tensor.numpy().copy()
@@ -225,7 +225,7 @@ def test_a_ranks_slices_are_the_bytes_that_the_plan_counts(
     (tmp_path / "config.json").write_text(json.dumps(GLM_4_7_FLASH))
     resolved = resolve(["--recipe", recipe, "--hf-checkpoint", str(tmp_path)])
     layout, architecture = EngineLayout.of(resolved.config), resolved.architecture
-    engine = EngineModel(architecture, resolved.config, longest_sample=1)
+    engine = EngineEstimate(architecture, resolved.config, longest_sample=1)
     held = Counter[int]()
     for entry in placements(architecture, engine.is_speculative).values():
         for name in entry.hf_names:

@@ -13,7 +13,7 @@ from transformers import Glm4MoeLiteConfig, PreTrainedTokenizerFast
 
 from recipe.data.tokenizer import load_tokenizer
 from recipe.engines.embedded.app import Service, build_app
-from recipe.engines.embedded.engine import Engine
+from recipe.engines.embedded.engine import EmbeddedEngine
 from recipe.engines.embedded.forward import RowModel
 from recipe.engines.embedded.fused import build_model
 from recipe.engines.embedded.probe import check_forward
@@ -65,7 +65,7 @@ def _load(arguments: argparse.Namespace) -> Service:
     tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     eos = config.eos_token_id
     return Service(
-        engine=Engine(
+        engine=EmbeddedEngine(
             model,
             weights,
             rows=arguments.max_running_requests,

@@ -18,7 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ValidationError
 
-from recipe.engines.embedded.engine import MEMORY_TAGS, Engine, PauseMode
+from recipe.engines.embedded.engine import MEMORY_TAGS, EmbeddedEngine, PauseMode
 from recipe.engines.embedded.protocol import (
     Defaults,
     GenerateBody,
@@ -40,7 +40,7 @@ CLIENT_CLOSED_REQUEST = 499
 class Service:
     """What the routes serve, once it is loaded."""
 
-    engine: Engine
+    engine: EmbeddedEngine
     limits: Limits
     defaults: Defaults
     model_path: Path

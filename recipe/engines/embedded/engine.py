@@ -45,7 +45,7 @@ class _Stop:
     """Ends the thread."""
 
 
-class Engine:
+class EmbeddedEngine:
     """Generates. Its methods are for the event loop; what they do is done by the engine's own thread."""
 
     def __init__(

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import Glm4MoeLiteForCausalLM
 
-from recipe.weight_sync.checksum import EngineChecksums
+from recipe.weight_sync.checksum import ExpectedChecksums
 from recipe.weight_sync.tensor import NamedTensor
 
 _EXPERTS = re.compile(r"(?P<prefix>.*\.mlp\.experts)\.(?P<kind>gate_up_proj|down_proj)")
@@ -54,7 +54,7 @@ class WeightTable:
 
     def checksums(self) -> dict[str, str]:
         """Checksum of every tensor, as SGLang would hold and name it."""
-        checksums = EngineChecksums(self._layers, self._experts)
+        checksums = ExpectedChecksums(self._layers, self._experts)
         for name, place in self._places.items():
             checksums.add(name, place)
         return checksums.result()

@@ -1,4 +1,4 @@
-"""The further machines of an engine over several: an actor on each owns SGLang's process there."""
+"""The further machines of an engine over several: an actor on each carries SGLang's process there."""
 
 import os
 from collections.abc import Sequence
@@ -68,8 +68,8 @@ def new_log(config: Config, name: str) -> Path:
     return logs / f"{name}.{started + 1}.log"
 
 
-class EnginePartActor:
-    """Owns one process of SGLang's with a --node-rank above 0, which dies with this one."""
+class EngineNodeActor:
+    """Carries one process of SGLang's with a --node-rank above 0, which dies with this one."""
 
     def __init__(self, resolved: Resolved, number: int, node_rank: int, gpus: Sequence[int]) -> None:
         """`gpus`: the numbers of its GPUs on its machine, if it has any."""
@@ -103,8 +103,8 @@ class EnginePartActor:
         self.derived.close()
 
 
-class EngineParts:
-    """All further parts of one engine, as the owner of its first sees them. Every start has actors of its own, which
+class FurtherNodes:
+    """All further parts of one engine, as the actor of its first sees them. Every start has actors of its own, which
     end when this process does, as Ray sees to."""
 
     def __init__(self, resolved: Resolved, number: int, seats: Sequence[Seat]) -> None:
@@ -117,7 +117,7 @@ class EngineParts:
         UserError if one cannot start."""
         if not self._seats:
             return None
-        actor: Any = ray.remote(EnginePartActor)
+        actor: Any = ray.remote(EngineNodeActor)
         self._actors = [
             actor.options(**seat.options).remote(self._resolved, self._number, rank, seat.gpus)
             for rank, seat in enumerate(self._seats, start=1)
