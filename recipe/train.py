@@ -1,13 +1,13 @@
 """GRPO, from prompts to new weights: the loop of the whole recipe.
 
 python -m recipe.train --recipe NAME [flags]            trains, if the run fits this machine (--force: in any case)
-python -m recipe.train --recipe NAME [flags] --check    resolves and validates everything, starts nothing
+python -m recipe.train --recipe NAME [flags] --check    reads and checks everything as the run would, starts nothing
 """
 
 import asyncio
 import sys
 
-from recipe.assembly import Run, open_run
+from recipe.assembly import Data, Run, open_run
 from recipe.config import Resolved, help_text, resolve
 from recipe.config.usage import CHECK, FORCE, HELP
 from recipe.engines.argument_check import check_arguments
@@ -73,6 +73,7 @@ def main() -> None:
     check_outputs(resolved.config)
     if CHECK in arguments:
         check_arguments(resolved)
+        Data.read(resolved)
         print(resolved.describe())
         return
     for note in filter(None, (*resolved.notes, start.note)):

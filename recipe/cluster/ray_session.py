@@ -8,10 +8,13 @@ import logging
 import os
 import shutil
 import signal
+import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import ray
 
@@ -96,16 +99,23 @@ def _level(config: Config) -> int:
 
 @contextmanager
 def _own_signals() -> Iterator[None]:
-    """Keeps the program's answer to SIGTERM, which `ray.init` replaces by one of its own, an exit whose status is the
-    signal's number. One that came meanwhile is answered late."""
-    before = signal.getsignal(signal.SIGTERM)
-    came = False
+    """Leaves the program its answer to SIGTERM, which `ray.init` replaces by one of its own, and Ray's core by one that
+    aborts: a signal that comes meanwhile is answered afterwards. What Ray starts has sessions of its own: signals to
+    the program's process group, as `timeout`, Slurm and terminals send them, are the program's to answer, and it needs
+    Ray to save."""
+    answer = signal.getsignal(signal.SIGTERM)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
-        yield
-    except SystemExit as exit_:
-        came = exit_.code == signal.SIGTERM
-        raise
+        with mock.patch.object(ray._private.services, "ConsolePopen", _open_in_session):
+            yield
     finally:
-        signal.signal(signal.SIGTERM, before)
-        if came:
-            signal.raise_signal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, answer)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _open_in_session(command: Sequence[str], preexec_fn: Callable[[], None], **named: Any) -> subprocess.Popen[bytes]:
+    def prepare() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        preexec_fn()
+
+    return subprocess.Popen(command, preexec_fn=prepare, start_new_session=True, **named)

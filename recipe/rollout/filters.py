@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
+
 from recipe.rollout.sample import SampleGroup
 from recipe.system.errors import UserError
 from recipe.system.imports import load_function
@@ -30,8 +32,10 @@ def load_filter(path: str) -> GroupFilter:
     def keep(group: SampleGroup) -> bool:
         try:
             verdict = function(group)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise UserError(f"{FLAG} {path} failed: {type(error).__name__}: {error}") from error
+        if isinstance(verdict, np.generic):
+            verdict = verdict.item()
         if not isinstance(verdict, bool):
             raise UserError(f"{FLAG} {path} returned {verdict!r}; it must return True to keep a group, or False")
         return verdict

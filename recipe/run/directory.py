@@ -10,6 +10,7 @@
     reward.png       the same as a picture
     host_memory.json the most host memory that the training ranks used, by machine and part, in bytes
     exports.json     what `--save-hf` wrote
+    wandb_id         the run's id at Weights & Biases (--use-wandb)
     hung-ranks.txt   what every training rank was doing when one had hung, if one did
 
 A run is continued by --load with its own checkpoints. What it wrote after the loaded checkpoint is cut off then, so
@@ -92,6 +93,11 @@ class RunDirectory:
             self._refuse_unless_continued()
         with writing(self.path):
             write_manifest(self.path / "manifest.json", resolved)
+        if self._config.misc.use_wandb:  # before anything else starts: it may want a key, and outlives Ray
+            from recipe.run.sinks import WandbSink
+
+            identity = self.path / "wandb_id"
+            self._sinks.append(WandbSink(self._config.misc, public_config(self._config), identity))
 
     def _refuse_unless_continued(self) -> None:
         """A directory that holds steps is only opened to go on from its own checkpoints; without one it begins anew."""
@@ -103,7 +109,7 @@ class RunDirectory:
         """Begins to record, after the checkpoint that holds `steps_done` steps was loaded (0: from the beginning).
         Removes what a run wrote after it; TensorBoard's events are made anew from the lines that stay."""
         # Its packages, and matplotlib's, take a second to import, for which Ray need not wait.
-        from recipe.run.sinks import TensorBoardSink, WandbSink
+        from recipe.run.sinks import TensorBoardSink
 
         events = self.path / "tensorboard"
         self._metrics.keep(lambda line: 0 < steps_done >= line["step"])
@@ -113,11 +119,10 @@ class RunDirectory:
                     file.unlink()
             if events.exists():
                 shutil.rmtree(events)
-            self._sinks.append(TensorBoardSink(events))
+            tensorboard = TensorBoardSink(events)
             for line in self._metrics.read():
-                self._sinks[0].log(line)
-        if self._config.misc.use_wandb:
-            self._sinks.append(WandbSink(self._config.misc, public_config(self._config)))
+                tensorboard.log(line)
+        self._sinks.append(tensorboard)
 
     def record_start(self, seconds: Mapping[str, float]) -> None:
         """What the start took; `seconds` may still grow."""

@@ -17,9 +17,13 @@ from recipe.system.files import atomic_write_text
 
 def check_outputs(config: Config) -> None:
     """Raises UserError if the run could not write its directory, its checkpoints or its exports, or if an export would
-    replace what it did not write itself. Makes nothing."""
+    replace what it did not write itself, or if there is no wandb for `--use-wandb`. Makes nothing."""
     _check_folder("--runs-dir and --name give", config.run_dir)
     _check_folder("--save", config.save_dir)
+    if config.misc.use_wandb:
+        from recipe.run.sinks import import_wandb
+
+        import_wandb()
     template = config.checkpoint.save_hf
     if template is not None:
         exports = Exports(config.run_dir)

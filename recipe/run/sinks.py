@@ -1,6 +1,8 @@
 """Where metrics go besides metrics.jsonl."""
 
-from collections.abc import Mapping
+import logging
+import secrets
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +12,9 @@ from tensorboard.summary import Writer
 from recipe.config import MiscConfig
 from recipe.run.metrics import Scalar
 from recipe.system.errors import UserError
+from recipe.system.files import atomic_write_text
+
+logger = logging.getLogger(__name__)
 
 
 class MetricSink(Protocol):
@@ -38,27 +43,61 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """A Weights & Biases run with the run's name; a continued run goes on in it."""
+    """A Weights & Biases run with the run's name, which a continued run goes on in; another run of an old name is
+    another one there too. What fails after the start is told once, and ends nothing."""
 
-    def __init__(self, misc: MiscConfig, config: Mapping[str, Any]) -> None:
-        """`config` is what Weights & Biases shows of the configuration. Raises UserError if wandb is not installed."""
+    def __init__(self, misc: MiscConfig, config: Mapping[str, Any], identity: Path) -> None:
+        """`config` is what Weights & Biases shows of the configuration; the file `identity` keeps the run's id there,
+        and what it writes itself lies beside that. Raises UserError if wandb is not installed or does not start, as
+        without a key."""
+        if not identity.exists():
+            atomic_write_text(identity, f"{misc.name}-{secrets.token_hex(4)}\n")
+        wandb = import_wandb()
         try:
-            wandb = import_module("wandb")
-        except ImportError as error:
+            self._run: Any = wandb.init(
+                project=misc.wandb_project,
+                group=misc.wandb_group,
+                name=misc.name,
+                id=identity.read_text().strip(),
+                resume="allow",
+                dir=identity.parent,
+                config=dict(config),
+            )
+        except Exception as error:
             raise UserError(
-                "--use-wandb needs the package wandb, which is not installed: run .venv/bin/pip install wandb"
+                f"--use-wandb: Weights & Biases does not start ({_first_line(error)}): set WANDB_API_KEY, or "
+                "WANDB_MODE=offline and synchronise later"
             ) from error
-        self._run = wandb.init(
-            project=misc.wandb_project,
-            group=misc.wandb_group,
-            name=misc.name,
-            id=misc.name,
-            resume="allow",
-            config=dict(config),
-        )
+        self._lost = False
 
     def log(self, line: Mapping[str, Scalar]) -> None:
-        self._run.log({name: value for name, value in line.items() if value is not None}, step=int(line["step"] or 0))
+        values = {name: value for name, value in line.items() if value is not None}
+        self._try(lambda: self._run.log(values, step=int(line["step"] or 0)))
 
     def close(self) -> None:
-        self._run.finish()
+        self._try(self._run.finish)
+
+    def _try(self, action: Callable[[], object]) -> None:
+        """Does nothing any more once something has failed."""
+        if self._lost:
+            return
+        try:
+            action()
+        except Exception as error:
+            self._lost = True
+            logger.warning("Weights & Biases gets no more metrics (%s); metrics.jsonl has all", _first_line(error))
+
+
+def import_wandb() -> Any:
+    """The package. Raises UserError if it is not installed."""
+    try:
+        return import_module("wandb")
+    except ImportError as error:
+        raise UserError(
+            "--use-wandb needs the package wandb, which the image has and this environment has not: "
+            ".venv/bin/python -m pip install wandb"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -22,12 +22,14 @@ class UserError(Exception):
 def run_main(main: Callable[[], int | None]) -> None:
     """Runs a command's `main` and exits with its status.
 
-    A UserError is printed without a traceback, and so is a full disk. SIGINT and SIGTERM unwind the program from
-    wherever it is, so that what it started is ended, and give the status that shells expect of them; so does a reader
-    of the output who leaves (`| head`).
+    A UserError is printed without a traceback, and so is a full disk. SIGINT, SIGTERM and SIGHUP unwind the program
+    from wherever it is, so that what it started is ended, and give the status that shells expect of them; so does a
+    reader of the output who leaves (`| head`).
     """
     signal.signal(signal.SIGINT, _unwind)
     signal.signal(signal.SIGTERM, _unwind)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        signal.signal(signal.SIGHUP, _unwind)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})  # Ray's workers hand blocked ones down
     try:
         status = main() or 0

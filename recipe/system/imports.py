@@ -14,7 +14,7 @@ def load_function(flag: str, path: str) -> Callable[..., Any]:
         raise UserError(f"{flag} {path} is not of the form module:function")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{flag} {path}: the module cannot be imported ({error!r})") from error
     function: object = vars(module).get(function_name)
     if not callable(function):

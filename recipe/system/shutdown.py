@@ -1,4 +1,4 @@
-"""SIGTERM as a notice that the machine will be taken away, as spot nodes get it: what is done is saved in time."""
+"""SIGTERM and SIGHUP as a notice that the machine or the terminal will be taken away: what is done is saved in time."""
 
 import asyncio
 import signal
@@ -20,9 +20,9 @@ async def safe_point() -> None:
 
 @contextmanager
 def saving_on_notice(save: Callable[[], None], grace_s: float) -> Iterator[None]:
-    """In the block, which must belong to an asyncio task, the first SIGTERM lets the work go on to the next await, and
-    then ends it by `save` and exit status SAVED_STATUS. The second one, and the end of `grace_s` seconds, unwind the
-    program at once, with status 143."""
+    """In the block, which must belong to an asyncio task, the first SIGTERM or SIGHUP lets the work go on to the next
+    await, and then ends it by `save` and exit status SAVED_STATUS. The second one, and the end of `grace_s` seconds,
+    unwind the program at once, with status 143."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
     noticed = False
@@ -30,9 +30,9 @@ def saving_on_notice(save: Callable[[], None], grace_s: float) -> Iterator[None]
     def heed(number: int, _: FrameType | None) -> None:
         nonlocal noticed
         if noticed:
-            give_up("a second SIGTERM received")
+            give_up(f"a second notice ({signal.Signals(number).name}) received")
         noticed = True
-        _say(f"SIGTERM received: saving what is done, for at most {grace_s:g} s")
+        _say(f"{signal.Signals(number).name} received: saving what is done, for at most {grace_s:g} s")
         signal.setitimer(signal.ITIMER_REAL, grace_s)
         loop.call_soon_threadsafe(task.cancel)
 
@@ -42,10 +42,8 @@ def saving_on_notice(save: Callable[[], None], grace_s: float) -> Iterator[None]
     def give_up(why: str) -> None:
         unwind(signal.SIGTERM, f"{why}; the last checkpoint is as it was")
 
-    before = [
-        (signal.SIGTERM, signal.signal(signal.SIGTERM, heed)),
-        (signal.SIGALRM, signal.signal(signal.SIGALRM, run_out_of_time)),
-    ]
+    before = [(number, signal.signal(number, heed)) for number in _notices()]
+    before.append((signal.SIGALRM, signal.signal(signal.SIGALRM, run_out_of_time)))
     try:
         yield
     except asyncio.CancelledError:
@@ -59,6 +57,12 @@ def saving_on_notice(save: Callable[[], None], grace_s: float) -> Iterator[None]
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before:
             signal.signal(number, handler)
+
+
+def _notices() -> list[signal.Signals]:
+    """SIGHUP is none where it is ignored, as under nohup."""
+    all_of_them = (signal.SIGTERM, signal.SIGHUP)
+    return [number for number in all_of_them if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def _say(sentence: str) -> None:

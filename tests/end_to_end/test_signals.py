@@ -1,6 +1,7 @@
 """Signals to a run, and to each of its processes: nothing stays behind, and the last checkpoint is whole."""
 
 import json
+import os
 import shutil
 import signal
 import sys
@@ -73,10 +74,10 @@ def test_a_notice_saves_and_the_run_goes_on_as_if_it_had_never_come(
         processes += family(process)
         for helper in HELPERS:
             first_of(processes, helper).kill()
-        process.send_signal(signal.SIGTERM)
+        os.killpg(process.pid, signal.SIGHUP)  # as a terminal that is closed; `timeout` and Slurm send SIGTERM so
         status, output = finish(process, 90)
     assert status == SAVED_STATUS, output
-    assert "SIGTERM received: saving what is done" in output
+    assert "SIGHUP received: saving what is done" in output
     assert "Traceback" not in output
     summary = json.loads((tmp_path / "noticed" / "summary.json").read_text())
     assert summary["outcome"] == "interrupted"

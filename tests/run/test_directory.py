@@ -282,6 +282,67 @@ def test_values_that_are_not_finite_stay_json(resolve):
 
 def test_use_wandb_without_wandb_is_one_sentence(resolve, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    run = RunDirectory(resolve(misc={"name": "run", "runs_dir": tmp_path / "runs", "use_wandb": True}))
     with pytest.raises(UserError, match="--use-wandb needs the package wandb"):
+        RunDirectory(resolve(misc={"name": "run", "runs_dir": tmp_path / "runs", "use_wandb": True}))
+
+
+class FakeWandb:
+    """Weights & Biases as far as a run uses it."""
+
+    def __init__(self) -> None:
+        self.ids: list[str] = []
+        self.lines: list[dict] = []
+        self.failure: Exception | None = None
+
+    def init(self, **settings):
+        self._fail()
+        self.ids.append(settings["id"])
+        return self
+
+    def log(self, values: dict, step: int) -> None:
+        self._fail()
+        self.lines.append({"step": step} | values)
+
+    def finish(self) -> None:
+        self._fail()
+
+    def _fail(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+
+@pytest.fixture
+def wandb(monkeypatch) -> FakeWandb:
+    fake = FakeWandb()
+    monkeypatch.setitem(__import__("sys").modules, "wandb", fake)
+    return fake
+
+
+def test_wandb_goes_on_in_a_continued_run_and_begins_another_for_a_fresh_one(resolve, tmp_path, wandb):
+    misc = {"name": "run", "runs_dir": tmp_path / "runs", "use_wandb": True}
+    for load in (None, tmp_path / "runs" / "run" / CHECKPOINTS):
+        run = RunDirectory(resolve(misc=misc, checkpoint={"load": load}))
+        run.start(1)
+        run.record(step_metrics(2))
+        let_go(run)
+    RunDirectory(resolve(misc=misc | {"runs_dir": tmp_path / "others"}))
+    first, continued, fresh = wandb.ids
+    assert first == continued != fresh
+    assert [line["step"] for line in wandb.lines] == [2, 2]
+
+
+def test_wandb_that_is_lost_ends_no_run(resolve, tmp_path, wandb, caplog):
+    with RunDirectory(resolve(misc={"name": "run", "runs_dir": tmp_path / "runs", "use_wandb": True})) as run:
         run.start(0)
+        wandb.failure = ConnectionResetError("the server has left")
+        do_steps(run, range(3))
+    assert json.loads((run.path / "summary.json").read_text())["outcome"] == "finished"
+    assert [record.message for record in caplog.records] == [
+        "Weights & Biases gets no more metrics (the server has left); metrics.jsonl has all"
+    ]
+
+
+def test_wandb_that_does_not_start_is_told_before_anything_starts(resolve, tmp_path, wandb):
+    wandb.failure = RuntimeError("api_key not configured (no-tty)\ncall wandb login")
+    with pytest.raises(UserError, match=r"does not start \(api_key not configured \(no-tty\)\): set WANDB_API_KEY, or"):
+        RunDirectory(resolve(misc={"name": "run", "runs_dir": tmp_path / "runs", "use_wandb": True}))
