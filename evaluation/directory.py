@@ -24,6 +24,7 @@ from evaluation.sampling import SampleStore
 from recipe.run.journal import Journal, writing
 from recipe.system.errors import UserError
 from recipe.system.files import FileLock, atomic_write_text
+from recipe.system.json_text import read_json
 
 REPORT = "report.html"
 
@@ -115,13 +116,7 @@ class EvaluationDirectory:
 
 
 def _read_settings(path: Path) -> Mapping[str, Any]:
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): restore it, or choose another --save") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} is damaged: it holds no settings; restore it, or choose another --save")
-    return settings
+    return read_json(path, dict[str, Any], "restore it, or choose another --save")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

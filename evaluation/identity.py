@@ -14,6 +14,7 @@ from recipe.rollout.errors import EngineAnswerError, EngineRefused
 from recipe.rollout.http import ask_blocking, succeeds
 from recipe.system.errors import UserError
 from recipe.system.files import sha256_file
+from recipe.system.json_text import parse_json
 
 INITIAL_VERSION = "initial"
 """Of the weights of an engine that is started here."""
@@ -76,7 +77,7 @@ def origin_of(checkpoint: Path) -> Path:
     UserError if there is none."""
     for folder in [checkpoint, *checkpoint.absolute().parents][:4]:
         try:
-            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+            manifest = parse_json((folder / "manifest.json").read_bytes())
             return Path(manifest["config"]["model"]["hf_checkpoint"])
         except (OSError, ValueError, KeyError, TypeError):
             continue

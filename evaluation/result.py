@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from evaluation.grading import Verdict
 from recipe.rollout.sample import FinishReason
 from recipe.system.errors import UserError
+from recipe.system.json_text import parse_json
 
 SCHEMA_VERSION = 2
 RESULT = "result.json"
@@ -145,7 +146,7 @@ def read_result(path: Path) -> Result:
         size = file.stat().st_size
         if size > _LARGEST_RESULT:
             raise UserError(f"{file} is no result of evaluation.aime: it has {size / 1e9:,.1f} GB, so give result.json")
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {error}") from error
     version = content.get("schema_version") if isinstance(content, dict) else None

@@ -1,13 +1,12 @@
 """The model that is evaluated: a directory or checkpoint behind an engine that is started here, or a running server."""
 
-import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -16,6 +15,7 @@ from recipe.config.sglang_rules import find_sglang_python
 from recipe.engines.launch import Launch, SglangServer, launch_embedded, launch_sglang, sglang_python
 from recipe.engines.process import EngineProcess
 from recipe.system.errors import UserError
+from recipe.system.json_text import read_json
 
 EngineKind = Literal["auto", "sglang", "embedded"]
 
@@ -24,12 +24,11 @@ START_TIMEOUT_S = 1800.0
 
 def context_length_of(directory: Path) -> int:
     """The longest context of the model in `directory`, in tokens. Raises UserError if its config.json does not say."""
-    try:
-        return int(json.loads((directory / "config.json").read_text())["max_position_embeddings"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{directory / 'config.json'} does not say max_position_embeddings: give --context-length"
-        ) from (error)
+    path = directory / "config.json"
+    match read_json(path, dict[str, Any], "give --context-length").get("max_position_embeddings"):
+        case int(length) if length > 0:
+            return length
+    raise UserError(f"{path} does not say max_position_embeddings: give --context-length")
 
 
 def export_checkpoint(checkpoint: Path, origin: Path, target: Path) -> None:

@@ -1,6 +1,5 @@
 """The model's architecture, read from the checkpoint's own config.json: no default is ever taken for a fact."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import MappingProxyType
@@ -12,7 +11,8 @@ from recipe.config.error_text import plainly, refuse
 from recipe.config.fields import expand_layer_pattern
 from recipe.config.flags import spell
 from recipe.config.groups_training import ModelConfig
-from recipe.system.errors import UserError
+from recipe.system.errors import UserError, shortened
+from recipe.system.json_text import read_json
 
 MODEL_TYPE = "glm4_moe_lite"
 
@@ -106,13 +106,9 @@ class Architecture(BaseModel):
                 f"`hf download zai-org/GLM-4.7-Flash --local-dir {folder}` gets the real one, "
                 "`make train-tiny` makes the tiny one"
             )
-        try:
-            document = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{path} is not valid JSON: {error}") from error
-        if not isinstance(document, dict) or document.get("model_type") != MODEL_TYPE:
-            found = document.get("model_type") if isinstance(document, dict) else None
-            raise UserError(f"{path}: model_type is {found!r}, but this recipe trains {MODEL_TYPE} only")
+        document = read_json(path, dict[str, Any], "download it again")
+        if (found := document.get("model_type")) != MODEL_TYPE:
+            raise UserError(f"{path}: model_type is {shortened(found)}, but this recipe trains {MODEL_TYPE} only")
         refuse([f"{path}: {problem}" for problem in _not_implemented(document)])
         try:
             return cls.model_validate(_own_names(document))
@@ -141,10 +137,14 @@ def _not_implemented(document: dict[str, Any]) -> Iterator[str]:
     for key, allowed in _IMPLEMENTED.items():
         if key in document and document[key] not in allowed:
             yield f"{key} is {document[key]!r}, and only {allowed[0]!r} is implemented"
-    kind = (document.get("rope_parameters") or {}).get("rope_type", "default")
+    rope = document.get("rope_parameters") or {}
+    layer_types = document.get("mlp_layer_types") or []
+    if not isinstance(rope, dict) or not isinstance(layer_types, list):
+        yield "rope_parameters is no object, or mlp_layer_types no list"
+        return
+    kind = rope.get("rope_type", "default")
     if kind != "default":
         yield f"rope_parameters.rope_type is {kind!r}, and only 'default' is implemented"
-    layer_types = document.get("mlp_layer_types") or []
     if "dense" in layer_types[layer_types.count("dense") :]:
         yield "mlp_layer_types has dense layers after expert layers, and only leading ones are implemented"
     if document.get("num_key_value_heads", document.get("num_attention_heads")) != document.get("num_attention_heads"):

@@ -21,5 +21,6 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
 
     try:
         return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"the tokenizer in {directory} cannot be read: {error}") from error
+    except Exception as error:  # whatever a file that is none makes of it
+        told = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"the tokenizer in {directory} cannot be read ({told}): download it again") from error

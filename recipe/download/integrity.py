@@ -1,7 +1,6 @@
 """Whether files are what they should be."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +10,7 @@ from recipe.download.hub import HubFile
 from recipe.download.record import FileRecord, Record
 from recipe.system.errors import UserError
 from recipe.system.files import sha256_file
+from recipe.system.json_text import parse_json
 
 DATA_FIELDS = ("prompt", "label")
 _THREADS = 8
@@ -80,7 +80,7 @@ def count_rows(path: Path) -> int:
 
 def _row_problem(line: bytes) -> str | None:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         return f"not valid JSON ({error})"
     if not isinstance(row, dict):

@@ -190,7 +190,7 @@ class RolloutClient:
                 if await self._fleet.examine(engine, restarts):
                     await asyncio.sleep(self._options.backoff_s * 2**attempt)
                 continue
-            results = read_samples(answers, len(todo))
+            results = read_samples(answers, len(todo), self._options.vocab_size)
             if self._on_answer is not None:
                 self._on_answer(engine.number)
             for (sample, _), result in zip(todo, results, strict=True):

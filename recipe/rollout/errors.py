@@ -1,8 +1,7 @@
 """What can go wrong between the trainer and an engine."""
 
-import json
-
-from recipe.system.errors import UserError
+from recipe.system.errors import UserError, shortened
+from recipe.system.json_text import parse_json
 
 
 class EngineError(UserError):
@@ -32,11 +31,11 @@ class StaleWeights(EngineError):
 def _message(body: str) -> str:
     """The sentence in SGLang's error shapes, or the body itself."""
     try:
-        answer = json.loads(body)
-    except json.JSONDecodeError:
-        return body.strip()
+        answer = parse_json(body)
+    except ValueError:
+        return shortened(body.strip())
     match answer:
         case {"error": {"message": message}} | {"message": message}:
             return str(message)
         case _:
-            return body.strip()
+            return shortened(body.strip())

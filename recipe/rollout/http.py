@@ -7,9 +7,13 @@ from typing import Any
 import aiohttp
 
 from recipe.rollout.errors import EngineAnswerError, EngineError, EngineRefused, EngineUnreachable
+from recipe.system.errors import shortened
+from recipe.system.json_text import parse_json
 
 KEEP_ALIVE_S = 2.0
 """An idle connection is not used again after so long: servers (uvicorn) close theirs after 5 s."""
+LARGEST_BODY = 256 << 20
+"""Bytes of an answer at most: 64 responses of 32,768 tokens with their log-probs take about half."""
 
 
 def open_session() -> aiohttp.ClientSession:
@@ -30,16 +34,28 @@ async def ask(
     JSON is damaged."""
     timeout = aiohttp.ClientTimeout(total=timeout_s)
     try:
-        async with session.request(method, address, json=body, timeout=timeout) as response:
+        async with session.request(method, address, json=body, timeout=timeout, allow_redirects=False) as response:
             if response.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
                 raise EngineUnreachable(f"{address} answered {response.status}")
             if response.status >= HTTPStatus.BAD_REQUEST:
-                raise EngineRefused(address, response.status, await response.text())
-            return await response.json() if response.content_type == "application/json" else None
+                raise EngineRefused(address, response.status, (await _body_of(response)).decode(errors="replace"))
+            if response.status >= HTTPStatus.MULTIPLE_CHOICES:
+                where = shortened(response.headers.get("Location", "elsewhere"))
+                raise EngineAnswerError(f"{address} sends on to {where}, which is not followed: give that address")
+            return parse_json(await _body_of(response)) if response.content_type == "application/json" else None
     except (aiohttp.ClientError, TimeoutError) as error:
         raise EngineUnreachable(f"{address} did not answer: {error or type(error).__name__}") from error
     except ValueError as error:
         raise EngineAnswerError(f"{address} answered with damaged JSON: {error}") from error
+
+
+async def _body_of(response: aiohttp.ClientResponse) -> bytes:
+    body = bytearray()
+    async for piece in response.content.iter_any():
+        body += piece
+        if len(body) > LARGEST_BODY:
+            raise EngineAnswerError(f"{response.url} answers with more than {LARGEST_BODY >> 20} MiB: no engine does")
+    return bytes(body)
 
 
 async def generates(session: aiohttp.ClientSession, url: str, timeout_s: float) -> bool:

@@ -1,11 +1,13 @@
 """Reads SGLang's answer to /generate."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from recipe.rollout.errors import EngineAnswerError
 from recipe.rollout.sample import FinishReason
+from recipe.system.errors import shortened
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +25,18 @@ class SampleAnswer:
     """Steps by the number of draft tokens that were accepted, from 0; empty where nothing was drafted."""
 
 
-def read_samples(answer: object, count: int) -> list[SampleAnswer]:
-    """SGLang's answer to a batch of `count`. Raises EngineAnswerError if it is not one."""
+def read_samples(answer: object, count: int, vocab_size: int | None) -> list[SampleAnswer]:
+    """SGLang's answer to a batch of `count`. Raises EngineAnswerError if it is not one, or has tokens outside the
+    vocabulary (None: of any size)."""
     if not isinstance(answer, list):
         raise EngineAnswerError("the engine's answer is no list of samples")
     if len(answer) != count:
         raise EngineAnswerError(f"the engine answered {len(answer)} of {count} samples")
-    return [read_sample(item) for item in answer]
+    samples = [read_sample(item) for item in answer]
+    largest = max((max(sample.ids, default=0) for sample in samples), default=0)
+    if vocab_size is not None and largest >= vocab_size:
+        raise EngineAnswerError(f"the engine answered the token id {largest}, outside the vocabulary of {vocab_size}")
+    return samples
 
 
 def read_sample(answer: Mapping[str, Any]) -> SampleAnswer:
@@ -39,15 +46,15 @@ def read_sample(answer: Mapping[str, Any]) -> SampleAnswer:
         finish_reason = FinishReason(meta["finish_reason"]["type"])
         if finish_reason is FinishReason.ABORT:
             return _aborted(answer)
-        ids = list(answer["output_ids"])
-        log_probs = [entry[0] for entry in meta["output_token_logprobs"]]
+        ids = _token_ids(answer["output_ids"])
+        log_probs = _log_probs(meta["output_token_logprobs"])
         matched = meta["finish_reason"].get("matched")
         versions = _token_versions(meta, len(ids))
         text = answer.get("text", "")
         if not isinstance(text, str):
             raise TypeError(f"the text is {text!r}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise EngineAnswerError(f"the engine's answer is not SGLang's: {error!r}") from error
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise EngineAnswerError(f"the engine's answer is not SGLang's: {type(error).__name__}: {error}") from error
     if len(log_probs) != len(ids):
         raise EngineAnswerError(f"the engine answered {len(ids)} tokens with {len(log_probs)} log-probs")
     drafts = meta.get("spec_correct_drafts_histogram") or ()
@@ -58,8 +65,8 @@ def _aborted(answer: Mapping[str, Any]) -> SampleAnswer:
     """What an engine made before it was told to stop: the tokens whose log-probs it told. It tells neither these nor a
     version of what it aborted before the prompt was read, and may tell none of what waited to go on."""
     meta = answer["meta_info"]
-    log_probs = [entry[0] for entry in meta.get("output_token_logprobs") or ()]
-    ids = list(answer.get("output_ids") or ())
+    log_probs = _log_probs(meta.get("output_token_logprobs") or ())
+    ids = _token_ids(answer.get("output_ids") or ())
     text = answer.get("text", "") if len(log_probs) == len(ids) else ""
     known = min(len(ids), len(log_probs))
     versions = _token_versions(meta, known) if known else []
@@ -67,10 +74,40 @@ def _aborted(answer: Mapping[str, Any]) -> SampleAnswer:
     return SampleAnswer(ids[:known], log_probs[:known], versions, FinishReason.ABORT, None, text, drafts)
 
 
+def _token_ids(values: Sequence[object]) -> list[int]:
+    """[N] token ids. Raises TypeError or ValueError if one is none; the vocabulary is the caller's to know."""
+    ids = []
+    for value in values:
+        if type(value) is not int:
+            raise TypeError(f"a token id is {shortened(value)}")
+        if value < 0:
+            raise ValueError(f"a token id is {value}")
+        ids.append(value)
+    return ids
+
+
+def _log_probs(entries: Sequence[Sequence[object]]) -> list[float]:
+    """[N] log-probs, from entries that begin with them. Raises TypeError or ValueError if one is none."""
+    found = []
+    for entry in entries:
+        value = entry[0]
+        if isinstance(value, bool) or not isinstance(value, float | int):
+            raise TypeError(f"a log-prob is {shortened(value)}")
+        if not math.isfinite(value):
+            raise ValueError(f"a log-prob is {value}")
+        found.append(float(value))
+    return found
+
+
 def _token_versions(meta: Mapping[str, Any], count: int) -> list[str]:
     """The weight version of each token: from SGLang's spans, or one for all where a server knows no spans."""
-    versions: list[str] = [meta["weight_version"]] * count
+    versions: list[object] = [meta["weight_version"]] * count
     for span in meta.get("weight_versions", ()):
         start, end = span["start"], min(span["end"], count)
+        if not 0 <= start <= end:
+            raise ValueError(f"a span of weight versions goes from {start} to {span['end']} in {count} tokens")
         versions[start:end] = [span["version"]] * (end - start)
-    return versions
+    for version in versions:
+        if not isinstance(version, str):
+            raise TypeError(f"a weight version is {shortened(version)}")
+    return list(map(str, versions))

@@ -9,6 +9,7 @@ from typing import Any
 
 from recipe.system.errors import DISK_IS_FULL, UserError
 from recipe.system.files import atomic_write_bytes
+from recipe.system.json_text import parse_json
 
 
 class Journal:
@@ -47,7 +48,7 @@ class Journal:
             del lines[-1]
         for number, line in enumerate(lines, 1):
             try:
-                yield line, json.loads(line)
+                yield line, parse_json(line)
             except ValueError as error:
                 raise UserError(f"{self._path} is damaged in line {number}; restore the file or remove it") from error
 

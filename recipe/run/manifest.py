@@ -12,6 +12,7 @@ from typing import Any
 from recipe.config import Config, Resolved
 from recipe.container.provenance import inside_image, read_provenance
 from recipe.system.files import atomic_write_text, sha256_file
+from recipe.system.json_text import read_json
 
 _SECRET = re.compile(r"api_key|auth_token|access_token|secret|password|passwd|credential")
 _CHECKPOINT_FILES = ("config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json")
@@ -40,8 +41,8 @@ def write_manifest(path: Path, resolved: Resolved) -> None:
         "earlier": [],
     }
     if path.exists():
-        last = json.loads(path.read_text())
-        manifest["earlier"] = [*last.pop("earlier"), last]
+        last = read_json(path, dict[str, Any], "restore it, or remove it")
+        manifest["earlier"] = [*last.pop("earlier", ()), last]
     atomic_write_text(path, json.dumps(manifest, indent=1) + "\n")
 
 

@@ -1,12 +1,12 @@
 """What a run achieved and where its time went, on a terminal: python -m recipe.run.report runs/NAME"""
 
 import argparse
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from recipe.system.errors import UserError, run_main
+from recipe.system.json_text import read_json
 
 
 def report(directory: Path) -> Iterator[str]:
@@ -14,7 +14,7 @@ def report(directory: Path) -> Iterator[str]:
     path = directory / "summary.json"
     if not path.is_file():
         raise UserError(f"{path} is not there: {directory} is no run, or one that has not ended yet")
-    summary = json.loads(path.read_text())
+    summary = read_json(path, dict[str, Any], "go on with the run by --load, which writes it anew")
     yield f"{directory}: {summary['outcome']}, {summary['steps']} steps in {summary['wall_s']:.0f} s"
     for name, scores in summary["eval"]["sets"].items():
         yield f"  {name}: {_score(scores, 'before')} before, {_score(scores, 'after')} after"

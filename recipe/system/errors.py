@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import select
 import signal
 import sys
@@ -15,8 +16,22 @@ DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 _STDOUT = 1
 
 
+_LONGEST_QUOTE = 80
+_ENDLESS_WORD = re.compile(r"\S{300,}")
+
+
+def shortened(value: object) -> str:
+    """A value as it is quoted in a sentence: no longer than a line."""
+    quoted = repr(value)
+    return quoted if len(quoted) <= _LONGEST_QUOTE else f"{quoted[: _LONGEST_QUOTE - 4]}...{quoted[-1]}"
+
+
 class UserError(Exception):
-    """One clear sentence for the user: what is wrong, where, and what to do."""
+    """One clear sentence for the user: what is wrong, where, and what to do. What it quotes is cut where it is longer
+    than any word or path."""
+
+    def __str__(self) -> str:
+        return _ENDLESS_WORD.sub(lambda word: f"{word[0][:_LONGEST_QUOTE]}...", super().__str__())
 
 
 def run_main(main: Callable[[], int | None]) -> None:

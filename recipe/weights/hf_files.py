@@ -13,9 +13,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from recipe.system.errors import UserError
 from recipe.system.files import atomic_write_text, sync
+from recipe.system.json_text import read_json
 from recipe.weights.checkpoints import INDEX, SINGLE, is_hugging_face
 
 CONFIG = "config.json"
@@ -26,6 +28,13 @@ _ITEM_BYTES = {"F32": 4, "BF16": 2}
 _TYPE_NAMES = {"F32": "float32", "BF16": "bfloat16"}
 NOT_CARRIED = (INDEX, "download.json", "tensors.json")
 """Files that describe one directory and would be wrong in a copy."""
+
+
+class _Index(TypedDict):
+    """The index of a checkpoint of several files."""
+
+    weight_map: dict[str, str]
+    """File of each tensor."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +64,7 @@ class HuggingFaceCheckpoint:
         path = self.directory / INDEX
         if not path.exists():
             return dict(self._headers_of(SINGLE))
-        try:
-            indexed: dict[str, str] = json.loads(path.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{path} is no index of safetensors files: download it again") from error
+        indexed = read_json(path, _Index, "download it again")["weight_map"]
         found: dict[str, TensorHeader] = {}
         for file in sorted(set(indexed.values())):
             for name, header in self._headers_of(file):
@@ -83,7 +89,7 @@ class HuggingFaceCheckpoint:
                 self._open[file] = safe_open(path, framework="pt")
             except FileNotFoundError:
                 raise UserError(f"{path} is named by the checkpoint's index but missing: download it again") from None
-            except SafetensorError as error:
+            except (SafetensorError, OSError, ValueError) as error:
                 raise UserError(f"{path} is truncated or no safetensors file ({error}): download it again") from None
         return self._open[file]
 
@@ -174,7 +180,7 @@ def _say_dtype(config: Path, shard: Path) -> None:
     """Makes config.json name the type that the weights are written in, where training changed it."""
     with safe_open(shard, framework="pt") as opened:
         written = _TYPE_NAMES[opened.get_slice(next(iter(opened.keys()))).get_dtype()]
-    document = json.loads(config.read_text())
+    document = read_json(config, dict[str, Any], "download it again")
     key = "dtype" if "dtype" in document else "torch_dtype"
     if document.get(key) != written:
         atomic_write_text(config, json.dumps(document | {key: written}, indent=2) + "\n")

@@ -4,7 +4,8 @@ import asyncio
 import dataclasses
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from recipe.engines.launch import launch_embedded
 from recipe.engines.process import EngineProcess
 from recipe.rollout.client import ClientOptions, RolloutClient
 from recipe.rollout.errors import EngineAnswerError, EngineRefused, EngineUnreachable
+from recipe.rollout.http import ask, open_session
 from recipe.rollout.sample import SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
 from recipe.system.errors import UserError
@@ -236,3 +238,46 @@ async def test_a_prompt_that_would_end_sglang_is_never_sent(ids: tuple[int, ...]
             await client.generate(SampleGroup.of(make_prompt(3, ids), 0, 2), SAMPLING, [1, 2])
         await client.generate(SampleGroup.of(make_prompt(3, (0, 7)), 0, 1), SAMPLING, [1])
     assert [body["input_ids"] for body in engine.bodies] == [[[0, 7]]]
+
+
+async def test_an_answer_without_end_is_given_up() -> None:
+    async def flood(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "application/json"})
+        await response.prepare(request)
+        with suppress(ConnectionError):
+            while True:
+                await response.write(b" " * (1 << 20))
+        return response
+
+    await _is_refused(flood, "with more than 256 MiB")
+
+
+@pytest.mark.parametrize(
+    ("body", "told"), [(b"[" * 100_000, "damaged JSON"), (b'[{"a": NaN}]', "damaged JSON"), (b"[3", "damaged JSON")]
+)
+async def test_damaged_json_is_one_sentence(body: bytes, told: str) -> None:
+    async def answer(_: web.Request) -> web.Response:
+        return web.Response(body=body, content_type="application/json")
+
+    await _is_refused(answer, told)
+
+
+async def test_nobody_is_sent_on_to_another_server() -> None:
+    async def send_on(_: web.Request) -> web.Response:
+        return web.Response(status=307, headers={"Location": "http://elsewhere.example/generate"})
+
+    await _is_refused(send_on, "sends on to 'http://elsewhere.example/generate', which is not followed")
+
+
+async def _is_refused(handler: Callable[[web.Request], Awaitable[web.StreamResponse]], told: str) -> None:
+    app = web.Application()
+    app.router.add_post("/generate", handler)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        async with open_session() as session:
+            with pytest.raises(EngineAnswerError, match=told):
+                await ask(session, "POST", f"http://127.0.0.1:{runner.addresses[0][1]}/generate", {}, timeout_s=60)
+    finally:
+        await runner.cleanup()

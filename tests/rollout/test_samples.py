@@ -7,7 +7,7 @@ from recipe.rollout.client import ClientCounters
 from recipe.rollout.errors import EngineAnswerError
 from recipe.rollout.generate import GenerationMetrics
 from recipe.rollout.sample import FinishReason, Sample, SampleGroup
-from recipe.rollout.sglang_response import read_sample
+from recipe.rollout.sglang_response import read_sample, read_samples
 
 
 def test_append_keeps_the_lists_aligned() -> None:
@@ -64,11 +64,31 @@ def test_every_token_has_the_version_of_its_span() -> None:
         _answer(output_token_logprobs=[[-0.5, 5, None]]),
         _answer(finish_reason={"type": "tired"}),
         _answer(finish_reason=None),
+        _answer(weight_version=None),
+        _answer(weight_version=2),
+        _answer(weight_versions=[{"version": "2", "start": 0, "end": 3}, {"version": "2", "start": 5, "end": 9}]),
+        _answer(weight_versions=[{"version": "2", "start": -1, "end": 3}]),
+        _answer(output_token_logprobs=[[float("nan"), 5], [-0.25, 6], [-1.0, 7]]),
+        _answer(output_token_logprobs=[["-0.5", 5], [-0.25, 6], [-1.0, 7]]),
+        _answer(output_token_logprobs=[[], [-0.25, 6], [-1.0, 7]]),
+        _answer() | {"output_ids": [5, -6, 7]},
+        _answer() | {"output_ids": [5, 6.0, 7]},
+        _answer() | {"output_ids": [5, "6" * 5000, 7]},
+        _answer() | {"output_ids": 3},
+        _answer() | {"meta_info": []},
+        [],
     ],
 )
 def test_an_answer_that_is_not_sglangs_is_an_error(answer: dict[str, object]) -> None:
-    with pytest.raises(EngineAnswerError):
+    with pytest.raises(EngineAnswerError) as refused:
         read_sample(answer)
+    assert len(str(refused.value)) < 300
+
+
+def test_tokens_outside_the_vocabulary_are_no_answer() -> None:
+    assert len(read_samples([_answer()], 1, vocab_size=8)) == 1
+    with pytest.raises(EngineAnswerError, match="the token id 7, outside the vocabulary of 7"):
+        read_samples([_answer()], 1, vocab_size=7)
 
 
 @pytest.mark.parametrize("more", [{}, {"output_ids": []}])

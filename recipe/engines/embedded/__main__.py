@@ -2,9 +2,9 @@
 
 import argparse
 import asyncio
-import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import uvicorn
@@ -20,6 +20,7 @@ from recipe.engines.embedded.probe import check_forward
 from recipe.engines.embedded.protocol import Defaults, Limits
 from recipe.engines.embedded.weights import WeightError, WeightTable
 from recipe.system.errors import UserError, run_main
+from recipe.system.json_text import read_json
 from recipe.system.seeds import derive
 
 
@@ -84,10 +85,7 @@ def _load(arguments: argparse.Namespace) -> Service:
 
 def _read_config(folder: Path) -> Glm4MoeLiteConfig:
     path = folder / "config.json"
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    content = read_json(path, dict[str, Any], "give the folder of a Hugging Face checkpoint")
     if content.get("model_type") != Glm4MoeLiteConfig.model_type:
         raise UserError(f"{path}: the embedded engine runs glm4_moe_lite, not {content.get('model_type')}")
     return Glm4MoeLiteConfig(**content)
