@@ -46,8 +46,8 @@ class Evaluation(AbstractContextManager[object], Protocol):
     scores the answers to them, which lives as long as the context."""
 
     async def evaluate(self, client: RolloutClient, grade: OnGroup, *, expected_version: str) -> dict[str, Values]:
-        """The score of the engines' weights, which must have this version, on each set, by its name. `grade` leaves the
-        training reward's grades in the samples of a group."""
+        """The score of the engines' weights, which must have this version, on each set, by its name: at least
+        `reward`, `ci95_low` and `ci95_high`. `grade` leaves the training reward's grades in a group's samples."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from recipe.rollout.client import ClientCounters
 from recipe.rollout.generate import Rollout
 from recipe.rollout.sample import Sample, SampleGroup
 from recipe.run.directory import SampleRecord
-from recipe.run.metrics import Scalar, over_steps
+from recipe.run.metrics import Values, over_steps
 
 
 def with_advantages(rollout: Rollout, config: Config) -> list[TrainSample]:
@@ -138,7 +138,7 @@ def _weighted(batch: list[TrainSample], *, per_token: bool) -> list[TrainSample]
     return [replace(sample, weight=weight) for sample, weight in zip(batch, weights, strict=True)]
 
 
-def rollout_metrics(rollout_id: int, rollout: Rollout, engines: ClientCounters) -> dict[str, Scalar]:
+def rollout_metrics(rollout_id: int, rollout: Rollout, engines: ClientCounters) -> Values:
     """What is reported of a graded rollout, which was made under the weights of version `rollout_id`, and of what went
     wrong with `engines` since the one before it."""
     samples = samples_of(rollout)
@@ -168,9 +168,7 @@ def rollout_metrics(rollout_id: int, rollout: Rollout, engines: ClientCounters) 
     }
 
 
-def train_metrics(
-    samples: Sequence[TrainSample], reports: Sequence[StepReport], skipped_steps: int
-) -> dict[str, Scalar]:
+def train_metrics(samples: Sequence[TrainSample], reports: Sequence[StepReport], skipped_steps: int) -> Values:
     """What is reported of the optimizer steps of one rollout."""
     mismatch = StepMismatch.of(reports)
     return {

@@ -14,13 +14,7 @@ from torch import Tensor
 
 from recipe.config import Config
 from recipe.grpo.kl import KLEstimator
-from recipe.grpo.loss import (
-    LossMetrics,
-    PolicyLossConfig,
-    PolicyLossInputs,
-    policy_loss,
-    sft_loss,
-)
+from recipe.grpo.loss import LossMetrics, PolicyLossConfig, PolicyLossInputs, policy_loss, sft_loss
 from recipe.megatron import gradients
 from recipe.megatron.microbatch import MicroBatch, TokenLayout, build_microbatch
 from recipe.megatron.model import ModelOutput

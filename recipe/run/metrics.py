@@ -69,9 +69,7 @@ METRICS: dict[str, Metric] = {
     "reward_std": Metric("reward", None, "Standard deviation of the reward over all samples."),
     "response_length": Metric("tokens", MEAN, "Mean length of a response.", "length {:.1f}"),
     "truncated_share": Metric("share", MEAN, "Responses cut at the length limit.", "truncated {:.1%}", hides_zero=True),
-    "grader_failed": Metric(
-        "samples", SUM, "Samples whose grader failed: neither right nor wrong.", "grader failed {}", hides_zero=True
-    ),
+    "grader_failed": Metric("samples", SUM, "Samples whose grader failed.", "grader failed {}", hides_zero=True),
     "dropped_groups": Metric("groups", SUM, "Groups that the dynamic sampling filter dropped."),
     "unused_groups": Metric("groups", SUM, "Groups that were not needed: aborted, or finished too late."),
     "refills": Metric("times", SUM, "Times that prompts had to be drawn again."),
@@ -115,7 +113,7 @@ METRICS: dict[str, Metric] = {
     "skipped_steps": Metric(
         "steps",
         None,
-        "Optimizer steps left out in this run, for a gradient that was not finite.",
+        "Optimizer steps left out since the run began: gradients not finite.",
         "skipped {}",
         hides_zero=True,
     ),
