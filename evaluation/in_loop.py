@@ -22,7 +22,7 @@ from recipe.rollout.client import RolloutClient
 from recipe.rollout.generate import OnGroup, Rollout, SeedStream, generate_rollout
 from recipe.rollout.sample import SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
-from recipe.run import EvalMetrics
+from recipe.run.metrics import Values
 
 
 def read_sets(resolved: Resolved) -> dict[str, list[Prompt]]:
@@ -92,7 +92,7 @@ class InLoopEvaluation:
         if self._judge is not None:
             self._judge.__exit__(*raised)
 
-    async def evaluate(self, client: RolloutClient, grade: OnGroup, *, expected_version: str) -> dict[str, EvalMetrics]:
+    async def evaluate(self, client: RolloutClient, grade: OnGroup, *, expected_version: str) -> dict[str, Values]:
         """The score of the engines' weights on each set, by its name."""
         return await evaluate(client, self._judge or grade, self._sets, self._config, expected_version=expected_version)
 
@@ -104,7 +104,7 @@ async def evaluate(
     config: Config,
     *,
     expected_version: str,
-) -> dict[str, EvalMetrics]:
+) -> dict[str, Values]:
     """The score on each set of prompts, by its name, from `--n-samples-per-eval-prompt` samples of each prompt.
 
     With a judge it is the share of right answers, with the verdicts and intervals of `evaluation.aime`; with a custom
@@ -141,7 +141,7 @@ async def judged_group(judge: Judge, group: SampleGroup) -> dict[int, Judgement]
     return {sample.index: judgement for sample, judgement in zip(group.samples, judgements, strict=True)}
 
 
-def _score(rollout: Rollout, judgements: Mapping[int, Judgement], seed: int) -> EvalMetrics:
+def _score(rollout: Rollout, judgements: Mapping[int, Judgement], seed: int) -> Values:
     found = score(
         [
             [Judged(judgements[sample.index], sample.response_length, sample.truncated) for sample in group.samples]
@@ -149,30 +149,30 @@ def _score(rollout: Rollout, judgements: Mapping[int, Judgement], seed: int) -> 
         ],
         seed,
     )
-    return EvalMetrics(
-        reward=found.avg_at_n.mean,
-        ci95_low=found.avg_at_n.ci95[0],
-        ci95_high=found.avg_at_n.ci95[1],
-        samples=found.samples,
-        response_length=found.tokens.mean,
-        truncated_share=found.truncated_share,
-        no_answer_share=found.no_answer_share,
-        grader_failed_share=found.grader_failed_share,
-        pass_at_n=found.pass_at[max(found.pass_at)].mean,
-        maj_at_n=found.maj_at[max(found.maj_at)].mean,
-    )
+    return {
+        "reward": found.avg_at_n.mean,
+        "ci95_low": found.avg_at_n.ci95[0],
+        "ci95_high": found.avg_at_n.ci95[1],
+        "samples": found.samples,
+        "response_length": found.tokens.mean,
+        "truncated_share": found.truncated_share,
+        "no_answer_share": found.no_answer_share,
+        "grader_failed_share": found.grader_failed_share,
+        "pass_at_n": found.pass_at[max(found.pass_at)].mean,
+        "maj_at_n": found.maj_at[max(found.maj_at)].mean,
+    }
 
 
-def _mean_reward(rollout: Rollout) -> EvalMetrics:
+def _mean_reward(rollout: Rollout) -> Values:
     rewards = [
         [0.0 if sample.reward is None else sample.reward for sample in group.samples] for group in rollout.groups
     ]
     mean = clustered_mean([statistics.fmean(of_prompt) for of_prompt in rewards])
-    return EvalMetrics(
-        reward=mean.mean,
-        ci95_low=mean.low,
-        ci95_high=mean.high,
-        samples=rollout.metrics.samples,
-        response_length=rollout.metrics.mean_response_length,
-        truncated_share=rollout.metrics.truncated_share,
-    )
+    return {
+        "reward": mean.mean,
+        "ci95_low": mean.low,
+        "ci95_high": mean.high,
+        "samples": rollout.metrics.samples,
+        "response_length": rollout.metrics.mean_response_length,
+        "truncated_share": rollout.metrics.truncated_share,
+    }

@@ -25,18 +25,12 @@ from recipe.rollout.filters import GroupFilter, load_filter
 from recipe.rollout.generate import OnGroup, Rollout, SeedStream
 from recipe.rollout.sample import SampleGroup, grade_group
 from recipe.rollout.sampling_params import SamplingParams
-from recipe.run import (
-    EvalMetrics,
-    Phase,
-    PhaseClock,
-    RunDirectory,
-    StartClock,
-    StartMoment,
-    StartPart,
-    StepMetrics,
-    open_progress,
-)
+from recipe.run.directory import RunDirectory
+from recipe.run.metrics import Scalar, StepMetrics, Values
+from recipe.run.phases import Phase, PhaseClock
 from recipe.run.progress import Progress as Display
+from recipe.run.progress import open_progress
+from recipe.run.start import StartClock, StartMoment, StartPart
 from recipe.system.errors import UserError
 from recipe.system.imports import load_function
 from recipe.system.threads import in_thread
@@ -51,9 +45,9 @@ class Evaluation(AbstractContextManager[object], Protocol):
     """What `--eval-function-path` makes of a resolved configuration: held-out sets, read and checked, and whatever
     scores the answers to them, which lives as long as the context."""
 
-    async def evaluate(self, client: RolloutClient, grade: OnGroup, *, expected_version: str) -> dict[str, EvalMetrics]:
-        """The score of the engines' weights, which must have this version, on each set, by its name. `grade` leaves the
-        training reward's grades in the samples of a group."""
+    async def evaluate(self, client: RolloutClient, grade: OnGroup, *, expected_version: str) -> dict[str, Values]:
+        """The score of the engines' weights, which must have this version, on each set, by its name: at least
+        `reward`, `ci95_low` and `ci95_high`. `grade` leaves the training reward's grades in a group's samples."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +120,7 @@ class Run:
         self._learned: Sequence[TrainSample] = ()
         self._saved_rollouts = progress.rollouts
         self._start = start
-        self._evals: dict[str, EvalMetrics] = {}
+        self._evals: dict[str, Values] = {}
         self._mismatch = MismatchWatch(resolved.config.misc.mismatch_warn)
         if progress.rollouts:
             self.prompts.load_state_dict(cast(SourceState, progress.data))
@@ -229,20 +223,16 @@ class Run:
         """Writes the step's line and samples to the run directory, and shows it. Before the first step: only the
         evaluation."""
         done, samples = self.progress.rollouts, self._learned
-        train = train_metrics(samples, self._reports, self.progress.skipped_steps) if samples else None
-        rollout = None
+        values: dict[str, Scalar] = {}
         if self._rollout is not None:
             assert self._engines is not None
-            rollout = rollout_metrics(done - 1, self._rollout, self._engines.new_counts())
+            values |= rollout_metrics(done - 1, self._rollout, self._engines.new_counts())
             self._directory.record_rollout(done - 1, sample_records(self._rollout, self.config))
-        metrics = StepMetrics(
-            step=done,
-            rollout=rollout,
-            train=train,
-            evals=self._evals,
-            weight_bytes_per_second=None if self._engines is None else self._engines.weight_bytes_per_second,
-            seconds=self.clock.lap(),
-        )
+        if samples:
+            values |= train_metrics(samples, self._reports, self.progress.skipped_steps)
+        if self._engines is not None:
+            values["weight_bytes_per_second"] = self._engines.weight_bytes_per_second
+        metrics = StepMetrics(step=done, values=values, evals=self._evals, seconds=self.clock.lap())
         self._directory.record(metrics)
         self._display.step(metrics)
         if (mismatch := StepMismatch.of(self._reports)) is not None:

@@ -11,12 +11,13 @@ from recipe.config import Config
 from recipe.data.source import Draw
 from recipe.grpo.advantages import group_advantages, penalise_kl
 from recipe.grpo.mismatch import StepMismatch
-from recipe.messages import OLDER_TOKENS, FloatArray, Metric, StepReport, TrainSample
+from recipe.messages import OLDER_TOKENS, FloatArray, StepReport, TrainSample
 from recipe.rewards.grader import GradeStatus
 from recipe.rollout.client import ClientCounters
 from recipe.rollout.generate import Rollout
 from recipe.rollout.sample import Sample, SampleGroup
-from recipe.run import RolloutMetrics, SampleRecord, TrainMetrics
+from recipe.run.directory import SampleRecord
+from recipe.run.metrics import Values, over_steps
 
 
 def with_advantages(rollout: Rollout, config: Config) -> list[TrainSample]:
@@ -137,66 +138,45 @@ def _weighted(batch: list[TrainSample], *, per_token: bool) -> list[TrainSample]
     return [replace(sample, weight=weight) for sample, weight in zip(batch, weights, strict=True)]
 
 
-def rollout_metrics(rollout_id: int, rollout: Rollout, engines: ClientCounters) -> RolloutMetrics:
+def rollout_metrics(rollout_id: int, rollout: Rollout, engines: ClientCounters) -> Values:
     """What is reported of a graded rollout, which was made under the weights of version `rollout_id`, and of what went
     wrong with `engines` since the one before it."""
     samples = samples_of(rollout)
     rewards = [reward_of(sample) for sample in samples]
-    return RolloutMetrics(
-        rollout_id=rollout_id,
-        samples=len(samples),
-        weight_version=rollout_id,
-        reward=statistics.fmean(rewards),
-        reward_std=statistics.pstdev(rewards),
-        response_length=rollout.metrics.mean_response_length,
-        truncated_share=rollout.metrics.truncated_share,
-        grader_failed=sum(
+    accept_rates = enumerate(rollout.metrics.accept_rates, start=1)
+    return {
+        "rollout_id": rollout_id,
+        "samples": len(samples),
+        "weight_version": rollout_id,
+        "reward": statistics.fmean(rewards),
+        "reward_std": statistics.pstdev(rewards),
+        "response_length": rollout.metrics.mean_response_length,
+        "truncated_share": rollout.metrics.truncated_share,
+        "grader_failed": sum(
             sample.grade is not None and sample.grade.status is GradeStatus.GRADER_FAILED for sample in samples
         ),
-        dropped_groups=rollout.sampling.dropped_groups,
-        unused_groups=rollout.sampling.unused_groups,
-        refills=rollout.sampling.refills,
-        rollout_tokens_per_second=rollout.metrics.tokens_per_second,
-        stale_token_share=rollout.metrics.stale_share,
-        draft_accept_length=rollout.metrics.accept_length,
-        draft_accept_rates=rollout.metrics.accept_rates,
-        engine_restarts=engines.restarts,
-        request_retries=engines.retries,
-        retried_tokens=engines.retried_tokens,
-    )
+        "dropped_groups": rollout.sampling.dropped_groups,
+        "unused_groups": rollout.sampling.unused_groups,
+        "refills": rollout.sampling.refills,
+        "rollout_tokens_per_second": rollout.metrics.tokens_per_second,
+        "stale_token_share": rollout.metrics.stale_share,
+        "engine_restarts": engines.restarts,
+        "request_retries": engines.retries,
+        "retried_tokens": engines.retried_tokens,
+        "draft_accept_length": rollout.metrics.accept_length,
+        **{f"draft_accept_rate_{depth}": rate for depth, rate in accept_rates},
+    }
 
 
-def train_metrics(samples: Sequence[TrainSample], reports: Sequence[StepReport], skipped_steps: int) -> TrainMetrics:
-    """What is reported of the optimizer steps of one rollout: means over the steps."""
-
-    def mean(name: Metric) -> float | None:
-        values = [report.loss[name] for report in reports if name in report.loss]
-        return statistics.fmean(values) if values else None
-
-    differences = [report.loss.get(Metric.ROLLOUT_LOG_PROB_DIFF_MAX) for report in reports]
-    present = [difference for difference in differences if difference is not None]
+def train_metrics(samples: Sequence[TrainSample], reports: Sequence[StepReport], skipped_steps: int) -> Values:
+    """What is reported of the optimizer steps of one rollout."""
     mismatch = StepMismatch.of(reports)
-    mtp = [report.mtp for report in reports if report.mtp is not None]
-    return TrainMetrics(
-        tokens=sum(sample.length for sample in samples),
-        loss=statistics.fmean(report.loss[Metric.LOSS] for report in reports),
-        grad_norm=reports[-1].grad_norm,
-        lr=reports[-1].learning_rate,
-        skipped_steps=skipped_steps,
-        entropy=mean(Metric.ENTROPY),
-        clip_share=mean(Metric.CLIP_FRACTION),
-        kl=mean(Metric.REFERENCE_KL),
-        logprob_diff_mean=mean(Metric.ROLLOUT_LOG_PROB_DIFF),
-        logprob_diff_max=max(present) if present else None,
-        logprob_diff_older=None if mismatch is None else mismatch.older,
-        logprob_kl=mean(Metric.ROLLOUT_KL),
-        logprob_beyond_2=mean(Metric.ROLLOUT_BEYOND_2),
-        logprob_beyond_10=mean(Metric.ROLLOUT_BEYOND_10),
-        tis_weight=mean(Metric.TIS_WEIGHT),
-        tis_clip_share=mean(Metric.TIS_CLIP_FRACTION),
-        mtp_loss=statistics.fmean(report.loss for report in mtp) if mtp else None,
-        mtp_grad_norm=mtp[-1].grad_norm if mtp else None,
-    )
+    return {
+        **over_steps([report.metrics for report in reports]),
+        "logprob_diff_older": None if mismatch is None else mismatch.older,
+        "tokens": sum(sample.length for sample in samples),
+        "skipped_steps": skipped_steps,
+    }
 
 
 def sample_records(rollout: Rollout, config: Config) -> list[SampleRecord]:

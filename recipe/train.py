@@ -14,8 +14,8 @@ from recipe.engines.argument_check import check_arguments
 from recipe.experience import optimizer_batches, with_advantages, with_log_probs
 from recipe.messages import TrainSample
 from recipe.plan.preflight import preflight
-from recipe.run import Phase
 from recipe.run.outputs import check_outputs
+from recipe.run.phases import Phase
 from recipe.system.errors import run_main
 from recipe.system.shutdown import safe_point, saving_on_notice
 from recipe.weights.checkpoints import find_start, rollouts_in

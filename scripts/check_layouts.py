@@ -34,7 +34,7 @@ from trainer_ranks import CPU_ADAM, RECOMPUTE, Ranks, build_rank
 
 from recipe.batching.schedule import schedule
 from recipe.config import resolve
-from recipe.messages import Metric, StepReport, TrainSample
+from recipe.messages import StepReport, TrainSample
 from recipe.system.errors import UserError, run_main
 
 if TYPE_CHECKING:
@@ -236,9 +236,8 @@ def _numbers(reports: list[StepReport]) -> tuple[list[float], list[float]]:
     losses: list[float] = []
     norms: list[float] = []
     for report in reports:
-        assert report.mtp is not None
-        losses += [report.loss[Metric.LOSS], report.loss[Metric.ENTROPY], report.mtp.loss]
-        norms += [report.grad_norm, report.mtp.grad_norm]
+        losses += [report.metrics[name] for name in ("loss", "entropy", "mtp_loss")]
+        norms += [report.metrics[name] for name in ("grad_norm", "mtp_grad_norm")]
     return losses, norms
 
 

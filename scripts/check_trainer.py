@@ -95,7 +95,7 @@ def three_norms(folder: Path, flags: str, one_prompt: bool = False, together: bo
     """Gradient norms of three optimizer steps, the samples together in a pack or each in its own."""
     rank = rank_alone(plain_config(folder, f"{MTP} {RECOMPUTE} {flags} --lr 1e-4"), load=True)
     packs = [samples(one_prompt)] if together else [[sample] for sample in samples(one_prompt)]
-    return [rank.train_step(packs).grad_norm for _ in range(3)]
+    return [rank.train_step(packs).metrics["grad_norm"] for _ in range(3)]
 
 
 def norms_around_a_save(folder: Path, flags: str) -> tuple[list[float], list[float]]:
@@ -112,7 +112,7 @@ def _norms(folder: Path, flags: str, saves: bool) -> list[float]:
         rank.train_step([samples()])
         assert rank.config.checkpoint.save is not None
         rank.save(rank.config.checkpoint.save, Progress(rollouts=1, optimizer_steps=1))
-    norms = [rank.train_step([samples()]).grad_norm for _ in range(2)]
+    norms = [rank.train_step([samples()]).metrics["grad_norm"] for _ in range(2)]
     rank.close()
     return norms
 

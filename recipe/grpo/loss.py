@@ -15,39 +15,41 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from recipe.grpo.kl import KLEstimator, approximate_kl, bounded_exp
-from recipe.messages import Metric, SourceDifference
+from recipe.messages import SourceDifference
+from recipe.run.metrics import MAXIMUM, MEAN, SUM, Reduction, reduction_of
 
 
 @dataclass(frozen=True)
 class LossMetrics:
-    """Detached scalars that combine over microbatches and ranks. What was not measured is absent."""
+    """Detached scalars that combine over microbatches and ranks as METRICS says. What was not measured is absent."""
 
-    sums: Mapping[Metric, Tensor]
-    maxima: Mapping[Metric, Tensor]
+    scalars: Mapping[str, Tensor]
     by_source: Tensor | None = None
     """[3, S] |trainer's log-prob - engine's| summed over the trained tokens of each source, the number of these tokens,
     and of those where it is more than log 10."""
 
     def __add__(self, other: "LossMetrics") -> "LossMetrics":
         """The metrics of two parts of a batch together. Both must have measured the same."""
+        pairs = {name: (value, other.scalars[name]) for name, value in self.scalars.items()}
         return LossMetrics(
-            {name: value + other.sums[name] for name, value in self.sums.items()},
-            {name: torch.maximum(value, other.maxima[name]) for name, value in self.maxima.items()},
+            {
+                name: torch.maximum(*pair) if _reduction(name) is MAXIMUM else torch.add(*pair)
+                for name, pair in pairs.items()
+            },
             None if self.by_source is None or other.by_source is None else self.by_source + other.by_source,
         )
 
     def reduced(self, reduce_sum: Callable[[Tensor], Tensor], reduce_max: Callable[[Tensor], Tensor]) -> "LossMetrics":
         """After one reduction of all sums and one of all maxima, each a vector, over the ranks."""
-        sums, maxima = (
-            dict(zip(part, reduce(torch.stack(list(part.values()))), strict=True)) if part else {}
-            for part, reduce in ((self.sums, reduce_sum), (self.maxima, reduce_max))
-        )
-        return LossMetrics(sums, maxima, None if self.by_source is None else reduce_sum(self.by_source.clone()))
+        scalars: dict[str, Tensor] = {}
+        for reduce, reductions in ((reduce_sum, (MEAN, SUM)), (reduce_max, (MAXIMUM,))):
+            if names := [name for name in self.scalars if _reduction(name) in reductions]:
+                scalars |= zip(names, reduce(torch.stack([self.scalars[name] for name in names])), strict=True)
+        return LossMetrics(scalars, None if self.by_source is None else reduce_sum(self.by_source.clone()))
 
-    def values(self) -> dict[Metric, float]:
+    def values(self) -> dict[str, float]:
         """As numbers: waits for the GPU."""
-        measured = {**self.sums, **self.maxima}
-        return dict(zip(measured, torch.stack(list(measured.values())).tolist(), strict=True)) if measured else {}
+        return dict(zip(self.scalars, torch.stack(list(self.scalars.values())).tolist(), strict=True))
 
     def source_differences(self) -> tuple[SourceDifference, ...]:
         """`by_source` as numbers; empty if it was not measured. Waits for the GPU."""
@@ -117,53 +119,63 @@ def policy_loss(inputs: PolicyLossInputs, config: PolicyLossConfig) -> LossOutpu
     _require_inputs(inputs, config)
     trained = inputs.weights > 0
 
-    def sum_of(value: Tensor) -> Tensor:
-        return (inputs.weights * value).sum()
-
     def at_trained(value: Tensor) -> Tensor:
         return torch.where(trained, value, 0.0)
 
     log_probs = at_trained(inputs.log_probs)
     old = log_probs.detach() if inputs.old_log_probs is None else at_trained(inputs.old_log_probs)
-    token_loss, sums = _clipped_surrogate(log_probs, old, at_trained(inputs.advantages), config)
-    maxima: dict[Metric, Tensor] = {}
+    token_loss, measured = _clipped_surrogate(log_probs, old, at_trained(inputs.advantages), config)
     by_source = None
     if inputs.rollout_log_probs is not None:
         rollout = at_trained(inputs.rollout_log_probs)
         difference = (old - rollout).abs()
-        sums[Metric.ROLLOUT_LOG_PROB_DIFF] = difference
-        sums[Metric.ROLLOUT_KL] = approximate_kl(rollout, old, KLEstimator.K3)
-        sums[Metric.ROLLOUT_BEYOND_2] = (difference > math.log(2)).float()
-        sums[Metric.ROLLOUT_BEYOND_10] = (difference > math.log(10)).float()
-        maxima[Metric.ROLLOUT_LOG_PROB_DIFF_MAX] = difference.max() if len(difference) else difference.new_zeros(())
+        measured["logprob_diff_mean"] = measured["logprob_diff_max"] = difference
+        measured["logprob_kl"] = approximate_kl(rollout, old, KLEstimator.K3)
+        measured["logprob_beyond_2"] = (difference > math.log(2)).float()
+        measured["logprob_beyond_10"] = (difference > math.log(10)).float()
         if inputs.sources is not None and config.num_sources:
             by_source = _by_source(difference.detach(), trained, inputs.sources, config.num_sources)
         if config.use_tis:
             importance = bounded_exp(old - rollout)
             weight = importance.clamp(config.tis_clip_low, config.tis_clip)
             token_loss = token_loss * weight
-            sums[Metric.TIS_WEIGHT] = weight
-            sums[Metric.TIS_CLIP_FRACTION] = (weight != importance).float()
-    sums[Metric.POLICY_LOSS] = token_loss
+            measured["tis_weight"] = weight
+            measured["tis_clip_share"] = (weight != importance).float()
+    measured["policy_loss"] = token_loss
     if inputs.ref_log_probs is not None:
         kl = approximate_kl(log_probs, at_trained(inputs.ref_log_probs), config.kl_estimator)
-        sums[Metric.REFERENCE_KL] = kl
+        measured["kl"] = kl
         if config.kl_loss_coef != 0:
             token_loss = token_loss + config.kl_loss_coef * kl
     if inputs.entropy is not None:
         entropy = at_trained(inputs.entropy)
-        sums[Metric.ENTROPY] = entropy
+        measured["entropy"] = entropy
         if config.entropy_coef != 0:
             token_loss = token_loss - config.entropy_coef * entropy
-    loss = sum_of(token_loss)
-    reported = {Metric.LOSS: loss.detach()} | {name: sum_of(value.detach()) for name, value in sums.items()}
-    return LossOutput(loss, LossMetrics(reported, maxima, by_source))
+    measured["loss"] = token_loss
+    scalars = {name: _over_tokens(name, value.detach(), inputs.weights) for name, value in measured.items()}
+    return LossOutput((inputs.weights * token_loss).sum(), LossMetrics(scalars, by_source))
 
 
 def sft_loss(log_probs: Tensor, weights: Tensor) -> LossOutput:
     """Supervised loss: minus the weighted sum of the log-probs [T] of the given tokens."""
     loss = -(weights * torch.where(weights > 0, log_probs, 0.0)).sum()
-    return LossOutput(loss, LossMetrics({Metric.LOSS: loss.detach()}, {}))
+    return LossOutput(loss, LossMetrics({"loss": loss.detach()}))
+
+
+def _reduction(name: str) -> Reduction:
+    return reduction_of(name, MEAN, MAXIMUM, SUM)
+
+
+def _over_tokens(name: str, value: Tensor, weights: Tensor) -> Tensor:
+    """A metric of tokens [T], finite at those that are not trained on, as a scalar; a maximum is over those too."""
+    match _reduction(name):
+        case Reduction.MEAN:
+            return (weights * value).sum()
+        case Reduction.SUM:
+            return torch.where(weights > 0, value, 0.0).sum()
+        case _:
+            return value.max() if len(value) else value.new_zeros(())
 
 
 def _by_source(difference: Tensor, trained: Tensor, sources: Tensor, count: int) -> Tensor:
@@ -174,7 +186,7 @@ def _by_source(difference: Tensor, trained: Tensor, sources: Tensor, count: int)
 
 def _clipped_surrogate(
     log_probs: Tensor, old: Tensor, advantages: Tensor, config: PolicyLossConfig
-) -> tuple[Tensor, dict[Metric, Tensor]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """The per-token surrogate loss [T] and its per-token metrics [T]."""
     log_ratio = log_probs - old
     ratio = bounded_exp(log_ratio)
@@ -182,16 +194,12 @@ def _clipped_surrogate(
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - config.eps_clip, 1 + high)
     token_loss = torch.maximum(unclipped, clipped)
-    metrics = {
-        Metric.RATIO: ratio,
-        Metric.CLIP_FRACTION: (clipped > unclipped).float(),
-        Metric.POLICY_KL: -log_ratio,
-    }
+    metrics = {"ratio": ratio, "clip_share": (clipped > unclipped).float(), "policy_kl": -log_ratio}
     if config.eps_clip_c is not None:
         bound = -advantages * config.eps_clip_c
         bounded = (advantages < 0) & (token_loss > bound)
         token_loss = torch.where(bounded, bound, token_loss)
-        metrics[Metric.DUAL_CLIP_FRACTION] = bounded.float()
+        metrics["dual_clip_share"] = bounded.float()
     return token_loss, metrics
 
 

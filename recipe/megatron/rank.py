@@ -29,7 +29,7 @@ from recipe.megatron.step import (
     response_log_probs,
 )
 from recipe.megatron.weights import gathered_weights, load_hugging_face, named_weights
-from recipe.messages import FloatArray, MtpReport, Progress, RankPart, StepReport
+from recipe.messages import FloatArray, Progress, RankPart, StepReport
 from recipe.system.errors import UserError
 from recipe.system.heartbeat import heartbeat
 from recipe.system.stopwatch import Stopwatch
@@ -128,12 +128,14 @@ class TrainerRank:
         metrics_on_device = forward_backward(self.replicas, microbatches, self.loss_function)
         heartbeat.beat()
         norms = gradient_norms(self.optimization.optimizer)
-        metrics = metrics_on_device.read()
+        metrics, by_source = metrics_on_device.read()
         if taken := norms.are_finite:
             clipped_step(self.optimization.optimizer, norms, self.config.optimizer.clip_grad)
             self.optimization.scheduler.step(increment=1)
-        mtp = None if metrics.mtp_loss is None else MtpReport(metrics.mtp_loss, norms.mtp)
-        return StepReport(metrics.loss, norms.policy, mtp, learning_rate, not taken, metrics.by_source)
+        metrics |= {"grad_norm": norms.policy, "lr": learning_rate}
+        if "mtp_loss" in metrics:
+            metrics["mtp_grad_norm"] = norms.mtp
+        return StepReport(metrics, not taken, by_source)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every Hugging Face tensor of the policy, in turn; a collective, see `gathered_weights`."""

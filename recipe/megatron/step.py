@@ -1,7 +1,7 @@
 """Forward and backward over a rank's microbatches: one optimizer step, or the log-probabilities of given samples."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,19 +14,11 @@ from torch import Tensor
 
 from recipe.config import Config
 from recipe.grpo.kl import KLEstimator
-from recipe.grpo.loss import (
-    LossMetrics,
-    Metric,
-    PolicyLossConfig,
-    PolicyLossInputs,
-    SourceDifference,
-    policy_loss,
-    sft_loss,
-)
+from recipe.grpo.loss import LossMetrics, PolicyLossConfig, PolicyLossInputs, policy_loss, sft_loss
 from recipe.megatron import gradients
 from recipe.megatron.microbatch import MicroBatch, TokenLayout, build_microbatch
 from recipe.megatron.model import ModelOutput
-from recipe.messages import FloatArray, TrainSample
+from recipe.messages import FloatArray, SourceDifference, TrainSample
 from recipe.system.heartbeat import heartbeat
 
 Microbatches = Sequence[Sequence[TrainSample]]
@@ -68,9 +60,7 @@ class LossFunction:
     mtp_scale: float | None
     """Weight of the MTP layer's loss; None where it is not trained."""
 
-    def __call__(
-        self, batch: MicroBatch, output: ModelOutput
-    ) -> tuple[Tensor, Tensor, tuple[LossMetrics, Tensor | None]]:
+    def __call__(self, batch: MicroBatch, output: ModelOutput) -> tuple[Tensor, Tensor, LossMetrics]:
         """(loss, tokens, metrics): the loss already carries the whole batch's denominators, so tokens count nothing."""
         if self.is_sft:
             result = sft_loss(output.log_probs, batch.weights)
@@ -87,14 +77,14 @@ class LossFunction:
                 sources=batch.sources,
             )
             result = policy_loss(inputs, self.config)
-        loss, mtp_loss = result.loss, None
+        loss, metrics = result.loss, result.metrics
         if output.mtp_log_probs is not None:
             assert batch.mtp_weights is not None
             assert self.mtp_scale is not None
             mtp_loss = sft_loss(output.mtp_log_probs, batch.mtp_weights).loss
             loss = loss + self.mtp_scale * mtp_loss
-            mtp_loss = mtp_loss.detach()
-        return loss, torch.zeros((), dtype=torch.int), (result.metrics, mtp_loss)
+            metrics = replace(metrics, scalars={**metrics.scalars, "mtp_loss": mtp_loss.detach()})
+        return loss, torch.zeros((), dtype=torch.int), metrics
 
 
 def _run(
@@ -129,28 +119,15 @@ def _run(
 
 
 @dataclass(frozen=True)
-class StepMetrics:
-    """Of a whole batch, the same on every rank."""
-
-    loss: dict[Metric, float]
-    by_source: tuple[SourceDifference, ...]
-    mtp_loss: float | None
-
-
-@dataclass(frozen=True)
 class MetricsOnDevice:
     """Metrics of a whole batch that the GPU is still working on."""
 
     loss: LossMetrics | None
     """None on pipeline stages before the last."""
-    mtp_loss: Tensor | None
 
-    def read(self) -> StepMetrics:
-        """Waits for them; every rank has to ask."""
-        told: list[StepMetrics | None] = [None]
-        if self.loss is not None:
-            mtp_loss = None if self.mtp_loss is None else self.mtp_loss.item()
-            told[0] = StepMetrics(self.loss.values(), self.loss.source_differences(), mtp_loss)
+    def read(self) -> tuple[dict[str, float], tuple[SourceDifference, ...]]:
+        """Waits for them; every rank has to ask, and is told the same."""
+        told = [None if self.loss is None else (self.loss.values(), self.loss.source_differences())]
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             source = parallel_state.get_pipeline_model_parallel_last_rank()
             dist.broadcast_object_list(told, src=source, group=parallel_state.get_pipeline_model_parallel_group())
@@ -168,28 +145,20 @@ def forward_backward(
     with_mtp = loss_function.mtp_scale is not None
     results = _run(chunks, microbatches, loss_function, forward_only=False, with_mtp=with_mtp)
     if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
-        return MetricsOnDevice(None, None)
-    return _summed_over_ranks(results)
+        return MetricsOnDevice(None)
+    return MetricsOnDevice(_over_ranks(results))
 
 
-def _summed_over_ranks(results: list[tuple[LossMetrics, Tensor | None]]) -> MetricsOnDevice:
+def _over_ranks(results: list[LossMetrics]) -> LossMetrics:
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
 
     def reduce(vector: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
         dist.all_reduce(vector, op=op, group=group)
         return vector
 
-    first, *others = (metrics for metrics, _ in results)
-    whole = sum(others, start=first)
-    loss = whole.reduced(
+    return sum(results[1:], start=results[0]).reduced(
         lambda vector: reduce(vector, dist.ReduceOp.SUM), lambda vector: reduce(vector, dist.ReduceOp.MAX)
     )
-    if results[0][1] is None:
-        return MetricsOnDevice(loss, None)
-    mtp_loss = reduce(
-        torch.stack([mtp_loss for _, mtp_loss in results if mtp_loss is not None]).sum(), dist.ReduceOp.SUM
-    )
-    return MetricsOnDevice(loss, mtp_loss)
 
 
 def response_log_probs(chunks: Sequence[DistributedDataParallel], microbatches: Microbatches) -> dict[int, FloatArray]:

@@ -1,220 +1,272 @@
-"""What is measured in a step, and how it is written as one flat JSON line.
+"""Every metric of a run, under the name that it has from where it is computed to metrics.jsonl.
 
-Every field that holds a time or a rate starts with `seconds_` or ends in `_per_second`, and no other field does: two
-runs of the same seed give the same lines but for those.
+python -m recipe.run.metrics --schema      the JSON schema of a line of metrics.jsonl
+python -m recipe.run.metrics --markdown    the table, a row a metric
+
+A new metric is an entry of METRICS and the line that computes it: of a loss's tokens in `recipe.grpo.loss`, of an
+optimizer step in `recipe.megatron.rank`, of a rollout in `recipe.experience`, of an evaluation set in
+`evaluation.in_loop`. What was not measured is absent, a value that is not finite is null.
+
+Every metric that holds a time or a rate starts with `seconds_` or ends in `_per_second`, and no other does: two runs of
+the same seed give the same lines but for those.
 """
 
+import argparse
+import json
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
+from operator import itemgetter
+from typing import Any
+
+from recipe.run.phases import StepSeconds
+from recipe.system.errors import UserError, run_main
 
 Scalar = int | float | None
-"""A value of a metrics line; None where it is not finite."""
+"""A value of a metric; None where it was not measured or, in a line of metrics.jsonl, is not finite."""
+Values = Mapping[str, Scalar]
+"""What was measured, by name."""
 
 
-class Phase(StrEnum):
-    """What the loop is doing."""
+class Reduction(StrEnum):
+    """How the values of tokens, microbatches, ranks and optimizer steps become one."""
 
-    ROLLOUT = "rollout"
-    """Engines generate."""
-    REWARD = "reward"
-    """Responses are graded."""
-    LOG_PROBS = "log_probs"
-    """Passes without gradients: old and reference log-probs."""
-    TRAIN = "train"
-    """Forward, backward and optimizer."""
-    UPDATE_WEIGHTS = "update_weights"
-    """New weights go to the engines."""
-    EVAL = "eval"
-    """Held-out prompts."""
-    SAVE = "save"
-    """A checkpoint is written."""
+    MEAN = "mean"
+    """Over tokens by their weight in the loss, whichever microbatch and rank they are on, then over optimizer steps."""
+    MAXIMUM = "maximum"
+    SUM = "sum"
+    LAST = "last"
+    """Of the last optimizer step."""
 
 
 @dataclass(frozen=True)
-class StepSeconds:
-    """Wall time of a step in seconds: the whole, and what its phases took of it."""
+class Metric:
+    """What a metric is."""
 
-    step: float
-    phases: Mapping[Phase, float]
-
-    @property
-    def training(self) -> float:
-        """The step without evaluating and saving: what rates are given over."""
-        return self.step - self.phases.get(Phase.EVAL, 0.0) - self.phases.get(Phase.SAVE, 0.0)
-
-
-class PhaseClock:
-    """Measures a step's phases. `on_enter` is told each phase as it begins (for the progress display)."""
-
-    def __init__(self, on_enter: Callable[[Phase], None]) -> None:
-        self._on_enter = on_enter
-        self._phases: dict[Phase, float] = {}
-        self._step_began = time.perf_counter()
-
-    @contextmanager
-    def measure(self, phase: Phase) -> Iterator[None]:
-        """Adds the time of the block to `phase`."""
-        self._on_enter(phase)
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._phases[phase] = self._phases.get(phase, 0.0) + time.perf_counter() - began
-
-    def lap(self) -> StepSeconds:
-        """The times since the last lap; begins the next one.
-
-        A step's line is written before its checkpoint is saved, so a save counts in the lap of the step after it.
-        """
-        now = time.perf_counter()
-        seconds = StepSeconds(now - self._step_began, self._phases)
-        self._step_began, self._phases = now, {}
-        return seconds
+    unit: str
+    """"1" where there is none; "share" is between 0 and 1; "number" tells one thing from another."""
+    reduction: Reduction | None
+    """None: computed once, from everything that it is about."""
+    sentence: str
+    terminal: str = ""
+    """How a terminal shows it, as a format; empty: not at all."""
+    hides_zero: bool = False
+    """Whether a terminal leaves it out where it is 0."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RolloutMetrics:
-    """Means over the samples of one rollout. Shares are between 0 and 1, lengths in tokens."""
+MEAN, MAXIMUM, SUM, LAST = Reduction
 
-    rollout_id: int
-    samples: int
-    weight_version: int
-    """The version of the weights that generated them."""
-    reward: float
-    reward_std: float
-    """Standard deviation of the reward over all samples."""
-    response_length: float
-    truncated_share: float
-    grader_failed: int
-    """Samples whose grader failed: neither right nor wrong."""
-    dropped_groups: int
-    """Groups that the dynamic sampling filter dropped."""
-    unused_groups: int
-    """Groups that were not needed: aborted, or finished too late."""
-    refills: int
-    """Times that prompts had to be drawn again."""
-    rollout_tokens_per_second: float
-    """Tokens of these samples that the current weights made, a second of the rollout, grading included."""
-    stale_token_share: float
-    """Share of the response tokens that older weights made (`--partial-rollout`)."""
-    draft_accept_length: float | None = None
-    """Tokens an engine's step brings a sequence, with speculation."""
-    draft_accept_rates: tuple[float, ...] = ()
-    """Share of the steps in which the draft token of each depth was accepted: `draft_accept_rate_1` and on."""
-    engine_restarts: int
-    """Engines that had to be started again since the last rollout, up to the end of this one."""
-    request_retries: int
-    """Requests that had to be sent again, likewise."""
-    retried_tokens: int
-    """Tokens of the answers to those: at most so many were lost, and made twice."""
+METRICS: dict[str, Metric] = {
+    "step": Metric("number", None, "The loop's step: a rollout and what follows; 0 is the evaluation before."),
+    # Of a rollout.
+    "rollout_id": Metric("number", None, "The rollout, counted from 0."),
+    "samples": Metric("samples", SUM, "Samples of the rollout."),
+    "weight_version": Metric("number", None, "The version of the weights that generated the samples."),
+    "reward": Metric("reward", MEAN, "Mean reward of the samples.", "reward {:.3f}"),
+    "reward_std": Metric("reward", None, "Standard deviation of the reward over all samples."),
+    "response_length": Metric("tokens", MEAN, "Mean length of a response.", "length {:.1f}"),
+    "truncated_share": Metric("share", MEAN, "Responses cut at the length limit.", "truncated {:.1%}", hides_zero=True),
+    "grader_failed": Metric("samples", SUM, "Samples whose grader failed.", "grader failed {}", hides_zero=True),
+    "dropped_groups": Metric("groups", SUM, "Groups that the dynamic sampling filter dropped."),
+    "unused_groups": Metric("groups", SUM, "Groups that were not needed: aborted, or finished too late."),
+    "refills": Metric("times", SUM, "Times that prompts had to be drawn again."),
+    "rollout_tokens_per_second": Metric(
+        "tokens/s", None, "Tokens that the current weights made, a second of the rollout."
+    ),
+    "stale_token_share": Metric("share", MEAN, "Response tokens that older weights made (`--partial-rollout`)."),
+    "draft_accept_length": Metric("tokens", MEAN, "Tokens an engine's step brings a sequence, with speculation."),
+    "draft_accept_rate_DEPTH": Metric(
+        "share", MEAN, "Engine's steps in which the draft token of this depth is accepted."
+    ),
+    "engine_restarts": Metric("engines", SUM, "Engines that were started again since the end of the last rollout."),
+    "request_retries": Metric("requests", SUM, "Requests that were sent again since the end of the last rollout."),
+    "retried_tokens": Metric(
+        "tokens", SUM, "Tokens of the answers to repeated requests: at most so many were made twice."
+    ),
+    # Of the optimizer steps on it.
+    "loss": Metric("1", MEAN, "The loss whose gradient is taken, without the MTP layer's.", "loss {:.4f}"),
+    "grad_norm": Metric("1", LAST, "Norm of the policy's gradient before clipping.", "grad norm {:.3f}"),
+    "policy_loss": Metric("1", MEAN, "The clipped surrogate, with the weights of truncated importance sampling."),
+    "ratio": Metric("1", MEAN, "Probability of a token under the policy over that before the rollout's first step."),
+    "clip_share": Metric("share", MEAN, "Tokens whose gradient the PPO clip removed."),
+    "dual_clip_share": Metric("share", MEAN, "Tokens whose loss `--eps-clip-c` bounded."),
+    "policy_kl": Metric("nats/token", MEAN, "k1 estimate of KL(policy before the rollout's steps || policy)."),
+    "tis_weight": Metric("1", MEAN, "Weight of truncated importance sampling."),
+    "tis_clip_share": Metric("share", MEAN, "Tokens whose importance weight was truncated."),
+    "entropy": Metric("nats/token", MEAN, "Entropy of the policy.", "entropy {:.3f}"),
+    "kl": Metric("nats/token", MEAN, "KL to the reference model, by the estimator of `--kl-loss-type`."),
+    "logprob_diff_mean": Metric("nats/token", MEAN, "|trainer's log-prob - engine's| before the step."),
+    "logprob_diff_max": Metric("nats/token", MAXIMUM, "The largest |trainer's log-prob - engine's|."),
+    "logprob_diff_older": Metric("nats/token", None, "Mean |trainer's log-prob - engine's| of older weights' tokens."),
+    "logprob_kl": Metric("nats/token", MEAN, "k3 estimate of KL(engine || trainer)."),
+    "logprob_beyond_2": Metric("share", MEAN, "Tokens of which trainer and engine differ by more than a factor of 2."),
+    "logprob_beyond_10": Metric(
+        "share", MEAN, "Tokens of which trainer and engine differ by more than a factor of 10."
+    ),
+    "mtp_loss": Metric("nats/token", MEAN, "Cross-entropy of the MTP layer's predictions."),
+    "mtp_grad_norm": Metric("1", LAST, "Norm of the MTP layer's gradient before clipping, no part of `grad_norm`."),
+    "lr": Metric("1", LAST, "Learning rate."),
+    "tokens": Metric("tokens", SUM, "Prompt and response tokens trained on."),
+    "skipped_steps": Metric(
+        "steps",
+        None,
+        "Optimizer steps left out since the run began: gradients not finite.",
+        "skipped {}",
+        hides_zero=True,
+    ),
+    # Of each evaluation set.
+    "eval/NAME": Metric("reward", None, "Share of right answers to a set; mean of a custom reward."),
+    "eval/NAME_ci95_low": Metric("reward", None, "Lower bound of the 95% confidence interval of `eval/NAME`."),
+    "eval/NAME_ci95_high": Metric("reward", None, "Upper bound of the 95% confidence interval of `eval/NAME`."),
+    "eval/NAME_samples": Metric("samples", SUM, "Samples of the set."),
+    "eval/NAME_response_length": Metric("tokens", MEAN, "Mean length of a response of the set."),
+    "eval/NAME_truncated_share": Metric("share", MEAN, "Responses of the set cut at the length limit."),
+    "eval/NAME_no_answer_share": Metric("share", MEAN, "Responses that ended by themselves without an answer."),
+    "eval/NAME_grader_failed_share": Metric("share", MEAN, "Responses of the set whose grader failed."),
+    "eval/NAME_pass_at_n": Metric("share", MEAN, "Prompts of the set of which at least one of the n samples is right."),
+    "eval/NAME_maj_at_n": Metric("share", MEAN, "Prompts of the set of which the commonest answer is right."),
+    # Rates and times.
+    "tokens_per_second": Metric("tokens/s", None, "`tokens` by the step's time without evaluating and saving."),
+    "samples_per_second": Metric("samples/s", None, "`samples` by the step's time without evaluating and saving."),
+    "weight_bytes_per_second": Metric("bytes/s", None, "The model's weights, to each GPU of the slowest engine."),
+    "seconds_step": Metric("s", None, "Wall time of the whole step."),
+    "seconds_rollout": Metric("s", SUM, "Time in which engines generate, and groups are graded as they finish."),
+    "seconds_log_probs": Metric("s", SUM, "Time of passes without gradients: old and reference log-probs."),
+    "seconds_train": Metric("s", SUM, "Time of forward, backward and optimizer."),
+    "seconds_update_weights": Metric("s", SUM, "Time in which new weights go to the engines."),
+    "seconds_eval": Metric("s", SUM, "Time of answering held-out prompts."),
+    "seconds_save": Metric("s", SUM, "Time in which the checkpoint of the step before is written."),
+}
+"""Capitals in a name stand for what differs: an evaluation set's name, a number."""
+
+_CAPITALS = {"NAME": ".+", "DEPTH": "[1-9][0-9]*"}
+"""Regular expressions of what a line has instead of the capitals in a name of METRICS."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainMetrics:
-    """Means over the tokens that one rollout's optimizer steps learned from; None: not computed."""
-
-    tokens: int
-    """Prompt and response tokens trained on."""
-    loss: float
-    grad_norm: float
-    """Of the policy, before clipping; of the last optimizer step."""
-    lr: float
-    skipped_steps: int
-    """Optimizer steps left out for a gradient that was not finite, since the run began."""
-    entropy: float | None = None
-    """Of the policy, in nats a token."""
-    clip_share: float | None = None
-    """Share of tokens whose ratio is outside the clip range on the side that counts."""
-    kl: float | None = None
-    """To the reference model, in nats a token."""
-    logprob_diff_mean: float | None = None
-    """Mean absolute difference of the trainer's and the engine's log-probs."""
-    logprob_diff_max: float | None = None
-    """The largest such difference."""
-    logprob_diff_older: float | None = None
-    """Mean of the difference over the tokens that older weights made; None where there are none."""
-    logprob_kl: float | None = None
-    """k3 estimate of KL(engine || trainer), in nats a token."""
-    logprob_beyond_2: float | None = None
-    """Share of tokens whose two probabilities differ by more than a factor of 2."""
-    logprob_beyond_10: float | None = None
-    """Likewise, of 10."""
-    tis_weight: float | None = None
-    """Mean weight of truncated importance sampling."""
-    tis_clip_share: float | None = None
-    """Share of tokens whose importance weight was truncated."""
-    mtp_loss: float | None = None
-    """Cross-entropy of the MTP layer's predictions, in nats a token."""
-    mtp_grad_norm: float | None = None
-    """Of the MTP layer, before clipping, no part of `grad_norm`; of the last optimizer step."""
+def metric_of(name: str) -> Metric:
+    """The entry of a metric. Raises UserError if there is none."""
+    if name in METRICS:
+        return METRICS[name]
+    for general, metric in METRICS.items():
+        if re.fullmatch(_pattern(general), name):
+            return metric
+    raise _not_in_table(name)
 
 
-@dataclass(frozen=True, kw_only=True)
-class EvalMetrics:
-    """One evaluation set: share of right answers (with a custom reward function, mean reward) with its 95% confidence
-    interval. What a custom reward does not tell is None."""
+def reduction_of(name: str, *possible: Reduction) -> Reduction:
+    """How a metric is reduced. Raises UserError if it is in no table, or its reduction is none of the `possible`."""
+    reduction = metric_of(name).reduction
+    if reduction not in possible:
+        told = f"the metric {name!r} is computed where it can be reduced by {', '.join(possible)}"
+        raise UserError(f"{told}: METRICS in recipe/run/metrics.py says {reduction}")
+    return reduction
 
-    reward: float
-    ci95_low: float
-    ci95_high: float
-    samples: int
-    response_length: float
-    truncated_share: float
-    no_answer_share: float | None = None
-    """Responses that ended by themselves without an answer that can be found."""
-    grader_failed_share: float | None = None
-    pass_at_n: float | None = None
-    """Share of prompts of which at least one of the n samples is right."""
-    maj_at_n: float | None = None
-    """Share of prompts of which the commonest answer is right."""
+
+def over_steps(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """What the optimizer steps of a rollout measured, reduced over those of them that measured it. Raises UserError for
+    a metric that is in no table."""
+    reduce: dict[Reduction, Callable[[Sequence[float]], float]]
+    reduce = {MEAN: statistics.fmean, MAXIMUM: max, SUM: sum, LAST: itemgetter(-1)}
+    names = dict.fromkeys(name for step in steps for name in step)
+    return {name: reduce[reduction_of(name, *reduce)]([step[name] for step in steps if name in step]) for name in names}
+
+
+def eval_metric(of_set: str, value: str = "reward") -> str:
+    """The name of a value of an evaluation set: `eval/NAME` for its mean reward, `eval/NAME_VALUE` for another. Raises
+    UserError if it is in no table."""
+    general = "eval/NAME" if value == "reward" else f"eval/NAME_{value}"
+    if general not in METRICS:
+        raise _not_in_table(general)
+    return general.replace("NAME", of_set)
+
+
+def _not_in_table(name: str) -> UserError:
+    return UserError(f"the metric {name!r} is computed, but is in no table: add it to METRICS in recipe/run/metrics.py")
+
+
+def _pattern(general: str) -> str:
+    for capitals, pattern in _CAPITALS.items():
+        general = general.replace(capitals, pattern)
+    return general
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepMetrics:
-    """A line of metrics.jsonl. Step n is the loop's n-th rollout and all that follows from it; step 0 is the evaluation
-    before the first. `rollout` is None in supervised runs, `train` in step 0."""
+    """What was measured in step n, the loop's n-th rollout and all that follows from it; step 0 is the evaluation
+    before the first."""
 
     step: int
-    rollout: RolloutMetrics | None = None
-    train: TrainMetrics | None = None
-    evals: Mapping[str, EvalMetrics] = field(default_factory=dict)
-    """By the name of the evaluation set."""
-    weight_bytes_per_second: float | None = None
-    """Of the whole model's weights, to each GPU of an engine; without what the update waits for before and after."""
+    values: Values = field(default_factory=dict)
+    """Of the rollout and of its optimizer steps, by the names of METRICS; empty in step 0."""
+    evals: Mapping[str, Values] = field(default_factory=dict)
+    """Of each evaluation set, by its name: the values that `eval_metric` names."""
     seconds: StepSeconds
 
     def as_line(self) -> dict[str, Scalar]:
-        """The flat form: an evaluation's reward is `eval/NAME`, its other values `eval/NAME_...`; what was not computed
-        is left out."""
-        line: dict[str, Scalar] = {"step": self.step}
-        if self.rollout is not None:
-            values = asdict(self.rollout)
-            rates = enumerate(values.pop("draft_accept_rates"), start=1)
-            line |= {name: value for name, value in values.items() if value is not None}
-            line |= {f"draft_accept_rate_{depth}": rate for depth, rate in rates}
-        if self.train is not None:
-            line |= {name: value for name, value in asdict(self.train).items() if value is not None}
-        for name, metrics in self.evals.items():
-            values = asdict(metrics)
-            line[f"eval/{name}"] = values.pop("reward")
-            line |= {f"eval/{name}_{key}": value for key, value in values.items() if value is not None}
-        return {name: _finite(value) for name, value in line.items()} | self._times()
-
-    def _times(self) -> dict[str, Scalar]:
-        times: dict[str, Scalar] = {}
-        if self.train is not None:
-            times["tokens_per_second"] = self.train.tokens / self.seconds.training
-        if self.rollout is not None:
-            times["samples_per_second"] = self.rollout.samples / self.seconds.training
-        if self.weight_bytes_per_second is not None:
-            times["weight_bytes_per_second"] = self.weight_bytes_per_second
-        times["seconds_step"] = self.seconds.step
-        return times | {f"seconds_{phase}": seconds for phase, seconds in self.seconds.phases.items()}
+        """The line of metrics.jsonl. Raises UserError for a metric that is in no table."""
+        line: dict[str, Scalar] = {"step": self.step, **self.values}
+        for of_set, values in self.evals.items():
+            line |= {eval_metric(of_set, value): measured for value, measured in values.items()}
+        for counted in ("tokens", "samples"):
+            if (count := self.values.get(counted)) is not None:
+                line[f"{counted}_per_second"] = count / self.seconds.training
+        line["seconds_step"] = self.seconds.step
+        line |= {f"seconds_{phase}": seconds for phase, seconds in self.seconds.phases.items()}
+        for name in line:
+            metric_of(name)
+        return {name: value if math.isfinite(value) else None for name, value in line.items() if value is not None}
 
 
-def _finite(value: Scalar) -> Scalar:
-    return value if value is None or math.isfinite(value) else None
+def shown(line: Values) -> list[str]:
+    """What a terminal shows of a line, in the table's order."""
+    return [
+        metric.terminal.format(math.nan if line[name] is None else line[name])
+        for name, metric in METRICS.items()
+        if metric.terminal and name in line and not (metric.hides_zero and line[name] == 0)
+    ]
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a line of metrics.jsonl."""
+    exact, general = {}, {}
+    for name, metric in METRICS.items():
+        reduced = f", {metric.reduction}" if metric.reduction else ""
+        value = {"type": ["number", "null"], "description": f"{metric.sentence} [{metric.unit}{reduced}]"}
+        if (pattern := _pattern(name)) == name:
+            exact[name] = value
+        else:
+            general[f"^{pattern}$"] = value
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "A line of metrics.jsonl: null is a value that is not finite, what was not measured is absent",
+        "type": "object",
+        "properties": exact,
+        "patternProperties": general,
+        "required": ["step", "seconds_step"],
+        "additionalProperties": False,
+    }
+
+
+def markdown() -> str:
+    """The table as documentation has it."""
+    rows = [("name", "unit", "reduction", "what"), ("---",) * 4]
+    rows += [
+        (f"`{name}`", metric.unit, metric.reduction or "", metric.sentence.replace("|", r"\|"))
+        for name, metric in METRICS.items()
+    ]
+    return "\n".join("".join(f"| {cell} " for cell in row) + "|" for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The metrics of a run.")
+    form = parser.add_mutually_exclusive_group(required=True)
+    form.add_argument("--schema", action="store_true", help="the JSON schema of a line of metrics.jsonl")
+    form.add_argument("--markdown", action="store_true", help="the table, a row a metric")
+    print(json.dumps(schema(), indent=1) if parser.parse_args().schema else markdown())
+
+
+if __name__ == "__main__":
+    run_main(main)

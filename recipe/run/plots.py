@@ -7,6 +7,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from recipe.run.metrics import eval_metric
+
 _SMOOTHING_STEPS = 10
 """Length of the moving average in steps."""
 
@@ -18,7 +20,7 @@ def draw_rewards(title: str, lines: Sequence[Mapping[str, Any]], eval_names: Seq
     axes = figure.add_subplot()
     _draw_training(axes, [line for line in lines if line.get("reward") is not None])
     for name in eval_names:
-        _draw_evaluation(axes, name, [line for line in lines if line.get(f"eval/{name}") is not None])
+        _draw_evaluation(axes, name, [line for line in lines if line.get(eval_metric(name)) is not None])
     axes.set(title=title, xlabel="step", ylabel="mean reward")
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
@@ -46,9 +48,9 @@ def _draw_training(axes: Axes, lines: Sequence[Mapping[str, Any]]) -> None:
 def _draw_evaluation(axes: Axes, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
     if not lines:
         return
-    rewards = [line[f"eval/{name}"] for line in lines]
+    rewards = [line[eval_metric(name)] for line in lines]
     bars = [
         [0.0 if bound is None else abs(bound - reward) for reward, bound in zip(rewards, bounds, strict=True)]
-        for bounds in ([line[f"eval/{name}_ci95_{end}"] for line in lines] for end in ("low", "high"))
+        for bounds in ([line[eval_metric(name, end)] for line in lines] for end in ("ci95_low", "ci95_high"))
     ]
     axes.errorbar([line["step"] for line in lines], rewards, bars, marker="o", capsize=3, label=f"{name} (95%)")

@@ -12,7 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from recipe.run.metrics import EvalMetrics, Phase, StepMetrics, StepSeconds
+from recipe.run.metrics import StepMetrics, Values, shown
+from recipe.run.phases import Phase, StepSeconds
 
 _PACE_STEPS = 20
 """The time to go is judged by this many last steps."""
@@ -73,7 +74,7 @@ class PlainProgress(Progress):
 
     def step(self, metrics: StepMetrics) -> None:
         super().step(metrics)
-        parts = [self._position(), *_measures(metrics), *_evals(metrics.evals), _times(metrics.seconds)]
+        parts = [self._position(), *shown(metrics.as_line()), *_evals(metrics.evals), _times(metrics.seconds)]
         self.console.print("  ".join([*parts, self._time_to_go()]).rstrip(), soft_wrap=True, highlight=False)
 
 
@@ -111,7 +112,7 @@ class LiveProgress(Progress):
         head.add_row(Text(self._position(), style="bold"), bar, self._time_to_go(), self._now())
         lines: list[RenderableType] = [head]
         if self._last is not None:
-            lines.append(Text("  ".join(_measures(self._last)), style="green"))
+            lines.append(Text("  ".join(shown(self._last.as_line())), style="green"))
             lines.append(Text(_times(self._last.seconds), style="dim"))
         if self._last_evals is not None:
             step, evals = self._last_evals
@@ -128,23 +129,9 @@ def open_progress(total_steps: int, steps_done: int, console: Console | None = N
     return (LiveProgress if console.is_terminal else PlainProgress)(console, total_steps, steps_done)
 
 
-def _measures(metrics: StepMetrics) -> list[str]:
-    parts = []
-    if metrics.rollout is not None:
-        rollout = metrics.rollout
-        parts += [f"reward {rollout.reward:.3f}", f"length {rollout.response_length:.1f}"]
-        parts += [f"truncated {rollout.truncated_share:.1%}"] if rollout.truncated_share else []
-        parts += [f"grader failed {rollout.grader_failed}"] if rollout.grader_failed else []
-    if metrics.train is not None:
-        train = metrics.train
-        parts += [f"loss {train.loss:.4f}", f"grad norm {train.grad_norm:.3f}"]
-        parts += [f"entropy {train.entropy:.3f}"] if train.entropy is not None else []
-        parts += [f"skipped {train.skipped_steps}"] if train.skipped_steps else []
-    return parts
-
-
-def _evals(evals: Mapping[str, EvalMetrics]) -> list[str]:
-    return [f"{name} {value.reward:.3f} [{value.ci95_low:.3f}, {value.ci95_high:.3f}]" for name, value in evals.items()]
+def _evals(evals: Mapping[str, Values]) -> list[str]:
+    form = "{name} {reward:.3f} [{ci95_low:.3f}, {ci95_high:.3f}]"
+    return [form.format(name=name, **values) for name, values in evals.items()]
 
 
 def _times(seconds: StepSeconds) -> str:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from recipe.run.metrics import shown
 from recipe.system.errors import UserError, run_main
 from recipe.system.json_text import read_json
 
@@ -19,7 +20,7 @@ def report(directory: Path) -> Iterator[str]:
     for name, scores in summary["eval"]["sets"].items():
         yield f"  {name}: {_score(scores, 'before')} before, {_score(scores, 'after')} after"
     if last := summary["last_step"]:
-        yield f"  last step: reward {last.get('reward', float('nan')):.4f}, loss {last['loss']:.3g}"
+        yield f"  last step: {', '.join(shown(last))}"
     total = sum(summary["seconds"].values()) - summary["seconds"].get("step", 0.0)
     for phase, seconds in sorted(summary["seconds"].items(), key=lambda item: -item[1]):
         if phase != "step" and total:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from tensorboard.summary import Writer
 
 from recipe.config import MiscConfig
-from recipe.run.metrics import Scalar
+from recipe.run.metrics import Values
 from recipe.system.errors import UserError
 from recipe.system.files import atomic_write_text
 
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 class MetricSink(Protocol):
     """Takes the lines of metrics.jsonl as they are written."""
 
-    def log(self, line: Mapping[str, Scalar]) -> None:
+    def log(self, line: Values) -> None:
         """Takes one line."""
 
     def close(self) -> None:
@@ -33,7 +33,7 @@ class TensorBoardSink:
     def __init__(self, folder: Path) -> None:
         self._writer = Writer(str(folder))
 
-    def log(self, line: Mapping[str, Scalar]) -> None:
+    def log(self, line: Values) -> None:
         for name, value in line.items():
             if value is not None and name != "step":
                 self._writer.add_scalar(name, float(value), int(line["step"] or 0))
@@ -70,7 +70,7 @@ class WandbSink:
             ) from error
         self._lost = False
 
-    def log(self, line: Mapping[str, Scalar]) -> None:
+    def log(self, line: Values) -> None:
         values = {name: value for name, value in line.items() if value is not None}
         self._try(lambda: self._run.log(values, step=int(line["step"] or 0)))
 

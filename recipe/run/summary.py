@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from recipe.run.metrics import eval_metric
+
 _SECONDS = "seconds_"
 
 
@@ -33,13 +35,13 @@ def summarize(
 
 
 def _before_and_after(lines: Sequence[Mapping[str, Any]], name: str) -> dict[str, Any]:
-    evaluated = [line for line in lines if f"eval/{name}" in line]
+    evaluated = [line for line in lines if eval_metric(name) in line]
     moments = {
         "before": next((line for line in evaluated if line["step"] == 0), None),
         "after": next((line for line in reversed(evaluated) if line["step"] > 0), None),
     }
     result: dict[str, Any] = {}
     for moment, line in moments.items():
-        result[moment] = line and line[f"eval/{name}"]
-        result[f"{moment}_ci95"] = line and [line[f"eval/{name}_ci95_low"], line[f"eval/{name}_ci95_high"]]
+        result[moment] = line and line[eval_metric(name)]
+        result[f"{moment}_ci95"] = line and [line[eval_metric(name, bound)] for bound in ("ci95_low", "ci95_high")]
     return result

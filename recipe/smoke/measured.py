@@ -28,7 +28,7 @@ class Learning:
     step_s: float
     update_s: float
     """Of the usual step: medians."""
-    logprob_diff: float
+    logprob_diff_mean: float
     """Mean over the steps of the mean |log-prob of the trainer - of the engine|, in nats a token."""
     logprob_kl: float
     """Likewise, the k3 estimate of KL(engine || trainer)."""
@@ -127,7 +127,7 @@ def learning_of(lines: Sequence[Mapping[str, Any]]) -> Learning | None:
         after=scores[-1] if len(scores) > 1 else None,
         step_s=statistics.median(line["samples"] / line["samples_per_second"] for line in usual),
         update_s=statistics.median(line["seconds_update_weights"] for line in usual),
-        logprob_diff=statistics.fmean(line["logprob_diff_mean"] for line in steps),
+        logprob_diff_mean=statistics.fmean(line["logprob_diff_mean"] for line in steps),
         logprob_kl=statistics.fmean(line["logprob_kl"] for line in steps),
         accept_length=statistics.fmean(accepted[-quarter:]) if accepted else None,
         first_accept_length=statistics.fmean(accepted[:quarter]) if accepted else None,

@@ -71,7 +71,7 @@ def _loop(measured: Measured) -> Iterator[Row]:
         after = NOT_MEASURED if learning.after is None else f"{learning.after:.3f}"
         values = {
             "weight update": f"{learning.update_s:.2f} s of a step of {learning.step_s:.2f} s",
-            "train/rollout difference": f"{learning.logprob_diff:.2g} nats a token (at most {MOST_LOGPROB_DIFF}), "
+            "train/rollout difference": f"{learning.logprob_diff_mean:.2g} nats a token (at most {MOST_LOGPROB_DIFF}), "
             f"k3 KL {learning.logprob_kl:.2g}",
             "acceptance length": _missing(measured, needs_gpu=True)
             if learning.accept_length is None

@@ -72,10 +72,10 @@ def _not_learned(learning: Learning) -> Iterator[str]:
             f"it did not learn: held-out {learning.before:.2f} before and {learning.after:.2f} after "
             f"{learning.steps} steps, below {LEAST_AFTER}"
         )
-    if learning.logprob_diff > MOST_LOGPROB_DIFF:
+    if learning.logprob_diff_mean > MOST_LOGPROB_DIFF:
         yield (
-            f"trainer and engine differ by {learning.logprob_diff:.3f} nats a token, more than {MOST_LOGPROB_DIFF}: "
-            "weights that do not arrive, or kernels that do not agree"
+            f"trainer and engine differ by {learning.logprob_diff_mean:.3f} nats a token, more than "
+            f"{MOST_LOGPROB_DIFF}: weights that do not arrive, or kernels that do not agree"
         )
     now, first = learning.accept_length, learning.first_accept_length
     if now is not None and now < LEAST_ACCEPT_LENGTH:

@@ -6,6 +6,7 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
+import jsonschema
 import psutil
 import pytest
 from run_support import (
@@ -30,12 +31,16 @@ from run_support import (
     without_ray,
 )
 
+from recipe.run.metrics import schema
+
 pytestmark = pytest.mark.slow
 
 
 def test_a_run_leaves_what_it_promises(uninterrupted: Path) -> None:
     for name in ("manifest.json", "metrics.jsonl", "summary.json", "reward.png"):
         assert (uninterrupted / name).stat().st_size > 0
+    for line in (uninterrupted / "metrics.jsonl").read_text().splitlines():
+        jsonschema.validate(json.loads(line), schema())
     assert list((uninterrupted / "tensorboard").glob("events*"))
     assert (uninterrupted / "checkpoints" / f"iter_{ROLLOUTS:07d}").is_dir()
     summary = json.loads((uninterrupted / "summary.json").read_text())

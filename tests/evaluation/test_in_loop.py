@@ -16,7 +16,9 @@ from recipe.config.loading import RECIPES
 from recipe.data.prompts import Prompt
 from recipe.rollout.client import RolloutClient
 from recipe.rollout.sample import SampleGroup
-from recipe.run import EvalMetrics
+from recipe.run.metrics import StepMetrics, Values
+from recipe.run.phases import StepSeconds
+from recipe.run.plots import draw_rewards
 from recipe.system.errors import UserError
 
 
@@ -39,7 +41,7 @@ def sets_of(checkpoint: Path, data: Path, *more: str, recipe: Path | str = "tiny
     return read_sets(resolve([*in_loop_words(longer, data, recipe), *more]))[data.stem]
 
 
-async def in_loop(server: KnownServer, data: Path, grader: object) -> EvalMetrics:
+async def in_loop(server: KnownServer, data: Path, grader: object) -> Values:
     resolved = resolve(in_loop_words(server.checkpoint, data))
     async with RolloutClient([server.url]) as client:
         metrics = await evaluate_in_loop(client, grader, read_sets(resolved), resolved.config, expected_version="1")
@@ -55,14 +57,14 @@ async def test_it_is_the_same_evaluation(server: KnownServer, data: Path, tmp_pa
         metrics = await in_loop(server, data, judge)
     assert set(server.asked) == {sample.seed for problem in result.problems for sample in problem.samples}
     score = result.score
-    assert (metrics.reward, metrics.ci95_low, metrics.ci95_high) == (score.avg_at_n.mean, *score.avg_at_n.ci95)
-    assert metrics.samples == score.samples
-    assert metrics.response_length == score.tokens.mean
-    assert metrics.truncated_share == score.truncated_share > 0
-    assert metrics.no_answer_share == score.no_answer_share > 0
-    assert metrics.grader_failed_share == 0
-    assert metrics.pass_at_n == score.pass_at[N_SAMPLES].mean
-    assert metrics.maj_at_n == score.maj_at[N_SAMPLES].mean
+    assert (metrics["reward"], metrics["ci95_low"], metrics["ci95_high"]) == (score.avg_at_n.mean, *score.avg_at_n.ci95)
+    assert metrics["samples"] == score.samples
+    assert metrics["response_length"] == score.tokens.mean
+    assert metrics["truncated_share"] == score.truncated_share > 0
+    assert metrics["no_answer_share"] == score.no_answer_share > 0
+    assert metrics["grader_failed_share"] == 0
+    assert metrics["pass_at_n"] == score.pass_at[N_SAMPLES].mean
+    assert metrics["maj_at_n"] == score.maj_at[N_SAMPLES].mean
 
 
 async def test_a_custom_reward_is_averaged(server: KnownServer, data: Path) -> None:
@@ -75,9 +77,9 @@ async def test_a_custom_reward_is_averaged(server: KnownServer, data: Path) -> N
             await grade_group(grader, group)
 
         metrics = await in_loop(server, data, grade)
-    assert metrics.reward == pytest.approx(3.0)
-    assert metrics.ci95_low < 3 < metrics.ci95_high
-    assert metrics.pass_at_n is None
+    assert metrics["reward"] == pytest.approx(3.0)
+    assert metrics["ci95_low"] < 3 < metrics["ci95_high"]
+    assert "pass_at_n" not in metrics
 
 
 def test_training_asks_as_the_command_does(checkpoint: Path, data: Path) -> None:
@@ -144,8 +146,6 @@ async def test_one_problem_with_a_custom_reward_has_no_interval_and_can_be_drawn
 ) -> None:
     from recipe.rewards import Grader
     from recipe.rollout.sample import grade_group
-    from recipe.run.metrics import StepMetrics, StepSeconds
-    from recipe.run.plots import draw_rewards
 
     data = write_questions(tmp_path / "one.jsonl", {"a": ("1+2=", 3)})
     with Grader(lambda prompt, response, label: 2.5) as grader:

@@ -7,7 +7,7 @@ import torch
 
 from recipe.experience import sequence_weights
 from recipe.grpo.kl import KLEstimator
-from recipe.grpo.loss import LossMetrics, Metric, PolicyLossConfig, PolicyLossInputs, policy_loss, sft_loss
+from recipe.grpo.loss import LossMetrics, PolicyLossConfig, PolicyLossInputs, policy_loss, sft_loss
 
 pytestmark = pytest.mark.smoke
 
@@ -51,7 +51,7 @@ def part(inputs: PolicyLossInputs, tokens: slice) -> PolicyLossInputs:
     return PolicyLossInputs(**{field.name: getattr(inputs, field.name)[tokens] for field in fields(inputs)})
 
 
-def values(metrics: LossMetrics) -> dict[Metric, float]:
+def values(metrics: LossMetrics) -> dict[str, float]:
     return metrics.values()
 
 
@@ -143,9 +143,9 @@ def test_with_one_step_the_ratio_is_exactly_one_and_the_gradient_is_reinforce():
     (gradient,) = torch.autograd.grad(output.loss, inputs.log_probs)
     torch.testing.assert_close(gradient, -inputs.weights * inputs.advantages)
     metrics = values(output.metrics)
-    assert metrics[Metric.CLIP_FRACTION] == 0
-    assert metrics[Metric.POLICY_KL] == 0
-    assert metrics[Metric.RATIO] == pytest.approx(1, abs=1e-6)
+    assert metrics["clip_share"] == 0
+    assert metrics["policy_kl"] == 0
+    assert metrics["ratio"] == pytest.approx(1, abs=1e-6)
 
 
 def test_tis_weighs_by_the_truncated_ratio_of_trainer_to_engine():
@@ -158,8 +158,8 @@ def test_tis_weighs_by_the_truncated_ratio_of_trainer_to_engine():
     (gradient,) = torch.autograd.grad(output.loss, log_probs)
     torch.testing.assert_close(gradient, -weights * torch.tensor([1.0, 2.0, 0.5]))
     metrics = values(output.metrics)
-    assert metrics[Metric.TIS_WEIGHT] == pytest.approx(3.5 / 3)
-    assert metrics[Metric.TIS_CLIP_FRACTION] == pytest.approx(2 / 3)
+    assert metrics["tis_weight"] == pytest.approx(3.5 / 3)
+    assert metrics["tis_clip_share"] == pytest.approx(2 / 3)
 
 
 def test_tis_makes_the_tokens_of_older_weights_worth_what_the_current_ones_give_them():
@@ -192,9 +192,9 @@ def test_mismatch_is_measured_between_old_policy_and_engine():
     weights = torch.tensor([0.5, 0.5, 0.0])
     old, rollout = torch.tensor([[-1.0, -2.0, -9.0], [-1.5, -2.0, 0.0]])
     metrics = values(policy_loss(PolicyLossInputs(old, old, weights, None, rollout), PolicyLossConfig()).metrics)
-    assert metrics[Metric.ROLLOUT_LOG_PROB_DIFF] == pytest.approx(0.25)
-    assert metrics[Metric.ROLLOUT_LOG_PROB_DIFF_MAX] == pytest.approx(0.5)
-    assert metrics[Metric.ROLLOUT_KL] == pytest.approx((torch.tensor(0.5).exp().item() - 1 - 0.5) / 2)
+    assert metrics["logprob_diff_mean"] == pytest.approx(0.25)
+    assert metrics["logprob_diff_max"] == pytest.approx(0.5)
+    assert metrics["logprob_kl"] == pytest.approx((torch.tensor(0.5).exp().item() - 1 - 0.5) / 2)
 
 
 def test_tokens_on_which_trainer_and_engine_disagree_are_counted():
@@ -202,31 +202,29 @@ def test_tokens_on_which_trainer_and_engine_disagree_are_counted():
     rollout = torch.tensor([0.1, -0.7, 0.68, 2.4, 50.0])
     weights = torch.tensor([0.25, 0.25, 0.25, 0.25, 0.0])
     metrics = values(policy_loss(PolicyLossInputs(old, old, weights, None, rollout), PolicyLossConfig()).metrics)
-    assert metrics[Metric.ROLLOUT_BEYOND_2] == pytest.approx(0.5)
-    assert metrics[Metric.ROLLOUT_BEYOND_10] == pytest.approx(0.25)
+    assert metrics["logprob_beyond_2"] == pytest.approx(0.5)
+    assert metrics["logprob_beyond_10"] == pytest.approx(0.25)
 
 
 def test_loss_is_the_sum_of_its_terms():
     inputs = random_inputs()
     metrics = values(policy_loss(inputs, EVERYTHING).metrics)
-    assert metrics[Metric.LOSS] == pytest.approx(
-        metrics[Metric.POLICY_LOSS] + 0.1 * metrics[Metric.REFERENCE_KL] - 0.01 * metrics[Metric.ENTROPY]
-    )
+    assert metrics["loss"] == pytest.approx(metrics["policy_loss"] + 0.1 * metrics["kl"] - 0.01 * metrics["entropy"])
 
 
 def test_terms_with_coefficient_zero_are_measured_but_carry_no_gradient():
     inputs = random_inputs()
     inputs.entropy.requires_grad_()
     output = policy_loss(inputs, PolicyLossConfig())
-    torch.testing.assert_close(output.loss.detach(), output.metrics.sums[Metric.POLICY_LOSS])
+    torch.testing.assert_close(output.loss.detach(), output.metrics.scalars["policy_loss"])
     assert torch.autograd.grad(output.loss, inputs.entropy, allow_unused=True) == (None,)
-    assert {Metric.ENTROPY, Metric.REFERENCE_KL} <= output.metrics.sums.keys()
+    assert {"entropy", "kl"} <= output.metrics.scalars.keys()
 
 
 def test_what_is_not_measured_is_absent():
     bare = replace(random_inputs(), old_log_probs=None, rollout_log_probs=None, ref_log_probs=None, entropy=None)
     measured = values(policy_loss(bare, PolicyLossConfig()).metrics)
-    assert measured.keys() == {Metric.LOSS, Metric.POLICY_LOSS, Metric.RATIO, Metric.CLIP_FRACTION, Metric.POLICY_KL}
+    assert measured.keys() == {"loss", "policy_loss", "ratio", "clip_share", "policy_kl"}
 
 
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), float("-inf")])
@@ -294,11 +292,9 @@ def test_metrics_are_reduced_by_one_sum_and_one_maximum_over_ranks():
     inputs = random_inputs()
     parts = (part(inputs, tokens) for tokens in (slice(0, 9), slice(9, None)))
     ranks = [replace(policy_loss(one, EVERYTHING).metrics, by_source=None) for one in parts]
-    others = {
-        "sum": torch.stack(list(ranks[1].sums.values())),
-        "max": torch.stack(list(ranks[1].maxima.values())),
-    }
-    reduced = ranks[0].reduced(lambda mine: mine + others["sum"], lambda mine: torch.maximum(mine, others["max"]))
+    maximal = torch.stack([ranks[1].scalars["logprob_diff_max"]])
+    summed = torch.stack([value for name, value in ranks[1].scalars.items() if name != "logprob_diff_max"])
+    reduced = ranks[0].reduced(lambda mine: mine + summed, lambda mine: torch.maximum(mine, maximal))
     assert reduced.values() == pytest.approx(values(policy_loss(inputs, EVERYTHING).metrics))
 
 
@@ -306,5 +302,5 @@ def test_sft_loss_ignores_what_is_not_trained_on():
     log_probs = torch.tensor([-1.0, float("-inf"), -3.0], requires_grad=True)
     output = sft_loss(log_probs, torch.tensor([0.25, 0.0, 0.75]))
     output.loss.backward()
-    assert values(output.metrics) == {Metric.LOSS: pytest.approx(2.5)}
+    assert values(output.metrics) == {"loss": pytest.approx(2.5)}
     torch.testing.assert_close(log_probs.grad, torch.tensor([-0.25, 0.0, -0.75]))

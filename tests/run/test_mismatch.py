@@ -21,7 +21,7 @@ def step(older: float | None, *engines: float | None, beyond_10: float = 0.0) ->
 
     def report(share: float) -> StepReport:
         of_engines = [source(100 * share, mean, beyond_10) for mean in engines]
-        return StepReport({}, 1.0, None, 1e-6, False, (source(100 * share, older, 1.0), *of_engines))
+        return StepReport({}, False, (source(100 * share, older, 1.0), *of_engines))
 
     mismatch = StepMismatch.of([report(0.25), report(0.75)])
     assert mismatch is not None

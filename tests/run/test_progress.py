@@ -7,7 +7,8 @@ import pytest
 from made_up import step_metrics
 from rich.console import Console
 
-from recipe.run import Phase, PhaseClock, open_progress
+from recipe.run.phases import Phase, PhaseClock
+from recipe.run.progress import open_progress
 
 
 def console(stream: io.StringIO, terminal: bool) -> Console:

@@ -1,7 +1,7 @@
 """The times of a start: told as they are known, each once."""
 
 from recipe.messages import RankPart
-from recipe.run import StartClock, StartMoment, StartPart
+from recipe.run.start import StartClock, StartMoment, StartPart
 
 
 def test_a_start_is_told_by_part_and_moment() -> None:

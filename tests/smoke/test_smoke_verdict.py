@@ -26,7 +26,7 @@ LEARNING = Learning(
     after=0.97,
     step_s=1.2,
     update_s=0.2,
-    logprob_diff=0.012,
+    logprob_diff_mean=0.012,
     logprob_kl=0.001,
     accept_length=2.1,
     first_accept_length=1.9,
@@ -71,7 +71,7 @@ def test_a_good_node_is_good() -> None:
             "it did not learn: held-out 0.38 before and 0.60 after 40 steps, below 0.9",
         ),
         ({"learning": replace(LEARNING, after=None)}, "GRPO was not scored after its steps"),
-        ({"learning": replace(LEARNING, logprob_diff=0.2)}, "trainer and engine differ by 0.200 nats a token"),
+        ({"learning": replace(LEARNING, logprob_diff_mean=0.2)}, "trainer and engine differ by 0.200 nats a token"),
         (
             {"learning": replace(LEARNING, accept_length=1.05, first_accept_length=1.06)},
             "drafts are hardly accepted: 1.05 tokens a verification",
@@ -156,7 +156,7 @@ def test_learning_is_read_from_the_metrics() -> None:
     assert learning is not None
     assert (learning.steps, learning.before, learning.after) == (8, 0.4, 0.95)
     assert (learning.step_s, learning.update_s) == (2.0, 0.5)
-    assert learning.logprob_diff == pytest.approx(0.045)
+    assert learning.logprob_diff_mean == pytest.approx(0.045)
     assert (learning.first_accept_length, learning.accept_length) == pytest.approx((1.15, 1.75))
     assert learning_of(lines[:1]) is None
 
