@@ -144,7 +144,8 @@ def metrics_page() -> str:
 
 `runs/NAME/metrics.jsonl` has a line a step, which is written before the step's checkpoint. What was not computed in a
 step is left out; what is not finite is `null`. Names that begin with `seconds_` or end in `_per_second` hold times: all
-others are the same in two runs of one seed. TensorBoard and Weights & Biases (`--use-wandb`) get the same names.
+others are the same in two runs of one seed, if the engines' samples [depend on their seeds](guarantees.md#determinism).
+TensorBoard and Weights & Biases (`--use-wandb`) get the same names.
 
 {metrics_table()}
 """
@@ -152,14 +153,20 @@ others are the same in two runs of one seed. TensorBoard and Weights & Biases (`
 
 def metrics_table() -> str:
     """A row a metric."""
-    rows = [("name", "what")]
-    for kind, name in (
-        (metrics.RolloutMetrics, "{}"),
-        (metrics.TrainMetrics, "{}"),
-        (metrics.EvalMetrics, "eval/NAME_{}"),
-    ):
-        rows += [(f"`{name.format(field)}`", what) for field, what in _documented(kind)]
-    return _table(*rows)
+    own_names = {"draft_accept_rates": "draft_accept_rate_DEPTH", "eval/NAME_reward": "eval/NAME"}
+    kinds = ((metrics.RolloutMetrics, "{}"), (metrics.TrainMetrics, "{}"), (metrics.EvalMetrics, "eval/NAME_{}"))
+    rows = [("step", "Number of the step: the loop's rollout, from 1 on; 0 is the evaluation before the first.")]
+    rows += [(form.format(field), what) for kind, form in kinds for field, what in _documented(kind)]
+    rows += [
+        (f"{name}_per_second", f"{name.title()} learned from, a second of the step without evaluating and saving.")
+        for name in ("samples", "tokens")
+    ]
+    rows += [row for row in _documented(metrics.StepMetrics) if row[0] == "weight_bytes_per_second"]
+    rows += [
+        ("seconds_step", "The whole step."),
+        *((f"seconds_{phase}", f"Of it: {phase}.") for phase in metrics.Phase),
+    ]
+    return _table(("name", "what"), *((f"`{own_names.get(name, name)}`", what) for name, what in rows))
 
 
 def _documented(kind: type) -> Iterator[tuple[str, str]]:
@@ -245,14 +252,12 @@ def _minutes(minutes: int) -> tuple[str, str]:
 
 def node_costs() -> str:
     """Time and money of each command on the node of 8 GPUs, in the order of their use."""
-    whole = plan_of("8gpu").time
-    assert whole is not None
-    gpu, host = (
-        max(phases, key=lambda one: one.total) for phases in (plan_of("8gpu").gpu.phases, plan_of("8gpu").host)
-    )
-    memory = f"{gpu.total / GIB:.0f} GiB a GPU, {host.total / GB:.0f} GB of the host"
-    disk = f"{plan_of('8gpu').disk.needed / GB / 1000:.1f} TB"
-    first, every = STEPS_OF_A_FIRST_RUN, whole.rollouts
+    plan = plan_of("8gpu")
+    assert plan.gpu is not None
+    gpu, host = (max(phases, key=lambda one: one.total) for phases in (plan.gpu.phases, plan.host))
+    memory = f"{gpu.total / GIB:.1f} GiB a GPU, {host.total / GB:.0f} GB of the host"
+    disk = f"{plan.disk.needed / GB / 1000:.1f} TB"
+    first, every = STEPS_OF_A_FIRST_RUN, plan.resolved.config.rollout.num_rollout
     return _table(
         ("command", "time", f"at ${NODE_PRICE:g} an hour", "disk", "memory", "how it is known"),
         ("`make image`", *_minutes(7), "25 GB", "little", "measured with a stand-in base, on two cores"),

@@ -71,7 +71,8 @@ def code_of(page: Path) -> Iterator[str]:
     for language, block in re.findall(r"^ *```(\w*)\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE):
         if not language:
             yield from block.splitlines()
-    yield from re.findall(r"`([^`\n]+)`", re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE))
+    prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.DOTALL | re.MULTILINE)
+    yield from (" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose))
 
 
 def named(pattern: str) -> Iterator[tuple[str, str]]:
