@@ -122,6 +122,10 @@ lint: install ## ruff, mypy, shellcheck and hadolint
 	$(BIN)/shellcheck -x scripts/*.sh scripts/models/*.sh .ci/run
 	$(BIN)/hadolint Dockerfile
 
+.PHONY: docs
+docs: install ## regenerate what is generated in README.md and docs/
+	@$(BIN)/python scripts/make_docs.py
+
 UV_LOCK := $(BIN)/uv pip compile --quiet --no-config --generate-hashes --no-emit-index-url --no-header $(ARGS)
 # torch is installed apart where there may be no GPU.
 UV_LOCK_CPU := $(UV_LOCK) --universal --fork-strategy fewest --python-version 3.11 --no-emit-package torch

@@ -1,6 +1,6 @@
 """The numbers that no formula gives: measured, cited or assumed, each with where it is from.
 
-Measured ones are from one H200 (README, "What is proven"). Assumed ones err on the side of too much memory.
+Measured ones are from one H200 (docs/evidence.md). Assumed ones err on the side of too much memory.
 """
 
 from recipe.plan.hardware import GIB

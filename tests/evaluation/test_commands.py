@@ -1,4 +1,4 @@
-"""The commands of the README."""
+"""The commands of docs/evaluation.md."""
 
 import json
 import os
@@ -16,9 +16,9 @@ from evaluation.options import parse
 from recipe.config import help_text
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^(?:\.venv/bin/|\+ \S+)(.*evaluation\.aime.*)$", README, re.MULTILINE)
-OTHERS = re.findall(r"^\.venv/bin/python -m evaluation\.(?:compare|grade) .*$", README, re.MULTILINE)
+PAGE = (ROOT / "docs" / "evaluation.md").read_text()
+COMMANDS = re.findall(r"^(?:\.venv/bin/|\+ \S+)(.*evaluation\.aime.*)$", PAGE, re.MULTILINE)
+OTHERS = re.findall(r"^\.venv/bin/python -m evaluation\.(?:compare|grade) .*$", PAGE, re.MULTILINE)
 
 
 def last_line(*command: str) -> str:
@@ -44,7 +44,7 @@ def test_commands_parse(command: str) -> None:
     )
 
 
-def test_results_are_compared_and_responses_graded_by_the_commands_of_the_readme(
+def test_results_are_compared_and_responses_graded_by_the_commands_of_the_page(
     server: KnownServer, data: Path, tmp_path: Path
 ) -> None:
     """As they stand there, in a directory with what they name."""
@@ -66,8 +66,8 @@ def test_results_are_compared_and_responses_graded_by_the_commands_of_the_readme
     assert (verdict["verdict"], verdict["answer"]) == ("correct", "025")
 
 
-def test_flags_of_the_readme_are_training_s() -> None:
-    part = README[README.index("## AIME") : README.index("## Habits")]
+def test_flags_of_the_page_are_training_s() -> None:
+    part = PAGE[PAGE.index("## In training") :]
     flags = set(re.findall(r"`(--eval-[a-z-]+)", part))
     assert flags == {
         "--eval-prompt-data",
@@ -79,14 +79,14 @@ def test_flags_of_the_readme_are_training_s() -> None:
     assert all(flag in help_text() for flag in flags)
 
 
-def test_the_readme_tells_the_number_of_cases() -> None:
-    assert f"conformance.jsonl` has {len(conformance_cases())} cases" in README
+def test_the_page_tells_the_number_of_cases() -> None:
+    assert f"conformance.jsonl` has {len(conformance_cases())} cases" in PAGE
 
 
 def test_the_task_and_its_profile() -> None:
     assert len(COMMANDS) == 2
-    readme = next(line for line in (ROOT / "README.md").read_text().splitlines() if "invoke eval" in line)
-    words = readme.removeprefix(".venv/bin/invoke ").split()
+    shown = next(line for line in PAGE.splitlines() if "invoke eval" in line)
+    words = shown.removeprefix(".venv/bin/invoke ").split()
     command = last_line(sys.executable, "-m", "invoke", *words, "--dry-run", "--args", "--engine-args '--tp-size 8'")
     arguments = parse(None, arguments_of(command))
     assert (arguments.max_response_len, arguments.temperature, arguments.top_p) == (131_072, 1, 0.95)

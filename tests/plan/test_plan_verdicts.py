@@ -176,7 +176,7 @@ def test_each_knob_moves_the_peak_its_way() -> None:
 def test_peaks_on_one_h200_are_planned_within_half_a_hundredth(
     recompute: tuple[str, ...], measured_gib: float, tmp_path: Path
 ) -> None:
-    """The two that README reports: 6 layers at the true widths, 4 sequences of 2,048 tokens, four fifths asked."""
+    """The two of docs/benchmarks.md: 6 layers at the true widths, 4 sequences of 2,048 tokens, four fifths asked."""
     document = json.loads((PUBLISHED / "config.json").read_text())
     document |= {"num_hidden_layers": 6, "num_nextn_predict_layers": 0}
     (tmp_path / "config.json").write_text(json.dumps(document))

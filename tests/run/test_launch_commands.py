@@ -14,7 +14,7 @@ import pytest
 from config_support import GLM_4_7_FLASH
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
+PAGES = "".join((ROOT / page).read_text() for page in ("README.md", "docs/gpu-node.md", "docs/several-nodes.md"))
 SCRIPTS = ("run-glm4.7-30B-A3B-8gpus.sh", "run-glm4.7-30B-A3B.sh")
 TARGETS = {
     "image": "docker build",
@@ -48,7 +48,7 @@ def test_a_dry_run_prints_the_command_and_stops(target: str) -> None:
     assert "Traceback" not in make.stderr
 
 
-@pytest.mark.parametrize("line", re.findall(r"^make \S+ BASE_DIR=[^#\n]*", README, re.MULTILINE))
+@pytest.mark.parametrize("line", re.findall(r"^make \S+ BASE_DIR=[^#\n]*", PAGES, re.MULTILINE))
 def test_the_commands_of_the_rented_node_parse(line: str) -> None:
     if line.startswith("make download"):
         pytest.skip("asks the hub even when it only prints; test_tasks runs it")

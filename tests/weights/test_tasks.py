@@ -1,4 +1,4 @@
-"""The invoke tasks, as the README shows them."""
+"""The invoke tasks, as docs/weights.md and docs/plan.md show them."""
 
 import os
 import subprocess
