@@ -5,8 +5,6 @@ docs/configuration.md and docs/metrics.md are generated whole. Elsewhere it is w
 <!-- generated: NAME --> and <!-- end -->.
 """
 
-import ast
-import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
@@ -146,37 +144,10 @@ def metrics_page() -> str:
 step is left out; what is not finite is `null`. Names that begin with `seconds_` or end in `_per_second` hold times: all
 others are the same in two runs of one seed, if the engines' samples [depend on their seeds](guarantees.md#determinism).
 TensorBoard and Weights & Biases (`--use-wandb`) get the same names.
+`python -m recipe.run.metrics --schema` prints the JSON schema of a line.
 
-{metrics_table()}
+{metrics.markdown()}
 """
-
-
-def metrics_table() -> str:
-    """A row a metric."""
-    own_names = {"draft_accept_rates": "draft_accept_rate_DEPTH", "eval/NAME_reward": "eval/NAME"}
-    kinds = ((metrics.RolloutMetrics, "{}"), (metrics.TrainMetrics, "{}"), (metrics.EvalMetrics, "eval/NAME_{}"))
-    rows = [("step", "Number of the step: the loop's rollout, from 1 on; 0 is the evaluation before the first.")]
-    rows += [(form.format(field), what) for kind, form in kinds for field, what in _documented(kind)]
-    rows += [
-        (f"{name}_per_second", f"{name.title()} learned from, a second of the step without evaluating and saving.")
-        for name in ("samples", "tokens")
-    ]
-    rows += [row for row in _documented(metrics.StepMetrics) if row[0] == "weight_bytes_per_second"]
-    rows += [
-        ("seconds_step", "The whole step."),
-        *((f"seconds_{phase}", f"Of it: {phase}.") for phase in metrics.Phase),
-    ]
-    return _table(("name", "what"), *((f"`{own_names.get(name, name)}`", what) for name, what in rows))
-
-
-def _documented(kind: type) -> Iterator[tuple[str, str]]:
-    """The fields of a dataclass with the sentence under each."""
-    [definition] = ast.parse(inspect.getsource(kind)).body
-    assert isinstance(definition, ast.ClassDef)
-    for field, below in zip(definition.body, [*definition.body[1:], None], strict=True):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-            documented = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
-            yield field.target.id, _one_line(str(below.value.value)) if documented else ""
 
 
 # The plan's figures
