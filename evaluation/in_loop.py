@@ -37,6 +37,7 @@ def read_sets(resolved: Resolved) -> dict[str, list[Prompt]]:
                 config.eval.eval_label_key or config.data.label_key,
                 instruction=_instruction(config),
                 apply_chat_template=config.data.apply_chat_template,
+                template_kwargs=config.data.apply_chat_template_kwargs,
                 label_problem=_label_problem(config),
             ),
             config.model.hf_checkpoint,

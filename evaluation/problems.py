@@ -1,9 +1,10 @@
 """The problems of an AIME file: jsonl, a problem a line, with `prompt` (a text, or chat messages) and `label`."""
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from evaluation.grading import aime_label_problem
 from recipe.data.prompts import Prompt, PromptFormat, read_prompts
@@ -27,6 +28,8 @@ class ProblemFile:
     """May be missing: then problems are named by their lines."""
     instruction: str = INSTRUCTION
     apply_chat_template: bool = True
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """What the chat template is given besides the messages."""
     label_problem: LabelProblem | None = aime_label_problem
     """What keeps a label from being an answer; None: labels are not looked at."""
 
@@ -47,6 +50,7 @@ def read_problems(file: ProblemFile, tokenizer_directory: Path, *, max_tokens: i
         input_key=file.input_key,
         label_key=file.label_key,
         apply_chat_template=file.apply_chat_template,
+        template_kwargs=file.template_kwargs,
         label_problem=file.label_problem,
         name_key=file.id_key,
         instruction=file.instruction,

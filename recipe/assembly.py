@@ -73,9 +73,13 @@ class Data:
             label_key=config.data.label_key,
             response_key=config.data.response_key if config.is_sft else None,
             apply_chat_template=config.data.apply_chat_template,
+            template_kwargs=config.data.apply_chat_template_kwargs,
+            tool_key=config.data.tool_key,
             label_problem=reward.label_problem if isinstance(reward, RewardRule) else None,
         )
-        prompts = read_prompts(config.data.prompt_data, tokenizer, form, max_tokens=resolved.max_prompt_len)
+        prompts = read_prompts(
+            config.data.prompt_data, tokenizer, form, max_tokens=resolved.max_prompt_len, drop_longer=True
+        )
         source = PromptSource(prompts, shuffle=config.data.rollout_shuffle, seed=config.misc.seed)
         keep = config.rollout.dynamic_sampling_filter_path
         return cls(source, _evaluation(resolved), reward, load_filter(keep) if keep is not None else None, tokenizer)

@@ -1,11 +1,14 @@
 """What configuration groups are made of: the frozen base class, bounded types, a field's spelling as a flag."""
 
 import ast
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from recipe.system.json_text import parse_json
 
 
 class Group(BaseModel):
@@ -42,11 +45,45 @@ def _refuse_zero(value: Any) -> Any:
     return value
 
 
+def _read_path(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    if not value or any(ord(character) < 32 for character in value):
+        raise ValueError("a path is empty, or has control characters")
+    return os.path.expanduser(os.path.expandvars(value))
+
+
+Place = Annotated[Path, BeforeValidator(_read_path)]
+"""A path; `~` and `$VARIABLES` are what a shell makes of them."""
+
+Key = Annotated[str, Field(min_length=1, pattern=r"^[^\x00-\x1f]+$")]
+"""The key of a field in a line of a prompt file."""
+
+Cores = Annotated[float, Field(gt=0.0, le=4096.0)]
+"""CPU cores of a process."""
+
+Temperature = Annotated[float, Field(ge=0.0, le=100.0)]
+"""A sampling temperature."""
+
+
+def _read_object(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return parse_json(value)
+    except ValueError as error:
+        raise ValueError(f'no JSON object, such as {{"enable_thinking": false}} ({error})') from error
+
+
+JsonObject = Annotated[dict[str, Any], BeforeValidator(_read_object)]
+"""A table; on the command line a JSON object."""
+
+
 class EvalPromptData(NamedTuple):
     """A named held-out prompt file."""
 
-    name: str
-    path: Path
+    name: Key
+    path: Place
 
 
 def _pair_up(value: Any) -> Any:

@@ -6,7 +6,19 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from recipe.config.fields import EvalPromptDataPairs, Group, PositiveShare, SglangValue, Spelling, TopK
+from recipe.config.fields import (
+    Cores,
+    EvalPromptDataPairs,
+    Group,
+    JsonObject,
+    Key,
+    Place,
+    PositiveShare,
+    SglangValue,
+    Spelling,
+    Temperature,
+    TopK,
+)
 
 
 class ClusterConfig(Group):
@@ -26,29 +38,33 @@ class ClusterConfig(Group):
     """Address every machine reaches the first one by; default: found by Ray."""
     distributed_timeout_minutes: PositiveFloat = 10.0
     """Longest wait in a collective operation; somewhat earlier a rank that hangs is looked for, and named."""
-    num_cpus_per_rank: PositiveFloat | None = None
+    num_cpus_per_rank: Cores | None = None
     """CPU cores reserved for a training rank; default: shared evenly."""
-    num_cpus_per_engine: PositiveFloat | None = None
+    num_cpus_per_engine: Cores | None = None
     """CPU cores reserved for an engine; default: shared evenly."""
 
 
 class DataConfig(Group):
     """The prompt file."""
 
-    prompt_data: Path
+    prompt_data: Place
     """Training prompts, a JSON object a line."""
-    input_key: str = Field(default="prompt", min_length=1)
+    input_key: Key = "prompt"
     """Key of the prompt: chat messages or a string."""
-    label_key: str = Field(default="label", min_length=1)
+    label_key: Key = "label"
     """Key of the right answer."""
-    response_key: str = Field(default="response", min_length=1)
+    response_key: Key = "response"
     """Key of the response to learn (sft only)."""
     apply_chat_template: bool = False
     """Wrap prompts in the tokenizer's chat template."""
+    apply_chat_template_kwargs: JsonObject = Field(default_factory=dict)
+    """What the chat template is given besides, such as {"enable_thinking": false}; for evaluations too."""
+    tool_key: Key = "tools"
+    """Key of the tools that the chat template shows the model, a list in a line that has one."""
     rollout_shuffle: bool = False
     """Shuffle the prompts in every epoch."""
     rollout_max_prompt_len: PositiveInt | None = None
-    """Longest prompt in tokens; default: what the context leaves beside a response."""
+    """Longest prompt in tokens, longer ones are left out; default: what the context leaves beside a response."""
 
 
 class RolloutConfig(Group):
@@ -56,7 +72,7 @@ class RolloutConfig(Group):
 
     engine: Annotated[Literal["sglang", "embedded"], Spelling(name="--rollout-engine")] = "sglang"
     """sglang: SGLang servers; embedded: a small server of the same API over transformers, for CPUs."""
-    rollout_engine_python: Path | None = None
+    rollout_engine_python: Place | None = None
     """Python of the environment that SGLang is installed in; default: the trainer's own if it has SGLang, else that of
     .venv-sglang."""
     num_rollout: PositiveInt
@@ -85,7 +101,7 @@ class RolloutConfig(Group):
     """Longest response in tokens."""
     rollout_max_context_len: PositiveInt | None = None
     """Longest prompt and response together; default: the model's."""
-    rollout_temperature: PositiveFloat = 1.0
+    rollout_temperature: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
     """Sampling temperature; the trainer's log-probs are taken at the same."""
     rollout_top_p: PositiveShare = 1.0
     """Nucleus sampling."""
@@ -149,9 +165,9 @@ class EvalConfig(Group):
     """Evaluate after every this many rollouts; default: before the first and after the last."""
     eval_prompt_data: EvalPromptDataPairs = ()
     """Held-out prompt files, as NAME PATH pairs."""
-    eval_input_key: Annotated[str, Field(min_length=1)] | None = None
+    eval_input_key: Key | None = None
     """Key of the prompt in them; default: `input_key`."""
-    eval_label_key: Annotated[str, Field(min_length=1)] | None = None
+    eval_label_key: Key | None = None
     """Key of the right answer in them; default: `label_key`."""
     eval_instruction: str | None = None
     """Added to questions that do not ask for a box, none if empty; default: that of `evaluation.aime`, but none with
@@ -162,7 +178,7 @@ class EvalConfig(Group):
     """Samples of an evaluation prompt."""
     eval_max_response_len: PositiveInt | None = None
     """Longest response in tokens; default: the rollout's."""
-    eval_temperature: NonNegativeFloat | None = None
+    eval_temperature: Temperature | None = None
     """Sampling temperature, 0 for the most likely token; default: the rollout's."""
     eval_top_p: PositiveShare | None = None
     """Nucleus sampling; default: the rollout's."""
@@ -201,7 +217,7 @@ class MiscConfig(Group):
     """Seed of every random draw."""
     name: str = Field(default="run", pattern=r"^\w[\w.-]*$")
     """Name of the run directory."""
-    runs_dir: Path = Path("runs")
+    runs_dir: Place = Path("runs")
     """Folder of the run directories."""
     attention_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Dropout of attention weights; must be 0."""

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from recipe.config.fields import Group, LayerPattern, PositiveShare, Share, Spelling
+from recipe.config.fields import Group, LayerPattern, Place, PositiveShare, Share, Spelling
 
 ROLLOUT_ID = "{rollout_id}"
 """In `save_hf`: stands for the number of finished rollouts."""
@@ -15,7 +15,7 @@ class ModelConfig(Group):
     """The checkpoint that is trained. Its config.json is the architecture; the fields after `bf16` are only compared
     with it, so that a script written for another model fails before anything starts."""
 
-    hf_checkpoint: Path
+    hf_checkpoint: Place
     """Folder of the Hugging Face checkpoint (safetensors, config.json, tokenizer)."""
     bf16: Annotated[bool, Spelling(off=("--fp32",))] = True
     """Compute in bfloat16 (masters and optimizer stay fp32); `--fp32` computes in float32."""
@@ -116,18 +116,18 @@ class ModelConfig(Group):
 class CheckpointConfig(Group):
     """Where training starts, and what is kept of it."""
 
-    load: Path | None = None
+    load: Place | None = None
     """Folder of training checkpoints to go on from, or of weights (torch_dist, Hugging Face) to start from; without
     either it starts from `ref_load` or `hf_checkpoint`."""
-    ref_load: Path | None = None
+    ref_load: Place | None = None
     """Starting weights (torch_dist, Hugging Face), also the KL reference; default: those of `hf_checkpoint`."""
-    save: Path | None = None
+    save: Place | None = None
     """Folder for training checkpoints; default: checkpoints/ in the run directory."""
     save_interval: PositiveInt | None = None
     """Save after every this many rollouts; default: after the last one only."""
     save_keep: PositiveInt | None = None
     """Newest checkpoints to keep; default: all."""
-    save_hf: Path | None = None
+    save_hf: Place | None = None
     """Folder for the final weights in Hugging Face form; with {rollout_id} in its name, which becomes the checkpoint's
     number, for those of every save."""
     async_save: bool = False

@@ -1,17 +1,22 @@
 """Prompt files: jsonl, a question a line, in the format of dapo-math-17k."""
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
-from recipe.system.errors import UserError
+from recipe.system.errors import UserError, shortened
+from recipe.system.json_text import parse_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,34 +57,61 @@ class PromptFormat:
     """The reward's check of a label: what keeps it from being an answer, or None."""
     name_key: str | None = None
     """If given, problems have names: a text or number, by default the number of the line, counted from 1."""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """What the chat template is given besides the messages."""
+    tool_key: str = "tools"
+    """The line's tools, for the chat template, where it has any."""
     instruction: str = ""
     """What is added to the last message, unless that asks for a box itself."""
 
 
 def read_prompts(
-    path: Path, tokenizer: "PreTrainedTokenizerFast", layout: PromptFormat, *, max_tokens: int
+    path: Path,
+    tokenizer: "PreTrainedTokenizerFast",
+    layout: PromptFormat,
+    *,
+    max_tokens: int,
+    drop_longer: bool = False,
 ) -> list[Prompt]:
-    """The prompts of a file in the order of its lines; blank lines are skipped.
+    """The prompts of a file in the order of its lines; blank lines are skipped, and with `drop_longer` so are prompts
+    of more than `max_tokens` tokens, with a warning.
 
     Raises UserError, which names the file and the line, for a file that is missing or empty, a line that is not JSON
-    (one cut off, say), a field that is missing or of a wrong type, a label that is no answer, a prompt of more than
-    `max_tokens` tokens, and a tokenizer without chat template where one is to be applied.
+    (one cut off, say), a field that is missing or of a wrong type, a label that is no answer, a prompt that is too
+    long, and a tokenizer without chat template where one is to be applied.
     """
     if layout.apply_chat_template and not tokenizer.chat_template:
         raise UserError(f"--apply-chat-template: the tokenizer in {tokenizer.name_or_path} has no chat template")
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the prompts in {path} cannot be read: {error}") from error
+    lines = _read_text(path).split("\n")
     entries = [_Line(path, index, layout, line) for index, line in enumerate(lines) if line.strip()]
     if not entries:
         raise UserError(f"{path} holds no prompts")
     prompts = [entry.prompt(tokenizer) for entry in entries]
     prompts = _tokenized(prompts, tokenizer)
+    fitting = [prompt for prompt in prompts if len(prompt.ids) <= max_tokens]
     for entry, prompt in zip(entries, prompts, strict=True):
-        if len(prompt.ids) > max_tokens:
+        if len(prompt.ids) > max_tokens and not (drop_longer and fitting):
             raise entry.error(f"the prompt has {len(prompt.ids)} tokens, but the context leaves room for {max_tokens}")
-    return prompts
+    if dropped := len(prompts) - len(fitting):
+        logger.warning(
+            "%d of %d prompts in %s have more than %d tokens and are left out", dropped, len(prompts), path, max_tokens
+        )
+    return fitting
+
+
+_OTHER_FORMATS = {b"PAR1": "parquet", b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+def _read_text(path: Path) -> str:
+    """The content of a prompt file, without the byte order mark that Windows writes."""
+    try:
+        content = path.read_bytes()
+        for magic, name in _OTHER_FORMATS.items():
+            if content.startswith(magic):
+                raise UserError(f"{path} is a {name} file: unpack or convert it to jsonl, a JSON object a line")
+        return content.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the prompts in {path} cannot be read: {error}") from error
 
 
 def _tokenized(prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerFast") -> list[Prompt]:
@@ -101,8 +133,8 @@ class _Line:
         self._index = index
         self._layout = layout
         try:
-            self._fields = json.loads(text)
-        except json.JSONDecodeError as error:
+            self._fields = parse_json(text)
+        except ValueError as error:
             raise self.error(f"not valid JSON, perhaps cut off ({error})") from error
         if not isinstance(self._fields, dict):
             raise self.error("not a JSON object")
@@ -157,9 +189,13 @@ class _Line:
         if not self._layout.apply_chat_template:
             return messages[0].content
         turns = [{"role": message.role, "content": message.content} for message in messages]
+        tools = self._fields.get(self._layout.tool_key)
+        if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+            raise self.error(f"{self._layout.tool_key!r} is no list of tools (--tool-key)")
+        named = {"tokenize": False, "add_generation_prompt": True, **self._layout.template_kwargs}
         try:
-            return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
-        except TemplateError as error:
+            return str(tokenizer.apply_chat_template(turns, tools=tools, **named))
+        except (TemplateError, TypeError, ValueError) as error:
             raise self.error(f"the chat template refuses the messages: {error}") from error
 
     def _label(self) -> str:
@@ -172,7 +208,7 @@ class _Line:
         label = str(value).strip()
         problem = None if layout.label_problem is None else layout.label_problem(label)
         if problem is not None:
-            raise self.error(f"the label {label!r} is no answer: it {problem}")
+            raise self.error(f"the label {shortened(label)} is no answer: it {problem}")
         return label
 
     def _response(self) -> str | None:

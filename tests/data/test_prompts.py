@@ -73,6 +73,11 @@ def test_supervised_lines_carry_a_response_that_ends(write, tokenizer):
         (GOOD | {"label": None}, "the label null is no answer"),
         (GOOD | {"label": ["3"]}, 'the label ["3"] is no answer'),
         (GOOD | {"label": True}, "the label true is no answer"),
+        (f'{{"prompt": "x", "label": {"9" * 5000}}}', "not valid JSON"),
+        (GOOD | {"tools": "calculator"}, "'tools' is no list of tools (--tool-key)"),
+        ('{"prompt": "\\ud800", "label": "3"}', "not valid JSON"),
+        ('{"prompt": "x", "label": NaN}', "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
         (GOOD | {"prompt": "1" * 50}, "the prompt has 55 tokens, but the context leaves room for 20"),
     ],
 )
@@ -83,6 +88,33 @@ def test_a_bad_line_is_named_with_what_is_wrong(write, tokenizer, bad, problem):
     assert str(raised.value).startswith(f"{path}, line 2: ")
     assert problem in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_prompts_that_are_too_long_are_left_out_of_training(write, tokenizer, caplog):
+    path = write(GOOD, GOOD | {"prompt": "1" * 50}, GOOD)
+    prompts = read_prompts(path, tokenizer, CHAT, max_tokens=20, drop_longer=True)
+    assert [prompt.index for prompt in prompts] == [0, 2]
+    assert caplog.messages == [f"1 of 3 prompts in {path} have more than 20 tokens and are left out"]
+    with pytest.raises(UserError, match="the prompt has 55 tokens"):
+        read_prompts(write(GOOD | {"prompt": "1" * 50}), tokenizer, CHAT, max_tokens=20, drop_longer=True)
+
+
+def test_the_chat_template_is_given_tools_and_what_the_user_says(write, tokenizer):
+    tokenizer.chat_template = "{{ enable_thinking }} {{ tools | length if tools else 0 }} {{ messages[0].content }}"
+    tool = {"type": "function", "function": {"name": "add", "parameters": {}}}
+    layout = PromptFormat(apply_chat_template=True, template_kwargs={"enable_thinking": False}, tool_key="t")
+    prompts = read_prompts(write(GOOD | {"t": [tool]}, GOOD), tokenizer, layout, max_tokens=100)
+    assert [prompt.text for prompt in prompts] == ["False 1 1+2=", "False 0 1+2="]
+
+
+def test_a_byte_order_mark_is_skipped_and_other_formats_are_named(tmp_path, tokenizer):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
+    assert len(read_prompts(path, tokenizer, CHAT, max_tokens=20)) == 1
+    for content, name in ((b"PAR1\x15", "parquet"), (b"\x1f\x8b\x08", "gzip")):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"is a {name} file: unpack or convert it to jsonl"):
+            read_prompts(path, tokenizer, CHAT, max_tokens=20)
 
 
 def test_dapo_wants_integers(write, tokenizer):

@@ -159,7 +159,7 @@ def test_numbers_that_are_none(flag: str, value: str, capsys: pytest.CaptureFixt
     ("content", "problem"),
     [
         ("{", "cannot be read"),
-        ("[]", "it holds no settings"),
+        ("[]", "is not what it should be"),
         ("", "cannot be read"),
         ("{}", "holds the samples of other"),
     ],
