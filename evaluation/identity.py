@@ -89,6 +89,8 @@ def origin_of(checkpoint: Path) -> Path:
 def identity_of_server(url: str) -> tuple[Identity, Path | None]:
     """Of the server at `url`, and the directory of its tokenizer if that is on this machine. Raises UserError if it
     does not answer or does not say what it serves."""
+    if not url.startswith(("http://", "https://")):
+        raise UserError(f"--url {url} has no http:// before it: give http://{url}")
     base = url.rstrip("/")
     if not succeeds("GET", base + "/health_generate", timeout_s=_HEALTH_TIMEOUT_S):
         raise UserError(f"no server answers at {url}/health: start one there, or give --model instead of --url")

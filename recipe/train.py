@@ -65,7 +65,7 @@ def learn(run: Run, samples: list[TrainSample]) -> None:
 
 def main() -> None:
     arguments = sys.argv[1:]
-    if HELP in arguments:
+    if not HELP.isdisjoint(arguments):
         print(help_text())
         return
     resolved = resolve([word for word in arguments if word not in (CHECK, FORCE)])

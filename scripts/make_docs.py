@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from recipe.config.flags import FLAGS, RECIPE_FLAG, SGLANG_KEY, SGLANG_PREFIX
 from recipe.config.loading import RECIPES, shipped_recipes
 from recipe.config.schema import GROUPS
-from recipe.config.usage import CHECK, FORCE, HELP
+from recipe.config.usage import CHECK, FORCE
 from recipe.plan.__main__ import PUBLISHED, resolve_without_weights
 from recipe.plan.hardware import GB, GIB, Machine
 from recipe.plan.plan import Plan, make_plan
@@ -83,9 +83,12 @@ def _configuration() -> Iterator[str]:
     yield _table(
         ("flag of the command", "what"),
         (f"`{RECIPE_FLAG} NAME`", "the recipe, or a file that ends in .toml"),
-        (f"`{CHECK}`", "resolve and validate everything, show each value and where it came from, start nothing"),
+        (
+            f"`{CHECK}`",
+            "read and check everything as a run would, show each value and its source, start nothing",
+        ),
         (f"`{FORCE}`", "start although the plan says that the run does not fit this machine"),
-        (f"`{HELP}`", "every flag, on the terminal"),
+        ("`-h`, `--help`", "every flag, on the terminal"),
     )
     yield "\n## Recipes that are shipped\n"
     yield _table(("recipe", "what"), *((f"`{name}`", _about(name)) for name in shipped_recipes()))

@@ -20,7 +20,7 @@ import ray
 
 from recipe.cluster.ray_node import LOOPBACK, TOKEN_PATH
 from recipe.cluster.ray_processes import VITAL, RayProcesses
-from recipe.cluster.rendezvous import write_token
+from recipe.cluster.rendezvous import check_own_address, write_token
 from recipe.config import Config
 from recipe.config.engine_placement import gpus_of_fullest_machine
 from recipe.plan.constants import OBJECT_STORE_BYTES
@@ -41,11 +41,13 @@ def ray_session(config: Config) -> Iterator[None]:
     if "RAY_ADDRESS" in os.environ:
         try:
             with _own_signals():
-                ray.init(log_to_driver=True, logging_level=_level(config))
+                _join_cluster(config)
             yield
         finally:
             ray.shutdown()
         return
+    if config.cluster.master_addr is not None:
+        check_own_address(config.cluster.master_addr)
     secret = Path(tempfile.mkdtemp(prefix="recipe-ray-"))
     with RayProcesses() as processes:
         try:
@@ -58,6 +60,16 @@ def ray_session(config: Config) -> Iterator[None]:
             ray.shutdown()
             os.environ.pop(TOKEN_PATH, None)
             shutil.rmtree(secret)
+
+
+def _join_cluster(config: Config) -> None:
+    try:
+        ray.init(log_to_driver=True, logging_level=_level(config))
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        raise UserError(
+            f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']}, which is set in this shell: unset it, "
+            "and the run starts its own"
+        ) from error
 
 
 def _start_local(config: Config) -> None:

@@ -157,7 +157,8 @@ def check_own_address(address: str) -> None:
         socket.create_server((address, 0)).close()
     except OSError as error:
         raise UserError(
-            f"MASTER_ADDR {address} is no address of this machine, which is to be the head: {error}"
+            f"{address} (MASTER_ADDR, --master-addr) is no IPv4 address of this machine, which is to be the head: "
+            f"{error}"
         ) from error
 
 

@@ -12,8 +12,9 @@ from recipe.config.schema import GROUPS
 
 _WIDTH = 110
 
-CHECK, FORCE, HELP = "--check", "--force", "--help"
-"""Of the commands that train; all other flags are the configuration's."""
+CHECK, FORCE = "--check", "--force"
+HELP = frozenset({"--help", "-h"})
+"""Flags of the commands that train; all others are the configuration's."""
 
 
 def help_text() -> str:

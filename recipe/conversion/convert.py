@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from recipe.config import Architecture, Resolved, resolve
+from recipe.config.usage import HELP
 from recipe.conversion.destination import check_destination, writing_errors_told
 from recipe.conversion.processes import Processes
 from recipe.conversion.progress import ByteProgress, watched_directory
@@ -124,6 +125,9 @@ def count_of(architecture: Architecture, verified: int) -> str:
 
 def main() -> None:
     arguments = sys.argv[1:]
+    if not HELP.isdisjoint(arguments):
+        print(__doc__)
+        return
     began = time.monotonic()
     flags = [word for word in arguments if word not in (VERIFY, CHECK)]
     with Processes.joined() as processes:

@@ -92,5 +92,7 @@ def parse_size(text: str, flag: str) -> int:
     if match is None:
         raise UserError(f"{flag} {text} is no size; write 1TB, 900GB or 512GiB")
     number, unit, binary = match.groups()
+    if text.strip() == number:
+        raise UserError(f"{flag} {number} has no unit: write {number}GB, say")
     scale = _UNITS[unit.upper()]
     return int(float(number) * (1024 ** list(_UNITS).index(unit.upper()) if binary else scale))

@@ -1,8 +1,11 @@
 """The picture of a run: training reward and held-out evaluations against the step."""
 
 import io
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+os.environ["MPLBACKEND"] = "agg"  # a notebook's, which is not installed here, would stop the import
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

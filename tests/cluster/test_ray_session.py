@@ -2,10 +2,13 @@
 
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from recipe.cluster.rendezvous import check_own_address
+from recipe.config import Config
 from recipe.system.errors import UserError
 
 SLOW = Exception("The current node timed out during startup. This could happen because some of the raylet failed to")
@@ -45,3 +48,34 @@ def test_ray_that_starts_too_slowly_or_without_a_port_is_started_again(
 def test_a_fault_of_the_program_is_no_failed_start(start: Callable[..., int], fault: Exception) -> None:
     with pytest.raises(type(fault), match=str(fault)):
         start(fault)
+
+
+def test_an_address_in_the_shell_where_no_ray_answers_is_named(monkeypatch: pytest.MonkeyPatch, config: Config) -> None:
+    module: Any = import_module("recipe.cluster.ray_session")
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    monkeypatch.setattr(module.ray, "init", lambda **_: (_ for _ in ()).throw(ConnectionError("refused")))
+    with (
+        pytest.raises(UserError, match=r"at RAY_ADDRESS=127\.0\.0\.1:9, which is set in this shell: unset it"),
+        module.ray_session(config),
+    ):
+        pytest.fail("it was connected")
+
+
+@pytest.mark.parametrize("address", ["::1", "no-such-host.invalid", "198.51.100.1"])
+def test_an_address_of_another_machine_is_refused_before_ray_starts(address: str) -> None:
+    with pytest.raises(
+        UserError, match=rf"^{address} \(MASTER_ADDR, --master-addr\) is no IPv4 address of this machine"
+    ):
+        check_own_address(address)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    return Config.model_validate(
+        {
+            "model": {"hf_checkpoint": tmp_path},
+            "data": {"prompt_data": tmp_path},
+            "rollout": {"num_rollout": 1, "rollout_batch_size": 1, "rollout_max_response_len": 1},
+            "optimizer": {"lr": 1},
+        }
+    )

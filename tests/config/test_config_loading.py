@@ -142,10 +142,38 @@ class TestValues:
             (["--name", "../up"], "--name ../up (flag): "),
             (["--name", ".."], "--name .. (flag): "),
             (["--custom-rm-path", "module"], "--custom-rm-path module (flag): "),
+            (["--load", ""], "--load  (flag): a path is empty, or has control characters"),
+            (["--save", "a\tb"], "--save a\tb (flag): a path is empty, or has control characters"),
+            (["--input-key", "\0"], "--input-key \0 (flag): "),
+            (["--eval-temperature", "1e39"], "--eval-temperature 1e39 (flag): it should be less than or equal to 100"),
+            (["--num-cpus-per-engine", "9" * 40], "--num-cpus-per-engine 9999"),
+            (
+                ["--apply-chat-template-kwargs", "[1]"],
+                "--apply-chat-template-kwargs [1] (flag): it should be a valid dict",
+            ),
+            (
+                ["--apply-chat-template-kwargs", "{a}"],
+                "--apply-chat-template-kwargs {a} (flag): no JSON object, such as",
+            ),
+            (["--apply-chat-template-kwargs", "[]"], "--apply-chat-template-kwargs [] (flag): it should be a valid"),
+            (["--apply-chat-template-kwargs", "{a"], "--apply-chat-template-kwargs {a (flag): no JSON object"),
         ],
     )
     def test_out_of_bounds(self, refusal: Refusal, flags: list[str], sentence: str) -> None:
         assert refusal(*flags).startswith(sentence)
+
+    def test_what_a_refusal_quotes_is_cut(self, refusal: Refusal) -> None:
+        assert len(refusal("--moe-layer-freq", "(" * 5000)) < 400
+
+    def test_paths_are_what_a_shell_makes_of_them(self, resolve_8gpu: Try, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("HOME", "/home/me")
+        config = resolve_8gpu("--runs-dir=~/runs", "--save", "$HOME/saved", "--eval-prompt-data", "a", "~/a").config
+        assert (config.misc.runs_dir, config.save_dir) == (Path("/home/me/runs"), Path("/home/me/saved"))
+        assert config.eval.eval_prompt_data[0].path == Path("/home/me/a")
+
+    def test_template_arguments_are_a_json_object(self, resolve_8gpu: Try) -> None:
+        config = resolve_8gpu("--apply-chat-template-kwargs", '{"enable_thinking": false}').config
+        assert config.data.apply_chat_template_kwargs == {"enable_thinking": False}
 
     def test_a_recipes_value_names_the_recipe(self, tmp_path: Path, refusal: Refusal) -> None:
         path = write(tmp_path / "r.toml", 'extends = "glm4.7-flash-8gpu"\n[optimizer]\nlr = -1\n')

@@ -233,6 +233,8 @@ def test_sizes_are_read_as_written(text: str, size: int) -> None:
 def test_what_is_no_size_and_no_gpu_is_a_sentence() -> None:
     with pytest.raises(UserError, match="--disk much is no size; write 1TB"):
         parse_size("much", "--disk")
+    with pytest.raises(UserError, match="--host-memory 1000 has no unit: write 1000GB"):
+        parse_size("1000", "--host-memory")
     with pytest.raises(UserError, match="--gpu H100-90GB is not known; did you mean H100-80GB"):
         named_gpu("H100-90GB")
     with pytest.raises(UserError, match="what follows = is the memory in GiB"):

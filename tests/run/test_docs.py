@@ -45,7 +45,7 @@ def known_flags() -> set[str]:
     programs = [path for folder in ("recipe", "evaluation", "scripts") for path in (ROOT / folder).rglob("*.py")]
     parsed = {flag for path in programs for flag in re.findall(r'add_argument\(\s*"(--[\w-]+)"', path.read_text())}
     tasks = {flag for flags in task_flags().values() for flag in flags}
-    return {*FLAGS, RECIPE_FLAG, CHECK, FORCE, HELP} | parsed | tasks | OTHERS_FLAGS
+    return {*FLAGS, RECIPE_FLAG, CHECK, FORCE, *HELP} | parsed | tasks | OTHERS_FLAGS
 
 
 def task_flags() -> dict[str, set[str]]:
