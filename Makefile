@@ -1,4 +1,5 @@
 # `make` or `make help` lists the targets. Those without "GPU" or "image" in their line need no root, Docker or GPU.
+# What most of them run stands in recipe/container/targets.py; invoke (tasks.py) carries it out.
 
 # The interpreter to build the virtual environment with; empty: the first of python3.11, python3.12, python3 that suits.
 PYTHON ?=
@@ -11,11 +12,11 @@ NUM_GPUS :=
 DEVICE := auto
 PRICE := 2.5
 # What `make eval` scores and on which problems; by default the warmed-up tiny model on its held-out sums.
-MODEL = $(TINY)/hf
-DATA = $(TINY)/heldout.jsonl
+MODEL := build/tiny/hf
+DATA := build/tiny/heldout.jsonl
 # The folder of GLM-4.7-Flash, its conversion and the data sets.
 BASE_DIR := $(or $(BASE_DIR),data)
-# DRY_RUN=1 prints the command of a target that invoke carries out, and stops.
+# DRY_RUN=1 prints the commands of a target, and stops.
 DRY_RUN :=
 # Further arguments for the command a target ends with, as in: make train-tiny ARGS="--num-rollout 20"
 ARGS :=
@@ -30,101 +31,86 @@ TINY := build/tiny
 SEED := 1234
 export PYTHON
 
+# A variable's text as one word of a shell.
+quote = '$(subst ','\'',$(value $(1)))'
+
+ifeq ($(shell printf %s $(call quote,NAME) | LC_ALL=C grep -czxE '[A-Za-z0-9_][A-Za-z0-9._-]*'),0)
+$(error NAME=$(value NAME) is no name of a run: it takes letters, digits, '.', '_' and '-', and is no path)
+endif
+
+# What a rule gives invoke besides.
+FLAGS :=
+INVOKE = $(BIN)/invoke $@ $(if $(DRY_RUN),--dry-run) $(if $(value ARGS),--args $(call quote,ARGS))
+ON_GPUS := shell train-8gpu train-8gpu-mtp train-16gpu train-24gpu join bench
+INVOKED := image download convert export smoke report $(ON_GPUS)
+
+ifdef DRY_RUN
+# Every line of a rule goes to echo instead of a shell; but invoke, where it is installed, says more.
+SHELL := /bin/echo
+.SHELLFLAGS := +
+.SILENT:
+help $(if $(wildcard $(BIN)/invoke),$(INVOKED)): private SHELL := /bin/sh
+help $(if $(wildcard $(BIN)/invoke),$(INVOKED)): private .SHELLFLAGS := -c
+endif
+
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-sglang image shell download convert plan export train-8gpu train-8gpu-mtp train-16gpu train-24gpu join smoke train-tiny eval report test lint lock bench bench-tiny clean
+.PHONY: help install install-sglang image shell download convert plan export train-8gpu train-8gpu-mtp train-16gpu train-24gpu join smoke train-tiny eval report test lint lock bench bench-tiny docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk '/^    Target\($$/ {getline name; getline help; gsub(/^ *.|.,$$/, "", name); gsub(/^ *.|.,$$/, "", help); \
+		printf "  make %-14s %s\n", name, help}' recipe/container/targets.py
 
 install: ## create .venv with the pinned packages (the other targets do this themselves)
-	@$(if $(IN_IMAGE),:,scripts/install.sh .venv cpu project)
-
-# A new run never overwrites an old one: the old directory gets the time of its last change as a suffix.
-define KEEP_EARLIER_RUN
-if [ -e runs/$(NAME) ]; then \
-	kept=runs/$(NAME)-$$(date -r runs/$(NAME) +%Y%m%d-%H%M%S); mv runs/$(NAME) $$kept; echo "the earlier runs/$(NAME) is now $$kept"; \
-fi
-endef
+	@$(if $(or $(IN_IMAGE),$(and $(DRY_RUN),$(wildcard $(BIN)/invoke))),,scripts/install.sh .venv cpu project)
 
 install-sglang: ## create .venv-sglang with SGLang for a machine without a GPU
 	@scripts/install.sh .venv-sglang sglang-cpu
 
-INVOKE = $(BIN)/invoke $(1) $(if $(DRY_RUN),--dry-run) $(if $(ARGS),--args '$(ARGS)')
+$(INVOKED): install
+	@$(INVOKE) $(FLAGS)
 
-image: install ## build the image with everything that the GPU targets need (about 7 minutes)
-	@$(call INVOKE,image)
+$(ON_GPUS) download: private FLAGS = --base-dir $(call quote,BASE_DIR)
+convert: private FLAGS = --hf-checkpoint $(call quote,BASE_DIR)/GLM-4.7-Flash \
+	--save $(call quote,BASE_DIR)/GLM-4.7-Flash_torch_dist --recipe glm4.7-flash-8gpu-mtp --verify
+export: private FLAGS = --load runs/$(NAME)/checkpoints --save runs/$(NAME)/hf \
+	--hf-checkpoint $(call quote,BASE_DIR)/GLM-4.7-Flash --verify
+smoke: $(if $(filter sglang,$(ENGINE)),install-sglang)
+smoke: private FLAGS = --base-dir $(call quote,BASE_DIR) --device $(call quote,DEVICE) --engine $(call quote,ENGINE) \
+	--price $(call quote,PRICE) $(if $(NUM_GPUS),--num-gpus $(call quote,NUM_GPUS))
+report: private FLAGS = --name $(NAME)
 
-shell: install ## open a shell in the image, with the GPUs
-	@$(call INVOKE,shell --base-dir '$(BASE_DIR)')
-
-download: install ## model and data sets into BASE_DIR, pinned and verified (about 60 GB)
-	@$(call INVOKE,download --base-dir '$(BASE_DIR)')
-
-CONVERTED := GLM-4.7-Flash_torch_dist
-convert: install ## BASE_DIR/GLM-4.7-Flash into the form that training starts from, MTP layer included (60 GB more)
-	@$(BIN)/invoke convert $(if $(DRY_RUN),--dry-run) --hf-checkpoint '$(BASE_DIR)/GLM-4.7-Flash' \
-		--save '$(BASE_DIR)/$(CONVERTED)' --recipe glm4.7-flash-8gpu-mtp --verify $(if $(ARGS),--args '$(ARGS)')
-
-# The newest checkpoint of the run NAME, as a Hugging Face directory.
-export: install ## runs/NAME's newest checkpoint into runs/NAME/hf
-	@$(BIN)/invoke export $(if $(DRY_RUN),--dry-run) --load runs/$(NAME)/checkpoints --save runs/$(NAME)/hf \
-		--hf-checkpoint '$(BASE_DIR)/GLM-4.7-Flash' --verify $(if $(ARGS),--args '$(ARGS)')
-
-train-8gpu: install ## train on one node of 8 GPUs, in the image
-	@$(call INVOKE,train-8gpu --base-dir '$(BASE_DIR)')
-
-train-8gpu-mtp: install ## the same, with the MTP layer trained and drafting, in the image
-	@$(call INVOKE,train-8gpu-mtp --base-dir '$(BASE_DIR)')
-
-train-16gpu: install ## train on two nodes of 8 GPUs: MASTER_ADDR is this one, BASE_DIR shared; in the image
-	@$(call INVOKE,train-16gpu --base-dir '$(BASE_DIR)')
-
-train-24gpu: install ## train on three nodes of 8 GPUs, in the image
-	@$(call INVOKE,train-24gpu --base-dir '$(BASE_DIR)')
-
-join: install ## on every other node of such a run: join the one at MASTER_ADDR, in the image with its GPUs
-	@$(call INVOKE,join --base-dir '$(BASE_DIR)')
-
-smoke: install $(if $(filter sglang,$(ENGINE)),install-sglang) ## whether this node is good, by the whole loop on a small model; in the image if there are GPUs: make smoke NUM_GPUS=2 PRICE=3
-	@$(call INVOKE,smoke --base-dir '$(BASE_DIR)' --device $(DEVICE) --price $(PRICE) $(if $(NUM_GPUS),--num-gpus $(NUM_GPUS)) \
-		--engine $(ENGINE))
-
-report: install ## what the run NAME achieved, and where its time went
-	@$(call INVOKE,report --name '$(NAME)')
-
-bench: install ## the trainer's speed on one GPU beside transformers', in the image
-	@$(call INVOKE,bench)
-
+# A new run never overwrites an old one: the old directory gets the time of its last change as a suffix.
 train-tiny: install $(if $(filter sglang,$(ENGINE)),install-sglang) $(TINY)/torch_dist.done ## the whole pipeline on a tiny model: warm-up, conversion, GRPO, evaluation, plots
-	@$(if $(findstring --load,$(ARGS)),,$(KEEP_EARLIER_RUN))
-	$(RUN) recipe.train --recipe tiny --name $(NAME) --ref-load $(TINY)/torch_dist --rollout-engine $(ENGINE) $(ARGS)
+	@$(if $(findstring --load,$(ARGS)),,[ ! -e runs/$(NAME) ] || \
+		mv -v runs/$(NAME) runs/$(NAME)-$$(date -r runs/$(NAME) +%Y%m%d-%H%M%S))
+	$(RUN) recipe.train --recipe tiny --name $(NAME) --ref-load $(TINY)/torch_dist --rollout-engine $(call quote,ENGINE) $(ARGS)
 
 # The tiny model knows bare sums and short answers alone.
 EVAL_TINY := --instruction "" --n-samples 8 --max-response-len 20
-eval: install $(if $(filter $(TINY)/hf,$(MODEL)),$(TINY)/hf.done) ## score a model: make eval MODEL=DIR DATA=aime.jsonl (default: the tiny model)
-	$(RUN) evaluation.aime --model $(MODEL) --data $(DATA) $(if $(filter $(TINY)/hf,$(MODEL)),$(EVAL_TINY)) $(ARGS)
+eval: install $(if $(filter $(TINY)/hf,$(MODEL)),$(TINY)/hf.done)
+	$(RUN) evaluation.aime --model $(call quote,MODEL) --data $(call quote,DATA) $(if $(filter $(TINY)/hf,$(MODEL)),$(EVAL_TINY)) $(ARGS)
 
 # What `make plan` plans for.
 RECIPE := glm4.7-flash-8gpu
-plan: install ## memory, disk, time and money of a run: make plan RECIPE=glm4.7-flash-16gpu ARGS="--gpu H200 --price 3"
-	$(RUN) recipe.plan --recipe $(RECIPE) $(ARGS)
+plan: install
+	$(RUN) recipe.plan --recipe $(call quote,RECIPE) $(ARGS)
 
 # A file's tests share a worker, and what they start; ARGS="-n 0" for none.
 PARALLEL := -n auto --dist loadfile --no-loadscope-reorder
-test: install ## run the tests, in as many processes as there are cores
+test: install
 	$(RUN) pytest $(PARALLEL) $(ARGS)
 
-lint: install ## ruff, mypy, shellcheck and hadolint
+lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/shellcheck -x scripts/*.sh scripts/models/*.sh .ci/run
 	$(BIN)/hadolint Dockerfile
 
-.PHONY: docs
 docs: install ## regenerate what is generated in README.md and docs/
-	@$(BIN)/python scripts/make_docs.py
+	$(BIN)/python scripts/make_docs.py
 
 UV_LOCK := $(BIN)/uv pip compile --quiet --no-config --generate-hashes --no-emit-index-url --no-header $(ARGS)
 # torch is installed apart where there may be no GPU.

@@ -4,7 +4,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -29,9 +29,10 @@ ULIMITS = {"memlock": -1, "stack": 64 << 20, "nofile": 1 << 20}
 """Pinned memory for the optimizer and the bus, deep stacks of compiled kernels, a connection a sample."""
 WRITABLE = (Path("runs"), Path("build"))
 """Folders that commands write to."""
-SECRETS = ("HF_TOKEN", "WANDB_API_KEY")
-PASSED = (*SECRETS, "BASE_DIR", "MASTER_ADDR", "NODE_ADDR", "HF_ENDPOINT", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG")
-"""Variables that go along, by name: no value is ever on a command line."""
+SECRETS = ("HF_TOKEN", "WANDB_API_KEY", "HF_ENDPOINT")
+"""Variables whose values are on no command line; an address may hold a password."""
+PASSED = (*SECRETS, "BASE_DIR", "MASTER_ADDR", "NODE_ADDR", "NCCL_SOCKET_IFNAME", "NCCL_DEBUG")
+"""Variables that go along."""
 INFINIBAND = Path("/dev/infiniband")
 
 
@@ -46,6 +47,8 @@ class ContainerRun:
     """All of them; or none."""
     data: Path | None = None
     """A folder besides runs/ and build/ that the command sees under the same name, if it exists."""
+    needs: str = ""
+    """What the folder must hold; `.`: it must exist. Empty: the command can do without."""
     work_dir: Path = ROOT
     """Holds the folders runs/ and build/ that the command writes to."""
     several_nodes: bool = False
@@ -53,44 +56,52 @@ class ContainerRun:
 
     def options(self) -> dict[str, Any]:
         """The container, as the SDK spells it."""
-        options: dict[str, Any] = {
-            "image": self.image,
-            "command": list(self.command) or ["bash"],
-            "environment": {name: os.environ[name] for name in PASSED if name in os.environ},
-            "init": True,
-            "ipc_mode": "private",
-            "shm_size": SHARED_MEMORY_BYTES,
-            "mounts": [
-                {"Type": "bind", "Source": str(source), "Target": str(target)} for source, target in self._mounts()
-            ],
-            "stop_signal": "SIGTERM",
-            "tty": self.interactive,
-            "ulimits": [{"Name": name, "Soft": limit, "Hard": limit} for name, limit in ULIMITS.items()],
-            "working_dir": str(WORKSPACE),
-        }
-        if os.getuid() != 0:
-            options["user"] = f"{os.getuid()}:{os.getgid()}"
-        if self.gpus:
-            options["device_requests"] = [{"Driver": "", "Count": -1, "Capabilities": [["gpu"]]}]
-        if self.several_nodes:
-            options |= {"network_mode": "host", "cap_add": ["IPC_LOCK"]}
-            options["devices"] = [f"{INFINIBAND}:{INFINIBAND}:rwm"] if INFINIBAND.exists() else []
+        options: dict[str, Any] = {"image": self.image, "command": self._words}
+        for _, option in self._options():
+            options |= option
         return options
 
     def command_line(self) -> str:
-        """The same by Docker's command line, for a user to read."""
-        options = self.options()
-        words = ["docker", "run", "--rm", "--init", "--ipc", "private", "--shm-size", str(SHARED_MEMORY_BYTES)]
-        words += ["--interactive", "--tty"] if self.interactive else []
-        words += ["--gpus", "all"] if self.gpus else []
-        words += ["--network", "host", "--cap-add", "IPC_LOCK"] if self.several_nodes else []
-        words += [word for device in options.get("devices", []) for word in ("--device", device)]
-        words += [word for name, limit in ULIMITS.items() for word in ("--ulimit", f"{name}={limit}")]
-        words += [word for name in options["environment"] for word in ("--env", name)]
-        for source, target in self._mounts():
-            words += ["--mount", f"type=bind,source={source},target={target}"]
-        words += ["--user", options["user"]] if "user" in options else []
-        return shlex.join([*words, "--workdir", str(WORKSPACE), self.image, *options["command"]])
+        """The same by Docker's command line: pasted into a shell it does the same."""
+        words = ["docker", "run", "--rm", *(word for words, _ in self._options() for word in words)]
+        absent = [str(folder) for folder in self.folders() if not folder.exists()]
+        owner = ["-o", str(IMAGE_UID), "-g", str(IMAGE_UID)] if os.getuid() == 0 else []
+        before = f"{shlex.join(['install', '-d', *owner, *absent])} && " if absent else ""
+        return before + shlex.join([*words, self.image, *self._words])
+
+    def _options(self) -> Iterator[tuple[list[str], dict[str, Any]]]:
+        """Each property of the container, as Docker's command line and as the SDK spell it."""
+        yield ["--init"], {"init": True}
+        yield ["--ipc", "private"], {"ipc_mode": "private"}
+        yield ["--shm-size", str(SHARED_MEMORY_BYTES)], {"shm_size": SHARED_MEMORY_BYTES}
+        yield ["--stop-signal", "SIGTERM"], {"stop_signal": "SIGTERM"}
+        if self.interactive:
+            yield ["--interactive", "--tty"], {"stdin_open": True, "tty": True}
+        if self.gpus:
+            yield ["--gpus", "all"], {"device_requests": [{"Driver": "", "Count": -1, "Capabilities": [["gpu"]]}]}
+        if self.several_nodes:
+            yield ["--network", "host"], {"network_mode": "host"}
+            yield ["--cap-add", "IPC_LOCK"], {"cap_add": ["IPC_LOCK"]}
+            if INFINIBAND.exists():
+                yield ["--device", str(INFINIBAND)], {"devices": [f"{INFINIBAND}:{INFINIBAND}:rwm"]}
+        limits = [f"{name}={limit}" for name, limit in ULIMITS.items()]
+        yield (
+            _each("--ulimit", limits),
+            {"ulimits": [{"Name": name, "Soft": limit, "Hard": limit} for name, limit in ULIMITS.items()]},
+        )
+        environment = {name: os.environ[name] for name in PASSED if name in os.environ}
+        shown = [name if name in SECRETS else f"{name}={value}" for name, value in environment.items()]
+        yield _each("--env", shown), {"environment": environment}
+        mounts = [{"Type": "bind", "Source": str(source), "Target": str(target)} for source, target in self._mounts()]
+        yield _each("--mount", map(_as_csv, mounts)), {"mounts": mounts}
+        if os.getuid() != 0:
+            user = f"{os.getuid()}:{os.getgid()}"
+            yield ["--user", user], {"user": user}
+        yield ["--workdir", str(WORKSPACE)], {"working_dir": str(WORKSPACE)}
+
+    @property
+    def _words(self) -> list[str]:
+        return list(self.command) or ["bash"]
 
     @property
     def interactive(self) -> bool:
@@ -105,23 +116,40 @@ class ContainerRun:
         """Folders under the name they have here, so that a command means the same inside and outside."""
         for folder in self.folders():
             yield folder, WORKSPACE / folder.name
-        if self.data is not None and (ROOT / self.data).is_dir():
+        if self.data is not None and (self.needs or (ROOT / self.data).is_dir()):
             yield (ROOT / self.data).resolve(), WORKSPACE / self.data
+
+    def check_data(self) -> None:
+        """Raises UserError if the folder of model and data, or what the command needs there, does not exist."""
+        if self.data is None or not self.needs:
+            return
+        if not (ROOT / self.data).is_dir():
+            raise UserError(
+                f"BASE_DIR={self.data} is no folder on this machine: name the one of model and data, or make it by "
+                f"`make download BASE_DIR={shlex.quote(str(self.data))}`"
+            )
+        if not (ROOT / self.data / self.needs).is_dir():
+            raise UserError(
+                f"BASE_DIR={self.data} holds no {self.needs}: "
+                f"`make download BASE_DIR={shlex.quote(str(self.data))}` fetches it"
+            )
 
 
 def run_in_image(run: ContainerRun) -> int:
     """Runs the command in a container of its own, which ends with this call, and returns its exit status (for one that
     a signal ended: 128 plus its number). SIGINT and SIGTERM are passed on to it.
 
-    Raises UserError if there is no engine, no image, no GPU where one is asked for, or a folder it cannot write to.
+    Raises UserError if there is no engine, no image, no GPU where one is asked for, no data where it needs them, or a
+    folder it cannot write to.
     """
+    run.check_data()
     with connect() as client:
         _check_image(client, run.image)
         if run.gpus and _is_local():
             check_gpus()
         for folder in run.folders():
             _make_writable(folder)
-        container = client.containers.create(**run.options(), stdin_open=run.interactive)
+        container = client.containers.create(**run.options())
         try:
             return _attend(client, container, run)
         finally:
@@ -164,6 +192,16 @@ def _check_image(client: "DockerClient", image: str) -> None:
         client.images.get(image)
     except ImageNotFound as error:
         raise UserError(f"there is no image {image} on this machine: build it with `make image`") from error
+
+
+def _each(flag: str, values: Iterable[str]) -> list[str]:
+    return [word for value in values for word in (flag, value)]
+
+
+def _as_csv(mount: dict[str, str]) -> str:
+    """A mount as Docker's command line takes it, which reads fields of a table: one with a comma is quoted."""
+    fields = [f"{key.lower()}={value}" for key, value in mount.items()]
+    return ",".join('"{}"'.format(field.replace('"', '""')) if set(field) & set(',"') else field for field in fields)
 
 
 def _is_local() -> bool:

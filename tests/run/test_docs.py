@@ -128,7 +128,8 @@ def test_every_page_is_linked_from_the_readme() -> None:
 
 
 def test_make_targets_exist() -> None:
-    targets = set(re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    [declared] = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    targets = set(declared.split())
     shown = set(named(r"(?:^|(?<=\s))make ([a-z][a-z0-9-]*)"))
     assert {"train-tiny", "test", "smoke", "docs"} <= {target for _, target in shown}
     assert sorted(one for one in shown if one[1] not in targets) == []

@@ -1,13 +1,16 @@
 """The commands of the rented-node path, printed and not run, and the launch scripts' flags."""
 
+import csv
 import io
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tarfile
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,7 @@ TARGETS = {
     "train-8gpu-mtp": "--recipe glm4.7-flash-8gpu-mtp",
     "train-16gpu": "--recipe glm4.7-flash-16gpu",
     "train-24gpu": "--recipe glm4.7-flash-24gpu",
+    "download": "-m recipe.download all --base-dir data",
     "join": "-m recipe.cluster.join",
     "convert": "-m recipe.conversion.convert --recipe glm4.7-flash-8gpu-mtp --hf-checkpoint",
     "export": "-m recipe.conversion.export --load runs/tiny/checkpoints",
@@ -50,8 +54,6 @@ def test_a_dry_run_prints_the_command_and_stops(target: str) -> None:
 
 @pytest.mark.parametrize("line", re.findall(r"^make \S+ BASE_DIR=[^#\n]*", PAGES, re.MULTILINE))
 def test_the_commands_of_the_rented_node_parse(line: str) -> None:
-    if line.startswith("make download"):
-        pytest.skip("asks the hub even when it only prints; test_tasks runs it")
     words = [
         "make",
         "--no-print-directory",
@@ -80,6 +82,138 @@ def test_gpus_memory_mounts_and_tokens_of_a_gpu_target(tmp_path: Path) -> None:
         assert expected in ended.stdout
     assert f"source={tmp_path / 'data'},target={tmp_path / 'data'}" in ended.stdout
     assert f"source={ROOT / 'runs'},target=/workspace/runs" in ended.stdout
+
+
+@pytest.fixture
+def scratch(tmp_path: Path) -> Path:
+    """What make needs of the repository, with an installer that leaves a trace."""
+    copy = tmp_path / "copy"
+    for folder in ("recipe", "scripts", "requirements"):
+        shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("Makefile", "tasks.py", "Dockerfile"):
+        shutil.copy(ROOT / file, copy)
+    (copy / "scripts" / "install.sh").write_text("#!/bin/sh\ntouch installed\n")
+    return copy
+
+
+def all_targets() -> list[str]:
+    return re.findall(r"^  make (\S+)", command("make", "--no-print-directory").stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_no_target_starts_or_writes_anything_in_a_dry_run(scratch: Path, installed: bool) -> None:
+    before = {path: path.stat().st_mtime_ns for path in scratch.rglob("*")}
+    words = ["make", "-C", str(scratch), "--no-print-directory", "DRY_RUN=1", *all_targets()]
+    words += [f"BIN={Path(sys.executable).parent}"] * installed
+    ended = command(*words, PYTHONDONTWRITEBYTECODE="1", DOCKER_HOST="unix:///nowhere.sock")
+    assert ended.returncode == 0, ended.stderr
+    assert {path: path.stat().st_mtime_ns for path in scratch.rglob("*")} == before
+    lines = [line for line in ended.stdout.splitlines() if not line.startswith("  make ")]
+    assert all(line.startswith("+ ") for line in lines)
+    assert ("+ scripts/install.sh .venv cpu project" in lines) is not installed
+    assert any("docker run" in line for line in lines) is installed
+    assert any("pytest" in line for line in lines)
+
+
+def test_quotes_and_spaces_in_args_arrive(tmp_path: Path) -> None:
+    given = ["--rollout-stop", "a b", "it's", '"', "$HOME", "*"]
+    words = ["make", "--no-print-directory", "-o", "install", f"BIN={Path(sys.executable).parent}", "DRY_RUN=1"]
+    ended = command(*words, "train-8gpu", "ARGS=" + shlex.join(given))
+    assert ended.returncode == 0, ended.stderr
+    script = shlex.split(ended.stdout)[-len(given) - 1 :]
+    assert script == [f"scripts/{SCRIPTS[0]}", *given]
+    python = tmp_path / "python"
+    python.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv))\n")
+    python.chmod(0o755)
+    assert json.loads(command(*script, PYTHON=str(python), BASE_DIR="/").stdout)[-len(given) :] == given
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "", "a b", "$(touch made)", "-x", "a;b"])
+def test_a_name_that_is_a_path_or_more_is_refused(scratch: Path, name: str) -> None:
+    (scratch / "x").mkdir()
+    ended = command("make", "-C", str(scratch), "train-tiny", f"NAME={name}")
+    assert ended.returncode == 2
+    assert f"NAME={name} is no name of a run" in ended.stderr
+    assert not (scratch / "installed").exists()
+    assert not (scratch / "made").exists()
+    assert (scratch / "x").is_dir()
+
+
+def test_a_printed_container_does_the_same_in_a_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from recipe.container.run import ContainerRun
+
+    data, work = tmp_path / "my, data", tmp_path / "my work"
+    data.mkdir()
+    run = ContainerRun(["echo", "a b"], data=data, work_dir=work, several_nodes=True)
+    docker = tmp_path / "docker"
+    docker.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+    docker.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    pasted = command("bash", "-c", run.command_line())
+    assert pasted.returncode == 0, pasted.stderr
+    assert (work / "runs").is_dir()
+    words = json.loads(pasted.stdout)
+    assert words[-3:] == [run.image, *run.options()["command"]]
+    mounts = [next(csv.reader([word])) for flag, word in pairwise(words) if flag == "--mount"]
+    assert mounts == [[f"{key.lower()}={value}" for key, value in mount.items()] for mount in run.options()["mounts"]]
+    assert "MASTER_ADDR=10.0.0.1" in words
+    assert run.options()["environment"]["MASTER_ADDR"] == "10.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("task", "made", "sentence"),
+    [
+        ("train-8gpu", False, "is no folder on this machine"),
+        ("train-8gpu", True, "holds no GLM-4.7-Flash: `make download BASE_DIR="),
+        ("join", False, "is no folder on this machine"),
+        ("bench", False, "is no folder on this machine"),
+    ],
+)
+def test_data_that_are_not_there_are_told_and_no_folder_is_made(
+    task: str, made: bool, sentence: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "data"
+    if made:
+        folder.mkdir()
+    words = [sys.executable, "-m", "invoke", task, "--base-dir", str(folder), "--work-dir", str(tmp_path / "work")]
+    ended = command(*words, DOCKER_HOST="unix:///nowhere.sock")
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: BASE_DIR=")
+    assert sentence in ended.stderr
+    assert folder.exists() is made
+    assert not (tmp_path / "work").exists()
+
+
+def test_the_narrated_script_prints_all_commands_and_runs_none(tmp_path: Path) -> None:
+    (tmp_path / "make").write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    (tmp_path / "make").chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    ended = command("scripts/8xh100.sh", DRY_RUN="1", BASE_DIR="/my data", PATH=path)
+    assert ended.returncode == 0, ended.stderr
+    assert not (tmp_path / "started").exists()
+    lines = [shlex.split(line) for line in ended.stdout.splitlines()]
+    assert {line[0] for line in lines} == {"+"}
+    steps = [line[2] for line in lines]
+    assert steps == [
+        "install",
+        "image",
+        "smoke",
+        "download",
+        "convert",
+        "plan",
+        "train-8gpu",
+        "report",
+        "export",
+        "shell",
+    ]
+    for _, program, *words in lines[:-1]:
+        printed = command(program, "--no-print-directory", f"BIN={Path(sys.executable).parent}", "DRY_RUN=1", *words)
+        assert printed.returncode == 0, printed.stderr
+    score = shlex.split(lines[-1][-1])
+    evaluation = command(*score, "DRY_RUN=1", f"BIN={Path(sys.executable).parent}").stdout
+    data = "/my data/aime-2024/aime-2024.jsonl"
+    assert shlex.split(evaluation)[-4:] == ["--data", data, "--engine-args", "--tp-size 4 --dp-size 2"]
 
 
 def test_the_build_context_is_the_same_whoever_checks_out_and_when() -> None:

@@ -50,7 +50,7 @@ def test_a_dry_run_prints_the_command_and_does_nothing(tmp_path: Path) -> None:
 
 
 def test_a_download_without_a_hub_says_so(tmp_path: Path) -> None:
-    status, output = invoke("download", "--base-dir", tmp_path / "data", "--dry-run", HF_ENDPOINT="http://127.0.0.1:9")
+    status, output = invoke("download", "--base-dir", tmp_path / "data", HF_ENDPOINT="http://127.0.0.1:9")
     assert status == 2
     assert "http://127.0.0.1:9" in output
     assert "Traceback" not in output
