@@ -55,7 +55,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-sglang image shell download convert plan export train-8gpu train-8gpu-mtp train-16gpu train-24gpu join smoke train-tiny eval report test lint lock bench bench-tiny docs clean
+.PHONY: help install install-sglang image shell download convert plan export train-8gpu train-8gpu-mtp train-16gpu train-24gpu join smoke train-tiny eval report test check lint lock bench bench-tiny docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -108,6 +108,10 @@ lint: install
 	$(BIN)/mypy
 	$(BIN)/shellcheck -x scripts/*.sh scripts/models/*.sh .ci/run
 	$(BIN)/hadolint Dockerfile
+
+QUICK := tests/config tests/grpo tests/batching tests/plan tests/data tests/rewards tests/run/test_arrows.py tests/run/test_docs.py
+check: lint ## lint, types and the quick tests (under 3 minutes on 2 cores)
+	$(RUN) pytest $(PARALLEL) $(QUICK) -m 'not slow and not sglang' $(ARGS)
 
 docs: install ## regenerate what is generated in README.md and docs/
 	$(BIN)/python scripts/make_docs.py
