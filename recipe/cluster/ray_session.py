@@ -66,8 +66,9 @@ def _join_cluster(config: Config) -> None:
     try:
         ray.init(log_to_driver=True, logging_level=_level(config))
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(
-            f"no Ray cluster answers at RAY_ADDRESS={os.environ['RAY_ADDRESS']}, which is set in this shell: unset it, "
+            f"no Ray cluster can be joined at RAY_ADDRESS={os.environ['RAY_ADDRESS']} ({reason}): unset RAY_ADDRESS, "
             "and the run starts its own"
         ) from error
 

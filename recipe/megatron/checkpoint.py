@@ -47,7 +47,7 @@ from recipe.messages import Progress
 from recipe.system.errors import UserError
 from recipe.system.files import atomic_write_bytes, atomic_write_text
 from recipe.system.heartbeat import heartbeat
-from recipe.weights.checkpoints import PROGRESS, damaged, name_of, note_written, others_that_are_whole
+from recipe.weights.checkpoints import PROGRESS, claim, damaged, name_of, note_written, others_that_are_whole
 from recipe.weights.table import Part, Placement
 
 Shards = dict[str, list[ShardedBase]]
@@ -151,6 +151,7 @@ def save(
         note_written(final, progress.rollouts, keep)
 
     final = directory / name_of(progress.rollouts)
+    _on_first_rank(lambda: claim(final), group)
     with written_beside(final, group) as partial:
         _write(partial, shards, group)
         _on_first_rank(tell_progress, group)

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 USER_ERROR_STATUS = 2
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
-_STDOUT = 1
+_STDOUT, _STDERR = 1, 2
 
 
 _LONGEST_QUOTE = 80
@@ -54,16 +54,16 @@ def run_main(main: Callable[[], int | None]) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(USER_ERROR_STATUS)
     except BrokenPipeError:
-        if not _reader_has_left():
+        if not _reader_has_left(_STDOUT):
             raise
-        _drop_output()
+        _drop(_STDOUT)
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in DISK_IS_FULL:
             raise
         where = error.filename or "where the output goes"
         print(f"error: the disk is full: {where} could not be written; free space there", file=sys.stderr)
-        _drop_output()
+        _drop(_STDOUT)
         sys.exit(USER_ERROR_STATUS)
     except SystemExit:
         if _unwound_by:  # Ray, where it waits, makes a SystemExit of status 1 out of any other
@@ -71,16 +71,23 @@ def run_main(main: Callable[[], int | None]) -> None:
         raise
 
 
-def _drop_output() -> None:
-    """What is written to standard output on the way out goes nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
+def drop_dead_output() -> None:
+    """From a handler of SIGHUP: what is still written to a terminal that is closed goes nowhere, and fails nothing."""
+    for descriptor in (_STDOUT, _STDERR):
+        if _reader_has_left(descriptor):
+            _drop(descriptor)
 
 
-def _reader_has_left() -> bool:
-    """Whether standard output is a pipe that nobody reads any more."""
+def _drop(descriptor: int) -> None:
+    """What is written to standard output, or to standard error, on the way out goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
+def _reader_has_left(descriptor: int) -> bool:
+    """Whether it is a pipe that nobody reads any more, or a terminal that is closed."""
     poll = select.poll()
-    poll.register(_STDOUT, 0)
-    return any(events & select.POLLERR for _, events in poll.poll(0))
+    poll.register(descriptor, 0)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0))
 
 
 _unwound_by: list[signal.Signals] = []
@@ -96,6 +103,8 @@ def unwind(number: signal.Signals, why: str) -> NoReturn:
 
 def _unwind(number: int, _: FrameType | None) -> None:
     received = signal.Signals(number)
+    if received is signal.SIGHUP:
+        drop_dead_output()
     unwind(received, f"{received.name} received")
 
 

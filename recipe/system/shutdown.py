@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from recipe.system.errors import unwind
+from recipe.system.errors import drop_dead_output, unwind
 
 SAVED_STATUS = 75
 """Exit status of a run that ended on a notice with everything saved: EX_TEMPFAIL of sysexits.h, try again later."""
@@ -32,6 +32,8 @@ def saving_on_notice(save: Callable[[], None], grace_s: float) -> Iterator[None]
         if noticed:
             give_up(f"a second notice ({signal.Signals(number).name}) received")
         noticed = True
+        if number == signal.SIGHUP:
+            drop_dead_output()
         _say(f"{signal.Signals(number).name} received: saving what is done, for at most {grace_s:g} s")
         signal.setitimer(signal.ITIMER_REAL, grace_s)
         loop.call_soon_threadsafe(task.cancel)

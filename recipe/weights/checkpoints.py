@@ -10,6 +10,7 @@ Imports neither torch nor megatron: a command that only asks must not wait for t
 import json
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +71,16 @@ def _number(path: Path) -> int:
 def others_that_are_whole(checkpoint: Path) -> list[Path]:
     """The training checkpoints beside this one, the newest first."""
     return sorted(set(_numbered(checkpoint.parent)) - {checkpoint}, key=_number, reverse=True)
+
+
+def claim(checkpoint: Path) -> None:
+    """Takes the place of a checkpoint that is about to be written. What a run did not write gets another name there."""
+    directory = checkpoint.parent
+    written = _written(directory)
+    if checkpoint.exists() and checkpoint.name not in written:
+        checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.kept-{time.strftime('%Y%m%d-%H%M%S')}"))
+    directory.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(directory / WRITTEN, json.dumps(list(dict.fromkeys([*written, checkpoint.name]))))
 
 
 def note_written(checkpoint: Path, rollouts: int, keep: int | None) -> None:

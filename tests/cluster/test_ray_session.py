@@ -55,7 +55,7 @@ def test_an_address_in_the_shell_where_no_ray_answers_is_named(monkeypatch: pyte
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
     monkeypatch.setattr(module.ray, "init", lambda **_: (_ for _ in ()).throw(ConnectionError("refused")))
     with (
-        pytest.raises(UserError, match=r"at RAY_ADDRESS=127\.0\.0\.1:9, which is set in this shell: unset it"),
+        pytest.raises(UserError, match=r"joined at RAY_ADDRESS=127\.0\.0\.1:9 \(refused\): unset RAY_ADDRESS"),
         module.ray_session(config),
     ):
         pytest.fail("it was connected")

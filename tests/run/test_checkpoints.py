@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from recipe.system.errors import UserError
-from recipe.weights.checkpoints import LATEST, PROGRESS, StartPoint, find_start, latest, note_written, rollouts_in
+from recipe.weights.checkpoints import (
+    LATEST,
+    PROGRESS,
+    StartPoint,
+    claim,
+    find_start,
+    latest,
+    note_written,
+    rollouts_in,
+)
 
 
 def write(folder: Path, rollouts: int, keep: int | None = None) -> Path:
@@ -34,6 +43,16 @@ def test_what_a_run_wrote_last_is_the_newest_and_nothing_else_is_deleted(tmp_pat
         newest = write(tmp_path, rollouts, keep=2)
         assert latest(tmp_path) == newest
     assert names(tmp_path) == ["iter_0000004", "iter_0000005", foreign.name, copy.name]
+
+
+def test_what_lies_in_a_checkpoints_place_is_kept_under_another_name(tmp_path: Path) -> None:
+    place = make(tmp_path / "iter_0000002", 9)
+    claim(place)
+    [kept] = tmp_path.glob("iter_0000002.kept-*")
+    assert (rollouts_in(kept), place.exists(), latest(tmp_path)) == (9, False, None)
+    make(place, 2)  # the run is killed before it says so
+    claim(place)
+    assert rollouts_in(place) == 2, "it was the run's own"
 
 
 def test_a_checkpoint_written_again_is_the_newest_once(tmp_path: Path) -> None:

@@ -1,10 +1,17 @@
 """How commands end."""
 
+import fcntl
+import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
+from pathlib import Path
 
 import pytest
+
+from recipe.system.shutdown import SAVED_STATUS
 
 PROGRAM = """
 import sys, time
@@ -33,6 +40,43 @@ def test_a_signal_gives_its_status_whatever_ray_makes_of_it(number: signal.Signa
     _, said = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert said == f"stopping: {number.name} received\n"
+
+
+SAVING = """
+import asyncio, sys
+from pathlib import Path
+from recipe.system.errors import run_main
+from recipe.system.shutdown import saving_on_notice
+
+def save():
+    print("saving", flush=True)
+    Path(sys.argv[1]).touch()
+
+async def work():
+    with saving_on_notice(save, grace_s=30):
+        while True:
+            print("ready", flush=True)
+            await asyncio.sleep(0.05)
+
+run_main(lambda: asyncio.run(work()))
+"""
+
+
+def test_a_terminal_that_is_closed_lets_what_is_done_be_saved(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", SAVING, str(tmp_path / "saved")],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    assert os.read(ours, 5) == b"ready"
+    os.close(ours)
+    assert process.wait(timeout=60) == SAVED_STATUS
+    assert (tmp_path / "saved").exists()
 
 
 def test_a_signal_that_the_parent_has_blocked_is_heeded() -> None:
