@@ -103,13 +103,13 @@ _OTHER_FORMATS = {b"PAR1": "parquet", b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip",
 
 
 def _read_text(path: Path) -> str:
-    """The content of a prompt file, without the byte order mark that Windows writes."""
+    """The content of a prompt file."""
     try:
         content = path.read_bytes()
         for magic, name in _OTHER_FORMATS.items():
             if content.startswith(magic):
                 raise UserError(f"{path} is a {name} file: unpack or convert it to jsonl, a JSON object a line")
-        return content.decode("utf-8-sig")
+        return content.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"the prompts in {path} cannot be read: {error}") from error
 

@@ -1,5 +1,9 @@
 """Which groups are worth learning from: the built-in filter, and the user's own."""
 
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 from rollout_support import make_prompt
 
@@ -33,12 +37,21 @@ def broken(group: SampleGroup) -> bool:
     raise ZeroDivisionError("by zero")
 
 
+def leaving(group: SampleGroup) -> bool:
+    sys.exit(3)
+
+
+def numpys(group: SampleGroup) -> object:
+    return np.mean([sample.reward or 0.0 for sample in group.samples]) < 0.5
+
+
 def undecided(group: SampleGroup) -> None:
     return None
 
 
-def test_a_function_of_the_users_own_decides() -> None:
-    keep = load_filter("test_filters:mostly_wrong")
+@pytest.mark.parametrize("name", ["mostly_wrong", "numpys"])
+def test_a_function_of_the_users_own_decides(name: str) -> None:
+    keep = load_filter(f"test_filters:{name}")
     assert keep(graded(0.0, 0.0, 1.0))
     assert not keep(graded(1.0, 1.0, 0.0))
 
@@ -57,8 +70,19 @@ def test_a_filter_that_is_not_there_is_refused_at_once(path: str, sentence: str)
 
 @pytest.mark.parametrize(
     ("name", "sentence"),
-    [("broken", "failed: ZeroDivisionError: by zero"), ("undecided", "returned None; it must return True")],
+    [
+        ("broken", "failed: ZeroDivisionError: by zero"),
+        ("leaving", "failed: SystemExit: 3"),
+        ("undecided", "returned None; it must return True"),
+    ],
 )
 def test_a_filter_with_a_fault_is_named(name: str, sentence: str) -> None:
     with pytest.raises(UserError, match=f"--dynamic-sampling-filter-path test_filters:{name} {sentence}"):
         load_filter(f"test_filters:{name}")(graded(1.0, 0.0))
+
+
+def test_a_module_that_exits_at_its_import_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "exits_at_import.py").write_text("raise SystemExit(4)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"exits_at_import:keep: the module cannot be imported \(SystemExit\(4\)\)"):
+        load_filter("exits_at_import:keep")
