@@ -44,7 +44,7 @@ def actor() -> Iterator[Any]:
             heartbeat.follow_this_thread()
             return work(heartbeat.beat)
 
-    cluster = SimpleNamespace(colocate=True, actor_num_gpus_per_node=4)
+    cluster = SimpleNamespace(colocate=True, actor_num_gpus_per_node=4, master_addr=None)
     config = SimpleNamespace(cluster=cluster, misc=SimpleNamespace(log_level="warning"))
     with ray_session(cast(Config, config)):
         yield ray.remote(concurrency_groups={"answers": 1})(Rank).options(num_cpus=0)
