@@ -13,11 +13,10 @@ from types import TracebackType
 from typing import Self
 
 from recipe.rewards import Grade, Grader, GradeRequest, GradeStatus, RewardRule
-from recipe.rewards.extract import THINKING_END, Extraction, boxed_answer, dapo_answer
+from recipe.rewards.extract import THINKING_START, Extraction, answer_after_thinking
 from recipe.rewards.functions import answer_in_label
-from recipe.rewards.integers import MAX_ANSWER_CHARACTERS, canonical_integer
+from recipe.rewards.plain import MAX_ANSWER_CHARACTERS, canonical_integer
 
-THINKING_START = "<think>"
 MAX_LABEL = 999
 """AIME's answers are the integers from 0 to this one."""
 
@@ -37,7 +36,7 @@ class Verdict(StrEnum):
     TRUNCATED = "truncated"
     """It was cut off before it had one."""
     GRADER_FAILED = "grader_failed"
-    """Nobody knows: the comparison took too long, too much memory, or met a label that cannot be read."""
+    """The comparison took too long or too much memory: counted apart, and not correct."""
 
 
 @dataclass(frozen=True)
@@ -61,24 +60,6 @@ class Judgement:
     """Why the verdict is what it is, as half a sentence."""
     value: str | None = None
     """The answer in the form that all its spellings share (`recipe.rewards.Grade.value`): what it votes for."""
-
-
-def answer_after_thinking(text: str) -> Extraction:
-    r"""The last `\boxed{}` after the thinking part: after the last `</think>`, or anywhere in a text without thinking
-    tags. Nothing that follows an unclosed `<think>` is an answer, and what precedes it was taken back."""
-    return _after_thinking(text, boxed_answer)
-
-
-def answer_line_after_thinking(text: str) -> Extraction:
-    r"""As `answer_after_thinking`, by DAPO's rule: the last "Answer: ..." or `\boxed{}` of the last 300 characters."""
-    return _after_thinking(text, dapo_answer)
-
-
-def _after_thinking(text: str, extract: Extract) -> Extraction:
-    thinking, ended = text.rfind(THINKING_START), text.rfind(THINKING_END)
-    if thinking > ended:
-        return Extraction(None, "the thinking part never ends")
-    return extract(text[ended + len(THINKING_END) :] if ended >= 0 else text)
 
 
 def aime_label_problem(label: str) -> str | None:
@@ -123,15 +104,10 @@ class Judge:
 
 
 def _request(response: Response) -> GradeRequest:
-    text = THINKING_START + response.text if _begins_thinking(response) else response.text
-    return GradeRequest(response.prompt or "", text, response.label, response.truncated)
-
-
-def _begins_thinking(response: Response) -> bool:
-    """Whether the response's first word is a thought, as far as one can know."""
-    if response.prompt is None:
-        return response.truncated
-    return response.prompt.rfind(THINKING_START) > response.prompt.rfind(THINKING_END)
+    """Of a response whose prompt nobody knows, one that was cut off may have been thinking still."""
+    unknown = THINKING_START if response.truncated else ""
+    prompt = unknown if response.prompt is None else response.prompt
+    return GradeRequest(prompt, response.text, response.label, response.truncated)
 
 
 def _judgement(grade: Grade, response: Response) -> Judgement:

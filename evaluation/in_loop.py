@@ -4,20 +4,14 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from evaluation.grading import (
-    Judge,
-    Judgement,
-    Response,
-    aime_label_problem,
-    answer_after_thinking,
-    answer_line_after_thinking,
-)
+from evaluation.grading import Judge, Judgement, Response, aime_label_problem
 from evaluation.problems import INSTRUCTION, LabelProblem, ProblemFile, read_problems
 from evaluation.scoring import Judged, score
 from evaluation.statistics import clustered_mean
 from recipe.config import Config, Resolved
 from recipe.data.prompts import Prompt
 from recipe.rewards import REWARD_RULES, RewardType
+from recipe.rewards.extract import answer_after_thinking, answer_line_after_thinking
 from recipe.rollout.client import RolloutClient
 from recipe.rollout.generate import OnGroup, Rollout, SeedStream, generate_rollout
 from recipe.rollout.sample import SampleGroup

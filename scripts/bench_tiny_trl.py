@@ -24,15 +24,15 @@ import trl
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 
+from recipe.rewards.comparing import plainly_equal
 from recipe.rewards.functions import REWARD_RULES, RewardRule, RewardType
-from recipe.rewards.integers import plainly_equal
 
 Rewards = Callable[[Sequence[str], Sequence[str]], list[float]]
 """Responses, labels -> rewards."""
 
 
 def load_rewards(rule: RewardRule) -> Rewards:
-    """The recipe's rule without math-verify, which sums of integers do not need: what is no integer is wrong."""
+    """The recipe's rule without algebra, which sums of integers do not need: what takes it is wrong."""
 
     def grade(responses: Sequence[str], labels: Sequence[str]) -> list[float]:
         answers = [rule.extract(response).answer for response in responses]

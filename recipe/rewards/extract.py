@@ -2,13 +2,20 @@
 
 import re
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from recipe.rewards.plain import braced
+
+THINKING_START = "<think>"
 THINKING_END = "</think>"
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
 _UNBRACED = re.compile(r"[^\s$\\{}]+")
-_ANSWER_LINE = re.compile(r"answer\s*:\s*([^\n]+)", re.IGNORECASE)
+_ANSWER = re.compile(
+    r"(?:answer|antwort|respuesta|r[ée]ponse|resposta|risposta|ответ|答案|答え|답)(?:\s+(?:is|ist|es))?\s*[*_]*\s*[:\uff1a]",
+    re.IGNORECASE,
+)
 _DAPO_WINDOW = 300
 
 
@@ -39,6 +46,10 @@ def boxed_answer(text: str) -> Extraction:
     return Extraction(answer) if answer else Extraction(None, "the last \\boxed{} is empty")
 
 
+def count_boxes(text: str) -> int:
+    return sum(1 for _ in _BOX.finditer(text))
+
+
 def boxed_after_thinking(text: str) -> Extraction:
     """`boxed_answer` of what follows the last `</think>`. The prompt opens the thinking part, so a response that never
     closes it is all thinking and has no answer."""
@@ -46,30 +57,38 @@ def boxed_after_thinking(text: str) -> Extraction:
     return boxed_answer(visible) if closed else Extraction(None, "no </think>")
 
 
-def dapo_answer(text: str) -> Extraction:
-    """DAPO's rule: within the last 300 characters, the last line "Answer: ...", unboxed if boxed; else the last box."""
+def opens_thinking(prompt: str) -> bool:
+    """Whether what follows a prompt is a thought."""
+    return prompt.rfind(THINKING_START) > prompt.rfind(THINKING_END)
+
+
+def answer_after_thinking(text: str) -> Extraction:
+    r"""The last `\boxed{}` after the thinking part: after the last `</think>`, or anywhere in a text without thinking
+    tags. Nothing that follows an unclosed `<think>` is an answer, and what precedes it was taken back."""
+    return _after_thinking(text, boxed_answer)
+
+
+def answer_line_after_thinking(text: str) -> Extraction:
+    r"""As `answer_after_thinking`, by DAPO's rule: the last "Answer: ..." or `\boxed{}` of the last 300 characters."""
+    return _after_thinking(text, _answer_line)
+
+
+def _after_thinking(text: str, extract: Callable[[str], Extraction]) -> Extraction:
+    if opens_thinking(text):
+        return Extraction(None, "the thinking part never ends")
+    return extract(text.rpartition(THINKING_END)[2])
+
+
+def _answer_line(text: str) -> Extraction:
+    """DAPO's rule: within the last 300 characters, what follows the last "Answer:" on its line or the next one that is
+    not empty, unboxed if boxed; else the last box."""
     tail = text[-_DAPO_WINDOW:]
-    lines = _ANSWER_LINE.findall(tail)
-    if not lines:
+    answers = deque(_ANSWER.finditer(tail), maxlen=1)
+    if not answers:
         return boxed_answer(tail)
-    boxed = boxed_answer(lines[-1])
-    answer = boxed.answer if boxed.answer is not None else lines[-1].strip()
-    return Extraction(answer) if answer else Extraction(None, 'nothing after "Answer:"')
-
-
-def braced(text: str, start: int) -> str | None:
-    r"""What is between the brace at `start` and the one that closes it (`\{` and `\}` are letters, not braces)."""
-    depth = 0
-    position = start
-    while position < len(text):
-        match text[position]:
-            case "\\":
-                position += 1
-            case "{":
-                depth += 1
-            case "}":
-                depth -= 1
-                if depth == 0:
-                    return text[start + 1 : position]
-        position += 1
-    return None
+    lines = tail[answers.pop().end() :].split("\n")
+    line = next((line for line in lines if any(map(str.isalnum, line))), None)
+    if line is None:
+        return Extraction(None, 'nothing after "Answer:"')
+    boxed = boxed_answer(line)
+    return Extraction(boxed.answer if boxed.answer is not None else line.strip().removeprefix("}").strip("*_ "))

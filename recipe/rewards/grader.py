@@ -1,8 +1,9 @@
 """Grading responses.
 
-A response whose grading fails (math-verify hung or raised, a custom function raised) gets reward 0.0 and stays in its
-group, so that groups keep their size, as in slime; but it says so in its status, is counted, and if all grades of a
-rollout fail the run stops.
+A response whose grading fails stays in its group, so that groups keep their size, as in slime; but it says so in its
+status, is counted, and if all grades of a rollout fail the run stops. Where the answer is what the grader failed at
+(sympy hung, or took all memory) its reward is a wrong answer's, lest hanging the grader pay; where a custom function
+raised it is 0.0.
 """
 
 import asyncio
@@ -15,20 +16,22 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self
 
-from recipe.rewards.functions import CustomReward, Reward, RewardRule, answer_in_label
-from recipe.rewards.integers import MAX_ANSWER_CHARACTERS, canonical_integer, equals_integer, read_answer
+from recipe.rewards.comparing import readings_equal, spelled
+from recipe.rewards.extract import THINKING_START, opens_thinking
+from recipe.rewards.functions import CustomReward, Reward, RewardRule, answer_in_label, read_label
+from recipe.rewards.reading import read
+from recipe.rewards.values import Reading
 from recipe.rewards.workers import Outcome, WorkerPool
 from recipe.system.errors import UserError
 from recipe.system.threads import in_thread
 
 FAILED_REWARD = 0.0
+"""Of a custom function that raised."""
 
 _CACHE_SIZE = 1 << 16
 _CUSTOM_AT_ONCE = 32
 """Groups that a custom function grades at the same time."""
-_ALGEBRA = "recipe.rewards.algebra:compute"
-_EQUAL, _VALUE = "equal", "value"
-"""Its questions."""
+_ALGEBRA = "recipe.rewards.algebra:compare"
 
 
 class GradeStatus(StrEnum):
@@ -55,13 +58,13 @@ class Grade:
     answer: str | None
     """What was taken for the answer; None if none was found, or if the reward function is a custom one."""
     reason: str
-    """Why there is no answer or no grade; empty otherwise."""
+    """Why there is no answer or the grader failed; empty otherwise."""
     value: str | None = None
     """The answer in a form that all its spellings share, as far as is known: `25.0` and `\\frac{50}{2}` are `25`."""
 
 
-Call = tuple[str, ...]
-"""A question to algebra, with its texts."""
+Call = tuple[Reading, Reading]
+"""A question to algebra: an answer and a label."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +72,11 @@ class _Question:
     """An answer whose grade depends on algebra."""
 
     answer: str
-    calls: tuple[Call, ...]
-    wanted: bool | str
-    """What every call must come to for the answer to be right."""
-    value: str | None
-    """The answer's, if it is wrong; None: what the one call comes to."""
+    call: Call
 
 
 class Grader:
-    """Grades by a named rule or a custom function. Plain integers are decided at once; what takes algebra goes to
+    """Grades by a named rule or a custom function. What is rational is decided at once; what takes algebra goes to
     `num_workers` processes, started when first needed, and fails after `timeout_s` seconds. Safe to use from several
     threads; `close` leaves no process behind."""
 
@@ -86,7 +85,7 @@ class Grader:
         self._pool = WorkerPool(_ALGEBRA, size=num_workers, timeout_s=timeout_s)
         self._lock = threading.Lock()
         self._custom_turns = threading.Semaphore(_CUSTOM_AT_ONCE)
-        self._computed: OrderedDict[Call, bool | str] = OrderedDict()
+        self._computed: OrderedDict[Call, Outcome] = OrderedDict()
         self._counts: Counter[GradeStatus] = Counter()
         self._last_failure = ""
 
@@ -132,54 +131,47 @@ class Grader:
 
     def _decide(self, rule: RewardRule, request: GradeRequest) -> Grade | _Question:
         """The grade, or the question on which it depends."""
-        extraction = rule.extract(request.response)
+        thinks = opens_thinking(request.prompt)
+        extraction = rule.extract(THINKING_START + request.response if thinks else request.response)
         if extraction.answer is None:
             status = GradeStatus.TRUNCATED if request.truncated else GradeStatus.NO_ANSWER
             return Grade(rule.wrong, status, None, extraction.problem)
-        answer, label = extraction.answer, answer_in_label(request.label)
-        integer = canonical_integer(label)
-        if answer.strip() == label.strip():
-            return _graded(rule, answer, True, integer or answer)
-        if len(answer) > MAX_ANSWER_CHARACTERS:
-            return _graded(rule, answer, False, answer)
-        reading = read_answer(answer)
-        if integer is None:
-            return _Question(answer, ((_EQUAL, answer, label),), True, reading.value)
-        equal = equals_integer(reading, integer)
-        if equal is None:
-            value = reading.bare if reading.integers or len(reading.expressions) > 1 else None
-            return _Question(answer, tuple((_VALUE, text) for text in reading.expressions), integer, value)
-        return _graded(rule, answer, equal, reading.value)
+        answer = extraction.answer
+        reading = read(answer)
+        if answer.strip() == answer_in_label(request.label).strip():
+            return _graded(rule, answer, True, spelled(reading))
+        label = read_label(request.label)
+        equal = readings_equal(reading, label)
+        return _Question(answer, (reading, label)) if equal is None else _graded(rule, answer, equal, spelled(reading))
 
     def _submit(self, decided: Sequence[Grade | _Question]) -> dict[Call, Future[Outcome]]:
-        calls = dict.fromkeys(call for item in decided if isinstance(item, _Question) for call in item.calls)
+        calls = dict.fromkeys(item.call for item in decided if isinstance(item, _Question))
         return {call: self._known(call) or self._pool.submit(*call) for call in calls}
 
     def _settle(self, rule: RewardRule, item: Grade | _Question, outcomes: Mapping[Call, Outcome]) -> Grade:
         if isinstance(item, Grade):
             return item
-        found = [outcomes[call] for call in item.calls]
-        for call, outcome in zip(item.calls, found, strict=True):
-            if outcome.value is None:
-                return Grade(FAILED_REWARD, GradeStatus.GRADER_FAILED, item.answer, outcome.failure, item.value)
-            self._remember(call, outcome.value)
-        equal = all(outcome.value == item.wanted for outcome in found)
-        told = found[0].value if equal or item.value is None else item.value
-        return _graded(rule, item.answer, equal, told if isinstance(told, str) else item.answer)
+        outcome = outcomes[item.call]
+        self._remember(item.call, outcome)
+        told = spelled(item.call[0])
+        match outcome.value:
+            case (bool(equal), str(value)):
+                return _graded(rule, item.answer, equal, value or told)
+        return Grade(rule.wrong, GradeStatus.GRADER_FAILED, item.answer, outcome.failure, told)
 
     def _known(self, call: Call) -> Future[Outcome] | None:
-        """What an earlier call came to."""
+        """What an earlier call came to, failures too."""
         with self._lock:
             if call not in self._computed:
                 return None
             self._computed.move_to_end(call)
             known: Future[Outcome] = Future()
-            known.set_result(Outcome(self._computed[call]))
+            known.set_result(self._computed[call])
             return known
 
-    def _remember(self, call: Call, value: bool | str) -> None:
+    def _remember(self, call: Call, outcome: Outcome) -> None:
         with self._lock:
-            self._computed[call] = value
+            self._computed[call] = outcome
             if len(self._computed) > _CACHE_SIZE:
                 self._computed.popitem(last=False)
 

@@ -78,3 +78,34 @@ def _is_square(operand: Sequence[re.Match[str]]) -> bool:
     doubled = len(bases) == 1 and len(set(bases[0])) < len(bases[0]) and (len(bases[0]) <= 3 or len(set(bases[0])) == 1)
     applied = any(name["base"] in re.findall("[A-Za-z]+", name["arguments"] or "") for name in operand)
     return doubled or applied or len(set(letters)) < len(letters)
+
+
+_ELLIPSIS = re.compile(r"\\[cl]?dots(?![a-zA-Z])|\.\.\.")
+_OPERATION = re.compile(r"\\(?:cdot|times)(?![a-zA-Z])")
+_INDEXED = re.compile(r"[A-Za-z]_ ?(?:\{[^{}]*\}|\w)", re.ASCII)
+_COUNTED = re.compile(r"[\d\s+\-*/(),!^{}]*", re.ASCII)
+_BIG_OPERATOR = re.compile(
+    r"\\(?:sum|prod|i{0,2}int|lim|sup|inf)(?![a-zA-Z])(?:\s*[_^]\s*(?:\{[^{}]*\}|\\?\w+))*[^=<>]*", re.ASCII
+)
+_ROUNDED = re.compile(r"\\(?:lfloor ?(.*)\\rfloor|lceil ?(.*)\\rceil)")
+_SQUARES = re.compile(r"[A-Z]{2} ?\^ ?(?:2|\{2\})(?: ?\+ ?[A-Z]{2} ?\^ ?(?:2|\{2\}))*", re.ASCII)
+_APPLIED = re.compile(
+    r"(?:[fghPE]|\\Pr|\\(?:mathbb|mathrm|operatorname)\{(?:E|P|Var|Pr)\})'* ?(?:\(([^()]*)\)|\[([^\[\]]*)\])"
+)
+
+
+def is_opaque(text: str) -> bool:
+    r"""Whether one side of an equation can be nothing but what the other side is the value of, though it cannot be
+    read: a sum with an ellipsis, a large operator (`\sum`, `\int`), a rounded name, squares of segments (`AB^2`), a
+    function of anything (`P(A \cap B)`)."""
+    text = text.strip()
+    if _ELLIPSIS.search(text):
+        counted = _OPERATION.sub("", _INDEXED.sub("", _ELLIPSIS.sub("", text)))
+        is_long = "+" in text or _OPERATION.search(text) is not None
+        return text[:1] not in ".\\" and _COUNTED.fullmatch(counted) is not None and is_long
+    if rounded := _ROUNDED.fullmatch(text):
+        return is_name(rounded[1] or rounded[2] or "")
+    if squares := _SQUARES.fullmatch(text):
+        names = re.findall("[A-Z]{2}", squares[0])
+        return len(set(names)) == len(names) and all(name[0] != name[1] for name in names)
+    return _BIG_OPERATOR.fullmatch(text) is not None or _APPLIED.fullmatch(text) is not None

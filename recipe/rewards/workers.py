@@ -22,9 +22,9 @@ START_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a call came to: its value, or why there is none."""
+    """What a call came to: its value, or None and why there is none."""
 
-    value: bool | str | None
+    value: object
     failure: str = ""
 
 
@@ -46,7 +46,7 @@ class Worker:
         theirs.close()
         self._ready = False
 
-    def call(self, arguments: tuple[str, ...], timeout_s: float) -> Outcome:
+    def call(self, arguments: tuple[object, ...], timeout_s: float) -> Outcome:
         """Calls the function; the worker is dead afterwards if the outcome is that it took too long or died.
 
         Raises UserError if the function cannot be imported.
@@ -81,7 +81,7 @@ class Worker:
 
 
 class WorkerPool:
-    """At most `size` workers for `target` ("module:function", texts to a bool or text), started when needed."""
+    """At most `size` workers for `target` ("module:function"), started when needed."""
 
     def __init__(self, target: str, *, size: int, timeout_s: float) -> None:
         self._target = target
@@ -94,7 +94,7 @@ class WorkerPool:
             self._idle.put(None)
         self._threads = ThreadPoolExecutor(size, thread_name_prefix="grader")
 
-    def submit(self, *arguments: str) -> Future[Outcome]:
+    def submit(self, *arguments: object) -> Future[Outcome]:
         """Queues a call; its time counts from when a worker takes it up."""
         return self._threads.submit(self._call, arguments)
 
@@ -106,7 +106,7 @@ class WorkerPool:
                 worker.kill()
         self._threads.shutdown(cancel_futures=True)
 
-    def _call(self, arguments: tuple[str, ...]) -> Outcome:
+    def _call(self, arguments: tuple[object, ...]) -> Outcome:
         worker = self._idle.get()
         try:
             if worker is None or not worker.alive:

@@ -17,6 +17,7 @@ from grading_support import HOSTILE_LABEL, as_response, busy_processes, conforma
 
 from evaluation.grading import Judge, Judgement, Response, Verdict, aime_label_problem
 from recipe.rewards import REWARD_RULES, Grader, GradeRequest, RewardType
+from recipe.rewards.plain import canonical_integer
 from recipe.system.errors import run_main
 
 CASES = conformance_cases()
@@ -53,7 +54,8 @@ def judgements() -> list[Judgement]:
 
 
 def test_the_suite_is_large_and_no_case_is_there_twice() -> None:
-    assert len(CASES) >= 700
+    assert len(CASES) >= 1200
+    assert sum(canonical_integer(str(case["label"])) is None for case in CASES) >= 400
     assert len({json.dumps({**case, "why": "", "verdict": "", "answer": ""}) for case in CASES}) == len(CASES)
     assert set(Counter(case["verdict"] for case in CASES)) == set(Verdict)
 
@@ -130,7 +132,7 @@ def test_the_command_writes_a_verdict_a_line_in_order() -> None:
         {"response": "thoughts", "label": "25", "finish_reason": {"type": "length", "length": 16384}},
         {"response": "a</think>", "label": "25", "finish_reason": {"type": "stop", "matched": 7}},
         {"response": r"\boxed{25}", "label": "25", "prompt": "<think>"},
-        {"response": r"\boxed{(25!)!}", "label": "25"},
+        {"response": r"\boxed{e^{e^{e^{e^{e}}}}}", "label": "25"},
     ]
     status, verdicts, said = grade(*responses, words=["--timeout-s", "0.5", "--workers", "1"])
     assert (status, said) == (0, "")
@@ -143,14 +145,40 @@ def test_the_command_writes_a_verdict_a_line_in_order() -> None:
         "no_answer",
         "grader_failed",
     ]
-    assert [verdict["answer"] for verdict in verdicts] == ["025", "30", None, None, None, None, "(25!)!"]
+    assert [verdict["answer"] for verdict in verdicts] == ["025", "30", None, None, None, None, "e^{e^{e^{e^{e}}}}"]
     assert all(list(verdict) == ["verdict", "answer", "reason"] for verdict in verdicts)
     assert all(verdict["reason"] for verdict in verdicts)
+
+
+def test_the_command_grades_by_the_rules_of_a_reward() -> None:
+    responses = [
+        {"response": r"\boxed{25}", "label": "25"},
+        {"response": r"a</think>\boxed{25}", "label": "25"},
+        {"response": "Answer: 25", "label": "25"},
+        {"response": r"<think>\boxed{25}", "label": "25"},
+    ]
+    verdicts = {
+        kind: [row["verdict"] for row in grade(*responses, words=["--rm-type", kind])[1]] for kind in RewardType
+    }
+    assert verdicts == {
+        RewardType.DEEPSCALER: ["no_answer", "correct", "no_answer", "no_answer"],
+        RewardType.MATH: ["correct", "correct", "no_answer", "no_answer"],
+        RewardType.DAPO: ["correct", "correct", "correct", "no_answer"],
+    }
+    status, _, said = grade({"response": "Answer: 1/2", "label": "1/2"}, words=["--rm-type", "dapo"])
+    assert (status, said) == (
+        2,
+        "error: standard input, line 1: the label '1/2' is no answer: it is no integer, as --rm-type dapo needs\n",
+    )
 
 
 @pytest.mark.parametrize(
     ("line", "problem"),
     [
+        ('{"response": "x", "label": NaN}', "line 2: the label 'nan' is no answer: it is not a number"),
+        ({"response": "x", "label": "9" * 5000}, "is no answer: it is longer than 1,000 characters"),
+        ({"response": "x", "label": "2\ud800"}, "is no answer: it holds half of a character"),
+        ({"response": "x", "label": r"1, \dots, n"}, "line 2: the label '1, \\\\dots, n' is no answer"),
         ({"response": "x"}, "line 2: there is no 'label' among 'response'"),
         ({"label": "1"}, "line 2: there is no 'response' among 'label'"),
         ({"response": "x", "label": ""}, 'line 2: the label "" is no answer'),

@@ -1,9 +1,10 @@
-"""Expressions, with every product written out."""
+"""Expressions and their exact values."""
 
 import pytest
 
-from recipe.rewards.algebra import value_of
-from recipe.rewards.tex_arithmetic import MAX_CHARACTERS, explicit
+from recipe.rewards.algebra import as_sympy, same
+from recipe.rewards.exact import TooLarge, rational
+from recipe.rewards.expressions import MAX_CHARACTERS, MAX_DEPTH, Unreadable, number, read_expression
 
 
 @pytest.mark.parametrize(
@@ -37,15 +38,26 @@ from recipe.rewards.tex_arithmetic import MAX_CHARACTERS, explicit
         ("0.1(250)", "25"),
         ("1.5^2", "9/4"),
         (r"\frac{24.9999999999}{1}", "249999999999/10000000000"),
+        ("14 1/2", "29/2"),
+        (r"36\frac12", "73/2"),
+        (r"6(\frac15)", "6/5"),
+        (r"0.1\overline{6}", "1/6"),
+        ("123_5", "38"),
+        (r"\sqrt[3]{-27}", "-3"),
+        (r"12\cos 60^\circ", "6"),
+        (r"\sin^2 1+\cos^2 1", "1"),
+        (r"\log_9 27", "3/2"),
+        (r"\gcd(12,18)\max(2,5)", "30"),
+        (r"\lfloor 100\pi\rfloor", "314"),
+        (r"\lfloor(2+\sqrt3)^{10}\rfloor", "524173"),
         (r"(1+\sqrt2)^2+(1-\sqrt2)^2", "6"),
         (r"\frac{25\pi}{\pi}", "25"),
-        (r"2\pi", "2*pi"),
+        (r"e^{i\pi}", "-1"),
+        (r"\frac{x}{x+1}", r"1-\frac{1}{x+1}"),
     ],
 )
 def test_values_are_exact(text: str, value: str) -> None:
-    expression = explicit(text)
-    assert expression is not None
-    assert value_of(expression) == value
+    assert same(read_expression(text), read_expression(value))
 
 
 @pytest.mark.parametrize(
@@ -64,14 +76,23 @@ def test_values_are_exact(text: str, value: str) -> None:
             "|5",
             "*5",
             "12 13",
-            "x",
-            "5x",
             "5,5",
             "5=5",
             "5\\",
             "5²",
         ),
-        *("٢٥", r"\frac{25}{}", r"\frac{1}", r"\sqrt", r"\foo{5}", r"36\frac12", r"5\,5", r"5\{2\}", r"\sin 5"),
+        *(
+            "٢٥",
+            r"\frac{25}{}",
+            r"\frac{1}",
+            r"\sqrt",
+            r"\foo{5}",
+            r"36\frac32",
+            r"5\,5",
+            r"5\{2\}",
+            r"\sin",
+            r"\sqrt12",
+        ),
         *(r"\log 1000/10", r"\log 1000 \cdot 5", r"\log_2 8 \div 3", r"\log 1000*5", r"\log 10(5)", r"\log 10\log 10"),
         *(r"\log{1000}/10", r"{\log 1000}/10", r"\log|1000|/10", r"\log[1000]/10", r"\log 0.1/5", r"\log\log 10/5"),
         *(r"\log+1000", r"\log(10)^2", r"\log(3)!", r"\log 10 \choose 2"),
@@ -81,4 +102,39 @@ def test_values_are_exact(text: str, value: str) -> None:
     ],
 )
 def test_what_is_no_expression(text: str) -> None:
-    assert explicit(text) is None
+    with pytest.raises(Unreadable):
+        read_expression(text)
+
+
+def test_nothing_is_read_too_deep() -> None:
+    with pytest.raises(Unreadable):
+        read_expression("(" * MAX_DEPTH + "1" + ")" * MAX_DEPTH)
+
+
+@pytest.mark.parametrize("text", ["9^{9^{9}}", "(10^{100})!", r"\binom{10^9}{10^8}", "2^{99999999}-2^{99999999}"])
+def test_large_numbers_are_not_computed(text: str) -> None:
+    with pytest.raises(TooLarge):
+        rational(read_expression(text))
+
+
+@pytest.mark.parametrize("text", [r"\frac10", "0^0", "0^{-1}", r"\log 0", "(-3)!", r"\sqrt2", "x", r"2^{.9999999999}"])
+def test_what_has_no_rational_value(text: str) -> None:
+    assert rational(read_expression(text)) is None
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        ("0", "2^{-40}"),
+        (r"\frac{22}{7}", r"\pi"),
+        (r"\sqrt2", "1.4142135623730951"),
+        ("0^0", "1"),
+        (r"\frac10", r"\frac10+1"),
+    ],
+)
+def test_nearly_is_not_equal(left: str, right: str) -> None:
+    assert not same(read_expression(left), read_expression(right))
+
+
+def test_a_rational_number_is_one_to_sympy() -> None:
+    assert as_sympy(number(3)) == 3

@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from recipe.rewards.extract import boxed_after_thinking, boxed_answer, dapo_answer
+from recipe.rewards.extract import answer_line_after_thinking, boxed_after_thinking, boxed_answer
 
 
 @pytest.mark.parametrize(
@@ -80,11 +80,17 @@ def test_says_that_the_thinking_never_ended():
         (r"\boxed{12} Answer: 34", "34"),
         ("Answer: 34" + 300 * ".", None),
         ("Answer:", None),
+        ("**Answer: 34**", "34"),
+        ("**Answer:** $34$", "$34$"),
+        ("**Answer:**\n\n$$\\boxed{34}$$\n", "34"),
+        ("答案\uff1a34", "34"),
+        (r"<think>\boxed{34}", None),
+        (r"<think>Answer: 1</think>so \boxed{34}", "34"),
         ("34", None),
     ],
 )
 def test_dapo_reads_the_last_answer_line_or_box_of_the_tail(text, answer):
-    assert dapo_answer(text).answer == answer
+    assert answer_line_after_thinking(text).answer == answer
 
 
 @pytest.mark.parametrize(
@@ -93,6 +99,6 @@ def test_dapo_reads_the_last_answer_line_or_box_of_the_tail(text, answer):
 def test_a_megabyte_of_anything_takes_no_time(unit):
     text = unit * (1_000_000 // len(unit))
     started = time.perf_counter()
-    for extract in (boxed_answer, boxed_after_thinking, dapo_answer):
+    for extract in (boxed_answer, boxed_after_thinking, answer_line_after_thinking):
         extract(text)
     assert time.perf_counter() - started < 2

@@ -50,6 +50,7 @@ def reward(rule, response, label):
         ("12,13", "12", 0.0),
         ("hello", "12", 0.0),
         (r"\sqrt{2}", "1.4", 0.0),
+        (r"\sqrt{2}", "1.41421356", 0.0),
     ],
 )
 def test_equal_answers(grader, answer, label, expected):
@@ -65,6 +66,8 @@ def test_equal_answers(grader, answer, label, expected):
         (r"</think>\boxed{13}", 0, 0, -1),
         ("Answer: 12", 0, 0, 1),
         ("</think>12", 0, 0, -1),
+        (r"<think>\boxed{12}", 0, 0, -1),
+        (r"\boxed{12}</think>13", 0, 0, -1),
     ],
 )
 def test_what_each_reward_function_gives(response, deepscaler, math, dapo):
@@ -99,16 +102,29 @@ def test_a_batch_of_integers_is_graded_in_ten_milliseconds_without_a_process(mon
     assert min(seconds) < 0.01
 
 
-def test_a_hostile_answer_fails_within_its_time_and_is_counted():
-    with Grader(DEEPSCALER, timeout_s=1, num_workers=1) as grader:
-        grader.grade([boxed(r"\frac{24}{2}")])
+HANG = "e^{e^{e^{e^{e}}}}"
+
+
+def test_a_hang_is_worth_a_wrong_answer_within_its_time_and_is_remembered(monkeypatch):
+    sides = "=".join([HANG, *(rf"\sqrt{{{number}}}" for number in range(2, 18))])
+    with Grader(DAPO, timeout_s=1, num_workers=1) as grader:
+        grader.grade([GradeRequest("?", r"Answer: \sqrt{2}", r"\sqrt{3}")])
         started = time.monotonic()
-        hostile, good = grader.grade([boxed("(12!)!"), boxed(r"\sqrt{144}")])
+        hostile, good = grader.grade([GradeRequest("?", f"Answer: {text}", "12") for text in (sides, r"\sqrt{144}")])
         assert time.monotonic() - started < 10
-        assert hostile == Grade(0.0, GradeStatus.GRADER_FAILED, "(12!)!", "no result within 1 s")
+        assert hostile == Grade(-1.0, GradeStatus.GRADER_FAILED, sides, "no result within 1 s", sides)
         assert good.reward == 1
         assert grader.collect_counts()[GradeStatus.GRADER_FAILED] == 1
         assert sum(grader.collect_counts().values()) == 0
+        monkeypatch.setattr(grader._pool, "submit", None)
+        assert grader.grade([GradeRequest("?", f"Answer: {sides}", "12")]) == [hostile]
+
+
+def test_a_number_of_too_many_bits_is_wrong_at_once(monkeypatch):
+    monkeypatch.delattr("recipe.rewards.workers.Worker")
+    with Grader(DAPO) as grader:
+        (grade,) = grader.grade([GradeRequest("?", "Answer: 7^{7^{7^{7}}}", "12")])
+    assert (grade.reward, grade.status) == (-1.0, GradeStatus.GRADED)
 
 
 def test_equal_questions_are_asked_once(grader, monkeypatch):
@@ -116,12 +132,12 @@ def test_equal_questions_are_asked_once(grader, monkeypatch):
     submit = grader._pool.submit
     monkeypatch.setattr(grader._pool, "submit", lambda *pair: asked.append(pair) or submit(*pair))
     for _ in range(2):
-        assert [grade.reward for grade in grader.grade([boxed(r"\frac{36}{3}")] * 8)] == [1.0] * 8
-    assert asked == [("value", r"\frac{36}{3}")]
+        assert [grade.reward for grade in grader.grade([boxed(r"\sqrt6\sqrt{24}")] * 8)] == [1.0] * 8
+    assert len(asked) == 1
 
 
 async def test_grades_from_an_event_loop_without_blocking_it(grader):
-    requests = [boxed("12"), boxed(r"\frac{48}{4}"), boxed(r"\frac{49}{4}"), boxed("13")]
+    requests = [boxed("12"), boxed(r"\sqrt{2}\sqrt{72}"), boxed(r"\sqrt{2}\sqrt{73}"), boxed("13")]
     ticks = 0
 
     async def tick():
@@ -139,7 +155,7 @@ async def test_grades_from_an_event_loop_without_blocking_it(grader):
 
 def test_grades_off_the_main_thread(grader):
     grades = []
-    thread = threading.Thread(target=lambda: grades.extend(grader.grade([boxed(r"\frac{60}{5}")])))
+    thread = threading.Thread(target=lambda: grades.extend(grader.grade([boxed(r"\sqrt{3}\sqrt{48}")])))
     thread.start()
     thread.join()
     assert grades[0].reward == 1
@@ -198,6 +214,18 @@ def test_a_custom_function_that_is_not_there_is_a_clear_error(path, problem):
         load_custom_reward(path)
 
 
+def test_a_box_inside_thinking_that_the_prompt_opened_is_no_answer():
+    for rule in (MATH, DAPO):
+        with Grader(rule) as grader:
+            (grade,) = grader.grade([GradeRequest("?<think>", r"so \boxed{12}", "12")])
+        assert (grade.reward, grade.status) == (rule.wrong, GradeStatus.NO_ANSWER)
+
+
+def test_of_several_boxes_in_a_label_all_count():
+    label = r"\boxed{2} and \boxed{3}"
+    assert [reward(MATH, rf"\boxed{{{answer}}}", label) for answer in ("3", "3, 2", r"2 \text{ or } 3")] == [0, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("kind", "label", "good"),
     [
@@ -207,6 +235,19 @@ def test_a_custom_function_that_is_not_there_is_a_clear_error(path, problem):
         (RewardType.MATH, "?", False),
         (RewardType.DAPO, "1,000", True),
         (RewardType.DAPO, "1/2", False),
+        (RewardType.DAPO, r"30^\circ", True),
+        (RewardType.MATH, "nan", False),
+        (RewardType.MATH, "-Infinity", False),
+        (RewardType.MATH, "9" * 5000, False),
+        (RewardType.MATH, "5\ud800", False),
+        (RewardType.MATH, r"1, 2, \ldots, n", False),
+        (RewardType.MATH, r"3\text{ m by }4\text{ m}", False),
+        (RewardType.MATH, "12 = 13", False),
+        (RewardType.MATH, r"\frac{1}{", False),
+        (RewardType.MATH, "12 13", False),
+        (RewardType.MATH, r"\boxed{2} and \boxed{3}", True),
+        (RewardType.MATH, r"\text{no solution}", True),
+        (RewardType.MATH, "(B)", True),
     ],
 )
 def test_labels_are_checked_by_the_reward(kind, label, good):
