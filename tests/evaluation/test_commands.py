@@ -80,7 +80,7 @@ def test_flags_of_the_page_are_training_s() -> None:
 
 
 def test_the_page_tells_the_number_of_cases() -> None:
-    assert f"conformance.jsonl` has {len(conformance_cases())} cases" in PAGE
+    assert f"conformance.jsonl` has {len(conformance_cases()):,} cases" in PAGE
 
 
 def test_the_task_and_its_profile() -> None:
