@@ -79,7 +79,7 @@ def save_both_ways(trainer, synchronous: Path, asynchronous: Path) -> tuple[int,
         for number in range(2):
             train(trainer, 1 + number)
         time.sleep(0.3)
-        is_in_place = bool(list(asynchronous.glob("[!.]*")))
+        is_in_place = bool(list(asynchronous.glob("iter_*")))
         dist.barrier()
     trainer.finish_save()
     return staged, is_in_place, in_flight.staged_bytes
