@@ -17,7 +17,7 @@ from counting_model import TrainerProcess, write_model
 
 from recipe.config import Architecture
 from recipe.data.prompts import Prompt
-from recipe.engines.launch import SERVE_ON_CPU, SglangServer, launch_sglang
+from recipe.engines.launch import SERVE, USE_CPU, SglangServer, launch_sglang
 from recipe.engines.process import EngineProcess
 from recipe.rollout.client import ClientOptions, RolloutClient
 from recipe.rollout.generate import Rollout, SeedStream, generate_rollout
@@ -28,10 +28,11 @@ from recipe.system.errors import UserError
 
 ON_GPU = ("--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none")
 RUN_THEIRS = f"""
-import importlib.machinery, runpy, sys, types
+import importlib.machinery, os, runpy, sys, types
 import torch
 if not torch.cuda.is_available():
-    sys.path.append({str(SERVE_ON_CPU.parent)!r})
+    os.environ |= {USE_CPU!r}
+    sys.path.append({str(SERVE.parent)!r})
     import serve
 # It imports `datasets` for image benchmarks, whether they run or not.
 unused = types.ModuleType("datasets")

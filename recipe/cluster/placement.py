@@ -12,6 +12,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from recipe.cluster.ray_node import LOOPBACK
 from recipe.config import Config
 from recipe.config.engine_placement import EnginePart, machine_of_gpu, parts_of
+from recipe.plan.machine import sees_gpus
 from recipe.system.errors import UserError
 
 PLACEMENT_TIMEOUT_S = 300
@@ -81,10 +82,8 @@ def socket_interfaces(address: str) -> dict[str, str]:
 
 def uses_gpus(config: Config) -> bool:
     """Whether the run computes on GPUs. Raises UserError if it is told to and there is none."""
-    import torch
-
     # Ray may have been told of none: then the run is refused for want of them, not carried out on the CPU.
-    present = torch.cuda.is_available() or ray.cluster_resources().get("GPU", 0) > 0
+    present = ray.cluster_resources().get("GPU", 0) > 0 or sees_gpus()
     if config.cluster.device == "cuda" and not present:
         raise UserError("--device cuda: there is no GPU here; use --device cpu, or a machine with GPUs")
     return present and config.cluster.device != "cpu"
@@ -139,7 +138,7 @@ def _place_on_nodes(config: Config, bundle: dict[str, float], engines: int, on_g
 
 def gpu_numbers(group: PlacementGroup, count: int) -> dict[int, int]:
     """The number of the GPU of each of the group's `count` bundles on its machine."""
-    number: Any = ray.remote(_own_gpu)
+    number: Any = ray.remote(lambda: int(ray.get_gpu_ids()[0]))  # no function of a module, which would be imported
 
     def ask(bundle: int) -> ray.ObjectRef:
         strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)
@@ -147,7 +146,3 @@ def gpu_numbers(group: PlacementGroup, count: int) -> dict[int, int]:
         return reference
 
     return dict(enumerate(ray.get([ask(bundle) for bundle in range(count)])))
-
-
-def _own_gpu() -> int:
-    return int(ray.get_gpu_ids()[0])

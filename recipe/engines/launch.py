@@ -15,8 +15,10 @@ from recipe.system.cuda_allocator import without_expandable_segments
 from recipe.system.errors import UserError
 from recipe.system.ports import DERIVED_FROM_PORT
 
-SERVE_ON_CPU = Path(__file__).parent / "sglang_cpu" / "serve.py"
-"""Starts SGLang where there is no GPU; it is run by path, in SGLang's own environment."""
+SERVE = Path(__file__).parent / "sglang_server" / "serve.py"
+"""Starts SGLang; it is run by path, in SGLang's own environment."""
+USE_CPU = {"SGLANG_USE_CPU_ENGINE": "1"}
+"""For SGLang, and for `SERVE`."""
 
 SCRATCH = "{scratch}"
 RENDEZVOUS = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
@@ -176,7 +178,7 @@ def launch_sglang(
         if server.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, server.gpus))
         files = {"speculation.json": json.dumps(server.speculation)} if server.speculation else {}
-        words = [python, "-m", "sglang.launch_server", *arguments, *_on_gpus(server), *server.arguments]
+        words = [python, str(SERVE), *arguments, *_on_gpus(server), *server.arguments]
         if server.releases_memory:
             environment |= without_expandable_segments()
         if server.cache_tokens is not None:
@@ -195,12 +197,12 @@ def launch_sglang(
         "--disable-cuda-graph",
         "--sleep-on-idle",  # a core each, which the trainer needs
     ]
-    environment["OMP_NUM_THREADS"] = str(threads)
+    environment |= USE_CPU | {"OMP_NUM_THREADS": str(threads)}
     if server.tp_size > 1:
         # SGLang wants to be told, or a NUMA node for each rank; its own kernels alone heed it.
         cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
         environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join([cores] * server.tp_size)
-    return Launch((python, str(SERVE_ON_CPU), *arguments, *server.arguments), environment, derived_ports=derived)
+    return Launch((python, str(SERVE), *arguments, *server.arguments), environment, derived_ports=derived)
 
 
 def _doors(node: Node | None) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """The machine that this process runs on: GPUs by nvidia-smi, memory, disk, and its container's limits."""
 
+import os
 import re
 import resource
 import shutil
@@ -87,6 +88,11 @@ def read_gpus() -> tuple[FoundGpu, ...]:
     """The GPUs as they are now; without a driver there are none."""
     told = _ask(f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits")
     return parse_gpus(told) if told is not None else ()
+
+
+def sees_gpus() -> bool:
+    """Whether there are GPUs that are not hidden from this process."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1") and bool(read_gpus())
 
 
 def parse_gpus(told: str) -> tuple[FoundGpu, ...]:

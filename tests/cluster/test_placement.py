@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import ray
-import torch
 
+from recipe.cluster import placement
 from recipe.cluster.placement import uses_gpus
 from recipe.config import Config
 
@@ -65,5 +65,5 @@ def test_gpus_that_ray_was_not_told_of_are_not_passed_over(monkeypatch: pytest.M
         }
     )
     for there in (True, False):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        monkeypatch.setattr(placement, "sees_gpus", lambda there=there: there)
         assert uses_gpus(config) is there

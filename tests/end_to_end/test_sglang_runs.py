@@ -19,7 +19,7 @@ def test_a_run_on_sglang_samples_from_the_weights_it_trains(
     with leaves_no_process(str(tmp_path)):
         process = start([*command, *more.split(), "--update-weight-buffer-size", "200000"])
         wait_for_step(process, tmp_path / "sglang", 0, timeout_s=300)
-        servers = [p for p in family(process) if "sglang_cpu/serve.py" in " ".join(p.cmdline())]
+        servers = [p for p in family(process) if "sglang_server/serve.py" in " ".join(p.cmdline())]
         ports = {c.laddr for p in servers for c in p.net_connections() if c.status == psutil.CONN_LISTEN}
         status, output = finish(process)
     assert status == 0, output

@@ -12,7 +12,7 @@ from trainer_support import random_checkpoint
 from recipe.config import Resolved, resolve, sglang_rules
 from recipe.plan import preflight
 from recipe.plan.__main__ import PUBLISHED
-from recipe.plan.machine import FoundGpu, FoundMachine, pairs_are_linked, parse_gpus, read_machine
+from recipe.plan.machine import FoundGpu, FoundMachine, pairs_are_linked, parse_gpus, read_machine, sees_gpus
 from recipe.system.errors import UserError
 
 GIB = 2**30
@@ -135,6 +135,10 @@ def test_nvidia_smi_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert expected.described().flops == 989e12
     assert found.disk > 0
     assert min(found.host_memory, found.open_files) > 0
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert sees_gpus()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert not sees_gpus()
 
 
 def test_fields_that_a_driver_does_not_know_count_as_nothing() -> None:

@@ -18,7 +18,7 @@ from transformers import Glm4MoeLiteConfig
 from recipe.config import SglangConfig, resolve
 from recipe.engines import launch
 from recipe.engines.embedded.fused import build_model
-from recipe.engines.launch import Launch, SglangServer, launch_embedded, launch_sglang, sglang_python
+from recipe.engines.launch import SERVE, Launch, SglangServer, launch_embedded, launch_sglang, sglang_python
 from recipe.engines.process import EngineProcess, PortTaken, without_secrets
 from recipe.system.errors import UserError
 
@@ -311,9 +311,9 @@ def test_a_server_without_a_port_is_told_apart(tmp_path: Path, words: str) -> No
 SGLANG_PARENT = """
 import sys, time
 from pathlib import Path
-from recipe.engines.launch import Launch
+from recipe.engines.launch import USE_CPU, Launch
 from recipe.engines.process import EngineProcess
-print(EngineProcess(Launch(tuple(sys.argv[2:])), Path(sys.argv[1])).pid, flush=True)
+print(EngineProcess(Launch(tuple(sys.argv[2:]), USE_CPU), Path(sys.argv[1])).pid, flush=True)
 time.sleep(600)
 """
 
@@ -377,3 +377,11 @@ def test_idle_sglang_leaves_the_cores_to_others(shared_sglang: EngineUnderTest) 
     before = cpu_s()
     time.sleep(3)
     assert cpu_s() - before < 1
+
+
+def test_sglang_does_not_import_the_trainers_library() -> None:
+    """It would, for seconds in each of its processes, where it finds megatron, as in the image."""
+    found = "import importlib.util as u; assert u.find_spec('megatron'); import serve; print(u.find_spec('megatron'))"
+    where = os.environ | {"PYTHONPATH": str(SERVE.parent)}
+    ended = subprocess.run([sys.executable, "-c", found], env=where, capture_output=True, text=True, check=False)
+    assert ended.stdout == "None\n", ended.stderr

@@ -1,7 +1,7 @@
-"""Starts SGLang on a machine without a GPU: python serve.py SGLANG'S ARGUMENTS
+"""Starts SGLang's own server, prepared: python serve.py SGLANG'S ARGUMENTS
 
-SGLang 0.5.21 runs GLM-4.7-Flash's architecture in plain torch, but not as it is installed from the index. This program
-makes up for that and then starts SGLang's own server. It runs in SGLang's environment, so it imports nothing of this
+Without a GPU (SGLANG_USE_CPU_ENGINE=1) SGLang 0.5.21 runs GLM-4.7-Flash's architecture in plain torch, but not as it is
+installed from the index: this program makes up for that. It runs in SGLang's environment, so it imports nothing of this
 project; SGLang's own processes, which multiprocessing spawns, import it too and so are prepared in the same way.
 """
 
@@ -19,6 +19,10 @@ from typing import NoReturn
 _SPAWNED = "__mp_main__"
 """This module's name in the processes that multiprocessing spawns."""
 _PR_SET_PDEATHSIG = 1
+_USE_CPU = "SGLANG_USE_CPU_ENGINE"
+_UNUSED = ("megatron", "sklearn")
+"""Packages that SGLang imports where it finds them, for seconds in each of its processes, and here has no use for: its
+dumper for debugging knows megatron's ranks, transformers' assisted generation a metric of sklearn's."""
 _INIT = 1
 """The parent of processes that have lost theirs."""
 
@@ -102,7 +106,10 @@ class _MendingLoader(importlib.machinery.SourceFileLoader):
 
 def prepare() -> None:
     """Makes SGLang importable, and right, in this process."""
-    os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
+    for package in _UNUSED:
+        sys.modules[package] = None  # type: ignore[assignment]  # for Python: it is not installed
+    if os.environ.get(_USE_CPU) != "1":
+        return
     # torchvision's wheel is built for CUDA; without that its operators are missing, and describing them fails.
     sys.modules["torchvision._meta_registrations"] = types.ModuleType("torchvision._meta_registrations")
     sys.meta_path[:0] = [_AbsentPackage(), _Mending()]
