@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from recipe.config.architecture import Architecture
 from recipe.config.flags import SGLANG_KEY, spell
 from recipe.config.schema import Config
-from recipe.config.sglang_rules import EngineLayout
+from recipe.config.sglang_rules import EngineLayout, size_of
 
 EAGLE = ("EAGLE", "NEXTN")
 """Two names of one algorithm, which drafts with the model's MTP layer."""
+REQUESTS_WITH_DRAFTS = 48
+"""SGLang's --max-running-requests where it speculates."""
 _WITHOUT_DP_ATTENTION = ("STANDALONE", "NGRAM")
 _CHAIN = ("speculative_eagle_topk", "speculative_num_draft_tokens")
 
@@ -68,6 +70,27 @@ def drafts_keep_their_experts(config: Config, _: Architecture) -> Iterator[str]:
             )
 
 
+def drafts_have_graphs_under_dp_attention(config: Config, _: Architecture) -> Iterator[str]:
+    """Where a batch is too large for its CUDA graphs, the GPUs of an engine with DP attention fill their batches up to
+    the largest, and EAGLE's drafts on Triton's attention do not expect that: the engine ends (SGLang 0.5.17)."""
+    args, layout = config.sglang.args, EngineLayout.of(config)
+    if config.rollout.engine == "embedded" or args.get("speculative_algorithm") not in EAGLE or not layout.dp_attention:
+        return
+    requests = size_of(config, "max_running_requests", default=REQUESTS_WITH_DRAFTS)
+    each = -(-requests // layout.dp)
+    if args.get("disable_cuda_graph") is True:
+        yield (
+            "--sglang-disable-cuda-graph, --sglang-enable-dp-attention and --sglang-speculative-algorithm EAGLE do not "
+            "go together: SGLang's engine ends with the first batch of which its GPUs have unequal parts"
+        )
+    elif (largest := size_of(config, "cuda_graph_max_bs_decode", default=each)) < each:
+        yield (
+            f"--sglang-max-running-requests {requests} are up to {each} on each of the engine's GPUs, and their CUDA "
+            f"graphs end at {largest}: with DP attention EAGLE's drafts end the engine beyond it; give "
+            f"--sglang-cuda-graph-max-bs-decode {each}, or --sglang-max-running-requests {largest * layout.dp}"
+        )
+
+
 def rejection_sampling_has_one_chain(config: Config, _: Architecture) -> Iterator[str]:
     """SGLang's rejection sampling knows chains of drafts, and draws from a generator that seeds do not rule."""
     args = config.sglang.args
@@ -104,6 +127,7 @@ RULES = (
     speculation_has_a_draft,
     speculation_fits_the_engine,
     drafts_keep_their_experts,
+    drafts_have_graphs_under_dp_attention,
     rejection_sampling_has_one_chain,
     speculation_can_be_limited,
 )

@@ -9,6 +9,8 @@ from recipe.system.errors import UserError
 GPU_COUNTS = (1, 2, 4, 8)
 """Over which the experts of the 8-GPU recipe spread evenly."""
 CPU_RANKS = 2
+REQUESTS_PER_GPU = 32
+"""That generate at once: as many as its CUDA graphs take."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class Settings:
             words += ["--rollout-engine", self.engine]
         else:
             words += ["--rollout-num-gpus-per-engine", str(self.gpus), "--sglang-ep-size", str(self.gpus)]
+            words += ["--sglang-max-running-requests", str(REQUESTS_PER_GPU * self.gpus)]
         if self.gpus > 1:
             words += ["--sglang-enable-dp-attention", "--sglang-enable-dp-lm-head"]
             words += ["--sglang-moe-dense-tp-size", "1", "--sglang-dp-size", str(self.gpus)]

@@ -43,6 +43,14 @@ from recipe.system.errors import UserError
             ["--recipe", "glm4.7-flash-8gpu-mtp", "--sglang-speculative-moe-a2a-backend", "deepep"],
             "--sglang-speculative-moe-a2a-backend deepep and --sglang-speculative-algorithm EAGLE do not go together",
         ),
+        (
+            ["--recipe", "glm4.7-flash-8gpu-mtp", "--sglang-max-running-requests", "136"],
+            "are up to 17 on each of the engine's GPUs, and their CUDA graphs end at 16",
+        ),
+        (
+            ["--recipe", "glm4.7-flash-8gpu-eagle", "--sglang-disable-cuda-graph"],
+            "SGLang's engine ends with the first batch of which its GPUs have unequal parts",
+        ),
         (["--sglang-enable-eplb"], "--sglang-enable-eplb moves experts, and without --sglang-moe-a2a-backend"),
         (
             [
