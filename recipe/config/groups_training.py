@@ -132,8 +132,7 @@ class CheckpointConfig(Group):
     number, for those of every save."""
     async_save: bool = False
     """Write checkpoints while training goes on, from a copy in host memory: 14 bytes a parameter that a rank writes
-    (bf16 weights, masters and both moments) until they are on the disk. Every save, also one that is not asynchronous,
-    gathers the optimizer's part first, which takes more for a moment."""
+    (bf16 weights, masters and both moments) until they are on the disk."""
     no_load_optim: bool = False
     """Load the weights only and start the optimizer afresh."""
 

@@ -11,7 +11,7 @@ import pickle
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,14 +35,13 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     _replace_state_dict_keys_with_sharded_keys,
     mcore_to_pyt_state_dict,
 )
-from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
 from recipe.megatron.model import PolicyModel
 from recipe.megatron.optimizer import Optimization
+from recipe.megatron.optimizer_state import sharded_state
 from recipe.messages import Progress
 from recipe.system.errors import UserError
 from recipe.system.files import atomic_write_bytes, atomic_write_text
@@ -87,42 +86,16 @@ def _optimizer_state(optimization: Optimization, model_state: dict[str, Any], is
         **_metadata(),
         "chained_optim_avoid_prefix": True,
         "distrib_optim_sharding_type": "fully_reshardable",
-        # Gathered in host memory, on the ranks that write it: megatron's other way holds all of it on every GPU.
         "distrib_optim_fully_reshardable_mem_efficient": True,
     }
     for part in optimization.parts:
-        if part.data_parallel_group.size() == 1:
-            part.sharded_param_state_fully_reshardable = functools.partial(_whole_states, part)
+        part.sharded_param_state_fully_reshardable = functools.partial(sharded_state, part)
     state = optimization.optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
 
     def keep_local(value: Any) -> Any:
         return value if isinstance(value, ShardedBase | LocalNonpersistentObject) else LocalNonpersistentObject(value)
 
     return dict_list_map_inplace(keep_local, state)
-
-
-def _whole_states(
-    part: DistributedOptimizer, model_state: dict[str, Any], is_loading: bool, metadata: dict[str, Any]
-) -> dict[int, dict[str, ShardedBase]]:
-    """What megatron's `sharded_param_state_fully_reshardable` returns, for optimizer state that no other rank has a
-    part of: the tensors themselves, to be written from and read into, where megatron gathers copies (28 bytes a
-    parameter for a moment, measured)."""
-    sharded, _ = extract_sharded_tensors_and_factories(model_state)
-    shard_of = {shard.data: shard for shard in nested_values(sharded)}
-    states: dict[int, dict[str, ShardedBase]] = {}
-    for parameter in (parameter for buffer in part.buffers for parameter in buffer.param_index_map):
-        shard = shard_of[parameter]
-        tensors = part._get_main_param_and_optimizer_states(parameter)
-        states[len(states)] = {name: _state_like(shard, name, tensor.detach()) for name, tensor in tensors.items()}
-    return states
-
-
-def _state_like(shard: ShardedBase, name: str, tensor: Tensor) -> ShardedBase:
-    """A state tensor, sharded as its parameter is."""
-    changes: dict[str, Any] = {"key": f"optimizer.state.{name}.{shard.key}", "data": tensor.view(shard.data.shape)}
-    if isinstance(shard, ShardedTensor):
-        changes["dtype"] = tensor.dtype
-    return replace(shard, **changes)
 
 
 def own_shards(chunks: list[PolicyModel], optimization: Optimization) -> Shards:
@@ -187,6 +160,8 @@ def _write(directory: Path, shards: Shards, group: dist.ProcessGroup | None = No
     no notice of what fails in a second one."""
     # Nobody checks the sums, and computing them takes as long as the rest. The option is the whole process's: whatever
     # is saved while training goes on does without them too.
+    for shard in nested_values(shards):
+        shard.data = _apart(shard.data)
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -202,6 +177,14 @@ def _write(directory: Path, shards: Shards, group: dist.ProcessGroup | None = No
     finally:
         torch.serialization.set_crc32_options(before)
     _on_first_rank(lambda: _write_what_names_the_format(directory), group)
+
+
+def _apart(tensor: Tensor) -> Tensor:
+    """The same memory as a storage of its own, if it is the host's: of a part of a larger one torch writes a copy."""
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        return tensor
+    memory = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+    return torch.from_numpy(memory).view(tensor.dtype).view(tensor.shape)
 
 
 def _write_what_names_the_format(directory: Path) -> None:

@@ -263,9 +263,9 @@ class HostModel(MemoryModel):
         if phase is Phase.TRAINING and self.resolved.config.needs_reference:
             parts += [{Use.REFERENCE: sum(self.held(shard)[Use.WEIGHTS] for shard in ranks)}]
         if phase is Phase.SAVE:
-            parts += [{Use.CHECKPOINT: self.gathered_for_save(ranks, machine)}]
+            parts += [{Use.CHECKPOINT: self.copied_for_save(ranks)}]
         if phase is Phase.RESUME:
-            parts += [{Use.CHECKPOINT: sum(map(self.read_on_resume, ranks))}]
+            parts += [{Use.CHECKPOINT: sum(map(self.across_ranks, ranks))}]
         if phase is Phase.UPDATE_WEIGHTS and not self.on_gpu:
             whole = sum(self.held(shard)[Use.WEIGHTS] for shard in self.shards)
             parts += [{Use.BUFFERS: 2 * min(whole, self.resolved.config.rollout.update_weight_buffer_size)}]
@@ -297,29 +297,18 @@ class HostModel(MemoryModel):
             engines = ranks
         return constants.DRIVER_HOST + ranks * constants.RANK_HOST + engines * constants.ENGINE_HOST
 
-    def gathered_for_save(self, ranks: list[StageShard], machine: int) -> int:
-        """Optimizer state that is gathered for a checkpoint (`recipe.megatron.checkpoint`): where several ranks share
-        it, the first of them holds all of it (12 bytes a parameter) and for a moment 8 more, and each its own part."""
-        total = 0
-        for shard in ranks:
-            for chunk in shard.chunks:
-                for size, replicas in zip(chunk.buffers, self.replicas, strict=True):
-                    if replicas > 1:
-                        total += size * 12 // replicas + size * 20 // replicas
+    def copied_for_save(self, ranks: list[StageShard]) -> int:
+        """Optimizer state that is copied for a checkpoint."""
+        total = sum(map(self.across_ranks, ranks))
         if self.resolved.config.checkpoint.async_save:
             held = sum(shard.optimizer_elements * 12 for shard in ranks)
             total += held + sum(self.held(shard)[Use.WEIGHTS] for shard in ranks) // max(1, self.layout.dense_replicas)
         return total
 
-    def read_on_resume(self, shard: StageShard) -> int:
-        """Optimizer state that is read whole by every rank that holds a part of it."""
-        sizes = (zip(chunk.buffers, self.replicas, strict=True) for chunk in shard.chunks)
-        return sum(12 * size for chunk in sizes for size, replicas in chunk if replicas > 1)
-
-    @property
-    def replicas(self) -> tuple[int, int]:
-        """Ranks that share the optimizer of a parameter, outside the experts and in them."""
-        return self.layout.dense_replicas, self.layout.expert_replicas
+    def across_ranks(self, shard: StageShard) -> int:
+        """Optimizer state of parameters that lie on several ranks, which is put together to be written, and read whole
+        (`recipe.megatron.optimizer_state`); all other lies in its place."""
+        return 12 * sum(chunk.across for chunk in shard.chunks)
 
 
 def _sum(parts: list[Mapping[Use, int]]) -> dict[Use, int]:

@@ -92,6 +92,9 @@ class ChunkShard:
     """Elements of megatron's gradient buffers: of what all data-parallel ranks share, and of experts."""
     optimizer: int
     """Parameters whose optimizer state this rank holds, at most."""
+    across: int
+    """This rank's share of the elements of parameters whose optimizer state lies on several ranks, at most: the largest
+    parameter at every boundary between two."""
     frozen: int
     """Parameters that are not trained (an MTP layer that is only carried along)."""
     biases: int
@@ -225,7 +228,7 @@ def _chunk(held: list[Placement], layout: Layout, trains_mtp: bool) -> ChunkShar
             frozen += size
         else:
             trained[placement.is_expert].append(size)
-    buffers, optimizer = [], 0
+    buffers, optimizer, across = [], 0, 0
     for is_expert, sizes in trained.items():
         replicas = layout.expert_replicas if is_expert else layout.dense_replicas
         padded = _round_up(
@@ -233,7 +236,8 @@ def _chunk(held: list[Placement], layout: Layout, trains_mtp: bool) -> ChunkShar
         )
         buffers.append(padded)
         optimizer += min(sum(sizes), padded // replicas)
-    return ChunkShard(elements, tuple(buffers), optimizer, frozen, biases)
+        across += (replicas - 1) * max(sizes, default=0) // replicas
+    return ChunkShard(elements, tuple(buffers), optimizer, across, frozen, biases)
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -102,7 +102,7 @@ SMALL = {
     ),
     "16 GPUs of 40 GB": ("16gpu", (), {"gpu": "A100-40GB"}),
     "a disk": ("8gpu", ("--save-keep", "100"), {"disk": "2TB"}),
-    "a machine's memory": ("8gpu", (), {"host": "620GB", "gpu": "H200-141GB"}),
+    "a machine's memory": ("8gpu", (), {"host": "470GB", "gpu": "H200-141GB"}),
     "a large share for the engine": ("8gpu", ("--sglang-mem-fraction-static", "0.95"), {}),
 }
 
