@@ -122,6 +122,13 @@ def _warnings(plan: Plan) -> list[str]:
             f"without --save-keep the run leaves {plan.disk.saves} checkpoints of "
             f"{plan.disk.checkpoint / GB:.0f} GB each, {plan.disk.needed / GB / 1000:.1f} TB"
         )
+    grace, writing = plan.resolved.config.misc.sigterm_grace_s, plan.disk.checkpoint / plan.machine.disk_bandwidth
+    if writing > grace:
+        warnings.append(
+            f"a checkpoint of {plan.disk.checkpoint / GB:.0f} GB takes {writing:.0f} s at "
+            f"{plan.machine.disk_bandwidth / GB:.0f} GB/s, and a SIGTERM gives it --sigterm-grace-s {grace:g}: the run "
+            "would end unsaved"
+        )
     if plan.pack_tokens > (plan.resolved.config.perf.max_tokens_per_gpu or plan.pack_tokens):
         warnings.append(
             f"a sample of {plan.longest_sample:,} tokens is longer than --max-tokens-per-gpu: planned with "

@@ -248,3 +248,12 @@ def test_the_command_ends_with_2_for_what_does_not_fit() -> None:
     assert ended.returncode == 2
     assert "Traceback" not in ended.stderr
     assert ended.stdout.splitlines()[-1].startswith("It does not fit")
+
+
+def test_a_notice_that_is_too_short_to_save_in_is_told() -> None:
+    def told(*flags: str) -> list[str]:
+        return [warning for warning in plan("8gpu", *flags).warnings if "SIGTERM" in warning]
+
+    assert told() == []
+    [warning] = told("--sigterm-grace-s", "100")
+    assert "takes 210 s at 2 GB/s, and a SIGTERM gives it --sigterm-grace-s 100: the run would end unsaved" in warning
