@@ -17,8 +17,8 @@ from recipe.engines.argument_check import ArgumentCheck
 from recipe.experience import from_prompts, rollout_metrics, sample_records, train_metrics
 from recipe.grpo.mismatch import MismatchWatch, StepMismatch
 from recipe.messages import Progress, StepReport, TrainSample
-from recipe.rewards.functions import REWARD_RULES, Reward, RewardRule, RewardType, load_custom_reward
-from recipe.rewards.grader import Grader
+from recipe.rewards.functions import REWARD_RULES, CustomReward, Reward, RewardRule, RewardType
+from recipe.rewards.grader import Grader, check_custom_reward
 from recipe.rollout.client import ClientCounters, ClientOptions, RolloutClient
 from recipe.rollout.collect import CollectionPlan, NothingToLearn, RolloutCollector
 from recipe.rollout.filters import GroupFilter, load_filter
@@ -95,7 +95,8 @@ def _evaluation(resolved: Resolved) -> Evaluation | None:
 
 def _reward(config: Config) -> Reward | None:
     if config.rollout.custom_rm_path is not None:
-        return load_custom_reward(config.rollout.custom_rm_path)
+        check_custom_reward(config.rollout.custom_rm_path)
+        return CustomReward(config.rollout.custom_rm_path)
     return None if config.rollout.rm_type is None else REWARD_RULES[RewardType(config.rollout.rm_type)]
 
 
@@ -398,8 +399,10 @@ def _open_engines(
 ) -> RolloutEngines:
     """The engines with what grades their answers, which ends with `stack`."""
     assert data.reward is not None
-    timeout_s, num_workers = config.rollout.rm_timeout_s, config.rollout.rm_num_workers
-    grader = stack.enter_context(Grader(data.reward, timeout_s=timeout_s, num_workers=num_workers))
+    settings = config.rollout
+    grader = stack.enter_context(
+        Grader(data.reward, timeout_s=settings.rm_timeout_s, num_workers=settings.rm_num_workers)
+    )
     if data.evaluation is not None:
         stack.enter_context(data.evaluation)
     return RolloutEngines(group, client, grader, data, config.rollout)

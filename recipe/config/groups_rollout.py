@@ -114,11 +114,12 @@ class RolloutConfig(Group):
     rm_type: Literal["deepscaler", "math", "dapo"] | None = None
     """Built-in reward."""
     custom_rm_path: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
-    """Reward function of your own, as module:function; it takes the place of `rm_type`."""
-    rm_timeout_s: Annotated[float, Field(gt=0.0, le=86400.0)] = 5.0
-    """Longest time to grade one response, in seconds."""
-    rm_num_workers: PositiveInt = 2
-    """Grading processes."""
+    """Reward function of your own, as module:function, fn(prompt, response, label) -> float, which may be a coroutine;
+    it takes the place of `rm_type`."""
+    rm_timeout_s: Annotated[float, Field(gt=0.0, le=86400.0)] | None = None
+    """Longest time to grade one response, in seconds; default: 5, and 60 for a function of your own."""
+    rm_num_workers: PositiveInt | None = None
+    """Grading processes; default: 2, and for a function of your own as many as there are cores, up to 32."""
     rollout_max_concurrency: PositiveInt = 256
     """Requests in flight at most."""
     rollout_request_timeout_s: PositiveFloat | None = None

@@ -1,7 +1,7 @@
 """Rewards: what a response answers, and whether that equals the label."""
 
-from recipe.rewards.functions import REWARD_RULES, CustomReward, Reward, RewardRule, RewardType, load_custom_reward
-from recipe.rewards.grader import Grade, Grader, GradeRequest, GradeStatus
+from recipe.rewards.functions import REWARD_RULES, CustomReward, Reward, RewardRule, RewardType
+from recipe.rewards.grader import Grade, Grader, GradeRequest, GradeStatus, check_custom_reward
 
 __all__ = [
     "REWARD_RULES",
@@ -13,5 +13,5 @@ __all__ = [
     "Reward",
     "RewardRule",
     "RewardType",
-    "load_custom_reward",
+    "check_custom_reward",
 ]

@@ -16,7 +16,6 @@ from recipe.rewards.extract import (
 )
 from recipe.rewards.reading import read
 from recipe.rewards.values import Number, Reading
-from recipe.system.imports import load_function
 
 
 class RewardType(StrEnum):
@@ -41,8 +40,15 @@ class RewardRule:
     """What keeps a label from being an answer, as the end of a sentence that begins with the label; None if nothing."""
 
 
-CustomReward = Callable[[str, str, str], float]
-"""fn(prompt, response, label), the prompt as the model read it. It runs in this process, without a time limit."""
+@dataclass(frozen=True)
+class CustomReward:
+    """A function of the user's, fn(prompt, response, label), the prompt as the model read it. It returns a number, of
+    Python's, numpy's or torch's, or is a coroutine that does. It is called in processes that can be ended
+    (`recipe.rewards.serve`)."""
+
+    path: str
+    """module:function"""
+
 
 Reward = RewardRule | CustomReward
 
@@ -98,8 +104,3 @@ REWARD_RULES: Mapping[RewardType, RewardRule] = {
     RewardType.MATH: RewardRule(answer_after_thinking, 1.0, 0.0, _unreadable),
     RewardType.DAPO: RewardRule(answer_line_after_thinking, 1.0, -1.0, _no_integer),
 }
-
-
-def load_custom_reward(path: str) -> CustomReward:
-    """The function that "module:function" names. Raises UserError if there is no such function."""
-    return load_function("--custom-rm-path", path)

@@ -3,11 +3,12 @@
 A response whose grading fails stays in its group, so that groups keep their size, as in slime; but it says so in its
 status, is counted, and if all grades of a rollout fail the run stops. Where the answer is what the grader failed at
 (sympy hung, or took all memory) its reward is a wrong answer's, lest hanging the grader pay; where a custom function
-raised it is 0.0.
+failed it is 0.0.
 """
 
 import asyncio
 import math
+import os
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
@@ -18,19 +19,20 @@ from typing import Self
 
 from recipe.rewards.comparing import readings_equal, spelled
 from recipe.rewards.extract import THINKING_START, opens_thinking
-from recipe.rewards.functions import CustomReward, Reward, RewardRule, answer_in_label, read_label
+from recipe.rewards.functions import Reward, RewardRule, answer_in_label, read_label
 from recipe.rewards.reading import read
 from recipe.rewards.values import Reading
-from recipe.rewards.workers import Outcome, WorkerPool
+from recipe.rewards.workers import Outcome, Worker, WorkerPool
 from recipe.system.errors import UserError
-from recipe.system.threads import in_thread
 
 FAILED_REWARD = 0.0
-"""Of a custom function that raised."""
+"""Of a custom function that raised, hung, left, or returned no number."""
+CUSTOM_FLAG = "--custom-rm-path"
+TIMEOUT_S, CUSTOM_TIMEOUT_S = 5.0, 60.0
+"""Of one response, if nothing else is said: algebra is over in a moment, and a custom function may ask a judge."""
+NUM_WORKERS, MOST_CUSTOM_WORKERS = 2, 32
 
 _CACHE_SIZE = 1 << 16
-_CUSTOM_AT_ONCE = 32
-"""Groups that a custom function grades at the same time."""
 _ALGEBRA = "recipe.rewards.algebra:compare"
 
 
@@ -76,15 +78,19 @@ class _Question:
 
 
 class Grader:
-    """Grades by a named rule or a custom function. What is rational is decided at once; what takes algebra goes to
-    `num_workers` processes, started when first needed, and fails after `timeout_s` seconds. Safe to use from several
-    threads; `close` leaves no process behind."""
+    """Grades by a named rule or a custom function. What is rational is decided at once; what takes algebra, and every
+    call of a custom function, goes to `num_workers` processes, started when first needed, and fails after `timeout_s`
+    seconds. Safe to use from several threads; `close` leaves no process behind."""
 
-    def __init__(self, reward: Reward, *, timeout_s: float = 5.0, num_workers: int = 2) -> None:
+    def __init__(self, reward: Reward, *, timeout_s: float | None = None, num_workers: int | None = None) -> None:
         self._reward = reward
-        self._pool = WorkerPool(_ALGEBRA, size=num_workers, timeout_s=timeout_s)
+        if isinstance(reward, RewardRule):
+            size, limit_s = num_workers or NUM_WORKERS, timeout_s or TIMEOUT_S
+            self._pool = WorkerPool(_ALGEBRA, size=size, timeout_s=limit_s)
+        else:
+            size, limit_s = num_workers or min(MOST_CUSTOM_WORKERS, os.cpu_count() or 1), timeout_s or CUSTOM_TIMEOUT_S
+            self._pool = WorkerPool(reward.path, size=size, timeout_s=limit_s, flag=CUSTOM_FLAG)
         self._lock = threading.Lock()
-        self._custom_turns = threading.Semaphore(_CUSTOM_AT_ONCE)
         self._computed: OrderedDict[Call, Outcome] = OrderedDict()
         self._counts: Counter[GradeStatus] = Counter()
         self._last_failure = ""
@@ -101,17 +107,18 @@ class Grader:
     def grade(self, requests: Sequence[GradeRequest]) -> list[Grade]:
         """The grade of every request, in their order; blocks while processes compute."""
         if not isinstance(self._reward, RewardRule):
-            with self._custom_turns:
-                return self._counted([_custom_grade(self._reward, request) for request in requests])
+            calls = self._submit_custom(requests)
+            return self._counted([_custom_grade(call.result()) for call in calls])
         decided = [self._decide(self._reward, request) for request in requests]
         pending = self._submit(decided)
         outcomes = {call: future.result() for call, future in pending.items()}
         return self._counted([self._settle(self._reward, item, outcomes) for item in decided])
 
     async def grade_async(self, requests: Sequence[GradeRequest]) -> list[Grade]:
-        """As `grade`, without blocking the event loop. A custom function runs in a thread."""
+        """As `grade`, without blocking the event loop."""
         if not isinstance(self._reward, RewardRule):
-            return await in_thread(self.grade, requests)
+            calls = self._submit_custom(requests)
+            return self._counted(list(map(_custom_grade, await asyncio.gather(*map(asyncio.wrap_future, calls)))))
         decided = [self._decide(self._reward, request) for request in requests]
         pending = self._submit(decided)
         values = await asyncio.gather(*map(asyncio.wrap_future, pending.values()))
@@ -143,6 +150,9 @@ class Grader:
         label = read_label(request.label)
         equal = readings_equal(reading, label)
         return _Question(answer, (reading, label)) if equal is None else _graded(rule, answer, equal, spelled(reading))
+
+    def _submit_custom(self, requests: Sequence[GradeRequest]) -> list[Future[Outcome]]:
+        return [self._pool.submit(request.prompt, request.response, request.label) for request in requests]
 
     def _submit(self, decided: Sequence[Grade | _Question]) -> dict[Call, Future[Outcome]]:
         calls = dict.fromkeys(item.call for item in decided if isinstance(item, _Question))
@@ -188,11 +198,21 @@ def _graded(rule: RewardRule, answer: str, equal: bool, value: str) -> Grade:
     return Grade(rule.correct if equal else rule.wrong, GradeStatus.GRADED, answer, "", value)
 
 
-def _custom_grade(function: CustomReward, request: GradeRequest) -> Grade:
+def check_custom_reward(path: str) -> None:
+    """Raises UserError if "module:function" names no function."""
+    worker = Worker(path, CUSTOM_FLAG)
     try:
-        reward = float(function(request.prompt, request.response, request.label))
-    except Exception as error:
-        return Grade(FAILED_REWARD, GradeStatus.GRADER_FAILED, None, f"{type(error).__name__}: {error}")
-    if not math.isfinite(reward):
-        return Grade(FAILED_REWARD, GradeStatus.GRADER_FAILED, None, f"the reward is {reward}")
+        worker.wait_until_ready()
+    except EOFError as error:
+        raise UserError(f"{CUSTOM_FLAG} {path}: the process that imports it ends") from error
+    finally:
+        worker.kill()
+
+
+def _custom_grade(outcome: Outcome) -> Grade:
+    reward, reason = outcome.value, outcome.failure
+    if isinstance(reward, float) and not math.isfinite(reward):
+        reason = f"the reward is {reward}"
+    if reason or not isinstance(reward, float):
+        return Grade(FAILED_REWARD, GradeStatus.GRADER_FAILED, None, reason)
     return Grade(reward, GradeStatus.GRADED, None, "")

@@ -1,17 +1,25 @@
 """A worker process: serves one function over a pipe until the pipe or the parent is gone.
 
-Usage: python -m recipe.rewards.serve FILE_DESCRIPTOR MODULE:FUNCTION
+Usage: python -m recipe.rewards.serve FILE_DESCRIPTOR MODULE:FUNCTION [FLAG]
 
-It first sends an empty text once the function is imported, or why it cannot be. Then it receives tuples of arguments
-and sends for each a pair of the function's value and the failure, one of which is None or empty.
+With a FLAG, by which a user named it, the function is a custom reward: it may be a coroutine, take any memory, print
+and leave, and its value becomes a float. The process first sends an empty text once the function is imported, or why it
+cannot be. Then it receives tuples of arguments and sends for each a pair of the function's value and the failure, one
+of which is None or empty.
 """
 
+import asyncio
 import ctypes
-import importlib
+import inspect
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Any
+
+from recipe.system.errors import UserError
+from recipe.system.imports import load_function
 
 MEMORY_BYTES = 2 << 30
 """Address space of a worker: a hostile answer meets a MemoryError, and not the machine's last page."""
@@ -19,16 +27,18 @@ MEMORY_BYTES = 2 << 30
 _PR_SET_PDEATHSIG = 1
 
 
-def main(descriptor: int, target: str) -> None:
+def main(descriptor: int, target: str, flag: str | None = None) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    if flag is None:
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     connection = Connection(descriptor)
-    module, function = target.split(":")
     try:
-        call = vars(importlib.import_module(module))[function]
-    except (ImportError, KeyError) as error:
-        connection.send(f"{type(error).__name__}: {error}")
+        call = load_function(flag or "the function", target)
+    except UserError as error:
+        connection.send(str(error))
         return
+    if flag is not None:
+        call = _rewarding(call)
     connection.send("")
     while True:
         try:
@@ -37,10 +47,27 @@ def main(descriptor: int, target: str) -> None:
             return
         try:
             reply = (call(*arguments), "")
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             reply = (None, f"{type(error).__name__}: {error}"[:200])
         connection.send(reply)
 
 
+def _rewarding(function: Callable[..., Any]) -> Callable[..., float]:
+    """The function, waited for if it is a coroutine, its value as a float."""
+    loop = asyncio.new_event_loop()  # one for all calls: what a function keeps between them may belong to it
+
+    def reward(*arguments: str) -> float:
+        value = function(*arguments)
+        if inspect.isawaitable(value):
+            value = loop.run_until_complete(_waited_for(value))
+        return float(value)
+
+    return reward
+
+
+async def _waited_for(value: Any) -> Any:
+    return await value
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(int(sys.argv[1]), *sys.argv[2:])

@@ -31,20 +31,21 @@ class Outcome:
 class Worker:
     """One process. Its methods may be called by one thread at a time, except `kill`."""
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, flag: str | None = None) -> None:
         self._connection, theirs = Pipe()
         descriptor = theirs.fileno()
+        output = subprocess.DEVNULL if flag is None else None
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "recipe.rewards.serve", str(descriptor), target],
+            [sys.executable, "-m", "recipe.rewards.serve", str(descriptor), target, *filter(None, [flag])],
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             pass_fds=[descriptor],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
             start_new_session=True,
         )
         theirs.close()
-        self._ready = False
+        self._flag, self._ready = flag, False
 
     def call(self, arguments: tuple[object, ...], timeout_s: float) -> Outcome:
         """Calls the function; the worker is dead afterwards if the outcome is that it took too long or died.
@@ -52,7 +53,7 @@ class Worker:
         Raises UserError if the function cannot be imported.
         """
         try:
-            self._wait_until_ready()
+            self.wait_until_ready()
             self._connection.send(arguments)
             if self._connection.poll(timeout_s):
                 return Outcome(*self._connection.recv())
@@ -62,13 +63,14 @@ class Worker:
         self.kill()
         return Outcome(None, f"no result within {timeout_s:g} s")
 
-    def _wait_until_ready(self) -> None:
+    def wait_until_ready(self) -> None:
+        """Raises UserError if the function cannot be imported."""
         if self._ready:
             return
         problem = self._connection.recv() if self._connection.poll(START_TIMEOUT_S) else "it never became ready"
         if problem:
             self.kill()
-            raise UserError(f"the grading process cannot start: {problem}")
+            raise UserError(problem if self._flag else f"the grading process cannot start: {problem}")
         self._ready = True
 
     @property
@@ -81,10 +83,11 @@ class Worker:
 
 
 class WorkerPool:
-    """At most `size` workers for `target` ("module:function"), started when needed."""
+    """At most `size` workers for `target` ("module:function"), started when needed; with the `flag` by which a user
+    named it, for a custom reward."""
 
-    def __init__(self, target: str, *, size: int, timeout_s: float) -> None:
-        self._target = target
+    def __init__(self, target: str, *, size: int, timeout_s: float, flag: str | None = None) -> None:
+        self._target, self._flag = target, flag
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._closed = False
@@ -123,6 +126,6 @@ class WorkerPool:
                 self._workers.discard(dead)
             if self._closed:
                 raise RuntimeError("the pool of grading processes is closed")
-            worker = Worker(self._target)
+            worker = Worker(self._target, self._flag)
             self._workers.add(worker)
             return worker

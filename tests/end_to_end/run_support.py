@@ -52,10 +52,10 @@ calls = itertools.count(1)
 
 
 def striking_reward(prompt: str, response: str, label: str) -> float:
-    """`digits_reward`, which stops one engine and kills another when it has been called so often that a rollout is
-    under way."""
+    """`digits_reward`, which stops one engine and kills another when the run's only grading process has been called so
+    often that a rollout is under way."""
     if next(calls) == int(os.environ["STRIKE_AT_CALL"]):
-        strike(*engines(psutil.Process()))
+        strike(*engines(psutil.Process().parent()))
     return digits_reward(prompt, response, label)
 
 

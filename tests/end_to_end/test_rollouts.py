@@ -30,7 +30,7 @@ def test_one_engine_stopped_and_one_killed_in_mid_rollout_change_nothing(
     """Two requests are under way at a time and one group is graded: the others are still to be made. As on GPUs that
     they share with the trainer, the engines give their memory back while it trains."""
     more = (
-        "--colocate --custom-rm-path run_support:striking_reward --rollout-max-concurrency 2 "
+        "--colocate --custom-rm-path run_support:striking_reward --rm-num-workers 1 --rollout-max-concurrency 2 "
         "--rollout-health-check-interval 1 --rollout-health-check-timeout 2"
     )
     before = 8 * 4 + 2 * 16

@@ -68,10 +68,10 @@ async def test_it_is_the_same_evaluation(server: KnownServer, data: Path, tmp_pa
 
 
 async def test_a_custom_reward_is_averaged(server: KnownServer, data: Path) -> None:
-    from recipe.rewards import Grader
+    from recipe.rewards import CustomReward, Grader
     from recipe.rollout.sample import grade_group
 
-    with Grader(lambda prompt, response, label: -2.0 if label == "3" else 4.0) as grader:
+    with Grader(CustomReward("custom_rewards:by_label")) as grader:
 
         async def grade(group: SampleGroup) -> None:
             await grade_group(grader, group)
@@ -144,11 +144,11 @@ def test_answers_are_looked_for_where_the_reward_taught_to_put_them(checkpoint: 
 async def test_one_problem_with_a_custom_reward_has_no_interval_and_can_be_drawn(
     server: KnownServer, tmp_path: Path
 ) -> None:
-    from recipe.rewards import Grader
+    from recipe.rewards import CustomReward, Grader
     from recipe.rollout.sample import grade_group
 
     data = write_questions(tmp_path / "one.jsonl", {"a": ("1+2=", 3)})
-    with Grader(lambda prompt, response, label: 2.5) as grader:
+    with Grader(CustomReward("custom_rewards:always")) as grader:
 
         async def grade(group: SampleGroup) -> None:
             await grade_group(grader, group)

@@ -1,6 +1,8 @@
 """Functions that the tests let worker processes call."""
 
+import asyncio
 import os
+import sys
 import time
 
 
@@ -24,3 +26,30 @@ def obey(command: str, argument: str) -> bool:
         case "pid":
             return os.getpid() == int(argument)
     return True
+
+
+def half_or_fail(prompt: str, response: str, label: str) -> object:
+    """A custom reward that does what the response says."""
+    match response:
+        case "bad":
+            raise KeyError(label)
+        case "nan":
+            return float("nan")
+        case "hang":
+            return 9 ** (9**9)  # one instruction: neither threads nor signals get a turn
+        case "leave":
+            sys.exit(3)
+        case "die":
+            os._exit(4)
+        case "nothing":
+            return None
+        case "numpy" | "torch":
+            module = __import__(response)
+            return module.float32(0.5) if response == "numpy" else module.tensor([0.5])
+    return 0.5 * (prompt + label == "qa")
+
+
+async def later(prompt: str, response: str, label: str) -> float:
+    """A custom reward that is a coroutine."""
+    await asyncio.sleep(float(response))
+    return len(label)

@@ -6,12 +6,13 @@ import pytest
 
 from recipe.rewards import (
     REWARD_RULES,
+    CustomReward,
     Grade,
     Grader,
     GradeRequest,
     GradeStatus,
     RewardType,
-    load_custom_reward,
+    check_custom_reward,
 )
 from recipe.system.errors import UserError
 
@@ -161,57 +162,63 @@ def test_grades_off_the_main_thread(grader):
     assert grades[0].reward == 1
 
 
-def half_or_fail(prompt, response, label):
-    if response == "bad":
-        raise KeyError(label)
-    return float("nan") if response == "nan" else 0.5 * (prompt + label == "qa")
+HALF_OR_FAIL = CustomReward("functions_for_workers:half_or_fail")
 
 
 async def test_a_custom_function_is_called_and_its_failures_are_counted():
-    with Grader(half_or_fail) as grader:
-        responses = ["good", "bad", "nan"]
-        requests = [GradeRequest("q", response, "a") for response in responses]
-        assert (
-            await grader.grade_async(requests)
-            == grader.grade(requests)
-            == [
-                Grade(0.5, GradeStatus.GRADED, None, ""),
-                Grade(0.0, GradeStatus.GRADER_FAILED, None, "KeyError: 'a'"),
-                Grade(0.0, GradeStatus.GRADER_FAILED, None, "the reward is nan"),
-            ]
-        )
-        assert grader.collect_counts() == {
-            GradeStatus.GRADED: 2,
-            GradeStatus.GRADER_FAILED: 4,
-            GradeStatus.NO_ANSWER: 0,
-            GradeStatus.TRUNCATED: 0,
-        }
+    expected = {
+        "good": Grade(0.5, GradeStatus.GRADED, None, ""),
+        "numpy": Grade(0.5, GradeStatus.GRADED, None, ""),
+        "torch": Grade(0.5, GradeStatus.GRADED, None, ""),
+        "bad": Grade(0.0, GradeStatus.GRADER_FAILED, None, "KeyError: 'a'"),
+        "nan": Grade(0.0, GradeStatus.GRADER_FAILED, None, "the reward is nan"),
+        "leave": Grade(0.0, GradeStatus.GRADER_FAILED, None, "SystemExit: 3"),
+        "die": Grade(0.0, GradeStatus.GRADER_FAILED, None, "the grading process died with status 4"),
+    }
+    with Grader(HALF_OR_FAIL) as grader:
+        requests = [GradeRequest("q", response, "a") for response in expected]
+        assert await grader.grade_async(requests) == grader.grade(requests) == list(expected.values())
+        counts = grader.collect_counts()
+        assert (counts[GradeStatus.GRADED], counts[GradeStatus.GRADER_FAILED]) == (6, 8)
+        [none] = grader.grade([GradeRequest("q", "nothing", "a")])
+        assert none.reason.startswith("TypeError: float() argument must be")
+
+
+def test_a_custom_function_that_hangs_is_ended_in_time():
+    with Grader(HALF_OR_FAIL, timeout_s=1, num_workers=1) as grader:
+        hung, good = grader.grade([GradeRequest("q", "hang", "a"), GradeRequest("q", "good", "a")])
+    assert (hung.status, hung.reason) == (GradeStatus.GRADER_FAILED, "no result within 1 s")
+    assert good.reward == 0.5
+
+
+def test_a_custom_function_may_be_a_coroutine():
+    with Grader(CustomReward("functions_for_workers:later"), timeout_s=5, num_workers=1) as grader:
+        assert [grade.reward for grade in grader.grade([GradeRequest("q", "0.01", "abc")] * 2)] == [3.0, 3.0]
 
 
 def test_a_reward_function_that_always_raises_stops_the_run():
-    with Grader(half_or_fail) as grader:
+    with Grader(HALF_OR_FAIL) as grader:
         grader.grade([GradeRequest("q", "bad", "a")] * 3)
         with pytest.raises(UserError, match="none of 3 responses could be graded, the last one: KeyError: 'a'"):
             grader.collect_counts()
         assert sum(grader.collect_counts().values()) == 0
 
 
-def test_custom_functions_are_loaded_by_name():
-    assert load_custom_reward("os.path:join")("a", "b", "c") == "a/b/c"
-
-
 @pytest.mark.parametrize(
     ("path", "problem"),
     [
-        ("os.path", "is not of the form module:function"),
-        ("no_such_module:f", "cannot be imported"),
+        ("os.path", "--custom-rm-path os.path is not of the form module:function"),
+        ("no_such_module:f", "--custom-rm-path no_such_module:f: the module cannot be imported"),
         ("os.path:no_such_function", "os.path has no function no_such_function"),
         ("os:sep", "os has no function sep"),
+        ("leaves_at_its_import:f", "the process that imports it ends"),
     ],
 )
-def test_a_custom_function_that_is_not_there_is_a_clear_error(path, problem):
+def test_a_custom_function_that_is_not_there_is_a_clear_error(path, problem, tmp_path, monkeypatch):
+    (tmp_path / "leaves_at_its_import.py").write_text("import os; os._exit(0)")
+    monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(UserError, match=problem):
-        load_custom_reward(path)
+        check_custom_reward(path)
 
 
 def test_a_box_inside_thinking_that_the_prompt_opened_is_no_answer():

@@ -184,16 +184,17 @@ def test_the_readme_is_short_and_begins_with_what_is_proven() -> None:
 
 
 def test_the_readmes_reward_is_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from recipe.rewards.functions import load_custom_reward
+    from recipe.rewards import CustomReward, Grader, GradeRequest
 
     readme = (ROOT / "README.md").read_text()
     [function] = re.findall(r"^ *```python\n(.*?)^ *```", readme, re.DOTALL | re.MULTILINE)
     (tmp_path / "my_rewards.py").write_text(re.sub(r"^  ", "", function, flags=re.MULTILINE))
     monkeypatch.syspath_prepend(str(tmp_path))
     [path] = re.findall(r"train-tiny ARGS=\"--custom-rm-path (\S+)\"", readme)
-    reward = load_custom_reward(path)
-    assert reward("1 + 1 =", "2", "2") == pytest.approx(0.999)
-    assert reward("1 + 1 =", "3", "2") < 0
+    with Grader(CustomReward(path)) as grader:
+        right, wrong = grader.grade([GradeRequest("1 + 1 =", answer, "2") for answer in "23"])
+    assert right.reward == pytest.approx(0.999)
+    assert wrong.reward < 0
 
 
 def test_the_picture_of_the_rooms_is_the_tests() -> None:
