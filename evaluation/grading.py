@@ -75,11 +75,15 @@ _AIME_ANSWERS = frozenset(map(str, range(MAX_LABEL + 1)))
 
 class Judge:
     """Judges responses by the answer that `extract` finds. What takes algebra goes to `num_workers` processes, started
-    when first needed, and fails after `timeout_s` seconds. Needs no main thread; leaving it as a context manager leaves
+    when first needed, and fails after `timeout_s` seconds (by default as in `Grader`). Needs no main thread; leaving it as a context manager leaves
     no process behind."""
 
     def __init__(
-        self, extract: Extract = answer_after_thinking, *, timeout_s: float = 5.0, num_workers: int = 2
+        self,
+        extract: Extract = answer_after_thinking,
+        *,
+        timeout_s: float | None = None,
+        num_workers: int | None = None,
     ) -> None:
         rule = RewardRule(extract, _CORRECT, _WRONG, aime_label_problem)
         self._grader = Grader(rule, timeout_s=timeout_s, num_workers=num_workers)
@@ -104,7 +108,7 @@ class Judge:
 
 
 def _request(response: Response) -> GradeRequest:
-    """Of a response whose prompt nobody knows, one that was cut off may have been thinking still."""
+    """Among responses whose prompt nobody knows, one that was cut off may have been thinking still."""
     unknown = THINKING_START if response.truncated else ""
     prompt = unknown if response.prompt is None else response.prompt
     return GradeRequest(prompt, response.text, response.label, response.truncated)

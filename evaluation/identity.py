@@ -17,7 +17,7 @@ from recipe.system.files import sha256_file
 from recipe.system.json_text import parse_json
 
 INITIAL_VERSION = "initial"
-"""Of the weights of an engine that is started here."""
+"""Version of the weights of an engine that is started here."""
 
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 _RECORDS = frozenset(["download.json", "manifest.json"])
@@ -49,7 +49,7 @@ class Identity:
 
 
 def identity_of_directory(directory: Path) -> Identity:
-    """Of a Hugging Face directory. Raises UserError if it has no config.json or no weights."""
+    """Identity of a Hugging Face directory. Raises UserError if it has no config.json or no weights."""
     if not _holds_model(directory):
         raise UserError(f"{directory} is no Hugging Face checkpoint: it has no config.json or no *.safetensors")
     return Identity(str(directory), _sha256(_model_files(directory)), INITIAL_VERSION)
@@ -66,7 +66,7 @@ def newest_checkpoint(directory: Path) -> Path:
 
 
 def identity_of_checkpoint(checkpoint: Path, origin: Path) -> Identity:
-    """Of one torch_dist directory, with the configuration and tokenizer of `origin`."""
+    """Identity of one torch_dist directory, with the configuration and tokenizer of `origin`."""
     files = [file for file in checkpoint.iterdir() if file.is_file()]
     settings = [file for file in _model_files(origin) if file.suffix != ".safetensors"]
     return Identity(str(checkpoint), _sha256([*files, *settings]), INITIAL_VERSION)
@@ -87,8 +87,8 @@ def origin_of(checkpoint: Path) -> Path:
 
 
 def identity_of_server(url: str) -> tuple[Identity, Path | None]:
-    """Of the server at `url`, and the directory of its tokenizer if that is on this machine. Raises UserError if it
-    does not answer or does not say what it serves."""
+    """Identity of the server at `url`, and the directory of its tokenizer if that is on this machine. Raises UserError
+    if it does not answer or does not say what it serves."""
     if not url.startswith(("http://", "https://")):
         raise UserError(f"--url {url} has no http:// before it: give http://{url}")
     base = url.rstrip("/")
@@ -129,7 +129,7 @@ def _model_files(directory: Path) -> list[Path]:
 
 
 def _sha256(files: Sequence[Path]) -> str:
-    """Of the names and contents, read by several threads at once."""
+    """Digest of the names and contents, read by several threads at once."""
     files = sorted(files, key=lambda file: (file.name, str(file)))
     size = sum(file.stat().st_size for file in files)
     if size > _WORTH_SAYING:

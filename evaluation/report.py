@@ -11,7 +11,8 @@ from evaluation.result import Interval, ProblemResult, Result, SampleResult
 from evaluation.sampling import SampleKey, StoredSample
 
 SHOWN_CHARACTERS = 100_000
-"""Of a longer response only beginning and end are shown, half of this each; samples.jsonl has all of it."""
+"""Longest text shown whole: of a longer response only beginning and end are shown, half of this each; samples.jsonl has
+all of it."""
 
 _MISSED = (Verdict.WRONG, Verdict.TRUNCATED, Verdict.NO_ANSWER, Verdict.GRADER_FAILED)
 _BINS = 24

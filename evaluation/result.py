@@ -46,12 +46,12 @@ class Score(_Part):
 
     problems: int
     samples: int
-    """Of all problems together."""
+    """Responses to all problems together."""
     avg_at_n: Interval
     """Share of correct samples, every problem counted alike; the interval is closed form, and allows for a
     problem unlike those seen (`evaluation.statistics.clustered_share`)."""
     avg_at_n_bootstrap: Interval
-    """The same with the interval of a Bayesian bootstrap over problems, as a check."""
+    """The score with the interval of a Bayesian bootstrap over problems, as a check."""
     pass_at: dict[int, Interval]
     """By k: the probability that one of k samples is correct (unbiased, arXiv:2107.03374)."""
     maj_at: dict[int, Interval]
@@ -94,7 +94,7 @@ class ProblemResult(_Part):
 
 class SamplingSettings(_Part):
     n_samples: int
-    """Of each problem."""
+    """Responses to each problem."""
     max_response_len: int
     """In tokens."""
     temperature: float
@@ -111,8 +111,8 @@ class Settings(_Part):
     model: str
     """The directory, or what the server says of itself."""
     model_sha256: str
-    """Of all files of the model or checkpoint; for a server, of what it says of its model, and of that model's files
-    where they are on this machine."""
+    """Digest of all files of the model or checkpoint; for a server, of what it says of its model, and of that model's
+    files where they are on this machine."""
     engine: str
     """sglang or embedded, started for this evaluation; server: one that was running."""
     engine_args: tuple[str, ...]
@@ -123,7 +123,7 @@ class Settings(_Part):
     instruction: str
     """Added to questions that do not ask for a box themselves."""
     prompts_sha256: str
-    """Of all prompts as the model reads them, and their labels."""
+    """Digest of all prompts as the model reads them, and their labels."""
     profile: str | None
     context_length: int
     """Longest prompt and response together, in tokens."""

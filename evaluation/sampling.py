@@ -35,7 +35,7 @@ class StoredSample:
     response: str
     finish_reason: FinishReason
     tokens: int
-    """Of the response."""
+    """Tokens of the response."""
     weight_version: str
 
     @property

@@ -39,7 +39,7 @@ class Judged:
 
     judgement: Judgement
     tokens: int
-    """Of the response."""
+    """Tokens of the response."""
     truncated: bool
     """The engine cut it off."""
 

@@ -44,8 +44,8 @@ class Difference:
     p_value: float
     """Two-sided, of no difference, by the paired t test."""
     p_value_signs: float
-    """The same by flipping the signs of the differences, which assumes no distribution: all 2^P flips for few problems,
-    random ones for many."""
+    """The p-value by flipping the signs of the differences, which assumes no distribution: all 2^P flips for few
+    problems, random ones for many."""
 
 
 def clustered_mean(values: Sequence[float]) -> Estimate:
@@ -98,7 +98,7 @@ def bootstrap_share(values: Sequence[float], seed: int) -> Estimate:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean of [P] values of problems, P at least 2."""
+    """Standard error of the mean of [P] values of problems, P at least 2."""
     return statistics.stdev(values) / math.sqrt(len(values))
 
 

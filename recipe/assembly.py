@@ -316,7 +316,7 @@ class RolloutEngines:
 
     @property
     def weight_bytes_per_second(self) -> float | None:
-        """Of the last update; see `EngineGroup`."""
+        """Speed of the last update; see `EngineGroup`."""
         return self._group.weight_bytes_per_second
 
     def new_counts(self) -> ClientCounters:

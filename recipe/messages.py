@@ -118,4 +118,4 @@ class Started:
 
     progress: Progress
     seconds: Mapping[RankPart, float]
-    """Of the start, by part."""
+    """Seconds that each part of the start took."""

@@ -58,7 +58,7 @@ class EngineGroup:
         self._starting: dict[int, ray.ObjectRef] = {}
         self._weights: tuple[TrainerGroup, str] | None = None
         self.weight_bytes_per_second: float | None = None
-        """Of the last update, to each GPU of the slowest engine; None where it went by the disk."""
+        """Speed of the last update, to each GPU of the slowest engine; None where it went by the disk."""
         self._sending = asyncio.Lock()
         self._ending: dict[ray.ObjectRef, ActorHandle] = {}
         self._ended = threading.Event()

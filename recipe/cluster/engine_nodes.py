@@ -21,13 +21,13 @@ from recipe.system.ports import reserve_derived
 from recipe.system.seeds import derive
 
 INITIAL_VERSION = "initial"
-"""Of the weights that an engine starts with, before the trainer has sent any."""
+"""Version of the weights that an engine starts with, before the trainer has sent any."""
 APPEARS_WITHIN_S = 300.0
 """Longest wait for an actor's process on another machine."""
 ANSWERS_WITHIN_S = 30.0
-"""Likewise for an answer of one that is there."""
+"""Longest wait for an answer of an actor that is there."""
 ENDS_WITHIN_S = 3.0
-"""Likewise for the end of its server, before it is killed with it."""
+"""Longest wait for the end of an actor's server, before it is killed with the actor."""
 
 
 def threads_of_engine(config: Config) -> int:
@@ -38,7 +38,7 @@ def threads_of_engine(config: Config) -> int:
 
 
 def launch_of(resolved: Resolved, number: int, gpus: Sequence[int], node: Node | None) -> Launch:
-    """Of engine `number`, or of its part on one machine."""
+    """How engine `number` is started, or its part on one machine."""
     config = resolved.config
     shares_gpus = bool(gpus) and config.cluster.colocate
     model, seed = config.model.hf_checkpoint.resolve(), derive(config.misc.seed, "engine", number) % 2**31

@@ -23,7 +23,7 @@ class RankSnapshot:
     still_s: float
     """Seconds in which it got nothing done."""
     error: str = ""
-    """Of a rank that gave up waiting."""
+    """What a rank said that gave up waiting."""
 
 
 def sentence(verdict: Verdict, snapshots: Mapping[int, RankSnapshot]) -> str:

@@ -20,12 +20,12 @@ TRAINER_SHARE, ENGINE_SHARE = 0.6, 0.3
 """Shares of a GPU where trainer and engines take turns on it: Ray's bookkeeping, not a limit."""
 
 _NODE_SHARE = 0.001
-"""Of the resource by which Ray names a node: enough to ask for the node."""
+"""As much of the resource by which Ray names a node: enough to ask for the node."""
 
 
 @dataclass(frozen=True)
 class Seat:
-    """Of the actor that owns an engine, or a part of one."""
+    """Where the actor sits that owns an engine, or a part of one."""
 
     options: dict[str, Any]
     """Ray's, of the actor."""

@@ -20,7 +20,7 @@ START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 30
 TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
 GCS_PORT, DASHBOARD_PORT = 6379, 8265
-"""Of a cluster of several nodes. A run on one node takes free ports: there may be others."""
+"""Ports of a cluster of several nodes. A run on one node takes free ports: there may be others."""
 LOOPBACK = "127.0.0.1"
 _STARTED = "Ray runtime started"
 

@@ -40,7 +40,7 @@ class Software:
 
     @classmethod
     def here(cls) -> "Software":
-        """Of this process."""
+        """The software of this process."""
         versions = sorted({f"{found.metadata['Name']}=={found.version}" for found in distributions()})
         code = hashlib.sha256()
         for path in sorted(_SOURCES.rglob("*.py")):
@@ -68,7 +68,7 @@ class HeadCard:
     address: str
     port: int
     nonce: str
-    """Of this start of the cluster."""
+    """A random text of this start of the cluster."""
     software: Software
 
 

@@ -47,7 +47,7 @@ class Build:
         return labels | ({"org.opencontainers.image.base.digest": digest} if digest else {})
 
     def command(self) -> list[str]:
-        """The same build by Docker's command line, for a user to read."""
+        """The build by Docker's command line, for a user to read."""
         words = ["docker", "build", "--tag", self.tag]
         words += [word for name, value in self.arguments().items() for word in ("--build-arg", f"{name}={value}")]
         words += [word for name, value in self.labels().items() for word in ("--label", f"{name}={value}")]
@@ -101,7 +101,7 @@ def build_image(build: Build) -> str:
 
 
 def _progress(event: dict[str, object]) -> str:
-    """Of a layer of the base image that is being fetched: the beginning and the end, not every step."""
+    """What to show of a layer of the base image that is being fetched: the beginning and the end, not every step."""
     status = str(event.get("status", ""))
     return "" if not status or event.get("progressDetail") else f"{status}\n"
 

@@ -62,7 +62,7 @@ class ContainerRun:
         return options
 
     def command_line(self) -> str:
-        """The same by Docker's command line: pasted into a shell it does the same."""
+        """The container by Docker's command line: pasted into a shell it does the same."""
         words = ["docker", "run", "--rm", *(word for words, _ in self._options() for word in words)]
         absent = [str(folder) for folder in self.folders() if not folder.exists()]
         owner = ["-o", str(IMAGE_UID), "-g", str(IMAGE_UID)] if os.getuid() == 0 else []

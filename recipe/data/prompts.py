@@ -40,7 +40,7 @@ class Prompt:
     response_ids: tuple[int, ...] = ()
     """The tokens of `response` and then the tokenizer's end-of-sequence token."""
     name: str = ""
-    """Of the problem, where the file's problems have names."""
+    """The problem's name, where the file's problems have names."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ class SourceState(TypedDict):
     put_back: list[int]
     """The draws that were put back and are made again first."""
     digest: str
-    """Of the prompts, so that a resumed run notices other data."""
+    """Digest of the prompts, so that a resumed run notices other data."""
 
 
 @dataclass(frozen=True, slots=True)

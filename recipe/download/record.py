@@ -19,7 +19,7 @@ class FileRecord(BaseModel):
     bytes: int
     sha256: str
     rows: int | None = None
-    """Of a data set: its lines that are not blank."""
+    """For a data set: its lines that are not blank."""
 
     def __str__(self) -> str:
         rows = "" if self.rows is None else f"{self.rows:,} rows, "

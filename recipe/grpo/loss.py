@@ -80,7 +80,7 @@ class PolicyLossConfig:
     tis_clip: float = 2.0
     tis_clip_low: float = 0.0
     num_sources: int = 0
-    """Of tokens, which `PolicyLossInputs.sources` tells apart; 0: nobody wants to know."""
+    """Number of the tokens' sources, which `PolicyLossInputs.sources` tells apart; 0: nobody wants to know."""
 
 
 @dataclass(frozen=True)
@@ -88,17 +88,18 @@ class PolicyLossInputs:
     """Tensors of one pack, all [T] and fp32: entry t is about token t, whichever position predicts it."""
 
     log_probs: Tensor
-    """Of the policy being trained; the gradient flows through them."""
+    """Log-probabilities by the policy being trained; the gradient flows through them."""
     advantages: Tensor
     weights: Tensor
     """From `sequence_weights`, 0 on tokens that are not trained on."""
     old_log_probs: Tensor | None = None
-    """Of the policy before the rollout's first step. None if there is only one step: the ratio is then exactly 1."""
+    """Log-probabilities by the policy before the rollout's first step. None if there is only one step: the ratio is
+    then exactly 1."""
     rollout_log_probs: Tensor | None = None
     """As the engine reported them when it sampled."""
     ref_log_probs: Tensor | None = None
     entropy: Tensor | None = None
-    """Of the policy being trained, in nats."""
+    """Entropy of the policy being trained, in nats."""
     sources: Tensor | None = None
     """Integers below `num_sources`: where a token is from. Only measured."""
 

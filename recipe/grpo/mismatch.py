@@ -17,13 +17,13 @@ class StepMismatch:
     """|trainer's log-prob - engine's| of one rollout's tokens, in nats: means, None where there are no tokens."""
 
     older: float | None
-    """Of tokens that older weights made."""
+    """Difference at tokens that older weights made."""
     engines: tuple[float | None, ...]
-    """Of the other tokens, by engine."""
+    """Difference at the other tokens, by engine."""
     current: float | None
-    """Of these, over all engines."""
+    """Difference at the other tokens, over all engines."""
     current_without: tuple[float | None, ...]
-    """Likewise without one engine, by engine."""
+    """Difference at the other tokens without those of one engine, by engine."""
     beyond_10: float
     """Share of the tokens of `current` whose two probabilities differ by more than a factor of 10."""
 

@@ -145,7 +145,8 @@ def fused_adamw(
 def rounding_adamw(
     weights: Tensor, master: Tensor, gradient: Tensor, average: Tensor, square_average: Tensor, numbers: Tensor
 ) -> None:
-    """The same step in one pass that rounds the master weights to `weights` too. `numbers` [1, 8] as of `_numbers`."""
+    """A step of AdamW in one pass that rounds the master weights to `weights` too. `numbers` [1, 8] as of
+    `_numbers`."""
     clip, keep, new, square_keep, square_new, size, correction, eps = numbers[0].unbind()
     clipped = gradient.float() * clip
     moment = average + new * (clipped - average)

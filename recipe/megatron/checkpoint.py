@@ -180,7 +180,8 @@ def _write(directory: Path, shards: Shards, group: dist.ProcessGroup | None = No
 
 
 def _apart(tensor: Tensor) -> Tensor:
-    """The same memory as a storage of its own, if it is the host's: of a part of a larger one torch writes a copy."""
+    """The tensor's memory as a storage of its own, if it is the host's: of a part of a larger one torch writes a
+    copy."""
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
         return tensor
     memory = tensor.detach().reshape(-1).view(torch.uint8).numpy()

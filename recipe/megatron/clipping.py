@@ -19,14 +19,14 @@ from torch import Tensor
 from recipe.megatron.device import training_device
 
 PIECE_ELEMENTS = 16 << 20
-"""Of a gradient on the CPU, as many elements are held in fp64 at a time."""
+"""As many elements of a gradient on the CPU are held in fp64 at a time."""
 IS_MTP = "is_mtp"
 """Marks the optimizer's parameter groups that hold the MTP layer."""
 
 
 @dataclass(frozen=True)
 class GradientNorms:
-    """Of all ranks, before clipping; 0 for an MTP layer that is not trained."""
+    """Norms over all ranks, before clipping; 0 for an MTP layer that is not trained."""
 
     policy: float
     mtp: float

@@ -48,7 +48,7 @@ class WeightGradient:
     """Where one backward pass adds the gradient of a weight."""
 
     total: Tensor
-    """Of the weight's shape: megatron's `main_grad`, or for a weight outside its buffers an fp32 tensor."""
+    """The sum, in the weight's shape: megatron's `main_grad`, or for a weight outside its buffers an fp32 tensor."""
     is_blank: bool
     """Whether the first product overwrites."""
     is_own: bool

@@ -212,7 +212,7 @@ class MtpInput:
     """[1, U]"""
     sequences: PackedSequences
     ask: NextTokens
-    """Of the U tokens, those whose second successor is asked for, and those second successors."""
+    """Those of the U tokens whose second successor is asked for, and those second successors."""
 
 
 @dataclass(frozen=True)

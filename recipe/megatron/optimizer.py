@@ -97,7 +97,7 @@ class Optimization:
 
     @property
     def learning_rate(self) -> float:
-        """Of the next step."""
+        """The next step's learning rate."""
         return max(group["lr"] for inner in self._inner() for group in inner.param_groups)
 
     @property
@@ -155,5 +155,5 @@ def build_optimization(chunks: list[DistributedDataParallel], config: Config) ->
 
 
 def host_bytes(tensors: Iterable[Tensor]) -> int:
-    """Of those tensors that lie in host memory."""
+    """Bytes of those tensors that lie in host memory."""
     return sum(tensor.nbytes for tensor in tensors if tensor.device == torch.device("cpu"))

@@ -50,7 +50,7 @@ def sharded_state(
 
 
 def _spans(part: DistributedOptimizer, parameters: list[Parameter]) -> list[dict[int, Span]]:
-    """Of every parameter, the pieces by rank."""
+    """The pieces of every parameter, by rank."""
     held: dict[int, Span] = {}
     index_of = {parameter: index for index, parameter in enumerate(parameters)}
     for buckets in (ranges for buffer in part.gbuf_ranges for ranges in buffer.values()):

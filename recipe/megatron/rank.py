@@ -96,7 +96,7 @@ class TrainerRank:
         load_hugging_face(self.chunks, self.architecture, source)
 
     def own_shard(self, shards: Sequence[Microbatches]) -> Microbatches:
-        """Of the microbatches of every data-parallel rank, this one's."""
+        """This data-parallel rank's microbatches, of those of all."""
         return shards[parallel_state.get_data_parallel_rank()]
 
     def log_probs(self, microbatches: Microbatches) -> dict[int, FloatArray]:

@@ -48,7 +48,7 @@ class Activations:
     """Bytes on one rank at the worst moment of a forward and backward pass."""
 
     kept: int
-    """Of the microbatches in flight, for their backward passes."""
+    """Bytes that the microbatches in flight keep for their backward passes."""
     log_probs: int
     """While the backward pass begins: the logits of a chunk, and gradients beside them."""
     layer: int

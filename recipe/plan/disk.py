@@ -7,7 +7,7 @@ from recipe.plan.hardware import Machine
 from recipe.plan.shards import table_of
 
 OPTIMIZER_BYTES = 12
-"""Of a parameter in a training checkpoint beside its weight: master weight and two moments."""
+"""Bytes a parameter of a training checkpoint beside its weight: master weight and two moments."""
 
 
 @dataclass(frozen=True)
@@ -15,13 +15,13 @@ class DiskPlan:
     """Bytes where checkpoints go."""
 
     checkpoint: int
-    """Of one training checkpoint."""
+    """Bytes of one training checkpoint."""
     saves: int
     """Checkpoints that the run writes."""
     kept: int
     """Checkpoints that are there at once, at most: a new one is whole before an old one goes."""
     export: int
-    """Of all Hugging Face exports."""
+    """Bytes of all Hugging Face exports."""
     free: int | None
     """None: not known."""
 
@@ -35,7 +35,7 @@ class DiskPlan:
 
 
 def plan_disk(resolved: Resolved, machine: Machine) -> DiskPlan:
-    """Of the whole run."""
+    """What the whole run writes."""
     config, settings = resolved.config, resolved.config.checkpoint
     parameters = mtp = 0
     for name, placement in table_of(resolved.architecture, bool(config.mtp.mtp_num_layers)).items():

@@ -88,7 +88,8 @@ class EngineEstimate:
 
     @property
     def cache_bytes_per_token(self) -> int:
-        """Of all layers: the latent and the rotary key, whole on every GPU (DeepSeek-V2, arXiv:2405.04434)."""
+        """A token's bytes in the caches of all layers: the latent and the rotary key, whole on every GPU (DeepSeek-V2,
+        arXiv:2405.04434)."""
         a = self.architecture
         layers = a.num_hidden_layers + (a.num_nextn_predict_layers if self.is_speculative else 0)
         return layers // self.layout.pp * (a.kv_lora_rank + a.qk_rope_head_dim) * BF16

@@ -55,7 +55,7 @@ class Machine:
     disk: int | None = None
     """Free bytes where checkpoints go; None: not known."""
     host_bandwidth: float = 300e9
-    """Of host memory, bytes/s: assumed, about half of what two sockets of DDR5 have."""
+    """Bandwidth of host memory, bytes/s: assumed, about half of what two sockets of DDR5 have."""
     network_bandwidth: float = 50e9
     """Between machines, a GPU, bytes/s: one 400 Gbit/s port each, as in the usual 8-GPU machines."""
     disk_bandwidth: float = 2e9

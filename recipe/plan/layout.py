@@ -29,7 +29,7 @@ def divisors(number: int) -> tuple[int, ...]:
 
 
 def divisions(resolved: Resolved) -> Iterator[Division]:
-    """Of the trainer, then of the engine, as far as there is something to divide."""
+    """The trainer's divisions, then the engine's, as far as there is something to divide."""
     config, a = resolved.config, resolved.architecture
     perf, world = config.perf, config.world_size
     tp, ep = perf.tensor_model_parallel_size, perf.expert_model_parallel_size

@@ -44,7 +44,7 @@ class FoundMachine:
     linked: bool
     """Whether every pair of GPUs has NVLink."""
     host_memory: int
-    """Of this machine, or of the container that this process runs in, without what others use."""
+    """What this machine has, or the container that this process runs in, without what others use."""
     shared_memory: int
     """Free in /dev/shm."""
     disk: int

@@ -20,7 +20,7 @@ FP32, BF16 = 4, 2
 
 
 class Phase(StrEnum):
-    """Of a step, and of the run's start."""
+    """What a run does, of which each has its own peak of memory."""
 
     RESUME = "resume"
     TRAINING = "training"
@@ -102,12 +102,12 @@ class MemoryModel:
 
     @property
     def weight_bytes(self) -> int:
-        """Of a weight in the trainer."""
+        """Bytes of a weight in the trainer."""
         return BF16 if self.resolved.config.model.bf16 else FP32
 
     @property
     def state_bytes(self) -> int:
-        """Of the optimizer's state a parameter: two moments, and master weights where there are any."""
+        """Bytes of optimizer state a parameter: two moments, and master weights where there are any."""
         config = self.resolved.config
         return 12 if config.model.bf16 or config.optimizer.optimizer_cpu_offload else 8
 
@@ -287,7 +287,7 @@ class HostModel(MemoryModel):
         return uses
 
     def process_bytes(self, ranks: int) -> int:
-        """Of the programs themselves."""
+        """Host memory of the programs themselves."""
         config = self.resolved.config
         if not self.on_gpu:
             engines = -(-config.num_engines // config.cluster.actor_num_nodes)

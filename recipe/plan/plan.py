@@ -20,12 +20,12 @@ class Plan:
     resolved: Resolved
     machine: Machine
     parameters: dict[Part, int]
-    """Of the whole model as the trainer holds it, by part."""
+    """Parameters of the whole model as the trainer holds it, by part."""
     divisions: tuple[Division, ...]
     longest_sample: int
     """Tokens."""
     pack_tokens: int
-    """Of the largest microbatch of a rank."""
+    """Tokens of a rank's largest microbatch."""
     gpu: GpuPlan | None
     """None where nothing runs on a GPU."""
     host: tuple[PhaseMemory, ...]

@@ -23,9 +23,10 @@ logger = logging.getLogger(__name__)
 LEAST_DRIVER = 580
 """NVIDIA's driver for CUDA 13 (CUDA's release notes)."""
 LEAST_OPEN_FILES = 4096
-"""Of a machine with GPUs: Ray's processes, sockets between all ranks, and checkpoint files. Assumed."""
+"""Open files that a process may need on a machine with GPUs: Ray's processes, sockets between all ranks, and checkpoint
+files. Assumed."""
 BUSY = GIB
-"""Of a GPU's memory; more in use is somebody else's work."""
+"""Bytes of a GPU that may be in use; more is somebody else's work."""
 
 
 @dataclass(frozen=True)

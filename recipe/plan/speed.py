@@ -36,7 +36,7 @@ class TimePlan:
     """A step (one rollout and what is learned from it) and the run."""
 
     seconds: Mapping[Work, float]
-    """Of a step; saves spread over the steps between them."""
+    """Seconds of a step by kind of work; saves are spread over the steps between them."""
     response_tokens: float
     """Generated a step."""
     tokens: float
@@ -63,7 +63,7 @@ class TimePlan:
         return self.step_s * self.rollouts / 3600
 
     def tokens_per_s(self, work: Work) -> float:
-        """Of the tokens that a phase works on."""
+        """Tokens that a phase works on, by its seconds."""
         tokens = self.response_tokens if work is Work.ROLLOUT else self.tokens
         return tokens / self.seconds[work]
 
@@ -117,8 +117,8 @@ class SpeedModel:
         return (computing + self.exchange(tokens / layout.tp)) * bubble * waiting + self.reduce_gradients()
 
     def exchange(self, tokens: float) -> float:
-        """Of a rank that computes so many tokens through all layers: to experts and back, and between tensor-parallel
-        ranks."""
+        """Seconds that a rank of so many tokens spends on exchanges in all layers: to experts and back, and between
+        tensor-parallel ranks."""
         a, layout = self.resolved.architecture, self.memory.layout
         passes = 3 if self.resolved.config.perf.recompute_granularity == "full" else 2
         layers = a.num_hidden_layers

@@ -12,7 +12,7 @@ from recipe.plan.plan import Plan, make_plan
 
 MOST_CHANGES = 3
 LEAST_FRACTION, FRACTION_STEP, MOST_FRACTION = 0.2, 0.05, 0.95
-"""Of `mem_fraction_static`."""
+"""Values of `mem_fraction_static` that are tried."""
 
 
 @dataclass(frozen=True)

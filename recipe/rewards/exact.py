@@ -8,8 +8,8 @@ from functools import lru_cache
 from recipe.rewards.expressions import Tree
 
 MAX_BITS = 14_000
-"""Of a number that is computed: a larger one equals only what is written alike. Its decimal digits are fewer than the
-4,300 that Python writes out."""
+"""Size of the largest number that is computed: a larger one equals only what is written alike. Its decimal digits are
+fewer than the 4,300 that Python writes out."""
 
 
 class TooLarge(Exception):

@@ -26,10 +26,11 @@ from recipe.rewards.workers import Outcome, Worker, WorkerPool
 from recipe.system.errors import UserError
 
 FAILED_REWARD = 0.0
-"""Of a custom function that raised, hung, left, or returned no number."""
+"""Reward where a custom function raised, hung, left, or returned no number."""
 CUSTOM_FLAG = "--custom-rm-path"
 TIMEOUT_S, CUSTOM_TIMEOUT_S = 5.0, 60.0
-"""Of one response, if nothing else is said: algebra is over in a moment, and a custom function may ask a judge."""
+"""Longest time to grade a response, if nothing else is said: algebra is over in a moment, and a custom function may ask
+a judge."""
 NUM_WORKERS, MOST_CUSTOM_WORKERS = 2, 32
 
 _CACHE_SIZE = 1 << 16

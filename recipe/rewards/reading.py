@@ -233,7 +233,7 @@ def _occurs(name: str, value: Value) -> bool:
 
 
 def _ordered(parts: Sequence[str], signs: Sequence[str]) -> Stated:
-    """Of expressions that each are less than the next: an interval, or relations."""
+    """What is stated by expressions that each are less than the next: an interval, or relations."""
     values = [_valued(peeled(part)) for part in parts]
     if not all(isinstance(value, Number) for value in values):
         raise Unreadable("orders what are no numbers")

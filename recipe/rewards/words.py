@@ -128,7 +128,7 @@ class Unit:
     """What was measured or counted."""
 
     measures: tuple[str, ...] = ()
-    """Of measurement, in one spelling: `mile per hour`, `^2 cm`."""
+    """Units of measurement, in one spelling: `mile per hour`, `^2 cm`."""
     things: frozenset[str] = frozenset()
 
     def agrees(self, other: "Unit") -> bool:

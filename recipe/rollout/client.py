@@ -32,7 +32,7 @@ class ClientOptions:
     max_concurrency: int = 256
     """Generation requests in flight at most."""
     request_timeout_s: float | None = None
-    """Of generation; None: as long as it takes."""
+    """Longest time for an answer; None: as long as it takes."""
     max_retries: int = 3
     """Times a request is sent again after the engine did not answer it."""
     backoff_s: float = 0.2

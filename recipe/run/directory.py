@@ -63,7 +63,7 @@ class SampleRecord:
     weight_versions: Sequence[int]
     """The versions that generated its tokens, in order, without repetitions."""
     mean_log_prob: float
-    """Of the response tokens, at generation, in nats."""
+    """Mean log-probability of the response tokens, at generation, in nats."""
     reward: float
     advantage: float
     grade: str

@@ -39,7 +39,7 @@ class Reduction(StrEnum):
     MAXIMUM = "maximum"
     SUM = "sum"
     LAST = "last"
-    """Of the last optimizer step."""
+    """The value of the last optimizer step."""
 
 
 @dataclass(frozen=True)
@@ -200,9 +200,9 @@ class StepMetrics:
 
     step: int
     values: Values = field(default_factory=dict)
-    """Of the rollout and of its optimizer steps, by the names of METRICS; empty in step 0."""
+    """Values of the rollout and of its optimizer steps, by the names of METRICS; empty in step 0."""
     evals: Mapping[str, Values] = field(default_factory=dict)
-    """Of each evaluation set, by its name: the values that `eval_metric` names."""
+    """Values of each evaluation set, by its name: the values that `eval_metric` names."""
     seconds: StepSeconds
 
     def as_line(self) -> dict[str, Scalar]:

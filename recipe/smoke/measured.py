@@ -27,15 +27,15 @@ class Learning:
     """None: it was not scored again."""
     step_s: float
     update_s: float
-    """Of the usual step: medians."""
+    """Median seconds of a step, and of its weight update."""
     logprob_diff_mean: float
     """Mean over the steps of the mean |log-prob of the trainer - of the engine|, in nats a token."""
     logprob_kl: float
-    """Likewise, the k3 estimate of KL(engine || trainer)."""
+    """Mean k3 estimate of KL(engine || trainer) over the steps."""
     accept_length: float | None
     """Tokens that a verification brings a sequence, over the last quarter of the steps; None without drafts."""
     first_accept_length: float | None
-    """Likewise, over the first quarter."""
+    """Mean acceptance length over the first quarter of the steps."""
 
 
 @dataclass(frozen=True)
@@ -43,22 +43,22 @@ class Interruption:
     """The SIGTERM in the middle of GRPO, and how it went on."""
 
     status: int
-    """Of the interrupted run."""
+    """Exit status of the interrupted run."""
     step: int
     """The last one that it recorded."""
     save_s: float
     """From the signal to the end."""
     last_words: str
-    """Of the run that ended last."""
+    """What the run that ended last said at its end."""
     resumed_status: int | None = None
-    """Of the run that went on; None: there was none."""
+    """Exit status of the run that went on; None: there was none."""
     goes_on: bool = False
     """Whether that kept every step before and repeated and left out none after."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Of the fullest GPU, bytes."""
+    """Bytes of the fullest GPU, planned and measured."""
 
     planned: int
     phase: str
@@ -102,7 +102,7 @@ class Measured:
     """From GRPO's command to the first token."""
     projection: Projection | None = None
     seconds: Mapping[str, float] | None = None
-    """Of each part of the smoke run."""
+    """Seconds of each part of the smoke run."""
 
 
 def read_lines(directory: Path) -> list[dict[str, Any]]:

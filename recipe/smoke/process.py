@@ -77,7 +77,7 @@ def _pass_on(output: IO[str], log: Path, tail: deque[str]) -> None:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """Of a run that goes on: Ctrl-C, and after a while no mercy."""
+    """Ends a command that goes on: Ctrl-C, and after a while no mercy."""
     if process.poll() is not None:
         return
     process.send_signal(signal.SIGINT)

@@ -18,9 +18,10 @@ from recipe.smoke.rates import Rates
 RECIPE = "glm4.7-flash-8gpu-mtp"
 NODE_GPUS = 8
 REFERENCE_MATMUL_SHARE = 787 / 989
-"""Of the data sheet's FLOP/s that a matrix product reached on the H200 that the plan's shares of training are from."""
+"""Share of the data sheet's FLOP/s that a matrix product reached on the H200 that the plan's shares of training are
+from."""
 COPY_SHARE = 0.9
-"""Of the data sheet's bandwidth that a copy within a GPU's memory reaches. Assumed."""
+"""Share of the data sheet's bandwidth that a copy within a GPU's memory reaches. Assumed."""
 
 
 def read_recipe(flags: Sequence[str]) -> Resolved:

@@ -113,7 +113,7 @@ def _all_reduce_bandwidth(ranks: int) -> float:
 
 
 def _measure_gpu(rank: int, ranks: int, rendezvous: str, result: str) -> None:
-    """Of one GPU of several, in a process of its own; the first one writes the slowest figures."""
+    """Measures one GPU of several, in a process of its own; the first one writes the slowest figures."""
     device = torch.device("cuda", rank)
     torch.cuda.set_device(device)
     if ranks > 1:

@@ -15,7 +15,7 @@ REQUESTS_PER_GPU = 32
 
 @dataclass(frozen=True)
 class Settings:
-    """Of one smoke run."""
+    """What one smoke run is to do."""
 
     directory: Path
     """Gets everything: the task, the model, the runs and what they came to."""
@@ -60,7 +60,7 @@ class Settings:
         return self.grpo / "checkpoints"
 
     def warm_up_flags(self) -> list[str]:
-        """Of the supervised run."""
+        """Flags of the supervised run."""
         words = ["--recipe", "smoke-sft"] if self.gpus else ["--recipe", "tiny-sft", "--enable-mtp-training"]
         words += [*self._flags("sft", self.untrained), "--prompt-data", str(self.task / "warmup.jsonl")]
         if (steps := self.warm_up_steps) is not None:
@@ -69,7 +69,7 @@ class Settings:
         return [*words, "--save-hf", str(self.model)]
 
     def grpo_flags(self) -> list[str]:
-        """Of GRPO, from its beginning."""
+        """Flags of GRPO, from its beginning."""
         words = ["--recipe", "smoke" if self.gpus else "smoke-cpu", *self._flags("grpo", self.model)]
         words += ["--ref-load", str(self.model), "--prompt-data", str(self.task / "train.jsonl")]
         words += ["--eval-prompt-data", "heldout", str(self.task / "heldout.jsonl")]
@@ -84,7 +84,7 @@ class Settings:
         return [*words, *self.flags]
 
     def _flags(self, name: str, checkpoint: Path) -> list[str]:
-        """Of every run."""
+        """Flags that every run has."""
         words = ["--name", name, "--runs-dir", str(self.directory), "--hf-checkpoint", str(checkpoint)]
         words += ["--actor-num-gpus-per-node", str(self.ranks), "--expert-model-parallel-size", str(self.ranks)]
         return [*words, "--seed", str(self.seed)]

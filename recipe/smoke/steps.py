@@ -22,7 +22,7 @@ from recipe.system.shutdown import SAVED_STATUS
 from recipe.weights.tiny import KERNEL_SIZES, write_tiny_checkpoint
 
 MAX_OPERAND, HELD_OUT_SUMS = 9, 200
-"""Of the arithmetic task: 1,000 sums."""
+"""The arithmetic task's: 1,000 sums, of which these are held out."""
 MEMORY_EVERY_S = 0.5
 
 

@@ -8,13 +8,16 @@ from recipe.smoke.rates import Rates
 from recipe.system.shutdown import SAVED_STATUS
 
 MATMUL_SHARE = 0.65
-"""Of the data sheet's bf16 FLOP/s. A sound H200 reached 0.80; one that is capped, hot or shared falls below this."""
+"""Least share of the data sheet's bf16 FLOP/s. A sound H200 reached 0.80; one that is capped, hot or shared falls below
+this."""
 GPU_MEMORY_SHARE = 0.7
-"""Of the data sheet's bandwidth; a copy usually reaches 0.9 of it."""
+"""Least share of the data sheet's bandwidth; a copy usually reaches 0.9 of it."""
 BUS_SHARE = 0.5
-"""Of PCIe's bandwidth, all GPUs at once. GPUs that share a switch or a link of half the width fall below."""
+"""Least share of PCIe's bandwidth, all GPUs at once. GPUs that share a switch or a link of half the
+width fall below."""
 ALL_REDUCE_SHARE = 0.5
-"""Of NVLink's bandwidth. NCCL reaches 0.75 and more on it, and a tenth where it goes by PCIe or the host."""
+"""Least share of NVLink's bandwidth. NCCL reaches 0.75 and more on it, and a tenth where it goes
+by PCIe or the host."""
 HOST_GB_PER_GPU = 8.0
 """GB/s of host memory a GPU: below, CPU Adam of the 8-GPU recipe takes 14 s and more, with eight GPUs."""
 MOST_BEFORE, LEAST_AFTER = 0.5, 0.9

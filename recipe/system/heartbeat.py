@@ -22,7 +22,7 @@ class Frame(NamedTuple):
 
 @dataclass(frozen=True)
 class RankLocation:
-    """Of a rank at one moment."""
+    """Where a rank is at one moment."""
 
     beats: int
     stack: tuple[Frame, ...]
@@ -78,4 +78,4 @@ def _read(frame: FrameType) -> list[Frame]:
 
 
 heartbeat = Heartbeat()
-"""Of this process."""
+"""This process's heartbeat."""

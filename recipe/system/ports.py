@@ -10,7 +10,7 @@ from recipe.system.errors import UserError
 LOCAL = "127.0.0.1"
 
 DERIVED_FROM_PORT = (13, *range(234, 240))
-"""Of an engine on one machine with DP attention: by how much the ports that SGLang opens beside its own are above it
+"""On an engine on one machine with DP attention: by how much the ports that SGLang opens beside its own are above it
 (sglang.srt.server_args.PortArgs, ZMQ_TCP_PORT_DELTA, DP_ATTENTION_HANDSHAKE_PORT_DELTA)."""
 
 PORT_ATTEMPTS = 50

@@ -66,7 +66,7 @@ class ExpectedChecksums:
             self._take(piece)
 
     def watch(self, weights: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
-        """The same tensors, each taken as it passes."""
+        """Passes the tensors on, and takes the checksum of each."""
         for name, tensor in weights:
             self.add(name, tensor)
             yield name, tensor
@@ -77,7 +77,7 @@ class ExpectedChecksums:
         return {name: checksum for name, checksum in self.with_draft()[0].items() if not name.startswith(_DRAFT)}
 
     def with_draft(self) -> dict[int, dict[str, str]]:
-        """Likewise of the draft model's too, on every rank."""
+        """Checksums by rank of the engine and name of tensor, the draft model's too."""
         return {rank: {name: right[0] for name, right in held.items()} for rank, held in self._checksums.items()}
 
     def compare(self, engine: RankChecksums) -> Comparison:

@@ -14,7 +14,8 @@ class UpdateResult:
     """Numbers of engines that are well but have not got everything, since another one failed in a broadcast."""
 
     bytes_per_second: float | None = field(default=None, compare=False)
-    """Of the whole model's weights, to each GPU of the slowest of the engines; None: they were not sent from here."""
+    """Speed of the whole model's weights to each GPU of the slowest of the engines; None: they were not sent from
+    here."""
 
     def __add__(self, other: "UpdateResult") -> "UpdateResult":
         """To different engines."""

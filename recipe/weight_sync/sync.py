@@ -43,13 +43,13 @@ class WeightSync:
     bucket_bytes: int
     ranks_per_engine: int
     address: str
-    """Of this machine, for the engines that join a broadcast."""
+    """This machine's address, for the engines that join a broadcast."""
     checksums: Callable[[], ExpectedChecksums] | None = None
-    """Of what is sent, to compare with what the engines hold; None: they are not compared."""
+    """Checksums of what is sent, to compare with what the engines hold; None: they are not compared."""
     timeout_s: float = 120.0
     """An engine that has not taken a bucket by then has failed."""
     disk_timeout_s: float = 600.0
-    """Likewise a whole checkpoint."""
+    """Time that an engine may take to read a whole checkpoint from the disk."""
 
     @classmethod
     def of(cls, config: Config, architecture: Architecture, address: str) -> Self:
