@@ -75,8 +75,8 @@ _AIME_ANSWERS = frozenset(map(str, range(MAX_LABEL + 1)))
 
 class Judge:
     """Judges responses by the answer that `extract` finds. What takes algebra goes to `num_workers` processes, started
-    when first needed, and fails after `timeout_s` seconds (by default as in `Grader`). Needs no main thread; leaving it as a context manager leaves
-    no process behind."""
+    when first needed, and fails after `timeout_s` seconds (by default as in `Grader`). Needs no main thread; leaving it
+    as a context manager leaves no process behind."""
 
     def __init__(
         self,
