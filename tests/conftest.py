@@ -2,6 +2,7 @@
 that speak to it."""
 
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -12,6 +13,9 @@ ROOT = Path(__file__).parents[1]
 
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
+
+# What tests start is as from a terminal, also under nohup, whose children have the signal ignored.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 MOST_WORKERS = 4
 """A run of two ranks and two engines takes some GB of memory."""
