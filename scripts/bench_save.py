@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from recipe.megatron.layout import Rendezvous
 
 SMALL = {"vocab_size": 16384, "n_routed_experts": 8, "num_experts_per_tok": 2, "eos_token_id": [1], "pad_token_id": 0}
-"""For a CPU: 0.4 billion parameters."""
+"""For a CPU: 0.3 billion parameters."""
 PIECE = 64 << 20
 """Bytes of a plain write."""
 MEMORY = 1 << 30

@@ -45,7 +45,7 @@ class Worker:
             start_new_session=True,
         )
         theirs.close()
-        self._flag, self._ready = flag, False
+        self._target, self._flag, self._ready = target, flag, False
 
     def call(self, arguments: tuple[object, ...], timeout_s: float) -> Outcome:
         """Calls the function; the worker is dead afterwards if the outcome is that it took too long or died.
@@ -67,7 +67,10 @@ class Worker:
         """Raises UserError if the function cannot be imported."""
         if self._ready:
             return
-        problem = self._connection.recv() if self._connection.poll(START_TIMEOUT_S) else "it never became ready"
+        if self._connection.poll(START_TIMEOUT_S):
+            problem = self._connection.recv()
+        else:
+            problem = f"{self._flag or 'the function'} {self._target}: not imported within {START_TIMEOUT_S:g} s"
         if problem:
             self.kill()
             raise UserError(problem if self._flag else f"the grading process cannot start: {problem}")

@@ -13,6 +13,7 @@ from recipe.rewards import (
     GradeStatus,
     RewardType,
     check_custom_reward,
+    workers,
 )
 from recipe.system.errors import UserError
 
@@ -219,6 +220,14 @@ def test_a_custom_function_that_is_not_there_is_a_clear_error(path, problem, tmp
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(UserError, match=problem):
         check_custom_reward(path)
+
+
+def test_a_custom_function_whose_module_is_never_imported_is_named(tmp_path, monkeypatch):
+    (tmp_path / "sleeps_at_its_import.py").write_text("import time; time.sleep(60)")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(workers, "START_TIMEOUT_S", 0.5)
+    with pytest.raises(UserError, match=r"^--custom-rm-path sleeps_at_its_import:f: not imported within 0\.5 s$"):
+        check_custom_reward("sleeps_at_its_import:f")
 
 
 def test_a_box_inside_thinking_that_the_prompt_opened_is_no_answer():
