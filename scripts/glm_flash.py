@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 
 import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from recipe.config import Architecture
+from recipe.data.tiny_tokenizer import CHAT_TEMPLATE
 from recipe.weights.hf_files import write_checkpoint
 from recipe.weights.table import Placement, placements
 
@@ -42,7 +45,21 @@ CONFIG = {
     "attention_bias": False,
     "tie_word_embeddings": False,
     "dtype": "bfloat16",
+    "transformers_version": "5.0.0",
 }
+
+SPECIAL_TOKENS = {
+    154820: "<|endoftext|>",
+    154822: "[gMASK]",
+    154824: "<sop>",
+    154826: "<|system|>",
+    154827: "<|user|>",
+    154828: "<|assistant|>",
+    154829: "<|observation|>",
+    154841: "<think>",
+    154842: "</think>",
+}
+"""Of GLM-4.7, that a chat has."""
 
 TINY = {
     "vocab_size": 96,
@@ -74,21 +91,42 @@ def write_synthetic(
     directory: Path, moe_layers: int, deviation: float = 1.0, spread: float = 0.0, **changes: object
 ) -> int:
     """Writes a random bf16 checkpoint with its MTP layer: matrices of this deviation; norms around 1 and the routers'
-    biases around 0, with this spread. Returns its size in bytes."""
-    companions = directory.with_name("companions")
+    biases around 0, with this spread. What lies in the folder beside it whose name ends in
+    -companions, a tokenizer say, goes along. Returns its
+    size in bytes."""
+    companions = directory.with_name(f"{directory.name}-companions")
     write_config(companions, moe_layers, **changes)
-    generator = torch.Generator().manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(0)
 
     def tensor(entry: Placement) -> torch.Tensor:
         is_vector = len(entry.hf_shape) == 1
-        values = torch.randn(entry.hf_shape, generator=generator) * (spread if is_vector else deviation)
+        values = torch.randn(entry.hf_shape, generator=generator, device=device) * (spread if is_vector else deviation)
         if entry.is_fp32:
-            return values
-        return (values + 1 if is_vector else values).to(torch.bfloat16)
+            return values.cpu()
+        return (values + 1 if is_vector else values).to("cpu", torch.bfloat16)
 
     table = placements(Architecture.from_checkpoint(companions), with_mtp=True)
     write_checkpoint(((name, tensor(e)) for e in table.values() for name in e.hf_names), directory, companions)
     return sum(file.stat().st_size for file in directory.iterdir())
+
+
+def write_slice(directory: Path, moe_layers: int, tiny: bool = False) -> None:
+    """Writes a checkpoint that the whole loop can run: random weights as small as at a training's beginning, and a
+    tokenizer whose words are its tokens, with the published special tokens and chat template. `tiny`: for a CPU."""
+    changes = TINY | {"vocab_size": 128, "eos_token_id": [127], "pad_token_id": 126} if tiny else {}
+    config = CONFIG | changes
+    special = {126: "<|endoftext|>", 127: "<|user|>", 125: "<|assistant|>"} if tiny else SPECIAL_TOKENS
+    vocabulary = {special.get(number, f" w{number}"): number for number in range(int(str(config["vocab_size"])))}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token=" w0"))
+    words.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_next")
+    words.decoder = decoders.Fuse()
+    words.add_tokens([AddedToken(token, special="think" not in token, normalized=False) for token in special.values()])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<|endoftext|>", eos_token="<|endoftext|>", chat_template=CHAT_TEMPLATE
+    )
+    tokenizer.save_pretrained(directory.with_name(f"{directory.name}-companions"))
+    write_synthetic(directory, moe_layers, deviation=0.02, **changes)
 
 
 def environment() -> str:

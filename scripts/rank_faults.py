@@ -131,9 +131,10 @@ def check(device: str, folder: Path) -> Iterator[tuple[str, bool]]:
 def outcome(way: str, device: str, folder: Path) -> tuple[str, bool]:
     """Of a run in which a rank fails in this way."""
     here, mark = Path(__file__).parent, f"{folder}/{way}"
+    path = os.pathsep.join(filter(None, (str(here), str(here.parent), os.environ.get("PYTHONPATH"))))
     run = subprocess.Popen(
         [sys.executable, "-m", "rank_faults", way, device, str(folder)],
-        env=os.environ | {WAY: way, FOLDER: mark, "PYTHONPATH": f"{here}:{here.parent}"},
+        env=os.environ | {WAY: way, FOLDER: mark, "PYTHONPATH": path},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

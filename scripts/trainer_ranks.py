@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 from recipe.config import Architecture, Config, resolve
 from recipe.config.flags import parse_command_line
 from recipe.config.loading import build_config, read_settings
+from recipe.engines.launch import POLLING_PROCESSES
+from recipe.system.threads import threads_each
 
 if TYPE_CHECKING:
     from recipe.megatron.layout import Rendezvous
@@ -150,9 +152,13 @@ def plain_config(folder: Path, flags: str) -> Config:
 
 
 def build_rank(config: Config, rendezvous: "Rendezvous") -> "TrainerRank":
-    """The rank, its weights whatever was in memory."""
+    """The rank, its weights whatever was in memory. On a GPU it computes with the threads that it has in a run."""
+    import torch
+
     from recipe.megatron.rank import TrainerRank
 
+    if torch.cuda.is_available():
+        torch.set_num_threads(threads_each(config.cluster.actor_num_gpus_per_node, POLLING_PROCESSES))
     return TrainerRank(config, Architecture.from_checkpoint(config.model.hf_checkpoint), rendezvous)
 
 

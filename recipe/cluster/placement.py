@@ -80,6 +80,16 @@ def socket_interfaces(address: str) -> dict[str, str]:
     return dict.fromkeys(names, next(interfaces)) if names else {}
 
 
+def nccl_settings(config: Config) -> dict[str, str]:
+    """Variables that a rank's NCCL needs to form a group with SGLang's, to which weights are broadcast. SGLang does
+    without memory by the driver's handles (cuMem) unless it is told; where only one side has it, the group's first
+    broadcast fails ("invalid argument"). What the user has set stays: SGLang's processes have it too."""
+    broadcasts = config.rollout.update_weight_transfer in (None, "distributed") and not config.cluster.colocate
+    if config.rollout.engine != "sglang" or not broadcasts or "NCCL_CUMEM_ENABLE" in os.environ:
+        return {}
+    return {"NCCL_CUMEM_ENABLE": "0"}
+
+
 def uses_gpus(config: Config) -> bool:
     """Whether the run computes on GPUs. Raises UserError if it is told to and there is none."""
     # Ray may have been told of none: then the run is refused for want of them, not carried out on the CPU.

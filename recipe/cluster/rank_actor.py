@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
-from recipe.cluster.placement import own_address, socket_interfaces
+from recipe.cluster.placement import nccl_settings, own_address, socket_interfaces
 from recipe.config import Architecture, Config
 from recipe.config.engine_placement import weight_sources
 from recipe.messages import FloatArray, Progress, RankPart, Started, StepReport
@@ -82,7 +82,7 @@ class RankActor:
 
         self.stopwatch.restart()
         torch.set_num_threads(threads)
-        os.environ.update(socket_interfaces(own_address(self.config)))
+        os.environ.update(socket_interfaces(own_address(self.config)) | nccl_settings(self.config))
         self.store = self.store or join_store(*store_address)
         rendezvous = Rendezvous(self.rank, local_rank(self.gpu), self.config.world_size, self.store)
         self.trainer = TrainerRank(self.config, self.architecture, rendezvous, self.stopwatch)

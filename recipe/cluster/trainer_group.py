@@ -1,7 +1,6 @@
 """The trainer as the loop sees it: one actor a rank, and verbs that all of them carry out together."""
 
 import logging
-import os
 import pickle
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +19,10 @@ from recipe.cluster.placement import Placement
 from recipe.cluster.rank_actor import ANSWERS, RankActor
 from recipe.cluster.watch import WatchedCall, WatchedRank
 from recipe.config import Architecture, Config
+from recipe.engines.launch import POLLING_PROCESSES
 from recipe.messages import FloatArray, Progress, RankPart, Started, StepReport, TrainSample
 from recipe.plan.flops import sequence_cost
+from recipe.system.threads import threads_each
 from recipe.weight_sync.result import UpdateResult
 
 logger = logging.getLogger(__name__)
@@ -178,8 +179,9 @@ class TrainerGroup:
 
 
 def threads_per_rank(config: Config) -> int:
-    """CPU threads of a rank: as configured, or the machine's cores shared by its ranks."""
-    if config.cluster.num_cpus_per_rank is not None:
-        return max(1, int(config.cluster.num_cpus_per_rank))
-    cores = len(os.sched_getaffinity(0))
-    return max(1, cores // config.cluster.actor_num_gpus_per_node)
+    """CPU threads of a rank: as configured, or the machine's cores, shared by its ranks and SGLang's processes."""
+    cluster = config.cluster
+    if cluster.num_cpus_per_rank is not None:
+        return max(1, int(cluster.num_cpus_per_rank))
+    generates = config.needs_engine and config.rollout.engine == "sglang"
+    return threads_each(cluster.actor_num_gpus_per_node, POLLING_PROCESSES if generates else 0)

@@ -102,7 +102,7 @@ _ALL = (
     ),
     Target(
         "smoke",
-        "whether this node is good, by the whole loop on a small model: make smoke NUM_GPUS=2 PRICE=3 (6 minutes)",
+        "whether this node is good, by the whole loop on a small model: make smoke NUM_GPUS=2 PRICE=3 (6 to 9 minutes)",
         ("python", "-m", "recipe.smoke"),
         Place.EITHER,
     ),

@@ -34,6 +34,10 @@ COLOCATED_FRACTION = 0.97
 """SGLang's --mem-fraction-static where its cache is told its size: it lessens the cache by what is not free when it
 looks, beyond this share of what was free when it began, and meanwhile the trainer takes its own."""
 
+POLLING_PROCESSES = 2
+"""Of an SGLang engine, a GPU, that look for requests all the time, each on a core of its own, at most: the scheduler of
+every GPU, and the controller above them with DP attention."""
+
 CPU_RUNNING_REQUESTS = 128
 """Sequences that SGLang generates at once on a CPU."""
 CPU_CACHE_TOKENS = 1 << 18

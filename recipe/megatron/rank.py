@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -124,17 +125,19 @@ class TrainerRank:
     def train_step(self, microbatches: Microbatches) -> StepReport:
         """One optimizer step on this rank's microbatches of a batch; none, on any rank, where gradients are not finite.
         Returns while the GPU is still at it: the next batch is prepared meanwhile."""
-        learning_rate = self.optimization.learning_rate
+        began, learning_rate = time.perf_counter(), self.optimization.learning_rate
         metrics_on_device = forward_backward(self.replicas, microbatches, self.loss_function)
         heartbeat.beat()
         norms = gradient_norms(self.optimization.optimizer)
         metrics, by_source = metrics_on_device.read()
+        passed = time.perf_counter()  # the GPU has: its figures were read
         if taken := norms.are_finite:
             clipped_step(self.optimization.optimizer, norms, self.config.optimizer.clip_grad)
             self.optimization.scheduler.step(increment=1)
         metrics |= {"grad_norm": norms.policy, "lr": learning_rate}
         if "mtp_loss" in metrics:
             metrics["mtp_grad_norm"] = norms.mtp
+        metrics |= {"seconds_forward_backward": passed - began, "seconds_optimizer": time.perf_counter() - passed}
         return StepReport(metrics, not taken, by_source)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -136,6 +136,12 @@ METRICS: dict[str, Metric] = {
     "seconds_rollout": Metric("s", SUM, "Time in which engines generate, and groups are graded as they finish."),
     "seconds_log_probs": Metric("s", SUM, "Time of passes without gradients: old and reference log-probs."),
     "seconds_train": Metric("s", SUM, "Time of forward, backward and optimizer."),
+    "seconds_forward_backward": Metric(
+        "s", SUM, "Of `seconds_train`: forward and backward passes on the first rank, and the gradient's norm."
+    ),
+    "seconds_optimizer": Metric(
+        "s", SUM, "Of `seconds_train`: AdamW in host memory on the first rank; on a GPU, until it is under way."
+    ),
     "seconds_update_weights": Metric("s", SUM, "Time in which new weights go to the engines."),
     "seconds_eval": Metric("s", SUM, "Time of answering held-out prompts."),
     "seconds_save": Metric("s", SUM, "Time in which the checkpoint of the step before is written."),

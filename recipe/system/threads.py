@@ -1,6 +1,7 @@
-"""Work beside the event loop."""
+"""Work beside the event loop, and how many threads compute."""
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -31,3 +32,11 @@ async def in_thread(work: Callable[P, T], *arguments: P.args, **named: P.kwargs)
 
     threading.Thread(target=run, name=getattr(work, "__name__", "work"), daemon=True).start()
     return await outcome
+
+
+def threads_each(processes: int, polling: int = 0) -> int:
+    """Threads of each of the `processes` that compute at once on this machine, beside `polling` others for each of them
+    that keep a core busy all the time. A thread that has to share its core makes all others of its process wait: CPU
+    Adam takes twice as long (`scripts/bench_adam.py --polling 1`)."""
+    cores = len(os.sched_getaffinity(0))
+    return max(1, cores // processes - polling)

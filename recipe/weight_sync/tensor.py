@@ -110,11 +110,11 @@ def _in_whole_segments() -> Iterator[None]:
     if not segments_are_expandable():
         yield
         return
-    torch.cuda.memory._set_allocator_settings(EXPANDABLE.replace("True", "False"))
+    torch._C._accelerator_setAllocatorSettings(EXPANDABLE.replace("True", "False"))
     try:
         yield
     finally:
-        torch.cuda.memory._set_allocator_settings(EXPANDABLE)
+        torch._C._accelerator_setAllocatorSettings(EXPANDABLE)
 
 
 @contextmanager

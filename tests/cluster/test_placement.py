@@ -9,7 +9,8 @@ import pytest
 import ray
 
 from recipe.cluster import placement
-from recipe.cluster.placement import uses_gpus
+from recipe.cluster.placement import nccl_settings, uses_gpus
+from recipe.cluster.trainer_group import threads_per_rank
 from recipe.config import Config
 
 PROGRAM = """
@@ -67,3 +68,38 @@ def test_gpus_that_ray_was_not_told_of_are_not_passed_over(monkeypatch: pytest.M
     for there in (True, False):
         monkeypatch.setattr(placement, "sees_gpus", lambda there=there: there)
         assert uses_gpus(config) is there
+
+
+def run_of(engine: str, transfer: str | None = None, **cluster: object) -> Config:
+    rollout = {"engine": engine, "num_rollout": 1, "rollout_batch_size": 1, "rollout_max_response_len": 4}
+    return Config.model_validate(
+        {
+            "model": {"hf_checkpoint": "hf"},
+            "data": {"prompt_data": "prompts"},
+            "rollout": rollout | {"update_weight_transfer": transfer},
+            "optimizer": {"lr": 1e-3},
+            "cluster": {"actor_num_gpus_per_node": 2, **cluster},
+        }
+    )
+
+
+def test_nccl_is_as_sglang_has_it_where_they_form_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the first weights end the engines' GPUs' group with "invalid argument"."""
+    monkeypatch.delenv("NCCL_CUMEM_ENABLE", raising=False)
+    apart = run_of("sglang", rollout_num_gpus=2)
+    assert nccl_settings(apart) == {"NCCL_CUMEM_ENABLE": "0"}
+    assert nccl_settings(run_of("sglang", colocate=True)) == {}
+    assert nccl_settings(run_of("sglang", "disk", rollout_num_gpus=2)) == {}
+    assert nccl_settings(run_of("embedded")) == {}
+    monkeypatch.setenv("NCCL_CUMEM_ENABLE", "1")
+    assert nccl_settings(apart) == {}, "SGLang's processes have what the user has set"
+
+
+def test_ranks_leave_cores_to_processes_that_poll(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that shares its core with one of SGLang's would make CPU Adam take twice as long."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(32)))
+    assert threads_per_rank(run_of("embedded")) == 16
+    assert 2 * threads_per_rank(run_of("sglang", colocate=True)) <= 32 - 3, "two schedulers and a controller poll"
+    assert threads_per_rank(run_of("sglang", colocate=True, num_cpus_per_rank=16)) == 16
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    assert threads_per_rank(run_of("sglang", colocate=True)) == 1

@@ -72,3 +72,27 @@ def test_time_on_gpus_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
         "rank 1: 9.0 ms: 6.0 computing, 3.0 with nothing but exchanges, 0.0 idle; exchanges: 3.0 of rows, 0.0 of "
         "gradients and counts, 0.0 waiting for the others",
     ]
+
+
+def test_every_script_can_be_imported() -> None:
+    """What a script takes from the project is still there, under its name. TRL, which one is measured beside, is not
+    installed."""
+    names = sorted(path.stem for path in SCRIPTS.glob("*.py") if path.stem != "bench_tiny_trl")
+    program = f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); [__import__(name) for name in {names}]"
+    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_memory_is_told_by_phase(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """By the moment at which a step was written down, going back through its phases."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from check_loop import Watch, settled
+
+    seconds = {"seconds_rollout": 6.0, "seconds_train": 3.0, "seconds_update_weights": 0.4}
+    lines = [{"step": step, **seconds} for step in (1, 2)]
+    watch = Watch(tmp_path, interrupt_after=0, written={1: 9.4, 2: 18.8})
+    rollout, train, update = (range(94, 154), range(154, 184), range(184, 188))
+    sizes = dict.fromkeys(rollout, 100) | dict.fromkeys(train, 20) | dict.fromkeys(update, 30)
+    watch.memory = [(tenth / 10, sizes.get(tenth, 999)) for tenth in range(250)]
+    assert watch.most_memory(settled(lines, 0)) == {"rollout": 100, "train": 20, "update_weights": 30}
+    assert settled(lines, interrupt_after=1) == [], "a resumed run's first step loads kernels again"
