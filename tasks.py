@@ -101,7 +101,7 @@ def in_processes(command: Sequence[str], processes: int) -> list[str]:
     if processes == 1:
         return list(command)
     python, *module = command
-    return [python, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *module]
+    return [python, "-m", "recipe.conversion.torchrun", f"--nproc-per-node={processes}", *module]
 
 
 def target_task(name: str, flags: dict[str, str]) -> Callable[[Callable[..., None]], Task]:

@@ -16,6 +16,7 @@ from recipe.engines.launch import Launch, SglangServer, launch_embedded, launch_
 from recipe.engines.process import EngineProcess
 from recipe.system.errors import UserError
 from recipe.system.json_text import read_json
+from recipe.system.scratch import scratch_folder
 
 EngineKind = Literal["auto", "sglang", "embedded"]
 
@@ -73,6 +74,6 @@ def engine_launch(kind: EngineKind, model: Path, arguments: Sequence[str], conte
 @contextmanager
 def running_engine(launch: Launch, log: Path) -> Iterator[str]:
     """Starts the engine and gives its address; ends it at the end. Raises UserError if it does not become healthy."""
-    with EngineProcess(launch, log) as engine:
+    with scratch_folder(), EngineProcess(launch, log) as engine:
         engine.wait_healthy(START_TIMEOUT_S)
         yield engine.url

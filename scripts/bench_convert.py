@@ -64,7 +64,7 @@ def launcher(processes: int) -> list[str]:
     """What starts a module in so many processes."""
     if processes == 1:
         return [sys.executable, "-m"]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    return [sys.executable, "-m", "recipe.conversion.torchrun", f"--nproc-per-node={processes}", "-m"]
 
 
 def settle(source: Path) -> None:

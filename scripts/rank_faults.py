@@ -28,9 +28,9 @@ from recipe.system.errors import USER_ERROR_STATUS, UserError, run_main
 
 FAULTY_RANK, MICROBATCH = 1, 2
 """The rank fails before this microbatch of its second step."""
-WAY = "FAULTY_WAY"
+WAY = "RECIPE_FAULTY_WAY"
 """The environment's variable that tells the rank how."""
-FOLDER = "FAULTY_FOLDER"
+FOLDER = "RECIPE_FAULTY_FOLDER"
 """The one that marks every process of a run."""
 TIMEOUT_S = {"cuda": 60, "cpu": 40}
 """Of torch.distributed: ranks that come to a standstill are to be named before."""

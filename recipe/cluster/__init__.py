@@ -9,6 +9,7 @@ import os
 
 os.environ |= {
     "RAY_AUTH_MODE": "token",
+    "RAY_enable_metrics_collection": "0",  # its port would answer anybody, on every address
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",
     "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
 }

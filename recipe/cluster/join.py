@@ -15,6 +15,7 @@ from pathlib import Path
 from recipe.cluster.ray_node import RayNode
 from recipe.cluster.rendezvous import POLL_S, NodeRendezvous, check_reachable
 from recipe.system.errors import UserError, run_main
+from recipe.system.scratch import scratch_folder
 
 
 def main() -> None:
@@ -26,7 +27,8 @@ def main() -> None:
     card = rendezvous.wait_for_head(master_addr, arguments.head_timeout_s)
     address = os.environ.get("NODE_ADDR") or check_reachable(card.address, card.port)
     rendezvous.introduce(address, card)
-    with RayNode.worker(address, f"{card.address}:{card.port}", rendezvous.token, os.cpu_count() or 1) as node:
+    worker = (address, f"{card.address}:{card.port}", rendezvous.token, os.cpu_count() or 1)
+    with scratch_folder(), RayNode.worker(*worker) as node:
         print(f"{address} has joined the cluster of {card.address}", flush=True)
         signal.signal(signal.SIGTERM, lambda *_: _tell(rendezvous, address))
         while node.alive and rendezvous.folder.exists():

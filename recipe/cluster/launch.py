@@ -10,7 +10,6 @@ import os
 import shlex
 import signal
 import sys
-import tempfile
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -19,15 +18,18 @@ import psutil
 import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from recipe.cluster.ray_node import DASHBOARD_PORT, GCS_PORT, LOOPBACK, TOKEN_PATH, RayNode
+from recipe.cluster.ray_node import DASHBOARD_PORT, GCS_PORT, LOOPBACK, TOKEN_PATH, RayNode, keep_logs, logs_kept
 from recipe.cluster.ray_processes import VITAL_TO_RAY_START, RayProcesses
 from recipe.cluster.rendezvous import POLL_S, HeadCard, NodeRendezvous, check_own_address
 from recipe.config import Config, resolve
 from recipe.config.engine_placement import gpus_of_fullest_machine
 from recipe.config.usage import CHECK, FORCE
 from recipe.engines.argument_check import check_arguments
+from recipe.system.environment import keep_back
 from recipe.system.errors import UserError, run_main
 from recipe.system.ports import reserve_port
+from recipe.system.scratch import scratch_folder
+from recipe.system.shutdown import SAVED_STATUS
 
 ROOT = Path(__file__).parents[2]
 JOIN_TIMEOUT_S = 1800
@@ -50,19 +52,26 @@ def main() -> int:
     config = resolved.config
     address, several = _head_address(config), config.cluster.actor_num_nodes > 1
     with ExitStack() as stack:
-        base_dir = _base_dir() if several else Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="recipe-")))
-        rendezvous = NodeRendezvous(base_dir)
+        scratch = stack.enter_context(scratch_folder())
+        rendezvous = NodeRendezvous(_base_dir() if several else scratch)
         rendezvous.open()
         stack.callback(rendezvous.close)
         slots = max(os.cpu_count() or 1, gpus_of_fullest_machine(config))
-        processes = stack.enter_context(RayProcesses())
+        processes = stack.enter_context(RayProcesses(scratch))
         port, dashboard_port = (GCS_PORT, DASHBOARD_PORT) if several else _free_ports()
-        stack.enter_context(RayNode.head(address, rendezvous.token, slots, port, dashboard_port))
+        own = None if several else (scratch, config.run_dir)
+        if own is not None:
+            stack.enter_context(logs_kept(*own))
+        stack.enter_context(RayNode.head(address, rendezvous.token, slots, port, dashboard_port, own))
         stack.enter_context(processes.watched(VITAL_TO_RAY_START))
         os.environ |= {TOKEN_PATH: str(rendezvous.token)}
         if several:
             wait_for_nodes(rendezvous, rendezvous.announce(address, port), config.cluster.actor_num_nodes)
-        return asyncio.run(Job(command, rendezvous, f"http://{LOOPBACK}:{dashboard_port}").run())
+        keep_back(os.environ, kept := scratch / "environment")
+        status = asyncio.run(Job(command, kept, rendezvous, f"http://{LOOPBACK}:{dashboard_port}").run())
+        if own is not None and status not in (0, SAVED_STATUS):
+            keep_logs(*own)
+        return status
 
 
 def _head_address(config: Config) -> str:
@@ -121,9 +130,10 @@ def wait_for_nodes(rendezvous: NodeRendezvous, card: HeadCard, count: int) -> No
 
 
 class Job:
-    """The run, as a job of the cluster whose dashboard is at `url`."""
+    """The run, as a job of the cluster whose dashboard is at `url`. `kept` is the file of what Ray does without."""
 
-    def __init__(self, command: list[str], rendezvous: NodeRendezvous, url: str) -> None:
+    def __init__(self, command: list[str], kept: Path, rendezvous: NodeRendezvous, url: str) -> None:
+        self._kept = kept
         self._command, self._rendezvous, self._url = command, rendezvous, url
         self._id = ""
 
@@ -131,7 +141,8 @@ class Job:
         """Submits the job and follows its output. Returns its exit status."""
         loop = asyncio.get_running_loop()
         self._client = JobSubmissionClient(self._url)
-        entrypoint = f"cd {shlex.quote(str(ROOT))} && exec {shlex.join(self._command)}"
+        words = [sys.executable, "-m", "recipe.system.environment", str(self._kept), *self._command]
+        entrypoint = f"cd {shlex.quote(str(ROOT))} && exec {shlex.join(words)}"
         print(f"+ ray job submit --address {self._url} -- {shlex.join(self._command)}", flush=True)
         self._id = await self._submit(entrypoint)
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,18 +1,21 @@
 """Ray on one node of a cluster: `ray start`, as a child that ends with this process and takes its own with it."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from recipe.engines.process import die_with
 from recipe.plan.constants import OBJECT_STORE_BYTES
+from recipe.system.environment import handed_on
 from recipe.system.errors import UserError
 from recipe.system.ports import reserve_port
 
@@ -22,29 +25,60 @@ TOKEN_PATH = "RAY_AUTH_TOKEN_PATH"
 GCS_PORT, DASHBOARD_PORT = 6379, 8265
 """Ports of a cluster of several nodes. A run on one node takes free ports: there may be others."""
 LOOPBACK = "127.0.0.1"
+RAY = "ray"
+"""Ray's sockets and logs, in a program's own folder."""
+RAY_LOGS = Path("logs") / "ray"
+"""Its logs, in the directory of a run that an error has ended."""
+SHARED = "/tmp/ray"
+"""In a cluster of several nodes they lie in one place on all of them."""
+SHARED_LOGS = f"{SHARED}/session_latest/logs"
 _STARTED = "Ray runtime started"
+
+
+def keep_logs(scratch: Path, run_dir: Path) -> None:
+    """Copies Ray's logs from a program's own folder, which ends with it, to the run directory, as far as it can."""
+    logs = scratch / RAY / "session_latest" / "logs"
+    with suppress(OSError, shutil.Error):
+        shutil.copytree(logs.resolve(strict=True), run_dir / RAY_LOGS, dirs_exist_ok=True)
+
+
+@contextmanager
+def logs_kept(scratch: Path, run_dir: Path) -> Iterator[None]:
+    """Where an error ends the block, `keep_logs`."""
+    try:
+        yield
+    except Exception:
+        keep_logs(scratch, run_dir)
+        raise
 
 
 class RayNode:
     """Use as a context manager: leaving it ends Ray on this node. The token is read from a file whose name goes by
-    environment."""
+    environment. `logs` is where its logs are to be read afterwards."""
 
-    def __init__(self, arguments: Sequence[str], address: str, token: Path) -> None:
+    def __init__(self, arguments: Sequence[str], address: str, token: Path, logs: str) -> None:
         self._command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--node-ip-address={address}"]
         self._command += [f"--object-store-memory={OBJECT_STORE_BYTES}", "--disable-usage-stats", "--block"]
         self._command += [f"--dashboard-agent-listen-port={_agent_port()}", *arguments]
-        self._environment = {**os.environ, TOKEN_PATH: str(token), "RAY_USAGE_STATS_ENABLED": "0"}
+        self._logs = logs
+        self._environment = handed_on(os.environ, to_ray=True)
+        self._environment |= {TOKEN_PATH: str(token), "RAY_USAGE_STATS_ENABLED": "0"}
 
     @classmethod
-    def head(cls, address: str, token: Path, num_cpus: int, port: int, dashboard_port: int) -> Self:
-        """The first node, which others join at `port`. Its dashboard listens on this machine's own loopback only."""
-        dashboard = [f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard_port}"]
-        return cls(["--head", f"--port={port}", *dashboard, f"--num-cpus={num_cpus}"], address, token)
+    def head(
+        cls, address: str, token: Path, num_cpus: int, port: int, dashboard_port: int, own: tuple[Path, Path] | None
+    ) -> Self:
+        """The first node, which others join at `port`. Its dashboard listens on this machine's own loopback only.
+        `own`, where there are no others: the program's folder, and the run directory."""
+        arguments = [f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard_port}", f"--num-cpus={num_cpus}"]
+        arguments.append(f"--temp-dir={own[0] / RAY if own else SHARED}")
+        logs = str(own[1] / RAY_LOGS) if own else SHARED_LOGS
+        return cls(["--head", f"--port={port}", *arguments], address, token, logs)
 
     @classmethod
     def worker(cls, address: str, head: str, token: Path, num_cpus: int) -> Self:
         """A node that joins the head at `head` (HOST:PORT)."""
-        return cls([f"--address={head}", f"--num-cpus={num_cpus}"], address, token)
+        return cls([f"--address={head}", f"--num-cpus={num_cpus}"], address, token, SHARED_LOGS)
 
     def __enter__(self) -> Self:
         """Returns when Ray has started. Raises UserError with what it says if it does not."""
@@ -65,7 +99,7 @@ class RayNode:
                 said = self._said().strip().splitlines() or ["nothing"]
                 self._stop()
                 raise UserError(
-                    f"Ray does not start on this node: {said[-1]} (its logs: /tmp/ray/session_latest/logs; the "
+                    f"Ray does not start on this node: {said[-1]} (its logs: {self._logs}; the "
                     "commonest causes are a port that is taken, a full /tmp and a small /dev/shm)"
                 )
             time.sleep(0.1)

@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn, Self
 
@@ -44,10 +45,13 @@ _libc = ctypes.CDLL(None)
 class RayProcesses:
     """Use as a context manager, in the main thread, around Ray's start and end: leaving it ends every process that is
     left of those that descend from this one and did not on entering it. Meanwhile Linux makes the orphans among them
-    children of this process, so that none is lost sight of."""
+    children of this process, so that none is lost sight of. `scratch`, the program's folder, goes with them."""
+
+    def __init__(self, scratch: Path) -> None:
+        self._scratch = scratch
 
     def __enter__(self) -> Self:
-        reaper = [sys.executable, "-m", "recipe.system.reaper"]
+        reaper = [sys.executable, "-m", "recipe.system.reaper", str(self._scratch)]
         self._reaper = subprocess.Popen(reaper, stdin=subprocess.PIPE, text=True, start_new_session=True)
         self._others = set(psutil.Process().children(recursive=True))
         _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)

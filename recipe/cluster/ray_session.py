@@ -6,10 +6,8 @@ environment; the token is on no command line.
 
 import logging
 import os
-import shutil
 import signal
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,13 +16,15 @@ from unittest import mock
 
 import ray
 
-from recipe.cluster.ray_node import LOOPBACK, TOKEN_PATH
+from recipe.cluster.ray_node import LOOPBACK, RAY, RAY_LOGS, TOKEN_PATH, logs_kept
 from recipe.cluster.ray_processes import VITAL, RayProcesses
 from recipe.cluster.rendezvous import check_own_address, write_token
 from recipe.config import Config
 from recipe.config.engine_placement import gpus_of_fullest_machine
 from recipe.plan.constants import OBJECT_STORE_BYTES
+from recipe.system.environment import handed_on
 from recipe.system.errors import UserError
+from recipe.system.scratch import scratch_folder
 
 logger = logging.getLogger(__name__)
 
@@ -48,18 +48,17 @@ def ray_session(config: Config) -> Iterator[None]:
         return
     if config.cluster.master_addr is not None:
         check_own_address(config.cluster.master_addr)
-    secret = Path(tempfile.mkdtemp(prefix="recipe-ray-"))
-    with RayProcesses() as processes:
+    with scratch_folder() as scratch, RayProcesses(scratch) as processes:
         try:
-            write_token(secret / "token")
-            os.environ |= {TOKEN_PATH: str(secret / "token"), "RAY_USAGE_STATS_ENABLED": "0"}
-            _start_local(config)
-            with processes.watched(VITAL):
-                yield
+            write_token(scratch / "token")
+            os.environ |= {TOKEN_PATH: str(scratch / "token"), "RAY_USAGE_STATS_ENABLED": "0"}
+            with logs_kept(scratch, config.run_dir):
+                _start_local(config, scratch)
+                with processes.watched(VITAL):
+                    yield
         finally:
             ray.shutdown()
             os.environ.pop(TOKEN_PATH, None)
-            shutil.rmtree(secret)
 
 
 def _join_cluster(config: Config) -> None:
@@ -73,11 +72,11 @@ def _join_cluster(config: Config) -> None:
         ) from error
 
 
-def _start_local(config: Config) -> None:
+def _start_local(config: Config, scratch: Path) -> None:
     """Starts Ray, again if need be: it picks some ports well before it opens them, and somebody else may be faster."""
     for attempt in range(1, _START_ATTEMPTS + 1):
         try:
-            _init_local(config)
+            _init_local(config, scratch)
             return
         except Exception as error:
             timed_out = type(error) is Exception and _TIMED_OUT in str(error)
@@ -86,13 +85,13 @@ def _start_local(config: Config) -> None:
             ray.shutdown()
             if attempt == _START_ATTEMPTS:
                 raise UserError(
-                    f"Ray does not start on this machine ({error}): see its logs in /tmp/ray/session_latest/logs; the "
-                    "commonest causes are a full /tmp and a small /dev/shm"
+                    f"Ray does not start on this machine ({error}): see its logs in {config.run_dir / RAY_LOGS}; the "
+                    f"commonest causes are a full {scratch.parent} and a small /dev/shm"
                 ) from error
             logger.warning("Ray did not start (%s): starting it again", error)
 
 
-def _init_local(config: Config) -> None:
+def _init_local(config: Config, scratch: Path) -> None:
     slots = gpus_of_fullest_machine(config)
     with _own_signals():
         ray.init(
@@ -103,6 +102,7 @@ def _init_local(config: Config) -> None:
             log_to_driver=True,
             logging_level=_level(config),
             _node_ip_address=LOOPBACK,
+            _temp_dir=str(scratch / RAY),
         )
 
 
@@ -131,4 +131,5 @@ def _open_in_session(command: Sequence[str], preexec_fn: Callable[[], None], **n
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         preexec_fn()
 
+    named["env"] = handed_on(named["env"], to_ray=True)
     return subprocess.Popen(command, preexec_fn=prepare, start_new_session=True, **named)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -17,6 +17,7 @@ import psutil
 
 from recipe.engines.launch import SCRATCH, Launch
 from recipe.rollout.http import succeeds
+from recipe.system.environment import handed_on
 from recipe.system.errors import UserError
 from recipe.system.ports import LOCAL, reserve_port_with
 
@@ -26,7 +27,6 @@ GRACE_S = 3.0
 """Time a server has to end by itself."""
 
 _PR_SET_PDEATHSIG = 1
-_SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIALS")
 _HIT = "hit an exception"
 _EXCEPTION = re.compile(r"[\w.]*(Error|Exception): ")
 _PORT_TAKEN = re.compile(
@@ -64,7 +64,7 @@ class EngineProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=without_secrets(os.environ) | environment,
+                env=handed_on(os.environ) | environment,
                 start_new_session=True,
                 preexec_fn=lambda: die_with(parent),
             )
@@ -190,15 +190,6 @@ def _telling_line(said: str) -> str:
     if not _EXCEPTION.match(lines[-1]) and _HIT not in said:
         return lines[-1]
     return next((line for line in lines if _EXCEPTION.match(line)), lines[-1])
-
-
-def without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment without credentials and without Ray's own variables."""
-    return {
-        name: value
-        for name, value in environment.items()
-        if not name.endswith(_SECRETS) and not name.startswith("RAY_")
-    }
 
 
 def die_with(parent: int) -> None:

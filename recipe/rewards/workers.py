@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Pipe
 
+from recipe.system.environment import handed_on
 from recipe.system.errors import UserError
 
 START_TIMEOUT_S = 120.0
@@ -35,9 +36,11 @@ class Worker:
         self._connection, theirs = Pipe()
         descriptor = theirs.fileno()
         output = subprocess.DEVNULL if flag is None else None
+        # A user's own reward may ask a model somewhere, with a key of the user's.
+        environment = handed_on(os.environ) if flag is None else os.environ
         self._process = subprocess.Popen(
             [sys.executable, "-m", "recipe.rewards.serve", str(descriptor), target, *filter(None, [flag])],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={**environment, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             pass_fds=[descriptor],
             stdin=subprocess.DEVNULL,
             stdout=output,

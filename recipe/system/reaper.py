@@ -1,10 +1,13 @@
-"""Ends processes when the program that started this one is gone, however it went: python -m recipe.system.reaper
+"""Ends processes when the program that started this one is gone, however it went, and removes its folder:
+
+python -m recipe.system.reaper FOLDER
 
 Standard input: a process id a line, then an empty line. Its end is the end of the program.
 """
 
 import os
 import selectors
+import shutil
 import signal
 import sys
 import time
@@ -26,6 +29,7 @@ def main() -> None:
                 if number is not None:
                     signal.pidfd_send_signal(key.fd, number)
         _wait(living)
+    shutil.rmtree(sys.argv[1], ignore_errors=True)
 
 
 def _wait(living: selectors.BaseSelector) -> None:

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from recipe.cluster.ray_node import logs_kept
 from recipe.cluster.rendezvous import check_own_address
 from recipe.config import Config
 from recipe.system.errors import UserError
@@ -15,7 +17,7 @@ SLOW = Exception("The current node timed out during startup. This could happen b
 
 
 @pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
     """Starts Ray, which fails with one error after the other, and then starts. Returns how often it was started."""
     module: Any = import_module("recipe.cluster.ray_session")
 
@@ -23,13 +25,13 @@ def start(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         outcomes = iter([*errors, None])
         calls = []
 
-        def init(_: object) -> None:
+        def init(*_: object) -> None:
             calls.append(1)
             if (error := next(outcomes)) is not None:
                 raise error
 
         monkeypatch.setattr(module, "_init_local", init)
-        module._start_local(None)
+        module._start_local(SimpleNamespace(run_dir=tmp_path), tmp_path / "scratch")
         return len(calls)
 
     return run
@@ -79,3 +81,19 @@ def config(tmp_path: Path) -> Config:
             "optimizer": {"lr": 1},
         }
     )
+
+
+def test_rays_logs_outlive_a_run_that_an_error_ends(tmp_path: Path) -> None:
+    """They lie in the program's own folder, which goes with it."""
+    scratch, session = tmp_path / "scratch", tmp_path / "scratch" / "ray" / "session_1"
+    (session / "logs").mkdir(parents=True)
+    (session / "logs" / "raylet.out").write_text("why")
+    (scratch / "ray" / "session_latest").symlink_to(session)
+    with logs_kept(scratch, tmp_path / "well"):
+        pass
+    assert not (tmp_path / "well").exists()
+    with pytest.raises(UserError), logs_kept(scratch, tmp_path / "ill"):
+        raise UserError("an engine died")
+    assert (tmp_path / "ill" / "logs" / "ray" / "raylet.out").read_text() == "why"
+    with pytest.raises(UserError, match="no space"), logs_kept(tmp_path / "none", tmp_path / "ill"):
+        raise UserError("no space")

@@ -16,7 +16,7 @@ from recipe.system.errors import run_main
 from recipe.train import main
 
 MICROBATCH = 5
-RANK, WAY = "FAULTY_RANK", "FAULTY_WAY"
+RANK, WAY = "RECIPE_FAULTY_RANK", "RECIPE_FAULTY_WAY"
 """The environment's variables that tell the ranks which of them fails, and how."""
 
 

@@ -1,8 +1,10 @@
 """What a user relies on of a whole run: it repeats, it goes on, it ends cleanly, it keeps its doors shut."""
 
+import http.client
 import json
 import signal
 import socket
+import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
@@ -84,6 +86,18 @@ def test_every_sample_is_made_once_under_the_weights_of_its_step(uninterrupted: 
         assert sample["weight_versions"] == [sample["index"] // 16]
 
 
+NOTHING_LEFT_S = 15.0
+"""After a SIGKILL: what docs/guarantees.md promises."""
+
+
+def scratch_of(processes: list[psutil.Process]) -> Path:
+    """The folder in which the run's processes have their temporary files, sockets and Ray's logs."""
+    [folder] = {Path(one.environ()["TMPDIR"]) for one in processes if "TMPDIR" in one.environ()}
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert {path.name.partition("-")[0] for path in folder.iterdir()} >= {"engine", "ray", "token", "torch"}
+    return folder
+
+
 def test_a_run_killed_and_resumed_equals_the_uninterrupted_one(
     inputs: TinyInputs, uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -92,8 +106,9 @@ def test_a_run_killed_and_resumed_equals_the_uninterrupted_one(
         process = start(command)
         wait_for_step(process, tmp_path / "killed", 3)
         processes = family(process)
+        scratch = scratch_of(processes)
         kill_hard(process)
-        wait_until(lambda: not any(lives(one) for one in processes), 30)
+        wait_until(lambda: not any(lives(one) for one in processes) and not scratch.exists(), NOTHING_LEFT_S)
     assert len(metrics(tmp_path / "killed")) < ROLLOUTS + 1, "the run was over before it was killed"
     status, output = run([*command, "--load", str(tmp_path / "killed" / "checkpoints")])
     assert status == 0, output
@@ -142,6 +157,8 @@ def test_doors_are_shut_and_an_interrupt_ends_everything(inputs: TinyInputs, tmp
         assert all(address.startswith("127.0.0.1:") for of_one in engine_doors for address in of_one)
         ray_heads = [doors[name] for name in doors if "dashboard/dashboard.py" in name]  # none yet, if it is slow
         assert not any(address.startswith("127.0.0.1:") for head in ray_heads for address in head), "a dashboard"
+        everywhere = [one for of_one in doors.values() for one in of_one if not one.startswith("127.0.0.1:")]
+        assert not [address for address in everywhere if tells_metrics(address.rpartition(":")[2])]
         [gcs] = [doors[name] for name in doors if "gcs_server" in name]
         assert_gcs_refuses_strangers(next(iter(gcs)).split(":")[-1])
         process.send_signal(signal.SIGINT)
@@ -150,6 +167,15 @@ def test_doors_are_shut_and_an_interrupt_ends_everything(inputs: TinyInputs, tmp
     assert "Traceback" not in output
     summary = json.loads((tmp_path / "interrupted" / "summary.json").read_text())
     assert summary["outcome"] == "interrupted"
+
+
+def tells_metrics(port: str) -> bool:
+    """Whether anybody who asks is told how the run and its machine do."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+            return bool(answer.read(100).startswith(b"# HELP"))
+    except (OSError, http.client.HTTPException):
+        return False
 
 
 def assert_gcs_refuses_strangers(port: str) -> None:

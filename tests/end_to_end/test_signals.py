@@ -37,6 +37,8 @@ SHARED_MEMORY = Path("/dev/shm")
 HELPERS = ("dashboard/dashboard.py", "log_monitor.py")
 """Processes of Ray's that a run goes on without."""
 
+KEY = "a key of the user's"
+
 
 @contextmanager
 def leaves_nothing(marker: str) -> Iterator[list[psutil.Process]]:
@@ -127,10 +129,12 @@ def test_the_launch_script_follows_its_job_and_passes_a_notice_on(inputs: TinyIn
     flags = "--recipe tiny --name launched --num-rollout 1000 --rollout-batch-size 4 --n-samples-per-prompt 4"
     more = "--rollout-max-response-len 8 --skip-eval-before-train --custom-rm-path run_support:slow_reward"
     with leaves_nothing(str(tmp_path)) as processes:
-        process = start([str(script), "--runs-dir", str(tmp_path), *flags.split(), *more.split()], **environment)
+        words = [str(script), "--runs-dir", str(tmp_path), *flags.split(), *more.split()]
+        process = start(words, WANDB_API_KEY=KEY, **environment)
         wait_for_step(process, tmp_path / "launched", 1)
         processes += family(process)
         assert_token_is_on_no_command_line(processes)
+        assert_key_is_with_the_run_alone(processes)
         process.send_signal(signal.SIGTERM)
         status, output = finish(process, 120)
     assert status == SAVED_STATUS, output
@@ -170,6 +174,14 @@ def assert_token_is_on_no_command_line(processes: list[psutil.Process]) -> None:
     token = path.read_text()
     assert token
     assert not [p for p in processes if token in " ".join([*p.cmdline(), *p.environ().values()])]
+
+
+def assert_key_is_with_the_run_alone(processes: list[psutil.Process]) -> None:
+    """Ray's processes, ranks and engines do without; a reward of the user's may need it."""
+    holders = {" ".join(process.cmdline()) for process in processes if KEY in process.environ().values()}
+    assert any("recipe.train" in words for words in holders), "the job has it again"
+    known = ("run-glm4.7", "recipe.cluster.launch", "recipe.train", "recipe.rewards.serve", "recipe.system.reaper")
+    assert not [words for words in holders if not any(name in words for name in known)]
 
 
 def assert_whole(checkpoint: Path) -> None:

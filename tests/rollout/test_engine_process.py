@@ -19,7 +19,7 @@ from recipe.config import SglangConfig, resolve
 from recipe.engines import launch
 from recipe.engines.embedded.fused import build_model
 from recipe.engines.launch import SERVE, Launch, SglangServer, launch_embedded, launch_sglang, sglang_python
-from recipe.engines.process import EngineProcess, PortTaken, without_secrets
+from recipe.engines.process import EngineProcess, PortTaken
 from recipe.system.errors import UserError
 
 SERVER = """
@@ -162,18 +162,6 @@ def test_the_engine_listens_on_the_loopback_only(engine: EngineUnderTest) -> Non
     ]
     assert {ip for ip, _ in listening} == {"127.0.0.1"}
     assert engine.process.port in {port for _, port in listening}
-
-
-def test_secrets_and_rays_variables_are_not_passed_on() -> None:
-    environment = {
-        "HF_TOKEN": "x",
-        "WANDB_API_KEY": "x",
-        "AWS_SECRET_ACCESS_KEY": "x",
-        "RAY_ADDRESS": "x",
-        "PATH": "/bin",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    assert without_secrets(environment) == {"PATH": "/bin", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @pytest.mark.parametrize("on_gpus", [True, False])

@@ -23,7 +23,7 @@ def run_module(name: str, *words: object, processes: int = 1) -> tuple[int, str]
     """Runs a module of the recipe. Exit status, and what it printed."""
     if processes == 1:
         return run_forked(f"recipe.conversion.{name}", list(map(str, words)))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    torchrun = ["-m", "recipe.conversion.torchrun", f"--nproc-per-node={processes}"]
     command = [sys.executable, *torchrun, "-m", f"recipe.conversion.{name}", *map(str, words)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=180)
     return ended.returncode, ended.stdout + ended.stderr

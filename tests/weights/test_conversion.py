@@ -35,7 +35,7 @@ from recipe.config import Architecture
 from recipe.conversion.progress import ByteProgress
 from recipe.conversion.verify import verify
 from recipe.messages import Progress
-from recipe.system.errors import UserError
+from recipe.system.errors import USER_ERROR_STATUS, UserError
 from recipe.weights.hf_files import HuggingFaceCheckpoint
 from recipe.weights.table import placements
 from recipe.weights.torch_dist import TorchDistCheckpoint
@@ -217,8 +217,10 @@ def test_a_destination_that_exists_is_left_alone(module: str, converted: Path, t
     load = () if module == "convert" else ("--load", converted)
     words = (*load, "--hf-checkpoint", random_checkpoint(), "--save", tmp_path / "there")
     status, output = run_module(module, *words, processes=2)
-    assert status != 0
+    assert status == USER_ERROR_STATUS
     assert output.count("there exists already: remove it, or give another --save") == 1
+    said = [line for line in output.splitlines() if not line.startswith("note:")]
+    assert len(said) == 1, "torchrun has nothing to add"
     assert not list((tmp_path / "there").iterdir())
 
 
