@@ -9,7 +9,10 @@ import os
 
 os.environ |= {
     "RAY_AUTH_MODE": "token",
-    "RAY_enable_metrics_collection": "0",  # its port would answer anybody, on every address
+    # Ports of its metrics would answer anybody, on every address. Two have no switch: they are given none.
+    "RAY_enable_metrics_collection": "0",
+    "DASHBOARD_METRIC_PORT": "-1",
+    "AUTOSCALER_METRIC_PORT": "-1",
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",
     "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
 }

@@ -29,15 +29,15 @@ PREFIXES = (
     *("TORCH", "PYTORCH_", "TRITON_", "FLASHINFER_", "FLASH_ATTENTION_", "SGLANG_", "SGL_", "DG_", "TVM_", "MEGATRON_"),
     *("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "TOKENIZERS_", "SAFETENSORS_"),
 )
-RAY = "RAY_"
-"""Of Ray's own processes, besides."""
+OF_RAY = ("RAY_", "DASHBOARD_METRIC_PORT", "AUTOSCALER_METRIC_PORT")
+"""Besides, for Ray's own processes."""
 SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIALS", "JWT")
 """Ends of the names of credentials, which go nowhere but where PASS names them."""
 
 
 def handed_on(environment: Mapping[str, str], *, to_ray: bool = False) -> dict[str, str]:
     """What of the environment a process gets that this program starts."""
-    prefixes = (*PREFIXES, RAY) if to_ray else PREFIXES
+    prefixes = (*PREFIXES, *OF_RAY) if to_ray else PREFIXES
     passed = {name.strip() for name in environment.get(PASS, "").split(",")}
     return {
         name: value
