@@ -78,7 +78,8 @@ def _configuration() -> Iterator[str]:
     yield (
         "A key of a recipe is the flag without its dashes, in the table of its group: `lr = 2e-6` under `[optimizer]` "
         "is `--lr 2e-6`. `extends` names another recipe to start from. A switch is given bare, and unset by its form "
-        "with `--no-`. Flags are never abbreviated, and an unknown one is an error that names the nearest.\n"
+        "with `--no-`; what a recipe sets and has no default is unset by `none`: `--eval-prompt-data none` evaluates "
+        "nothing. Flags are never abbreviated, and an unknown one is an error that names the nearest.\n"
     )
     yield _table(
         ("flag of the command", "what"),

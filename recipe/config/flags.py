@@ -21,7 +21,7 @@ from recipe.system.errors import UserError
 SGLANG_PREFIX = "--sglang-"
 SGLANG_KEY = "sglang.args"
 RECIPE_FLAG = "--recipe"
-_TRUE, _FALSE = "true", "false"
+_TRUE, _FALSE, _NONE = "true", "false", "none"
 
 
 class Arity(StrEnum):
@@ -40,6 +40,8 @@ class Flag:
     key: str
     arity: Arity
     constant: bool = True
+    can_be_unset: bool = False
+    """By the word `none`, where a recipe sets it and its default is nothing."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +64,16 @@ def _flags_of(key: str, field: FieldInfo) -> Iterator[Flag]:
     dashed = key.partition(".")[2].replace("_", "-")
     arity = _arity(field.annotation)
     for text in (spelling.name or f"--{dashed}", *spelling.also):
-        yield Flag(text, key, arity)
+        yield Flag(text, key, arity, can_be_unset=field.default in (None, ()) and not _names_none(field.annotation))
     if arity is Arity.SWITCH:
         opposite = dashed.removeprefix("no-") if dashed.startswith("no-") else f"no-{dashed}"
         for text in (f"--{opposite}", *spelling.off):
             yield Flag(text, key, arity, constant=False)
+
+
+def _names_none(annotation: Any) -> bool:
+    """Whether `none` is one of the words that a field takes."""
+    return annotation == _NONE or any(map(_names_none, get_args(annotation)))
 
 
 def _arity(annotation: Any) -> Arity:
@@ -134,6 +141,8 @@ def _split(argv: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _value(flag: Flag, words: list[str]) -> object:
+    if flag.can_be_unset and words == [_NONE]:
+        return () if flag.arity is Arity.MANY else None
     match flag.arity:
         case Arity.SWITCH:
             if words:

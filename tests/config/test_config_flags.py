@@ -82,6 +82,15 @@ def test_several_evaluation_sets(resolve_8gpu: Try, refusal: Refusal) -> None:
     )
 
 
+def test_what_a_recipe_sets_is_unset_by_none(resolve_8gpu: Try, refusal: Refusal) -> None:
+    assert resolve_8gpu("--eval-prompt-data", "none").config.eval.eval_prompt_data == ()
+    assert resolve_8gpu("--eval-interval", "none").config.eval.eval_interval is None
+    assert "--lr" in refusal("--lr", "none"), "nothing goes on without it"
+    assert value_of("model.position_embedding_type", "--position-embedding-type", "none") == "none", (
+        "a value of its own"
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "value"),
     [
