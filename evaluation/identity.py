@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from recipe.engines.launch import INITIAL_VERSION
 from recipe.rollout.errors import EngineAnswerError, EngineRefused
 from recipe.rollout.http import ask_blocking, succeeds
 from recipe.system.errors import UserError
 from recipe.system.files import sha256_file
 from recipe.system.json_text import parse_json
-
-INITIAL_VERSION = "initial"
-"""Version of the weights of an engine that is started here."""
 
 _MODEL_FILES = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py")
 _RECORDS = frozenset(["download.json", "manifest.json"])

@@ -10,9 +10,8 @@ from typing import Any, Literal
 
 import torch
 
-from evaluation.identity import INITIAL_VERSION
 from recipe.config.sglang_rules import find_sglang_python
-from recipe.engines.launch import Launch, SglangServer, launch_embedded, launch_sglang, sglang_python
+from recipe.engines.launch import INITIAL_VERSION, Launch, SglangServer, launch_embedded, launch_sglang, sglang_python
 from recipe.engines.process import EngineProcess
 from recipe.system.errors import UserError
 from recipe.system.json_text import read_json

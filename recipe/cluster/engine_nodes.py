@@ -13,15 +13,13 @@ from recipe.cluster.calls import get
 from recipe.cluster.placement import Seat, own_address, socket_interfaces
 from recipe.config import Config, Resolved
 from recipe.engines.dist_init import DERIVED_FROM_ADDRESS, DistInit
-from recipe.engines.launch import Launch, Node, SglangServer, launch_embedded, launch_sglang
+from recipe.engines.launch import INITIAL_VERSION, Launch, Node, SglangServer, launch_embedded, launch_sglang
 from recipe.engines.process import EngineProcess
 from recipe.plan.preflight import colocated_cache_tokens
 from recipe.system.errors import UserError
 from recipe.system.ports import reserve_derived
 from recipe.system.seeds import derive
 
-INITIAL_VERSION = "initial"
-"""Version of the weights that an engine starts with, before the trainer has sent any."""
 APPEARS_WITHIN_S = 300.0
 """Longest wait for an actor's process on another machine."""
 ANSWERS_WITHIN_S = 30.0

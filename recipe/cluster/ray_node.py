@@ -13,10 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from recipe.engines.process import die_with
 from recipe.plan.constants import OBJECT_STORE_BYTES
 from recipe.system.environment import handed_on
 from recipe.system.errors import UserError
+from recipe.system.parent_death import die_with
 from recipe.system.ports import reserve_port
 
 START_TIMEOUT_S = 120

@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from recipe.system.driver import LEAST_DRIVER
 from recipe.system.errors import UserError
 
 if TYPE_CHECKING:
     from docker import DockerClient
 
-LEAST_DRIVER = 580
-"""Major version of the NVIDIA driver that CUDA 13 needs (CUDA 13.0 release notes)."""
 TIMEOUT_S = 600
 """For the engine's answer to one request: creating a container from a large image takes its time."""
 

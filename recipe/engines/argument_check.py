@@ -16,8 +16,8 @@ from recipe.config import Resolved
 from recipe.config.error_text import did_you_mean, refuse
 from recipe.config.flags import SGLANG_PREFIX
 from recipe.config.sglang_rules import find_sglang_python
-from recipe.engines.process import die_with
 from recipe.system.errors import UserError
+from recipe.system.parent_death import die_with
 
 TIMEOUT_S = 300.0
 _ASK = Path(__file__).with_name("ask_sglang.py")

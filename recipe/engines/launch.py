@@ -20,6 +20,9 @@ SERVE = Path(__file__).parent / "sglang_server" / "serve.py"
 USE_CPU = {"SGLANG_USE_CPU_ENGINE": "1"}
 """For SGLang, and for `SERVE`."""
 
+INITIAL_VERSION = "initial"
+"""Version of the weights that an engine starts with, before anybody has sent any."""
+
 SCRATCH = "{scratch}"
 RENDEZVOUS = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
 """Where SGLang's processes meet; by default at a port that is open on every address, whatever its --host says."""

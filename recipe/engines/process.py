@@ -1,7 +1,6 @@
 """A server as a child process: started on a free port, watched until it is healthy, ended with all it has started."""
 
 import contextlib
-import ctypes
 import os
 import re
 import signal
@@ -19,6 +18,7 @@ from recipe.engines.launch import SCRATCH, Launch
 from recipe.rollout.http import succeeds
 from recipe.system.environment import handed_on
 from recipe.system.errors import UserError
+from recipe.system.parent_death import die_with
 from recipe.system.ports import LOCAL, reserve_port_with
 
 POLL_S = 0.1
@@ -26,7 +26,6 @@ HEALTH_TIMEOUT_S = 5.0
 GRACE_S = 3.0
 """Time a server has to end by itself."""
 
-_PR_SET_PDEATHSIG = 1
 _HIT = "hit an exception"
 _EXCEPTION = re.compile(r"[\w.]*(Error|Exception): ")
 _PORT_TAKEN = re.compile(
@@ -35,7 +34,6 @@ _PORT_TAKEN = re.compile(
 )
 """A line in which a server, or a library of its, says that it cannot have a port."""
 _SHARED_MEMORY = re.compile(r"/dev/shm/\S+")
-_libc = ctypes.CDLL(None)
 
 
 class PortTaken(UserError):
@@ -190,10 +188,3 @@ def _telling_line(said: str) -> str:
     if not _EXCEPTION.match(lines[-1]) and _HIT not in said:
         return lines[-1]
     return next((line for line in lines if _EXCEPTION.match(line)), lines[-1])
-
-
-def die_with(parent: int) -> None:
-    """In the child, before the server runs: end when the parent does."""
-    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)

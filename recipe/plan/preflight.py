@@ -16,12 +16,11 @@ from recipe.plan.memory import GpuModel
 from recipe.plan.plan import Plan, make_plan
 from recipe.plan.report import refusal
 from recipe.plan.suggest import suggestion
+from recipe.system.driver import LEAST_DRIVER
 from recipe.system.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-LEAST_DRIVER = 580
-"""NVIDIA's driver for CUDA 13 (CUDA's release notes)."""
 LEAST_OPEN_FILES = 4096
 """Open files that a process may need on a machine with GPUs: Ray's processes, sockets between all ranks, and checkpoint
 files. Assumed."""

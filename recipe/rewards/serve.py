@@ -9,10 +9,8 @@ of which is None or empty.
 """
 
 import asyncio
-import ctypes
 import inspect
 import resource
-import signal
 import sys
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -20,15 +18,14 @@ from typing import Any
 
 from recipe.system.errors import UserError
 from recipe.system.imports import load_function
+from recipe.system.parent_death import end_with_parent
 
 MEMORY_BYTES = 2 << 30
 """Address space of a worker: a hostile answer meets a MemoryError, and not the machine's last page."""
 
-_PR_SET_PDEATHSIG = 1
-
 
 def main(descriptor: int, target: str, flag: str | None = None) -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     if flag is None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     connection = Connection(descriptor)
