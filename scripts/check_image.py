@@ -20,7 +20,7 @@ PACKAGES = (
     "megatron.core",
     "ray",
     "transformers",
-    "math_verify",
+    "sympy",
     "sglang",
     "sglang.srt.server_args",
 )
