@@ -261,6 +261,8 @@ def show_steps(lines: list[Mapping[str, float]]) -> None:
         phases = "  ".join(f"{phase} {line[f'seconds_{phase}']:.2f}" for phase in Phase if f"seconds_{phase}" in line)
         parts = " ".join(f"{part} {line[name]:.2f}" for part, name in PARTS.items() if name in line)
         rates = f"weights {line.get('weight_bytes_per_second', 0) / GB:.1f} GB/s to each GPU"
+        if held := line.get("max_memory_reserved"):
+            rates += f"; {line['max_memory_allocated'] / GIB:.1f} GiB of tensors, {held / GIB:.1f} held, in training"
         rates = f"{line.get('tokens', 0)} tokens; {rates}"
         print(f"step {line['step']}: {line['seconds_step']:.2f} s: {phases} ({parts}); {rates}")
 

@@ -126,6 +126,8 @@ class TrainerRank:
         """One optimizer step on this rank's microbatches of a batch; none, on any rank, where gradients are not finite.
         Returns while the GPU is still at it: the next batch is prepared meanwhile."""
         began, learning_rate = time.perf_counter(), self.optimization.learning_rate
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         metrics_on_device = forward_backward(self.replicas, microbatches, self.loss_function)
         heartbeat.beat()
         norms = gradient_norms(self.optimization.optimizer)
@@ -138,6 +140,9 @@ class TrainerRank:
         if "mtp_loss" in metrics:
             metrics["mtp_grad_norm"] = norms.mtp
         metrics |= {"seconds_forward_backward": passed - began, "seconds_optimizer": time.perf_counter() - passed}
+        if torch.cuda.is_available():
+            metrics["max_memory_allocated"] = torch.cuda.max_memory_allocated()
+            metrics["max_memory_reserved"] = torch.cuda.max_memory_reserved()
         return StepReport(metrics, not taken, by_source)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -117,6 +117,8 @@ METRICS: dict[str, Metric] = {
         "skipped {}",
         hides_zero=True,
     ),
+    "max_memory_allocated": Metric("bytes", MAXIMUM, "Most GPU memory of the first rank's tensors in training."),
+    "max_memory_reserved": Metric("bytes", MAXIMUM, "Most GPU memory that torch held for the first rank in training."),
     # Of each evaluation set.
     "eval/NAME": Metric("reward", None, "Share of right answers to a set; mean of a custom reward."),
     "eval/NAME_ci95_low": Metric("reward", None, "Lower bound of the 95% confidence interval of `eval/NAME`."),

@@ -17,6 +17,8 @@ from pathlib import Path
 from recipe.system.errors import UserError
 
 PREFIX = "recipe-"
+MARK = ".scratch"
+"""A file in such a folder: others may have names like it."""
 TMPDIR, COMPILED = "TMPDIR", "TORCHINDUCTOR_CACHE_DIR"
 USUAL = Path("/tmp")
 LONGEST_SOCKET = 107
@@ -37,6 +39,7 @@ def scratch_folder() -> Iterator[Path]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
+        (folder / MARK).touch()
         with _temporary_files_in(folder):
             yield folder
     finally:
@@ -60,7 +63,8 @@ def _remove_abandoned(place: Path) -> None:
     """Those of this user whose program is gone: nobody locks them."""
     for folder in place.glob(f"{PREFIX}*"):
         with suppress(OSError):
-            if folder.stat().st_uid != os.getuid() or time.time() - folder.stat().st_mtime < JUST_MADE_S:
+            is_ours = folder.stat().st_uid == os.getuid() and (folder / MARK).exists()
+            if not is_ours or time.time() - folder.stat().st_mtime < JUST_MADE_S:
                 continue
             descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
             try:
@@ -70,12 +74,20 @@ def _remove_abandoned(place: Path) -> None:
                 os.close(descriptor)
 
 
+def _user() -> str:
+    """By name, as torch has it, or by number in a container that does not know the name."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.getuid())
+
+
 @contextmanager
 def _temporary_files_in(folder: Path) -> Iterator[None]:
     """torch's compiled kernels stay where they were: others use them, too."""
     before = {name: os.environ.get(name) for name in (TMPDIR, COMPILED)}
     given = tempfile.tempdir
-    compiled = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
+    compiled = Path(tempfile.gettempdir()) / f"torchinductor_{_user()}"
     os.environ |= {TMPDIR: str(folder), COMPILED: before[COMPILED] or str(compiled)}
     tempfile.tempdir = str(folder)
     try:

@@ -1,5 +1,6 @@
 """What a program leaves in the folder for temporary files: nothing, however it ends."""
 
+import getpass
 import os
 import signal
 import subprocess
@@ -49,6 +50,17 @@ def test_temporary_files_lie_in_a_folder_that_goes_with_the_program(place: Path)
     assert COMPILED not in os.environ
 
 
+def test_a_user_without_a_name_has_a_place_for_kernels_too(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container that is given any number for a user."""
+
+    def nobody() -> str:
+        raise KeyError("getpwuid(): uid not found: 10001")
+
+    monkeypatch.setattr(getpass, "getuser", nobody)
+    with scratch_folder():
+        assert os.environ[COMPILED] == str(place / f"torchinductor_{os.getuid()}")
+
+
 def aged(folder: Path) -> None:
     then = time.time() - 2 * JUST_MADE_S
     os.utime(folder, (then, then))
@@ -61,15 +73,17 @@ def test_the_next_start_removes_what_a_killed_program_has_left_and_nothing_else(
     left, kept = (Path(one.stdout.readline().strip()).parent for one in (killed, living) if one.stdout)
     killed.send_signal(signal.SIGKILL)
     killed.wait()
-    for name in ("recipe", "other"):
+    for name in ("recipe-notes", "other"):
         (place / name).mkdir()
+        (place / name / "by hand").touch()
     for folder in place.iterdir():
         aged(folder)
     try:
         with scratch_folder():
             assert not left.exists()
             assert kept.exists()
-            assert {"recipe", "other"} <= {path.name for path in place.iterdir()}
+            assert (place / "recipe-notes" / "by hand").exists()
+            assert (place / "other" / "by hand").exists()
     finally:
         living.kill()
         living.communicate()
