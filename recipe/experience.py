@@ -172,7 +172,7 @@ def train_metrics(samples: Sequence[TrainSample], reports: Sequence[StepReport],
     """What is reported of the optimizer steps of one rollout."""
     mismatch = StepMismatch.of(reports)
     return {
-        **over_steps([report.metrics for report in reports]),
+        **over_steps([{**report.metrics, **report.of_rank} for report in reports]),
         "logprob_diff_older": None if mismatch is None else mismatch.older,
         "tokens": sum(sample.length for sample in samples),
         "skipped_steps": skipped_steps,

@@ -79,6 +79,8 @@ class StepReport:
     """The gradients were not finite, and nothing was changed."""
     by_source: tuple[SourceDifference, ...] = ()
     """How far trainer and engines disagree, by the source of the tokens (see `TrainSample.sources`)."""
+    of_rank: Mapping[str, float] = field(default_factory=dict, compare=False)
+    """Seconds and memory that the step took on this rank, by the names of `recipe.run.metrics`."""
 
 
 @dataclass(frozen=True)

@@ -139,11 +139,11 @@ class TrainerRank:
         metrics |= {"grad_norm": norms.policy, "lr": learning_rate}
         if "mtp_loss" in metrics:
             metrics["mtp_grad_norm"] = norms.mtp
-        metrics |= {"seconds_forward_backward": passed - began, "seconds_optimizer": time.perf_counter() - passed}
+        of_rank = {"seconds_forward_backward": passed - began, "seconds_optimizer": time.perf_counter() - passed}
         if torch.cuda.is_available():
-            metrics["max_memory_allocated"] = torch.cuda.max_memory_allocated()
-            metrics["max_memory_reserved"] = torch.cuda.max_memory_reserved()
-        return StepReport(metrics, not taken, by_source)
+            of_rank["max_memory_allocated"] = torch.cuda.max_memory_allocated()
+            of_rank["max_memory_reserved"] = torch.cuda.max_memory_reserved()
+        return StepReport(metrics, not taken, by_source, of_rank)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every Hugging Face tensor of the policy, in turn; a collective, see `gathered_weights`."""
