@@ -1,8 +1,12 @@
 """The hub's HTTP interface, and what its refusals mean for the user.
 
-huggingface_hub's own hf_hub_download (since 1.18) begins a file anew in every process, and never compares hashes. So
-files are streamed here, over its sessions and with its credentials. They come by plain HTTP with ranges, which the hub
-offers for every file of up to 50 GB, whatever storage it keeps it in: hf_xet is not used.
+Files are streamed here, over huggingface_hub's sessions and with its credentials. Its own snapshot_download (1.33.0, by
+HTTP, tried against a hub on the loopback interface) goes on inside a file only within one process: the next one fetches
+the file from its first byte. It compares sizes alone: a shard of the right size and other bytes is kept, and the next
+run asks for no file. A reset connection, or one answer 502 or 503 for a file, ends it; Ctrl-C does not while a server
+stalls (100 s were waited for). Where the directory holds any file already, a refused token (401) counts as success. A
+too small disk is a warning, then an OSError. hf_xet was not tried: by its source, a failed file is removed there
+too, while plain HTTP with ranges serves every file of up to 50 GB.
 """
 
 import os
