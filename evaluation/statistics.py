@@ -7,13 +7,13 @@ Error Bars to Evals", arXiv:2411.00640). P is their number.
 
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 from itertools import product
 
 import numpy as np
+from scipy import special
 
 from recipe.system.seeds import derive
 
@@ -22,7 +22,6 @@ _BOOTSTRAP_DRAWS = 10_000
 _SIGN_DRAWS = 100_000
 _EXACT_SIGNS_UP_TO = 16
 _ROUNDING = 1e-9
-_PRECISION, _TINY, _MOST_TERMS = 1e-12, 1e-300, 10_000
 _UNSEEN_AGAINST, _UNSEEN_FOR = 0.65, 0.35
 """How the one problem that nobody asked is shared between the end of the scale that widens a bound and the other."""
 
@@ -70,8 +69,8 @@ def clustered_share(values: Sequence[float]) -> Estimate:
     elsewhere; the shares between were chosen by simulation.
     """
     mean = statistics.fmean(values)
-    low = beta_quantile(*_with_unseen(values, _UNSEEN_FOR), _TAIL)
-    high = beta_quantile(*_with_unseen(values, _UNSEEN_AGAINST), 1 - _TAIL)
+    low = float(special.betaincinv(*_with_unseen(values, _UNSEEN_FOR), _TAIL))
+    high = float(special.betaincinv(*_with_unseen(values, _UNSEEN_AGAINST), 1 - _TAIL))
     return Estimate(mean, min(low, mean), max(high, mean))
 
 
@@ -118,7 +117,7 @@ def paired_difference(left: Sequence[float], right: Sequence[float], samples: tu
     error = max(standard_error(differences), math.sqrt(drawn) / count / 2)
     half_width = t_quantile(count - 1) * error
     estimate = Estimate(mean, max(-1.0, mean - half_width), min(1.0, mean + half_width))
-    p_value = 2 * t_tail(abs(mean) / error, count - 1)
+    p_value = 2 * float(special.stdtr(count - 1, -abs(mean) / error))
     return Difference(estimate, p_value, _sign_flip_p_value(np.asarray(differences), seed))
 
 
@@ -167,70 +166,9 @@ def powers_of_two(up_to: int) -> list[int]:
     return sorted({up_to, *(1 << bit for bit in range(up_to.bit_length()))} - {0})
 
 
-def t_tail(value: float, freedom: int) -> float:
-    """P(T > value), value >= 0, of Student's distribution with `freedom` degrees."""
-    return beta_mass(freedom / 2, 0.5, freedom / (freedom + value**2)) / 2
-
-
-@lru_cache
 def t_quantile(freedom: int) -> float:
     """The value that Student's distribution with `freedom` degrees exceeds with probability 2.5%."""
-    return math.exp(_root(lambda log: _TAIL - t_tail(math.exp(log), freedom), 0.0, 4.0))
-
-
-@lru_cache(maxsize=4096)
-def beta_quantile(a: float, b: float, probability: float) -> float:
-    """Where the beta distribution with parameters a and b has so much of its mass below."""
-    return _logistic(_root(lambda odds: beta_mass(a, b, _logistic(odds)) - probability, -1.0, 1.0))
-
-
-def beta_mass(a: float, b: float, x: float) -> float:
-    """The mass that the beta distribution with parameters a and b has below x: the continued fraction of the
-    regularized incomplete beta function (DLMF 8.17.22), by Lentz's method."""
-    if x <= 0 or x >= 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):
-        return 1 - beta_mass(b, a, 1 - x)
-    ratio = 1 / _away_from_zero(1 - (a + b) * x / (a + 1))
-    fraction, before = ratio, 1.0
-    for step in range(1, _MOST_TERMS):
-        place = a + 2 * step
-        for term in (
-            step * (b - step) * x / ((place - 1) * place),
-            -(a + step) * (a + b + step) * x / (place * (place + 1)),
-        ):
-            ratio = 1 / _away_from_zero(1 + term * ratio)
-            before = _away_from_zero(1 + term / before)
-            fraction *= ratio * before
-        if abs(ratio * before - 1) < _PRECISION:
-            break
-    log_scale = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)
-    return math.exp(log_scale) * fraction / a
-
-
-def _away_from_zero(value: float) -> float:
-    return value if abs(value) > _TINY else _TINY
-
-
-def _root(rising: Callable[[float], float], low: float, high: float) -> float:
-    """Where a rising function crosses 0, to the last digits that matter: the bracket grows until it holds that place,
-    and shrinks by false position with the Illinois rule."""
-    below, above = rising(low), rising(high)
-    while below > 0:
-        low, below = 2 * low - high, rising(2 * low - high)
-    while above < 0:
-        high, above = 2 * high - low, rising(2 * high - low)
-    side = 0
-    while high - low > _PRECISION * max(1.0, abs(low)) and above > below:
-        middle = (low * above - high * below) / (above - below)
-        value = rising(middle)
-        if abs(value) < _PRECISION:
-            return middle
-        if value < 0:
-            low, below, above, side = middle, value, above / 2 if side < 0 else above, -1
-        else:
-            high, above, below, side = middle, value, below / 2 if side > 0 else below, 1
-    return (low + high) / 2
+    return float(special.stdtrit(freedom, 1 - _TAIL))
 
 
 def _sign_flip_p_value(differences: np.ndarray, seed: int) -> float:
@@ -242,7 +180,3 @@ def _sign_flip_p_value(differences: np.ndarray, seed: int) -> float:
     draw = np.random.default_rng(derive(seed, "sign flips"))
     signs = draw.integers(2, size=(_SIGN_DRAWS, count), dtype=np.int8) * 2 - 1
     return (1 + int((np.abs(signs @ differences) >= observed).sum())) / (1 + _SIGN_DRAWS)
-
-
-def _logistic(odds: float) -> float:
-    return 1 / (1 + math.exp(-odds)) if odds > 0 else math.exp(odds) / (1 + math.exp(odds))
