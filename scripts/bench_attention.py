@@ -23,16 +23,18 @@ Kernel = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 def varlen(query: Tensor, key: Tensor, value: Tensor, length: int) -> Tensor:
     """One call for the whole pack."""
     borders = torch.arange(0, query.shape[0] + 1, length, dtype=torch.int32, device="cuda")
-    return varlen_attn(query, key, value, borders, borders, length, length, window_size=(-1, 0))
+    output = varlen_attn(query, key, value, borders, borders, length, length, window_size=(-1, 0))
+    assert isinstance(output, Tensor)
+    return output
 
 
 def batched(backend: SDPBackend) -> Kernel:
     """SDPA on [segments, heads, length, size]: what a pack of equal lengths allows."""
 
     def run(query: Tensor, key: Tensor, value: Tensor, length: int) -> Tensor:
-        grid = [rows.view(-1, length, HEADS, SIZE).transpose(1, 2) for rows in (query, key, value)]
+        q, k, v = (rows.view(-1, length, HEADS, SIZE).transpose(1, 2) for rows in (query, key, value))
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(*grid, is_causal=True).transpose(1, 2).reshape(query.shape)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(query.shape)
 
     return run
 
@@ -43,9 +45,9 @@ def looped(backend: SDPBackend) -> Kernel:
     def run(query: Tensor, key: Tensor, value: Tensor, length: int) -> Tensor:
         outputs = []
         with sdpa_kernel(backend):
-            for q, k, v in zip(query.split(length), key.split(length), value.split(length), strict=True):
-                rows = [part.transpose(0, 1)[None] for part in (q, k, v)]
-                outputs.append(F.scaled_dot_product_attention(*rows, is_causal=True)[0].transpose(0, 1))
+            for segment in zip(query.split(length), key.split(length), value.split(length), strict=True):
+                q, k, v = (part.transpose(0, 1)[None] for part in segment)
+                outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1))
         return torch.cat(outputs)
 
     return run
@@ -71,18 +73,18 @@ KERNELS: dict[str, Kernel] = {
 def measure(kernel: Kernel, tokens: int, length: int) -> tuple[float, float, Tensor]:
     """Milliseconds forward, forward and backward; the output."""
     generator = torch.Generator("cuda").manual_seed(0)
-    rows = [
+    q, k, v = (
         torch.randn(tokens, HEADS, SIZE, device="cuda", dtype=torch.bfloat16, generator=generator).requires_grad_()
         for _ in range(3)
-    ]
-    upstream = torch.randn_like(rows[0])
+    )
+    upstream = torch.randn_like(q)
 
     def both() -> None:
-        kernel(*rows, length).backward(upstream)
+        kernel(q, k, v, length).backward(upstream)
 
     with torch.no_grad():
-        forward = median_ms(lambda: kernel(*rows, length))
-        output = kernel(*rows, length)
+        forward = median_ms(lambda: kernel(q, k, v, length))
+        output = kernel(q, k, v, length)
     return forward, median_ms(both), output
 
 

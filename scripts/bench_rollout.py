@@ -15,7 +15,6 @@ Every part has its limit of time, and its figures are printed and written (DIR/r
 
 import argparse
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -271,4 +270,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    run_main(main)

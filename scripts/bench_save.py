@@ -82,7 +82,7 @@ def measure(rendezvous: "Rendezvous", config: "Config", folder: Path) -> Save:
 
 def write_plainly(path: Path, size: int) -> None:
     """As many bytes, from memory that is at hand, to the disk."""
-    memory = memoryview(torch.ones(min(size, MEMORY), dtype=torch.uint8).numpy())
+    memory = torch.ones(min(size, MEMORY), dtype=torch.uint8).numpy().data
     with path.open("wb", buffering=0) as file:
         for begin in range(0, size, PIECE):
             place = begin % len(memory)

@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ import torch
 import transformers
 import trl
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from recipe.rewards.comparing import plainly_equal
 from recipe.rewards.functions import REWARD_RULES, RewardRule, RewardType
@@ -62,7 +61,7 @@ class HeldOut:
         self._max_new_tokens = max_new_tokens
 
     @torch.no_grad()
-    def mean_reward(self, model: torch.nn.Module) -> float:
+    def mean_reward(self, model: PreTrainedModel) -> float:
         model.eval()
         output = model.generate(**self._inputs, max_new_tokens=self._max_new_tokens, **self._sampling)
         model.train()
@@ -217,4 +216,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -8,7 +8,8 @@ Without --gpus nothing is imported that loads the driver. Exits with 1 if anythi
 
 import argparse
 import json
-import sys
+
+from docker.types import DeviceRequest
 
 from recipe.container.build import IMAGE
 from recipe.container.engine import connect
@@ -49,7 +50,7 @@ def main() -> int:
         output = client.containers.run(
             image,
             ["python", "-c", PROGRAM, *packages],
-            device_requests=[{"Count": -1, "Capabilities": [["gpu"]]}] if options.gpus else [],
+            device_requests=[DeviceRequest(count=-1, capabilities=[["gpu"]])] if options.gpus else [],
             shm_size="1g",
             remove=True,
         )
@@ -61,4 +62,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(main))
+    run_main(main)

@@ -18,7 +18,7 @@ import os
 import statistics
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -61,7 +61,7 @@ PARTS = {"forward and backward": "seconds_forward_backward", "Adam": "seconds_op
 PROMPTS, HELD_OUT_PROMPTS = 2000, 4
 
 
-def settled(lines: list[Mapping[str, float]], interrupt_after: int) -> list[Mapping[str, float]]:
+def settled(lines: Sequence[Mapping[str, float]], interrupt_after: int) -> list[Mapping[str, float]]:
     """The lines of steps that are not the first after a start: those load kernels, or compile them."""
     return [line for line in lines if line["step"] not in (0, 1, interrupt_after + 1)]
 
@@ -124,7 +124,7 @@ class Watch:
             samples = [[round(moment - began, 2), size >> 20] for moment, size in self.memory]
             atomic_write_text(self.directory / "gpu_memory.json", json.dumps(samples))
 
-    def most_memory(self, lines: list[Mapping[str, float]]) -> dict[Phase, int]:
+    def most_memory(self, lines: Sequence[Mapping[str, float]]) -> dict[Phase, int]:
         """Bytes of the fullest GPU at the fullest moment of each phase, over these steps."""
         most: dict[Phase, int] = {}
         for line in lines:
@@ -226,14 +226,14 @@ def carry_out_run(options: argparse.Namespace, flags: list[str], watch: Watch) -
         yield f"the run ended with {ended.status}: {ended.last_words}"
 
 
-def beside_plan(plan: Plan, watch: Watch, lines: list[Mapping[str, float]]) -> Iterator[Row]:
+def beside_plan(plan: Plan, watch: Watch, lines: Sequence[Mapping[str, float]]) -> Iterator[Row]:
     """Memory and seconds of the phases that the plan speaks of."""
     assert plan.gpu is not None
     assert plan.time is not None
     planned = {one.phase: one for one in plan.gpu.phases}
-    for phase, measured in watch.most_memory(lines).items():
+    for phase, most in watch.most_memory(lines).items():
         if (name := PLANNED.get(phase)) in planned:
-            yield Row(f"memory in {phase}", measured / GIB, planned[name].total / GIB, "GiB", MEMORY_TOLERANCE)
+            yield Row(f"memory in {phase}", most / GIB, planned[name].total / GIB, "GiB", MEMORY_TOLERANCE)
     seconds = plan.time.seconds
     works = {
         Phase.ROLLOUT: seconds[Work.ROLLOUT],
@@ -255,7 +255,7 @@ def make_plan_here(options: argparse.Namespace, flags: list[str], response: floa
     return make_plan(resolved, machine, on_gpu=True, mean_response=response)
 
 
-def show_steps(lines: list[Mapping[str, float]]) -> None:
+def show_steps(lines: Sequence[Mapping[str, float]]) -> None:
     """A line a step: its phases' seconds, and rates."""
     for line in lines:
         phases = "  ".join(f"{phase} {line[f'seconds_{phase}']:.2f}" for phase in Phase if f"seconds_{phase}" in line)

@@ -17,6 +17,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from bench_trainer import Load
@@ -72,7 +73,7 @@ def of_ours(folder: Path) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     by_index = rank.log_probs([samples()])
     forward_backward(rank.replicas, [samples()], rank.loss_function)
     table = placements(rank.architecture, with_mtp=False)
-    gradients = {}
+    gradients: dict[str, torch.Tensor] = {}
     for name, weight in named_weights(rank.chunks).items():
         if not table[name].is_expert and hasattr(weight, "main_grad"):
             whole = weight.main_grad.view(-1, *table[name].hf_shape).float().cpu()
@@ -168,7 +169,7 @@ def adam_distance(offloaded: float) -> tuple[float, float]:
     """Our Adam, this share of it in host memory, beside torch's on the GPU, given the same gradients after clipping:
     largest difference of the fp32 masters after five steps of 1e-3, and the share of bf16 weights that differ."""
     generator = torch.Generator("cuda").manual_seed(0)
-    settings = {"lr": 1e-3, "betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.1}
+    settings: dict[str, Any] = {"lr": 1e-3, "betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.1}
     sizes = (1, SLOT_ELEMENTS - 1, 2 * SLOT_ELEMENTS + 12345)
     weights = [torch.randn(size, device="cuda", generator=generator).bfloat16() for size in sizes]
     ours = [torch.nn.Parameter(weight.clone()) for weight in weights]

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -12,7 +13,7 @@ from recipe.data.tiny_tokenizer import CHAT_TEMPLATE
 from recipe.weights.hf_files import write_checkpoint
 from recipe.weights.table import Placement, placements
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "model_type": "glm4_moe_lite",
     "architectures": ["Glm4MoeLiteForCausalLM"],
     "vocab_size": 154880,
@@ -91,9 +92,8 @@ def write_synthetic(
     directory: Path, moe_layers: int, deviation: float = 1.0, spread: float = 0.0, **changes: object
 ) -> int:
     """Writes a random bf16 checkpoint with its MTP layer: matrices of this deviation; norms around 1 and the routers'
-    biases around 0, with this spread. What lies in the folder beside it whose name ends in
-    -companions, a tokenizer say, goes along. Returns its
-    size in bytes."""
+    biases around 0, with this spread. What lies in the folder beside it whose name ends in -companions, a tokenizer
+    say, goes along. Returns its size in bytes."""
     companions = directory.with_name(f"{directory.name}-companions")
     write_config(companions, moe_layers, **changes)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -114,10 +114,10 @@ def write_synthetic(
 def write_slice(directory: Path, moe_layers: int, tiny: bool = False) -> None:
     """Writes a checkpoint that the whole loop can run: random weights as small as at a training's beginning, and a
     tokenizer whose words are its tokens, with the published special tokens and chat template. `tiny`: for a CPU."""
-    changes = TINY | {"vocab_size": 128, "eos_token_id": [127], "pad_token_id": 126} if tiny else {}
+    changes: dict[str, Any] = TINY | {"vocab_size": 128, "eos_token_id": [127], "pad_token_id": 126} if tiny else {}
     config = CONFIG | changes
     special = {126: "<|endoftext|>", 127: "<|user|>", 125: "<|assistant|>"} if tiny else SPECIAL_TOKENS
-    vocabulary = {special.get(number, f" w{number}"): number for number in range(int(str(config["vocab_size"])))}
+    vocabulary = {special.get(number, f" w{number}"): number for number in range(config["vocab_size"])}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token=" w0"))
     words.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_next")
     words.decoder = decoders.Fuse()

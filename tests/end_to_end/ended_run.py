@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 
 import psutil
-from run_support import engines
+import run_support
 
 from recipe.cluster.engine_group import EngineGroup
 from recipe.cluster.trainer_group import TrainerGroup
@@ -31,15 +31,15 @@ def struck_between(self: EngineGroup) -> None:
     replace_dead(self)
 
 
-def struck_update(self: TrainerGroup, addresses: Mapping[int, str], version: str) -> UpdateResult:
+def struck_update(self: TrainerGroup, engines: Mapping[int, str], version: str) -> UpdateResult:
     """`TrainerGroup.update_weights`, to an engine that hangs."""
     if version == "2":
         strike(signal.SIGSTOP)
-    return update_weights(self, addresses, version)
+    return update_weights(self, engines, version)
 
 
 def strike(number: signal.Signals) -> None:
-    [engine] = engines(psutil.Process())
+    [engine] = run_support.engines(psutil.Process())
     os.killpg(engine.pid, number)
     print(f"engine {engine.pid} is struck", flush=True)
 

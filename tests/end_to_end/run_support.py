@@ -55,7 +55,7 @@ def striking_reward(prompt: str, response: str, label: str) -> float:
     """`digits_reward`, which stops one engine and kills another when the run's only grading process has been called so
     often that a rollout is under way."""
     if next(calls) == int(os.environ["STRIKE_AT_CALL"]):
-        strike(*engines(psutil.Process().parent()))
+        strike(*engines(psutil.Process(os.getppid())))
     return digits_reward(prompt, response, label)
 
 

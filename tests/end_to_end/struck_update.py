@@ -6,7 +6,7 @@ As the weights of version 2 are sent, one engine is killed and the other one is 
 from collections.abc import Mapping
 
 import psutil
-from run_support import engines, strike
+import run_support
 
 from recipe.cluster import trainer_group as trainer
 from recipe.system.errors import run_main
@@ -17,12 +17,12 @@ update_weights = trainer.TrainerGroup.update_weights
 struck: list[str] = []
 
 
-def struck_update(self: trainer.TrainerGroup, engines_: Mapping[int, str], version: str) -> UpdateResult:
+def struck_update(self: trainer.TrainerGroup, engines: Mapping[int, str], version: str) -> UpdateResult:
     """`TrainerGroup.update_weights`, with the failures at its first call for version 2."""
     if version == "2" and not struck:
         struck.append(version)
-        strike(*engines(psutil.Process()))
-    return update_weights(self, engines_, version)
+        run_support.strike(*run_support.engines(psutil.Process()))
+    return update_weights(self, engines, version)
 
 
 if __name__ == "__main__":

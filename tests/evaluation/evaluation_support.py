@@ -110,7 +110,7 @@ def serving(server: KnownServer) -> Iterator[KnownServer]:
                 info = {"model_path": str(server.checkpoint), "weight_version": server.version}
                 self._send(json.dumps(info) if server.info is None else server.info)
             elif self.path == "/server_info":
-                self._send(json.dumps({"port": self.server.server_address[1], "dtype": server.dtype}))
+                self._send(json.dumps({"port": self.connection.getsockname()[1], "dtype": server.dtype}))
             else:
                 self._send("{}" if server.healthy else 503)
 

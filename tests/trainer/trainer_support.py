@@ -94,7 +94,7 @@ def scheduled(trainer: Any, samples: list[TrainSample]) -> list[list[TrainSample
     return trainer.own_shard([[[samples[i] for i in pack] for pack in rank] for rank in plan])
 
 
-def weights_of(trainer) -> dict[str, torch.Tensor]:
+def weights_of(trainer: Any) -> dict[str, torch.Tensor]:
     """A copy of the policy, by Hugging Face name. Collective."""
     return {name: weight.clone() for name, weight in trainer.weights()}
 

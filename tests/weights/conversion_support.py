@@ -86,7 +86,7 @@ def split_into_shards(directory: Path, *, shards: int = 3) -> None:
     """Distributes the weights over several files with an index."""
     tensors = load_file(directory / WEIGHTS)
     (directory / WEIGHTS).unlink()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number in range(shards):
         file = f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
         names = sorted(tensors)[number::shards]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import torch
@@ -14,6 +14,7 @@ from config_support import GLM_4_7_FLASH
 from torch import Tensor
 
 from recipe.config import Resolved, resolve
+from recipe.weights.hf_files import HuggingFaceCheckpoint
 from recipe.weights.table import ShardCoordinates
 
 Shape = tuple[int, ...]
@@ -130,7 +131,7 @@ def _view_rank(rank: int, resolved: Resolved, checkpoint: Mapping[str, Shape]) -
         with meta, mock.patch.object(torch.cuda, "current_device", return_value=meta):
             chunk = PolicyModel(transformer_config(config, architecture), config, architecture)
         hollow = HollowCheckpoint(checkpoint)
-        load_hugging_face([chunk], architecture, hollow)
+        load_hugging_face([chunk], architecture, cast(HuggingFaceCheckpoint, hollow))
         return _view(chunk, hollow.reads)
     finally:
         layout.leave()
@@ -156,7 +157,7 @@ def _view(chunk: Any, reads: list[tuple[str, Box]]) -> RankView:
         shapes={name: tuple(weight.shape) for name, weight in weights.items()},
         dtypes={name: weight.dtype for name, weight in weights.items()},
         split_axes={
-            name: weight.partition_dim
+            name: int(weight.partition_dim)  # type: ignore[attr-defined]
             for name, weight in weights.items()
             if getattr(weight, "tensor_model_parallel", False)
         },
