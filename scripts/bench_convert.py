@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import psutil
-from glm_flash import write_synthetic
+from glm_flash import TINY, write_synthetic
 
 SAMPLE_S = 0.05
 COPY = "cp -r + fsync"
@@ -113,11 +113,12 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=min(8, len(os.sched_getaffinity(0))))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--tiny", action="store_true", help="a model that only shows that it works")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.directory) as name:
         folder = Path(name)
-        size = write_synthetic(folder / "hf", arguments.moe_layers)
-        print(f"{size / 1e9:.2f} GB, {arguments.processes} processes, {arguments.rounds} rounds", flush=True)
+        size = write_synthetic(folder / "hf", arguments.moe_layers, **(TINY if arguments.tiny else {}))
+        print(f"{size / 1e9:.3g} GB, {arguments.processes} processes, {arguments.rounds} rounds", flush=True)
         rounds = [run_round(folder, arguments.processes) for _ in range(arguments.rounds)]
     ratios = {}
     for what in rounds[0]:

@@ -5,7 +5,7 @@ beside the same bytes written plainly by the same processes in the same run.
 With random weights, 1 dense and so many MoE layers at the true widths, the experts spread over all ranks, CPU Adam.
 
     scripts/bench_save.py DIR [--gpus 2] [--moe-layers 5]
-    scripts/bench_save.py DIR --device cpu          two processes with a small model
+    scripts/bench_save.py DIR --device cpu          two processes with a small model, or with --tiny a tiny one
 """
 
 import argparse
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from glm_flash import environment, write_config
+from glm_flash import TINY, environment, write_config
 from trainer_ranks import Ranks, build_rank, fill_randomly, recipe_config, step_optimizer
 
 from recipe.messages import Progress
@@ -97,17 +97,19 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--moe-layers", type=int, default=5)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="a model that only shows that it works")
     options = parser.parse_args()
     on_cpu = options.device == "cpu"
     options.directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.directory) as name, Ranks(options.gpus, options.device) as ranks:
         folder = Path(name)
-        write_config(folder / "hf", 1 if on_cpu else options.moe_layers, **(SMALL if on_cpu else {}))
+        changes = TINY if options.tiny else SMALL if on_cpu else {}
+        write_config(folder / "hf", 1 if on_cpu else options.moe_layers, **changes)
         flags = "--device cpu --no-bf16 --attention-backend auto" if on_cpu else ""
         found = ranks.together(measure, recipe_config(folder / "hf", options.gpus, flags), folder)
     one, size = found[0], sum(rank.size for rank in found) / 1e9
     largest = max(rank.size for rank in found) / 1e9
-    print(f"{'two processes' if on_cpu else environment()}, {options.gpus} ranks: {size:.1f} GB, {largest:.1f} of one")
+    print(f"{'two processes' if on_cpu else environment()}, {options.gpus} ranks: {size:.3g} GB, {largest:.3g} of one")
     for what, spent in (("put together", one.put_together), ("written", one.written), ("read", one.read)):
         print(f"{what:13} {spent:6.2f} s  {size / spent:6.2f} GB/s")
     print(f"{'plain writes':13} {one.plain:6.2f} s  {size / one.plain:6.2f} GB/s: the limit")

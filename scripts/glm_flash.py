@@ -62,7 +62,7 @@ SPECIAL_TOKENS = {
 }
 """Of GLM-4.7, that a chat has."""
 
-TINY = {
+TINY: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 64,
     "intermediate_size": 128,

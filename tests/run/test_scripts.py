@@ -20,14 +20,33 @@ def check_layouts(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def script(name: str, flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, SCRIPTS / name, "--device", "cpu", *flags.split()]
+    command = [sys.executable, SCRIPTS / name, *flags.split()]
     return subprocess.run(command, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "figures"),
+    [
+        ("bench_adam.py --device cpu --millions 1 --threads 1", [r"AdamW: [\d.]+ s a billion parameters"]),
+        ("bench_convert.py --tiny --rounds 1 --processes 1", [r"cp .*\n", r"convert .*\n", r"export .*\n"]),
+        ("bench_grading.py --rounds 1 --characters 1000", [r"480 responses.*'correct': \d+"]),
+        ("bench_save.py {folder} --device cpu --tiny", [f"{what} .*GB/s" for what in ("written", "read", "plain")]),
+        ("simulate_packing.py --samples-per-rank 2", [r"1024 balanced"]),
+    ],
+)
+def test_a_benchmark_has_its_figures(command: str, figures: list[str], tmp_path: Path) -> None:
+    name, flags = command.format(folder=tmp_path).split(maxsplit=1)
+    ended = script(name, flags)
+    assert ended.returncode == 0, ended.stderr
+    for figure in figures:
+        assert re.search(figure, ended.stdout), ended.stdout
 
 
 @pytest.mark.slow
 def test_layouts_are_compared(check_layouts: ModuleType) -> None:
     """Where gradients are sharded over ranks (DP2) and over stages (PP2), and with the yardstick of other kernels."""
-    ended = script("check_layouts.py", "--layouts DP2 PP2-uneven --precisions bf16")
+    ended = script("check_layouts.py", "--device cpu --layouts DP2 PP2-uneven --precisions bf16")
     assert ended.returncode == 0, ended.stderr
     verdicts = [line.split()[:2] for line in ended.stdout.splitlines() if line.startswith(("ok", "FAIL"))]
     assert verdicts == [["ok", "one"]] * len(check_layouts.OTHERS) + [["ok", "DP2"], ["ok", "PP2-uneven"]]
@@ -49,7 +68,7 @@ def test_one_figure_that_is_apart_fails_a_layout(
 
 @pytest.mark.slow
 def test_several_ranks_are_measured_beside_one() -> None:
-    ended = script("bench_trainer.py", "--gpus 2 --tokens 64 --sequences 2 --packs 1 --moe-layers 1")
+    ended = script("bench_trainer.py", "--device cpu --gpus 2 --tokens 64 --sequences 2 --packs 1 --moe-layers 1")
     assert "Traceback" not in ended.stderr, ended.stderr
     assert re.search(
         r"^each of 2 GPUs keeps [\d.]+% of one's tokens/s in forward and backward, [\d.]+% in whole steps$",
