@@ -13,6 +13,8 @@ os.environ |= {
     "RAY_enable_metrics_collection": "0",
     "DASHBOARD_METRIC_PORT": "-1",
     "AUTOSCALER_METRIC_PORT": "-1",
+    # A worker that ends would kill its children: torch's watcher has shared memory to remove first.
+    "RAY_kill_child_processes_on_worker_exit": "0",
     "RAY_IGNORE_UNHANDLED_ERRORS": "1",
     "RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1",
 }

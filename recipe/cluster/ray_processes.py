@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -61,14 +61,20 @@ class RayProcesses:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for end in (None, psutil.Process.terminate, psutil.Process.kill):
-            left = self._started()
-            for process in left:
-                with suppress(psutil.NoSuchProcess):
-                    if end is not None:
-                        end(process)
-            psutil.wait_procs(left, GRACE_S)
+            self._end([process for process in self._started() if not _removes_shared_memory(process)], end)
+        for end in (None, psutil.Process.kill):
+            self._end(self._started(), end)
         self._reaper.communicate()
         _libc.prctl(_PR_SET_CHILD_SUBREAPER, 0)
+
+    @staticmethod
+    def _end(processes: Collection[psutil.Process], end: Callable[[psutil.Process], None] | None) -> None:
+        """Sends them what `end` sends, and gives them time."""
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                if end is not None:
+                    end(process)
+        psutil.wait_procs(processes, GRACE_S)
 
     @contextmanager
     def watched(self, vital: dict[str, str]) -> Iterator[None]:
@@ -132,6 +138,14 @@ def _told_of_death(processes: Collection[psutil.Process], vital: dict[str, str],
             watcher.join()
             for descriptor in descriptors:
                 os.close(descriptor)
+
+
+def _removes_shared_memory(process: psutil.Process) -> bool:
+    """Whether it is torch's watcher of shared memory: it ends when all who shared some have ended, and removes then
+    what they left in /dev/shm."""
+    with suppress(psutil.NoSuchProcess):
+        return any(word.endswith("torch_shm_manager") for word in process.cmdline()[:1])
+    return False
 
 
 def _kind(process: psutil.Process, vital: dict[str, str]) -> str | None:

@@ -7,14 +7,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 HERE = Path(__file__).parent
+SHARED_MEMORY = Path("/dev/shm")
 ROLLOUTS = 6
 ONE_ENGINE = ("--rollout-num-gpus", "1")
 ONE_OF_EACH = ("--actor-num-gpus-per-node", "1", *ONE_ENGINE)
@@ -181,6 +182,38 @@ def leaves_no_process(marker: str) -> Iterator[None]:
             process.kill()
         raise
     wait_until(lambda: not living(marker), 30)
+
+
+@contextmanager
+def leaves_nothing(marker: str) -> Iterator[Callable[[subprocess.Popen], list[psutil.Process]]]:
+    """Afterwards no process of the run lives, and nothing of its shared memory is left in /dev/shm. What it yields
+    takes note of the processes that a run has at that moment, whatever port they listen on, and returns them."""
+    processes: list[psutil.Process] = []
+    shared: set[Path] = set()
+
+    def take_note(process: subprocess.Popen) -> list[psutil.Process]:
+        found = family(process)
+        processes.extend(found)
+        shared.update(shared_memory_of(found))
+        return found
+
+    with leaves_no_process(marker):
+        yield take_note
+    wait_until(lambda: not any(lives(process) for process in processes), 30)
+    made = {path for one in processes for path in SHARED_MEMORY.glob(f"torch_{one.pid}_*")}
+    left = made | {path for path in shared if path.exists()}
+    left -= shared_memory_of(psutil.process_iter())
+    assert not left, left
+
+
+def shared_memory_of(processes: Iterable[psutil.Process]) -> set[Path]:
+    """What they have opened or mapped of it."""
+    found: set[str] = set()
+    for process in processes:
+        with suppress(psutil.Error):
+            found |= {file.path for file in process.open_files()}
+            found |= {str(region[0]) for region in process.memory_maps()}
+    return {Path(path) for path in found if path.startswith(f"{SHARED_MEMORY}/")}
 
 
 def living(marker: str) -> list[psutil.Process]:

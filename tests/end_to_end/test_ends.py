@@ -18,7 +18,7 @@ from run_support import (
     engines,
     family,
     finish,
-    leaves_no_process,
+    leaves_nothing,
     start,
     wait_for_step,
     wait_until,
@@ -146,8 +146,9 @@ def test_a_run_ends_soon_wherever_it_is(
     reach: Callable[[RunUnderTest], None], number: signal.Signals, expected: int, inputs: TinyInputs, tmp_path: Path
 ) -> None:
     run = RunUnderTest(inputs, tmp_path)
-    with leaves_no_process(str(tmp_path)):
+    with leaves_nothing(str(tmp_path)) as take_note:
         reach(run)
+        take_note(run.process)
         began = time.monotonic()
         run.process.send_signal(number)
         status, output = finish(run.process, 120)

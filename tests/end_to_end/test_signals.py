@@ -5,8 +5,6 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -14,16 +12,14 @@ import pytest
 from run_support import (
     TinyInputs,
     arguments,
-    family,
     finish,
-    leaves_no_process,
+    leaves_nothing,
     lives,
     metrics,
     run,
     samples,
     start,
     wait_for_step,
-    wait_until,
 )
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -33,34 +29,10 @@ from recipe.weights.checkpoints import latest
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-SHARED_MEMORY = Path("/dev/shm")
 HELPERS = ("dashboard/dashboard.py", "log_monitor.py")
 """Processes of Ray's that a run goes on without."""
 
 KEY = "a key of the user's"
-
-
-@contextmanager
-def leaves_nothing(marker: str) -> Iterator[list[psutil.Process]]:
-    """Afterwards no process of the run lives, also none of those put into the list, whatever port they listened on, and
-    /dev/shm holds nothing more that no process uses."""
-    before = set(SHARED_MEMORY.iterdir())
-    processes: list[psutil.Process] = []
-    with leaves_no_process(marker):
-        yield processes
-    wait_until(lambda: not any(lives(process) for process in processes), 30)
-    with suppress(AssertionError):
-        wait_until(lambda: not set(SHARED_MEMORY.iterdir()) - before - shared_memory_in_use(), 10)
-    assert not sorted(set(SHARED_MEMORY.iterdir()) - before - shared_memory_in_use())
-
-
-def shared_memory_in_use() -> set[Path]:
-    """What living processes, of this run or any other, have opened or mapped."""
-    found: set[str] = set()
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            found |= {file.path for file in (*process.open_files(), *process.memory_maps())}
-    return {Path(path) for path in found if path.startswith(f"{SHARED_MEMORY}/")}
 
 
 def first_of(processes: list[psutil.Process], mark: str) -> psutil.Process:
@@ -72,10 +44,10 @@ def test_a_notice_saves_and_the_run_goes_on_as_if_it_had_never_come(
     inputs: TinyInputs, uninterrupted: Path, tmp_path: Path
 ) -> None:
     command = arguments(inputs, tmp_path, "noticed", "--save-interval", "1000")
-    with leaves_nothing(str(tmp_path)) as processes:
+    with leaves_nothing(str(tmp_path)) as take_note:
         process = start([*command, "--custom-rm-path", "run_support:slow_reward"])
         wait_for_step(process, tmp_path / "noticed", 1)
-        processes += family(process)
+        processes = take_note(process)
         for helper in HELPERS:
             first_of(processes, helper).kill()
         os.killpg(process.pid, signal.SIGHUP)  # as a terminal that is closed; `timeout` and Slurm send SIGTERM so
@@ -112,10 +84,10 @@ def test_a_run_that_loses_a_process_leaves_nothing_behind_and_its_checkpoint_is_
     directory = tmp_path / "struck"
     command = arguments(inputs, tmp_path, "struck", "--num-rollout", "1000", "--save-interval", "1", "--save-keep", "2")
     mark, sentence = VICTIMS[victim]
-    with leaves_nothing(str(tmp_path)) as processes:
+    with leaves_nothing(str(tmp_path)) as take_note:
         process = start(command)
         wait_for_step(process, directory, 2)
-        processes += family(process)
+        processes = take_note(process)
         first_of(processes, mark).kill()
         status, output = finish(process, 120)
     assert status != 0
@@ -130,11 +102,11 @@ def test_the_launch_script_follows_its_job_and_passes_a_notice_on(inputs: TinyIn
     script, environment = script_for_the_tiny_model(inputs, tmp_path)
     flags = "--recipe tiny --name launched --num-rollout 1000 --rollout-batch-size 4 --n-samples-per-prompt 4"
     more = "--rollout-max-response-len 8 --skip-eval-before-train --custom-rm-path run_support:slow_reward"
-    with leaves_nothing(str(tmp_path)) as processes:
+    with leaves_nothing(str(tmp_path)) as take_note:
         words = [str(script), "--runs-dir", str(tmp_path), *flags.split(), *more.split()]
         process = start(words, WANDB_API_KEY=KEY, **environment)
         wait_for_step(process, tmp_path / "launched", 1)
-        processes += family(process)
+        processes = take_note(process)
         assert_token_is_on_no_command_line(processes)
         assert_key_is_with_the_run_alone(processes)
         process.send_signal(signal.SIGTERM)
