@@ -90,8 +90,9 @@ def identity_of_server(url: str) -> tuple[Identity, Path | None]:
     if not url.startswith(("http://", "https://")):
         raise UserError(f"--url {url} has no http:// before it: give http://{url}")
     base = url.rstrip("/")
-    if not succeeds("GET", base + "/health_generate", timeout_s=_HEALTH_TIMEOUT_S):
-        raise UserError(f"no server answers at {url}/health: start one there, or give --model instead of --url")
+    health = base + "/health_generate"
+    if not succeeds("GET", health, timeout_s=_HEALTH_TIMEOUT_S):
+        raise UserError(f"no server answers at {health}: start one there, or give --model instead of --url")
     info = _said_at(base + "/model_info")
     try:
         settings = _said_at(base + "/server_info")

@@ -49,7 +49,7 @@ def engine_kind(kind: EngineKind) -> Literal["sglang", "embedded"]:
 
 def engine_launch(kind: EngineKind, model: Path, arguments: Sequence[str], context_length: int, seed: int) -> Launch:
     """How the engine is started. Raises UserError if the one asked for is not installed."""
-    threads, seed = len(os.sched_getaffinity(0)), seed % 2**31
+    threads = len(os.sched_getaffinity(0))
     if engine_kind(kind) == "sglang":
         server = SglangServer(sglang_python(None), () if torch.cuda.is_available() else None, tuple(arguments))
         return launch_sglang(
@@ -58,14 +58,13 @@ def engine_launch(kind: EngineKind, model: Path, arguments: Sequence[str], conte
             weight_version=INITIAL_VERSION,
             threads=threads,
             context_length=context_length,
-            random_seed=seed,
+            random_seed=seed % 2**31,
         )
     launch = launch_embedded(
         model,
         weight_version=INITIAL_VERSION,
         threads=threads,
         context_length=context_length,
-        random_seed=seed,
     )
     return Launch((*launch.arguments, *arguments), launch.environment)
 

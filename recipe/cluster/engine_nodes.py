@@ -39,7 +39,7 @@ def launch_of(resolved: Resolved, number: int, gpus: Sequence[int], node: Node |
     """How engine `number` is started, or its part on one machine."""
     config = resolved.config
     shares_gpus = bool(gpus) and config.cluster.colocate
-    model, seed = config.model.hf_checkpoint.resolve(), derive(config.misc.seed, "engine", number) % 2**31
+    model = config.model.hf_checkpoint.resolve()
     if config.rollout.engine == "sglang":
         return launch_sglang(
             model,
@@ -47,14 +47,13 @@ def launch_of(resolved: Resolved, number: int, gpus: Sequence[int], node: Node |
             weight_version=INITIAL_VERSION,
             threads=threads_of_engine(config),
             context_length=resolved.max_context_len,
-            random_seed=seed,
+            random_seed=derive(config.misc.seed, "engine", number) % 2**31,
         )
     return launch_embedded(
         model,
         weight_version=INITIAL_VERSION,
         threads=threads_of_engine(config),
         context_length=resolved.max_context_len,
-        random_seed=seed,
     )
 
 

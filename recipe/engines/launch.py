@@ -67,7 +67,6 @@ def launch_embedded(
     threads: int,
     context_length: int | None = None,
     max_running_requests: int = 256,
-    random_seed: int = 0,
 ) -> Launch:
     """The embedded engine, for machines without a GPU."""
     arguments = [
@@ -76,7 +75,6 @@ def launch_embedded(
         *("--weight-version", weight_version),
         *("--threads", str(threads)),
         *("--max-running-requests", str(max_running_requests)),
-        *("--random-seed", str(random_seed)),
     ]
     if context_length is not None:
         arguments += ["--context-length", str(context_length)]

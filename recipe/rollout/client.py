@@ -115,11 +115,6 @@ class RolloutClient:
             self._session = None
 
     @property
-    def urls(self) -> list[str]:
-        """The engines' present addresses."""
-        return [engine.url for engine in self._engines]
-
-    @property
     def counters(self) -> ClientCounters:
         """Since the client was made."""
         restarts = sum(engine.restarts for engine in self._engines)

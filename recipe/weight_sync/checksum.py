@@ -110,14 +110,6 @@ class ExpectedChecksums:
                 self._checksums[rank][_DRAFT + piece.name] = right
 
 
-def overall(checksums: dict[str, str]) -> str:
-    """One checksum of all."""
-    digest = hashlib.sha256()
-    for name in sorted(checksums):
-        digest.update(name.encode() + checksums[name].encode())
-    return digest.hexdigest()
-
-
 def _checksums(name: str, pieces: list[Tensor]) -> tuple[str, ...]:
     """What SGLang may tell of the pieces one after the other: 0.5.21 holds the router in float32, whatever the rest is
     in."""

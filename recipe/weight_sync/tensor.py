@@ -79,7 +79,7 @@ class Bucket:
 
 
 def read_payload(payload: str) -> list[NamedTensor]:
-    """The tensors of a `Bucket.payload`, also of one whose table is of SGLang's own class.
+    """The tensors of a `Bucket.payload`.
 
     Raises PayloadError for anything but tensors: a pickle that names any function besides those that rebuild them
     is refused before the function is called.
@@ -155,8 +155,6 @@ _ALLOWED = {
 
 class _TensorUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) == ("sglang.srt.weight_sync.tensor_bucket", "FlattenedTensorMetadata"):
-            return SimpleNamespace
         if (module, name) not in _ALLOWED:
             raise PayloadError(f"{module}.{name} is no part of a tensor")
         return super().find_class(module, name)

@@ -64,7 +64,7 @@ def test_a_model_without_a_chat_template(checkpoint: Path, data: Path, tmp_path:
 
 
 def test_an_unreachable_server(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no server answers at http://127\.0\.0\.1:9/health"):
+    with pytest.raises(UserError, match=r"no server answers at http://127\.0\.0\.1:9/health_generate"):
         open_one("--url", "http://127.0.0.1:9", "--data", data, "--save", tmp_path / "out")
 
 

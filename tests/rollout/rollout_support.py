@@ -3,6 +3,7 @@
 import json
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,13 @@ from transformers import Glm4MoeLiteForCausalLM
 
 from recipe.data.prompts import Prompt
 from recipe.engines.process import EngineProcess
+from recipe.rollout.sampling_params import SamplingParams
 from recipe.weight_sync.tensor import Bucket
 from recipe.weights.tiny import write_tiny_checkpoint
 
 CONTEXT = 64
-PROMPT = [7, 3, 9, 11, 4]
-GREEDY = {"max_new_tokens": 16, "ignore_eos": True, "temperature": 0}
+PROMPT = [7, 3, 9, 11, 4, 8, 20]
+GREEDY = SamplingParams(max_new_tokens=16, temperature=0)
 
 
 class Kind(StrEnum):
@@ -65,23 +67,49 @@ class EngineUnderTest:
         """Forgets cached prompts, so that what follows does not depend on what was before."""
         self.post("/flush_cache")
 
-    def update(self, weights: dict[str, torch.Tensor], version: str | None = "2", **more: object) -> tuple[int, Any]:
+    def update(self, weights: dict[str, torch.Tensor], version: str = "2") -> tuple[int, Any]:
         """The answer to a tensor update, in a session of its own."""
         payload = Bucket.of(list(weights.items())).payload()
         self.post("/begin_weight_update")
-        body = {"serialized_named_tensors": [payload], "load_format": "flattened_bucket", "weight_version": version}
-        answer = self.request("POST", "/update_weights_from_tensor", body | more)
+        answer = self.request("POST", "/update_weights_from_tensor", tensor_update(payload, version))
         self.post("/end_weight_update")
         return answer
 
     def load(self, checkpoint: Path, version: str) -> None:
         """Reads a checkpoint."""
-        assert self.post("/update_weights_from_disk", {"model_path": str(checkpoint), "weight_version": version})[
-            "success"
-        ]
+        self.post("/update_weights_from_disk", disk_update(checkpoint, version))
 
-    def generate(self, ids: object, **sampling: object) -> Any:
-        return self.post("/generate", {"input_ids": ids, "return_logprob": True, "sampling_params": sampling})
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, first_seed: int = 0) -> list[Any]:
+        """An answer for each prompt, whose seeds are `first_seed` and those that follow it."""
+        answers: list[Any] = self.post("/generate", generation(prompts, sampling, first_seed))
+        return answers
+
+    def generate_one(self, prompt: Sequence[int], sampling: SamplingParams, seed: int = 0) -> Any:
+        return self.generate([prompt], sampling, seed)[0]
+
+
+def generation(prompts: Sequence[Sequence[int]], sampling: SamplingParams, first_seed: int = 0) -> dict[str, Any]:
+    """What the client sends to /generate."""
+    return {
+        "input_ids": prompts,
+        "sampling_params": [sampling.request(seed) for seed in range(first_seed, first_seed + len(prompts))],
+        "return_logprob": True,
+    }
+
+
+def tensor_update(payload: str, version: str) -> dict[str, Any]:
+    """What the client sends to /update_weights_from_tensor."""
+    return {
+        "serialized_named_tensors": [payload],
+        "load_format": "flattened_bucket",
+        "flush_cache": True,
+        "weight_version": version,
+    }
+
+
+def disk_update(checkpoint: Path | str, version: str) -> dict[str, Any]:
+    """What the client sends to /update_weights_from_disk."""
+    return {"model_path": str(checkpoint), "flush_cache": True, "weight_version": version}
 
 
 def _decoded(content: bytes) -> Any:
@@ -132,9 +160,9 @@ def weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def greedy_result(engine: EngineUnderTest) -> tuple[list[int], torch.Tensor]:
-    """Tokens and their log-probs, [16], with nothing cached."""
+    """Tokens and their log-probs, with nothing cached."""
     engine.flush()
-    answer = engine.generate(PROMPT, **GREEDY)
+    answer = engine.generate_one(PROMPT, GREEDY)
     return answer["output_ids"], torch.tensor([entry[0] for entry in answer["meta_info"]["output_token_logprobs"]])
 
 

@@ -141,12 +141,9 @@ async def cut_short(embedded: EngineUnderTest, group: SampleGroup, sampling: Sam
     """A client that has made a part of the group's responses, whose seeds are 5, 6, ..."""
     seeds = range(5, 5 + len(group.samples))
     async with RolloutClient([embedded.url]) as client:
-        for _ in range(20):
-            embedded.post("/pause_generation", {"mode": "in_place"})
+        for attempt in range(40):
             task = asyncio.create_task(client.generate(group, sampling, seeds))
-            await asyncio.sleep(0.05)
-            embedded.post("/continue_generation")
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01 * (attempt % 10 + 1))
             await client.drain()
             await task
             if all(sample.response_ids and not sample.is_finished for sample in group.samples):

@@ -8,6 +8,8 @@ from typing import Any
 
 from rollout_support import EngineUnderTest
 
+from recipe.rollout.sampling_params import SamplingParams
+
 
 def _requests(count: int) -> list[dict[str, Any]]:
     """Groups with prompts of very different lengths and mixed sampling parameters."""
@@ -16,14 +18,12 @@ def _requests(count: int) -> list[dict[str, Any]]:
     for number in range(count):
         prompt = [chance.randrange(60) for _ in range(chance.choice([1, 3, 12, 16, 17, 31, 40]))]
         params = [
-            {
-                "max_new_tokens": chance.randint(1, 20),
-                "sampling_seed": 100 * number + i,
-                "temperature": chance.choice([1.0, 1.0, 0.7, 0.0]),
-                "top_p": chance.choice([1.0, 0.9]),
-                "top_k": chance.choice([-1, 5]),
-                "ignore_eos": chance.random() < 0.7,
-            }
+            SamplingParams(
+                max_new_tokens=chance.randint(1, 20),
+                temperature=chance.choice([1.0, 1.0, 0.7, 0.0]),
+                top_p=chance.choice([1.0, 0.9]),
+                top_k=chance.choice([-1, 5]),
+            ).request(100 * number + i)
             for i in range(chance.choice([1, 3, 8]))
         ]
         requests.append({"input_ids": [prompt] * len(params), "sampling_params": params, "return_logprob": True})
@@ -69,13 +69,12 @@ def test_a_sample_does_not_depend_on_its_siblings(embedded: EngineUnderTest) -> 
 
 
 def test_a_response_can_be_continued_where_it_was_cut(embedded: EngineUnderTest) -> None:
-    prompt, common = [4, 8, 15, 16, 23], {"sampling_seed": 42, "ignore_eos": True}
-    whole = embedded.generate(prompt, max_new_tokens=12, **common)["output_ids"]
-    start = embedded.generate(prompt, max_new_tokens=5, **common)["output_ids"]
-    rest = embedded.generate(prompt + start, max_new_tokens=7, **common)["output_ids"]
-    assert start + rest == whole
-
-
-def test_samples_without_a_seed_differ(engine: EngineUnderTest) -> None:
-    answers = engine.generate([[4, 8, 15]] * 8, max_new_tokens=12, ignore_eos=True)
-    assert len({tuple(answer["output_ids"]) for answer in answers}) == 8
+    prompt, border = [4, 8, 15, 16, 23], 5
+    wholes = [embedded.generate_one(prompt, SamplingParams(max_new_tokens=12), seed)["output_ids"] for seed in range(8)]
+    assert len({tuple(whole) for whole in wholes}) == 8
+    long = [(seed, whole) for seed, whole in enumerate(wholes) if len(whole) > border]
+    assert long
+    for seed, whole in long:
+        start = embedded.generate_one(prompt, SamplingParams(max_new_tokens=border), seed)["output_ids"]
+        rest = embedded.generate_one(prompt + start, SamplingParams(max_new_tokens=12 - border), seed)["output_ids"]
+        assert start + rest == whole

@@ -2,14 +2,9 @@
 
 import base64
 import dataclasses
-import itertools
 import os
 import pickle
-import sys
 import threading
-import time
-import types
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +16,10 @@ from rollout_support import (
     EngineUnderTest,
     Kind,
     assert_equals_fresh_load,
+    disk_update,
     greedy_result,
     shared_segments,
+    tensor_update,
     weights_of,
 )
 from safetensors.torch import save_file
@@ -40,10 +37,11 @@ def _same(one: tuple[list[int], Tensor], other: tuple[list[int], Tensor]) -> boo
 
 
 def test_a_tensor_update_equals_a_fresh_load(engine: EngineUnderTest, other_checkpoint: Path) -> None:
-    status, answer = engine.update(weights_of(other_checkpoint))
-    assert (status, answer["success"]) == (200, True)
+    assert engine.update(weights_of(other_checkpoint))[0] == 200
     assert engine.request("GET", "/model_info")[1]["weight_version"] == "2"
-    assert engine.generate(PROMPT, **GREEDY)["meta_info"]["weight_version"] == "2"
+    answer = engine.generate_one(PROMPT, GREEDY)
+    assert answer["meta_info"]["weight_version"] == "2"
+    assert set(read_sample(answer).versions) == {"2"}
     assert_equals_fresh_load(engine, other_checkpoint)
 
 
@@ -84,9 +82,7 @@ def test_the_trainers_way_equals_a_fresh_load_and_is_checked(
 
 
 def test_a_broadcast_without_a_group_is_refused(engine: EngineUnderTest) -> None:
-    body = {"group_name": "nobody's"}
-    status, answer = engine.request("POST", "/destroy_weights_update_group", body)
-    assert (status, answer["success"]) == (400, False)
+    assert engine.request("POST", "/destroy_weights_update_group", {"group_name": "nobody's"})[0] == 400
 
 
 @pytest.mark.parametrize(
@@ -130,37 +126,6 @@ def test_bfloat16_weights_are_taken_exactly(engine: EngineUnderTest) -> None:
     assert _same(greedy_result(engine), by_bfloat16)
 
 
-def test_a_bucket_with_a_table_of_sglangs_is_taken(
-    engine: EngineUnderTest, other_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As other trainers send it: with a table of SGLang's own class."""
-    weights = weights_of(other_checkpoint)
-    engine.update(weights)
-    expected = greedy_result(engine)
-    engine.load(engine.checkpoint, "3")
-
-    for name in ("sglang", "sglang.srt", "sglang.srt.weight_sync", "sglang.srt.weight_sync.tensor_bucket"):
-        module = types.ModuleType(name)
-        monkeypatch.setitem(sys.modules, name, module)
-    fields = ["name", "shape", "dtype", "start_idx", "end_idx", "numel"]
-    entry = dataclasses.make_dataclass("FlattenedTensorMetadata", fields, namespace={"__module__": module.__name__})
-    module.FlattenedTensorMetadata = entry  # type: ignore[attr-defined]
-    table, start = [], 0
-    for name, tensor in weights.items():
-        table.append(entry(name, tensor.shape, tensor.dtype, start, start + tensor.nbytes, tensor.nbytes))
-        start += tensor.nbytes
-    flat = torch.cat([tensor.flatten().view(torch.uint8) for tensor in weights.values()])
-    previous = torch.multiprocessing.get_sharing_strategy()
-    torch.multiprocessing.set_sharing_strategy("file_system")
-    payload = base64.b64encode(ForkingPickler.dumps({"flattened_tensor": flat, "metadata": table})).decode()
-    torch.multiprocessing.set_sharing_strategy(previous)
-    body = {"serialized_named_tensors": [payload], "load_format": "flattened_bucket"}
-    engine.post("/begin_weight_update")
-    assert engine.post("/update_weights_from_tensor", body)["success"]
-    engine.post("/end_weight_update")
-    assert _same(greedy_result(engine), expected)
-
-
 def test_an_update_leaves_no_shared_memory(engine: EngineUnderTest, other_checkpoint: Path) -> None:
     before = shared_segments(os.getpid())
     engine.update(weights_of(other_checkpoint))
@@ -188,8 +153,8 @@ def test_weights_that_do_not_fit_change_nothing(
     before = greedy_result(embedded)
     good = {k: v for k, v in weights_of(other_checkpoint).items() if k != name}
     status, answer = embedded.update(good | {name: tensor})
-    assert (status, answer["success"]) == (400, False)
-    assert word in answer["message"]
+    assert status == 400
+    assert word in answer["error"]["message"]
     assert _same(greedy_result(embedded), before)
     assert embedded.request("GET", "/model_info")[1]["weight_version"] == "1"
 
@@ -200,11 +165,9 @@ def test_a_checkpoint_that_lacks_weights_changes_nothing(embedded: EngineUnderTe
     del weights["lm_head.weight"]
     save_file(weights, tmp_path / "model.safetensors")
     for folder, word in ((tmp_path, "lm_head.weight"), (tmp_path / "nowhere", "no *.safetensors")):
-        status, answer = embedded.request("POST", "/update_weights_from_disk", {"model_path": str(folder)})
-        assert (status, answer["success"]) == (400, False)
-        assert word in answer["message"]
+        assert word in embedded.refuse("/update_weights_from_disk", disk_update(folder, "2"))
     (tmp_path / "model.safetensors").write_bytes(b"cut off")
-    assert embedded.request("POST", "/update_weights_from_disk", {"model_path": str(tmp_path)})[0] == 400
+    assert "cannot read" in embedded.refuse("/update_weights_from_disk", disk_update(tmp_path, "2"))
     assert _same(greedy_result(embedded), before)
 
 
@@ -219,9 +182,7 @@ class _Evil:
 def test_a_payload_of_anything_but_tensors_is_refused(embedded: EngineUnderTest, content: object) -> None:
     payload = base64.b64encode(pickle.dumps(content)).decode()
     for text in (payload, "?", base64.b64encode(b"junk").decode()):
-        body = {"serialized_named_tensors": [text], "load_format": "flattened_bucket"}
-        status, answer = embedded.request("POST", "/update_weights_from_tensor", body)
-        assert (status, answer["success"]) == (400, False)
+        embedded.refuse("/update_weights_from_tensor", tensor_update(text, "2"))
     assert not Path("/tmp/owned").exists()
 
 
@@ -229,8 +190,8 @@ def test_an_update_waits_for_running_requests_and_new_ones_wait_for_it(
     engine: EngineUnderTest, other_checkpoint: Path
 ) -> None:
     answers: list[Any] = []
-    long = {"max_new_tokens": 55, "ignore_eos": True}
-    threads = [threading.Thread(target=lambda: answers.extend(engine.generate([PROMPT] * 4, **long))) for _ in range(8)]
+    long = dataclasses.replace(GREEDY, max_new_tokens=50)
+    threads = [threading.Thread(target=lambda: answers.extend(engine.generate([PROMPT] * 4, long))) for _ in range(8)]
     for thread in threads:
         thread.start()
     engine.update(weights_of(other_checkpoint))
@@ -241,31 +202,8 @@ def test_an_update_waits_for_running_requests_and_new_ones_wait_for_it(
     assert all(len(spans) == 1 for spans in versions)
 
 
-def test_tokens_know_the_version_they_were_made_under(engine: EngineUnderTest, other_checkpoint: Path) -> None:
-    answers: list[Any] = []
-    long = {"max_new_tokens": 56, "ignore_eos": True, "temperature": 0}
-    expected = engine.generate(PROMPT, **long)["output_ids"]
-    for attempt in itertools.count():
-        thread = threading.Thread(target=lambda: answers.append(engine.generate(PROMPT, **long)))
-        thread.start()
-        time.sleep(0.002 * (attempt % 20))
-        engine.post("/pause_generation", {"mode": "in_place"})
-        engine.update(weights_of(other_checkpoint), flush_cache=False)
-        engine.post("/continue_generation")
-        thread.join()
-        spans = answers[-1]["meta_info"]["weight_versions"]
-        if len(spans) == 2:
-            break
-        engine.load(engine.checkpoint, "1")
-    cut = spans[0]["end"]
-    assert spans == [{"version": "1", "start": 0, "end": cut}, {"version": "2", "start": cut, "end": 56}]
-    assert read_sample(answers[-1]).versions == ["1"] * cut + ["2"] * (56 - cut)
-    assert answers[-1]["meta_info"]["weight_version"] == "2"
-    assert answers[-1]["output_ids"][:cut] == expected[:cut]
-
-
 def test_update_sessions_open_and_close_as_sglangs(engine: EngineUnderTest) -> None:
-    assert engine.post("/begin_weight_update")["success"]
+    engine.post("/begin_weight_update")
     assert engine.request("POST", "/begin_weight_update", {})[0] == 400
-    assert engine.post("/end_weight_update")["success"]
+    engine.post("/end_weight_update")
     assert engine.request("POST", "/end_weight_update", {})[0] == 400

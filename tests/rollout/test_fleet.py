@@ -84,7 +84,7 @@ async def test_a_hanging_engine_is_replaced_and_its_samples_are_made_by_others_m
         owner = Owner(third, seconds=1.0)
         async with opened([first, second], owner) as client:
             groups = await generate(client, 8)
-            assert client.urls == [third, second]
+            assert await client.healthy() == [True, True]
             lost = len(hanging.bodies)
             assert client.counters == ClientCounters(retries=lost, restarts=1, retried_tokens=2 * lost)
     assert owner.replaced == [0]

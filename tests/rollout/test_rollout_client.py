@@ -169,7 +169,6 @@ async def test_a_dead_engine_is_replaced_once_for_all_its_requests() -> None:
         async with RolloutClient([old_url], QUICK, replace) as client:
             groups = [group_of(index) for index in range(6)]
             await asyncio.gather(*(client.generate(group, SAMPLING, [1, 2]) for group in groups))
-            assert client.urls == [new_url]
             assert client.counters.restarts == 1
     assert replaced == [0]
     assert all([sample.response_ids for sample in group.samples] == [[1], [2]] for group in groups)

@@ -24,10 +24,12 @@ async def client(embedded: EngineUnderTest) -> AsyncIterator[RolloutClient]:
         yield client
 
 
-async def _rollout(client: RolloutClient, number: int = 0, version: str = "1") -> Rollout:
+async def _rollout(
+    client: RolloutClient, number: int = 0, version: str = "1", sampling: SamplingParams = SAMPLING
+) -> Rollout:
     stream = SeedStream(7, ("rollout", number))
     return await generate_rollout(
-        client, PROMPTS, n_samples=4, sampling=SAMPLING, seeds=stream, expected_version=version
+        client, PROMPTS, n_samples=4, sampling=sampling, seeds=stream, expected_version=version
     )
 
 
@@ -97,14 +99,13 @@ async def test_an_error_in_grading_ends_the_rollout(client: RolloutClient, embed
         await generate_rollout(
             client, PROMPTS, n_samples=2, sampling=SAMPLING, seeds=stream, expected_version="1", on_group=grade
         )
-    assert embedded.post("/generate", {"input_ids": [1], "sampling_params": {"max_new_tokens": 1}})["output_ids"]
+    assert embedded.generate_one([1], SAMPLING)["output_ids"]
 
 
 async def test_an_aborted_sample_is_an_error(client: RolloutClient, embedded: EngineUnderTest) -> None:
-    embedded.post("/pause_generation", {"mode": "in_place"})
-    task = asyncio.create_task(_rollout(client))
-    await asyncio.sleep(0.1)
-    embedded.post("/abort_request", {"abort_all": True})
+    task = asyncio.create_task(_rollout(client, sampling=SamplingParams(max_new_tokens=50)))
+    while not task.done():
+        await asyncio.to_thread(embedded.post, "/abort_request", {"abort_all": True})
     with pytest.raises(EngineError, match="aborted"):
         await task
 

@@ -10,7 +10,7 @@ ROWS, VOCABULARY = 20_000, 8
 
 
 def _draw(
-    log_probs_V: torch.Tensor, *, top_k: int = VOCABULARY, top_p: float = 1.0, min_p: float = 0.0, greedy: bool = False
+    log_probs_V: torch.Tensor, *, top_k: int = VOCABULARY, top_p: float = 1.0, greedy: bool = False
 ) -> torch.Tensor:
     """The share of each token among many draws."""
     draws = uniforms(np.arange(ROWS), np.full(ROWS, 17))
@@ -19,7 +19,6 @@ def _draw(
         np.full(ROWS, greedy),
         np.full(ROWS, top_k),
         np.full(ROWS, top_p, np.float32),
-        np.full(ROWS, min_p, np.float32),
         draws,
     )
     return torch.bincount(tokens, minlength=VOCABULARY) / ROWS
@@ -42,7 +41,6 @@ def test_greedy_takes_the_likeliest() -> None:
         ({"top_k": 2}, [1, 6]),
         ({"top_p": 0.5}, [1, 6]),
         ({"top_p": 0.01}, [1]),
-        ({"min_p": 0.36}, [1, 3, 6]),
         ({"top_k": 3, "top_p": 0.5}, [1, 6]),
     ],
 )
@@ -55,11 +53,11 @@ def test_filters_keep_what_they_should_and_its_proportions(options: dict[str, fl
 def test_a_neighbours_filter_changes_no_draw() -> None:
     log_probs = torch.log_softmax(torch.randn(64, 50, generator=torch.Generator().manual_seed(0)), -1)
     draws, plain = uniforms(np.arange(64), np.arange(64)), np.full(64, 50)
-    ones, zeros, no = np.ones(64, np.float32), np.zeros(64, np.float32), np.zeros(64, np.bool_)
-    alone = sample(log_probs, no, plain, ones, zeros, draws)
+    ones, no = np.ones(64, np.float32), np.zeros(64, np.bool_)
+    alone = sample(log_probs, no, plain, ones, draws)
     filtered, greedy = plain.copy(), no.copy()
     filtered[::2], greedy[::4] = 3, True
-    together = sample(log_probs, greedy, filtered, ones, zeros, draws)
+    together = sample(log_probs, greedy, filtered, ones, draws)
     assert torch.equal(together[1::2], alone[1::2])
 
 

@@ -17,11 +17,10 @@ from recipe.engines.embedded.engine import EmbeddedEngine
 from recipe.engines.embedded.forward import RowModel
 from recipe.engines.embedded.fused import build_model
 from recipe.engines.embedded.probe import check_forward
-from recipe.engines.embedded.protocol import Defaults, Limits
+from recipe.engines.embedded.protocol import Limits
 from recipe.engines.embedded.weights import WeightError, WeightTable
 from recipe.system.errors import UserError, run_main
 from recipe.system.json_text import read_json
-from recipe.system.seeds import derive
 
 
 def main() -> None:
@@ -75,11 +74,7 @@ def _load(arguments: argparse.Namespace) -> Service:
             threads=arguments.threads,
         ),
         limits=Limits(config.vocab_size, context_length, tuple(eos if isinstance(eos, list) else [eos]), tokenizer),
-        defaults=Defaults(derive(arguments.random_seed, "engine")),
         model_path=folder,
-        model_type=config.model_type,
-        architectures=config.architectures or [type(reference).__name__],
-        max_running_requests=arguments.max_running_requests,
     )
 
 
@@ -105,7 +100,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--context-length", type=int, help="longest prompt and response; default: the model's")
     parser.add_argument("--weight-version", default="default", help="version of the weights in the checkpoint")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads that compute")
-    parser.add_argument("--random-seed", type=int, default=0, help="seed of samples that bring none")
     return parser
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,14 +23,11 @@ from recipe.weight_sync.tensor import NamedTensor
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-PauseMode = Literal["abort", "retract", "in_place"]
 
 GATHER_S = 0.001
 """An idle engine begins when no further request has come for this long,"""
 GATHER_DECAY = 0.95
 """times this for every request that has."""
-
-MEMORY_TAGS = ("kv_cache", "weights", "cuda_graph")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +35,7 @@ class _Command:
     run: Callable[[], Any]
     result: Future[Any]
     exclusive: bool
-    """Waits for the running requests, and new ones wait for it, unless generation is paused."""
+    """Waits for the running requests, and new ones wait for it."""
 
 
 class _Stop:
@@ -64,7 +61,6 @@ class EmbeddedEngine:
         self._exclusive: list[_Command] = []
         self._requests: dict[RunningSequence, Request] = {}
         self._finished: list[Request] = []
-        self._paused = False
         self._stopped = False
         self._session_open = False
         self._released: set[str] = set()
@@ -83,11 +79,6 @@ class EmbeddedEngine:
         """The version of the weights."""
         return self._generation.version
 
-    @property
-    def load(self) -> tuple[int, int]:
-        """Running and waiting sequences."""
-        return self._generation.running, len(self._generation.waiting)
-
     async def generate(self, sequences: list[RunningSequence]) -> None:
         """Returns when all sequences are finished; cancelled, it aborts them."""
         if self._released:
@@ -100,41 +91,19 @@ class EmbeddedEngine:
             self._tell(lambda: self._generation.abort(lambda sequence: sequence in sequences))
             raise
 
-    async def abort(self, rid: str | None) -> None:
-        """Ends the requests whose id begins with `rid`, or all."""
-        await self._call(lambda: self._generation.abort(lambda sequence: rid is None or sequence.rid.startswith(rid)))
-
-    async def pause(self, mode: PauseMode) -> None:
-        """Stops making tokens. abort: running requests end; retract: they wait, and are read again; in_place: they
-        wait with their cache."""
-
-        def pause() -> None:
-            self._paused = True
-            if mode == "abort":
-                self._generation.abort(lambda _: True)
-            elif mode == "retract":
-                self._generation.retract()
-
-        await self._call(pause)
-
-    async def resume(self) -> None:
-        """Goes on making tokens."""
-
-        def resume() -> None:
-            self._paused = False
-
-        await self._call(resume)
+    async def abort(self) -> None:
+        """Ends all requests."""
+        await self._call(lambda: self._generation.abort(lambda _: True))
 
     async def flush(self) -> None:
         """Raises RequestError unless the engine is idle; there is no prefix cache to forget."""
         await self._call(self._check_idle)
 
-    async def update_weights(self, weights: Iterable[NamedTensor], version: str | None) -> None:
-        """Takes weights between two batches: at once if paused, else when the running requests are done. Raises
-        WeightError, and takes none, if one does not fit."""
+    async def update_weights(self, weights: Iterable[NamedTensor], version: str) -> None:
+        """Takes weights when the running requests are done. Raises WeightError, and takes none, if one does not fit."""
         await self._call(lambda: self._update(lambda: self._weights.replace(weights), version), exclusive=True)
 
-    async def load_weights(self, folder: Path, version: str | None) -> None:
+    async def load_weights(self, folder: Path, version: str) -> None:
         """`update_weights` with those of a checkpoint, which must be complete."""
         await self._call(lambda: self._update(lambda: self._weights.replace_all(folder), version), exclusive=True)
 
@@ -195,10 +164,9 @@ class EmbeddedEngine:
         try:
             while not self._stopped:
                 self._read_inbox()
-                if self._paused or not self._generation.running:
+                if not self._generation.running:
                     self._run_exclusive()
-                if not self._paused:
-                    self._advance()
+                self._advance()
                 self._resolve()
         except BaseException:
             logger.exception("the engine's thread failed; the server ends")
@@ -213,7 +181,7 @@ class EmbeddedEngine:
     def _read_inbox(self) -> None:
         """Takes what has come; an idle engine waits for something, and a little longer for its company."""
         patience = 0.0
-        if (self._paused or not any(self.load)) and not self._exclusive:
+        if not self._generation.running and not self._generation.waiting and not self._exclusive:
             self._take(self._inbox.get())
             patience = GATHER_S
         while not self._stopped:
@@ -240,14 +208,13 @@ class EmbeddedEngine:
             _carry_out(command)
         self._exclusive.clear()
 
-    def _update(self, replace: Callable[[], None], version: str | None) -> None:
+    def _update(self, replace: Callable[[], None], version: str) -> None:
         replace()
-        if version is not None:
-            self._generation.set_version(version)
+        self._generation.version = version
 
     def _check_idle(self) -> None:
-        running, waiting = self.load
-        if running or (waiting and not self._paused):
+        running, waiting = self._generation.running, len(self._generation.waiting)
+        if running or waiting:
             raise RequestError(
                 f"there are {running} running and {waiting} waiting requests; abort or finish them first"
             )

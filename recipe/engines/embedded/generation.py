@@ -24,7 +24,7 @@ from recipe.rollout.continuation import stop_window
 Prompt = tuple[tuple[int, ...], list[RunningSequence]]
 """Token ids, and the sequences that go on from them."""
 
-ABORTED: dict[str, object] = {"type": "abort", "message": "Aborted", "status_code": None, "err_type": None}
+ABORTED: dict[str, object] = {"type": "abort"}
 
 
 class Generation:
@@ -39,6 +39,7 @@ class Generation:
         on_finish: Callable[[RunningSequence], None],
     ) -> None:
         self.version = version
+        """Of the weights; changed only without running sequences."""
         self.waiting: deque[RunningSequence] = deque()
         self._model = model
         self._size = -(-rows // CHUNK) * CHUNK
@@ -59,7 +60,7 @@ class Generation:
         prompts: dict[tuple[int, ...], list[RunningSequence]] = {}
         for _ in range(min(len(self.waiting), self._size - self.running)):
             sequence = self.waiting.popleft()
-            prompts.setdefault(sequence.known_ids, []).append(sequence)
+            prompts.setdefault(sequence.prompt_ids, []).append(sequence)
         longest_first = sorted(prompts.items(), key=lambda prompt: -len(prompt[0]))
         for start in range(0, len(longest_first), self._prompts_at_once):
             self._begin(longest_first[start : start + self._prompts_at_once])
@@ -86,21 +87,6 @@ class Generation:
         gone = [row for row, sequence in enumerate(self._rows.sequences) if matches(sequence)]
         self._end(dict.fromkeys(gone, ABORTED))
 
-    def retract(self) -> None:
-        """Puts running sequences back at the head of the queue; their tokens will be read again."""
-        for row, sequence in enumerate(self._rows.sequences):
-            self._rows.collect(row)
-            sequence.close_span(self.version)
-        self.waiting.extendleft(reversed(self._rows.sequences))
-        self._rows.remove(np.arange(self.running))
-
-    def set_version(self, version: str) -> None:
-        """Tokens from now on are made under `version`."""
-        for row, sequence in enumerate(self._rows.sequences):
-            self._rows.collect(row)
-            sequence.close_span(self.version)
-        self.version = version
-
     def free_cache(self) -> None:
         """Gives the cache's memory back, until the next prompt; only without running sequences."""
         self._cache.free()
@@ -110,16 +96,10 @@ class Generation:
         hidden_PH = self._read(prompts)
         first = self._rows.count
         sources: list[int] = []
-        for number, (ids, sequences) in enumerate(prompts):
-            for twin, sequence in enumerate(sequences):
-                sequence.cached_tokens = len(ids) if twin else 0
-                if sequence.sampling.max_new_tokens == len(sequence.output_ids):
-                    self._finish_without_tokens(sequence)
-                    continue
+        for number, (_, sequences) in enumerate(prompts):
+            for sequence in sequences:
                 self._rows.add(sequence)
                 sources.append(number)
-        if not sources:
-            return
         rows = slice(first, self._rows.count)
         sources_R = torch.tensor(sources)
         self._cache.copy(sources_R + self._size, torch.arange(rows.start, rows.stop), len(prompts[0][0]))
@@ -139,23 +119,7 @@ class Generation:
             starts = torch.full((padded,), start)
             piece = tokens[:padded, start : start + CHUNK]
             pieces.append(self._model.forward(piece, starts, self._cache, first_row=self._size)[:reading])
-        for number, (_, sequences) in enumerate(prompts):
-            if any(sequence.logprob_start is not None for sequence in sequences):
-                hidden = torch.cat([piece[number] for piece in pieces if number < len(piece)])
-                self._score_prompt(sequences, hidden)
         return torch.stack([pieces[(n - 1) // CHUNK][i, (n - 1) % CHUNK] for i, n in enumerate(lengths)])
-
-    def _score_prompt(self, sequences: list[RunningSequence], hidden: Tensor) -> None:
-        """Log-probs of a prompt's own tokens, at temperature 1, for the sequences that want them."""
-        for sequence in sequences:
-            start = sequence.logprob_start
-            if start is None or sequence.input_log_probs:
-                continue
-            length = len(sequence.prompt_ids)
-            log_probs = torch.log_softmax(self._logits(hidden[:length]), dim=-1)
-            following = torch.tensor(sequence.prompt_ids[start + 1 :])
-            scored = log_probs[start : length - 1].gather(1, following[:, None])[:, 0]
-            sequence.input_log_probs = [None, *scored.tolist()][: length - start]
 
     def _logits(self, hidden_RH: Tensor) -> Tensor:
         """[R, V], computed over a multiple of the granule."""
@@ -168,25 +132,16 @@ class Generation:
         rows = self._rows
         log_probs_RV = scaled_log_probs(logits_RV, rows.temperature[span])
         draws_R = uniforms(rows.seed[span], rows.position[span])
-        tokens_R = sample(
-            log_probs_RV, rows.greedy[span], rows.top_k[span], rows.top_p[span], rows.min_p[span], draws_R
-        )
+        tokens_R = sample(log_probs_RV, rows.greedy[span], rows.top_k[span], rows.top_p[span], draws_R)
         rows.record(span, tokens_R.numpy(), log_probs_RV.gather(1, tokens_R[:, None])[:, 0].numpy())
-        self._note_top(span, log_probs_RV)
         self._end(self._endings(span))
-
-    def _note_top(self, span: slice, log_probs_RV: Tensor) -> None:
-        for number in np.flatnonzero(self._rows.wants_top[span]):
-            sequence = self._rows.sequences[span.start + number]
-            top = log_probs_RV[number].topk(min(sequence.top_logprobs, log_probs_RV.shape[1]))
-            sequence.top.append(list(zip(top.values.tolist(), top.indices.tolist(), strict=True)))
 
     def _endings(self, span: slice) -> dict[int, dict[str, object]]:
         """Rows of `span` that are complete -> why, in SGLang's words and order: string, then token, then length."""
         rows = self._rows
         endings: dict[int, dict[str, object]] = {}
         for row in span.start + np.flatnonzero(rows.generated[span] >= rows.limit[span]):
-            endings[int(row)] = {"type": "length", "length": int(rows.limit[row])}
+            endings[int(row)] = {"type": "length"}
         for row in span.start + np.flatnonzero(rows.stopped(span)):
             endings[int(row)] = {"type": "stop", "matched": int(rows.token[row])}
         for row in span.start + np.flatnonzero(rows.has_stop_strings[span]):
@@ -200,10 +155,6 @@ class Generation:
         stops = self._rows.sequences[row].sampling.stop
         text = self._decode(self._rows.newest(row, stop_window(stops)))
         return next((stop for stop in stops if stop in text), None)
-
-    def _finish_without_tokens(self, sequence: RunningSequence) -> None:
-        sequence.finish({"type": "length", "length": sequence.sampling.max_new_tokens}, self.version)
-        self._on_finish(sequence)
 
     def _end(self, endings: dict[int, dict[str, object]]) -> None:
         for row, reason in endings.items():

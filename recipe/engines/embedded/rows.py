@@ -32,9 +32,7 @@ class Rows:
         self.temperature = np.ones(size, np.float32)
         self.top_k = np.zeros(size, np.int64)
         self.top_p = np.ones(size, np.float32)
-        self.min_p = np.zeros(size, np.float32)
         self.has_stop_strings = np.zeros(size, np.bool_)
-        self.wants_top = np.zeros(size, np.bool_)
         self._stops = np.full((size, 1), NO_TOKEN)
         self._tokens = np.zeros((size, 1), np.int64)
         self._log_probs = np.zeros((size, 1), np.float32)
@@ -42,18 +40,16 @@ class Rows:
     def add(self, sequence: RunningSequence) -> int:
         """Gives the sequence a row; its number."""
         row, sampling = self.count, sequence.sampling
-        done = len(sequence.output_ids)
         self.sequences.append(sequence)
         self.count += 1
-        self.position[row] = len(sequence.prompt_ids) + done
-        self.generated[row] = done
+        self.position[row] = len(sequence.prompt_ids)
+        self.generated[row] = 0
         self.limit[row] = sampling.max_new_tokens
         self.seed[row] = sampling.seed
         self.greedy[row] = sampling.greedy
         self.temperature[row] = sampling.temperature
-        self.top_k[row], self.top_p[row], self.min_p[row] = sampling.top_k, sampling.top_p, sampling.min_p
+        self.top_k[row], self.top_p[row] = sampling.top_k, sampling.top_p
         self.has_stop_strings[row] = bool(sampling.stop)
-        self.wants_top[row] = sequence.top_logprobs > 0
         self._stops = _widened(self._stops, len(sampling.stop_token_ids), NO_TOKEN)
         self._stops[row] = NO_TOKEN
         self._stops[row, : len(sampling.stop_token_ids)] = sampling.stop_token_ids
@@ -79,15 +75,15 @@ class Rows:
     def collect(self, row: int) -> None:
         """Writes a row's tokens and log-probs to its sequence."""
         sequence = self.sequences[row]
-        new = slice(len(sequence.output_ids), int(self.generated[row]))
-        sequence.output_ids += self._tokens[row, new].tolist()
-        sequence.log_probs += self._log_probs[row, new].tolist()
+        count = self.generated[row]
+        sequence.output_ids = self._tokens[row, :count].tolist()
+        sequence.log_probs = self._log_probs[row, :count].tolist()
 
     def newest(self, row: int, count: int) -> list[int]:
         """At most `count` of a row's latest response tokens."""
-        known = self.sequences[row].output_ids
-        new: list[int] = self._tokens[row, len(known) : int(self.generated[row])].tolist()
-        return [*known, *new][-count:]
+        end = int(self.generated[row])
+        newest: list[int] = self._tokens[row, max(0, end - count) : end].tolist()
+        return newest
 
     def remove(self, gone: npt.NDArray[np.int64]) -> None:
         """Frees rows (ascending)."""
@@ -115,9 +111,7 @@ class Rows:
             self.temperature,
             self.top_k,
             self.top_p,
-            self.min_p,
             self.has_stop_strings,
-            self.wants_top,
             self._stops,
             self._tokens,
             self._log_probs,

@@ -1,4 +1,4 @@
-"""Sampling of one token a row, as SGLang does it: temperature, then top-k, top-p and min-p, log-probs before them.
+"""Sampling of one token a row, as SGLang does it: temperature, then top-k and top-p, log-probs before them.
 
 A row's draw depends on its seed and the token's position alone, never on the rows beside it.
 
@@ -41,15 +41,14 @@ def sample(
     greedy_R: npt.NDArray[np.bool_],
     top_k_R: Integers,
     top_p_R: Floats,
-    min_p_R: Floats,
     uniforms_R: npt.NDArray[np.float64],
 ) -> Tensor:
     """[R]: the sampled tokens; a greedy row takes its most likely one."""
     if greedy_R.all():
         return log_probs_RV.argmax(-1)
     weights_RV = log_probs_RV.double().exp_()
-    if (top_k_R < log_probs_RV.shape[1]).any() or (top_p_R < 1.0).any() or (min_p_R > 0.0).any():
-        _filter(weights_RV, top_k_R, top_p_R, min_p_R)
+    if (top_k_R < log_probs_RV.shape[1]).any() or (top_p_R < 1.0).any():
+        _filter(weights_RV, top_k_R, top_p_R)
     cumulated_RV = weights_RV.cumsum(-1)
     targets_R = torch.from_numpy(uniforms_R) * cumulated_RV[:, -1]
     tokens_R = (cumulated_RV <= targets_R[:, None]).sum(-1)
@@ -58,12 +57,11 @@ def sample(
     return tokens_R
 
 
-def _filter(weights_RV: Tensor, top_k_R: Integers, top_p_R: Floats, min_p_R: Floats) -> None:
+def _filter(weights_RV: Tensor, top_k_R: Integers, top_p_R: Floats) -> None:
     """Sets the weights of the tokens that may not be drawn to zero, in place."""
     sorted_RV, order_RV = weights_RV.sort(dim=-1, descending=True, stable=True)
     ranks_V = torch.arange(weights_RV.shape[1])
     before_RV = sorted_RV.cumsum(-1) - sorted_RV
     drop_RV = ranks_V >= torch.from_numpy(top_k_R)[:, None]
     drop_RV |= (before_RV > torch.from_numpy(top_p_R)[:, None]) & (torch.from_numpy(top_p_R) < 1.0)[:, None]
-    drop_RV |= sorted_RV < sorted_RV[:, :1] * torch.from_numpy(min_p_R)[:, None]
     weights_RV.masked_fill_(torch.zeros_like(drop_RV).scatter_(1, order_RV, drop_RV), 0.0)
