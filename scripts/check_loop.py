@@ -29,11 +29,13 @@ from glm_flash import write_slice
 from trainer_ranks import alone
 
 from recipe.plan.hardware import GB, GIB, Machine
+from recipe.plan.lengths import Lengths
 from recipe.plan.machine import NVIDIA_SMI, read_machine
 from recipe.plan.memory import Phase as PlannedPhase
 from recipe.plan.plan import Plan, make_plan
 from recipe.plan.preflight import machine_like
-from recipe.plan.speed import Work
+from recipe.plan.ranges import Between
+from recipe.plan.time_plan import Work
 from recipe.run.phases import Phase
 from recipe.smoke.measured import goes_on, read_lines
 from recipe.smoke.process import carry_out
@@ -145,18 +147,25 @@ class Row:
 
     name: str
     measured: float
-    planned: float
+    planned: Between
     unit: str
     tolerance: float
+    """Share of the measured figure that the nearer end of the planned ones may be off."""
+
+    @property
+    def off(self) -> float:
+        """What the nearer end has too much; 0 where the measured figure lies between both."""
+        low, high = sorted((self.planned.best, self.planned.worst))
+        return (min(max(self.measured, low), high)) / self.measured - 1
 
     @property
     def holds(self) -> bool:
-        return abs(self.planned / self.measured - 1) <= self.tolerance
+        return abs(self.off) <= self.tolerance
 
     def __str__(self) -> str:
-        off = f"{self.planned / self.measured - 1:+.0%}, allowed {self.tolerance:.0%}"
+        planned = f"{self.planned.best:.2f} to {self.planned.worst:.2f} ({self.off:+.0%}, allowed {self.tolerance:.0%})"
         verdict = "ok" if self.holds else "FAIL"
-        return f"{verdict:4} {self.name:24} {self.measured:8.2f} {self.unit:3} planned {self.planned:8.2f} ({off})"
+        return f"{verdict:4} {self.name:24} {self.measured:8.2f} {self.unit:3} planned {planned}"
 
 
 def write_task(options: argparse.Namespace) -> None:
@@ -233,7 +242,9 @@ def beside_plan(plan: Plan, watch: Watch, lines: Sequence[Mapping[str, float]]) 
     planned = {one.phase: one for one in plan.gpu.phases}
     for phase, most in watch.most_memory(lines).items():
         if (name := PLANNED.get(phase)) in planned:
-            yield Row(f"memory in {phase}", most / GIB, planned[name].total / GIB, "GiB", MEMORY_TOLERANCE)
+            yield Row(
+                f"memory in {phase}", most / GIB, Between.exactly(planned[name].total / GIB), "GiB", MEMORY_TOLERANCE
+            )
     seconds = plan.time.seconds
     works = {
         Phase.ROLLOUT: seconds[Work.ROLLOUT],
@@ -251,8 +262,10 @@ def make_plan_here(options: argparse.Namespace, flags: list[str], response: floa
     machine: Machine = machine_like(resolved, read_machine(options.directory))
     if options.rates is not None:
         rates = Rates(**json.loads(options.rates.read_text()))
-        machine = replace(machine, gpu=gpu_as_measured(machine.gpu, rates), host_bandwidth=rates.host_memory)
-    return make_plan(resolved, machine, on_gpu=True, mean_response=response)
+        machine = replace(
+            machine, gpu=gpu_as_measured(machine.gpu, rates), host_bandwidth=Between.exactly(rates.host_memory)
+        )
+    return make_plan(resolved, machine, on_gpu=True, lengths=Lengths(np.array([response])))
 
 
 def show_steps(lines: Sequence[Mapping[str, float]]) -> None:

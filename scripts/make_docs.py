@@ -19,6 +19,7 @@ from recipe.config.usage import CHECK, FORCE
 from recipe.plan.__main__ import PUBLISHED, resolve_without_weights
 from recipe.plan.hardware import GB, GIB, Machine
 from recipe.plan.plan import Plan, make_plan
+from recipe.plan.ranges import spell
 from recipe.plan.report import page
 from recipe.run import metrics
 from recipe.system.files import atomic_write_text
@@ -191,8 +192,8 @@ def _recipe_row(name: str, plan: Plan) -> tuple[str, ...]:
         f"{gpu.margin / GIB:.1f} GiB",
         f"{host.phase} {host.total / GB:.0f} GB{per_machine}",
         f"{plan.disk.needed / GB / 1000:.1f} TB",
-        f"{plan.time.step_s:.0f} s, ${plan.time.dollars_a_step:.2f}",
-        f"{plan.time.hours:,.0f} h, ${plan.time.dollars:,.0f}",
+        f"{spell(plan.time.step_s)} s, ${spell(plan.time.dollars_a_step)}",
+        f"{spell(plan.time.hours)} h, ${spell(plan.time.dollars)}",
     )
 
 
@@ -201,23 +202,12 @@ def plan_page() -> str:
     return f"```text\n{page(plan_of('8gpu'), ())}\n```"
 
 
-def two_digits(number: float) -> float:
-    """`number`, with the digits that a figure which is right within a factor of two deserves."""
-    return float(f"{number:.1e}")
-
-
-def within_two(number: float, unit: str) -> str:
-    """The range of a figure that is right within a factor of two."""
-    low, high = (f"{two_digits(end):,.1f}".removesuffix(".0") for end in (number / 2, number * 2))
-    return f"${low} to ${high}" if unit == "$" else f"{low} to {high} {unit}"
-
-
 def _training(recipe: str, steps: int) -> tuple[str, str]:
-    """Hours and dollars of so many steps."""
+    """Hours and dollars of so many steps, and the evaluations between them."""
     time = plan_of(recipe).time
     assert time is not None
     share = steps / time.rollouts
-    return within_two(time.hours * share, "hours"), within_two(time.dollars * share, "$")
+    return f"{spell(time.hours * share)} hours", f"${spell(time.dollars * share)}"
 
 
 def _minutes(minutes: int) -> tuple[str, str]:

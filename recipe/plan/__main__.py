@@ -1,7 +1,8 @@
 """The plan of a run on machines that need not be at hand.
 
     python -m recipe.plan --recipe R [--gpu H100-80GB] [--host-memory 1TB] [--disk 2TB] [--price 2.5]
-                          [--response-len 4096] [--json] [any flag of the run]
+                          [--response-len 4096] [--response-spread 0.6] [--lengths-of RUN] [--json]
+                          [any flag of the run]
 
 Ends with 2 if the run cannot fit. `python -m recipe.plan --schema` explains the fields of --json.
 """
@@ -13,7 +14,9 @@ from pathlib import Path
 from recipe.config import Resolved, resolve
 from recipe.config.flags import parse_command_line
 from recipe.config.loading import read_settings
+from recipe.plan import constants
 from recipe.plan.hardware import DEFAULT_GPU, GPUS, Machine
+from recipe.plan.lengths import parse_lengths
 from recipe.plan.plan import make_plan
 from recipe.plan.report import SCHEMA, as_json, page
 from recipe.plan.suggest import suggestion
@@ -33,7 +36,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host-memory", default="1TB", help="of a machine (default: 1TB)")
     parser.add_argument("--disk", help="free where checkpoints go")
     parser.add_argument("--price", type=float, default=2.5, help="dollars a GPU and hour (default: 2.5)")
-    parser.add_argument("--response-len", type=float, help="mean tokens of a response (default: half of the longest)")
+    lengths = parser.add_argument_group("how long responses are")
+    lengths.add_argument("--response-len", type=float, help="mean tokens (default: half of the longest)")
+    lengths.add_argument(
+        "--response-spread",
+        type=float,
+        default=constants.RESPONSE_SPREAD,
+        help=f"standard deviation over the mean (default: {constants.RESPONSE_SPREAD:g})",
+    )
+    lengths.add_argument(
+        "--lengths-of", type=Path, metavar="RUN", help="as in the newest rollouts of this run directory"
+    )
     parser.add_argument("--json", action="store_true", help="JSON instead of the page")
     parser.add_argument("--schema", action="store_true", help="what the fields of the JSON mean")
     return parser
@@ -60,7 +73,11 @@ def main() -> int:
     machine = Machine.described(
         options.gpu, cluster.actor_num_gpus_per_node, options.host_memory, options.disk, options.price
     )
-    plan = make_plan(resolved, machine, on_gpu=cluster.device != "cpu", mean_response=options.response_len)
+    longest = resolved.config.rollout.rollout_max_response_len
+    lengths = parse_lengths(
+        options.response_len, options.response_spread, options.lengths_of, longest, constants.MEAN_RESPONSE
+    )
+    plan = make_plan(resolved, machine, on_gpu=cluster.device != "cpu", lengths=lengths)
     changes = () if plan.fits else suggestion(plan)
     print(as_json(plan, changes) if options.json else page(plan, changes))
     return 0 if plan.fits else USER_ERROR_STATUS

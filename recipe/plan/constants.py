@@ -1,9 +1,11 @@
 """The numbers that no formula gives: measured, cited or assumed, each with where it is from.
 
-Measured ones are from one H200 (docs/evidence.md). Assumed ones err on the side of too much memory.
+Measured ones are from H200s (docs/evidence.md, docs/benchmarks.md). Assumed sizes err on the side of too much memory;
+rates that are not measured have both ends.
 """
 
 from recipe.plan.hardware import GIB
+from recipe.plan.ranges import Between
 
 # Bytes of a GPU.
 CUDA_CONTEXT = int(0.6 * GIB)
@@ -45,6 +47,9 @@ DRIVER_HOST = 10 * 10**9
 TRAINING_SHARE, RECOMPUTING_SHARE = 0.385, 0.346
 """Shares of the bf16 FLOP/s that forward and backward reach, without recomputation and with all of it: 381 and 342 of
 the H200's 989 TFLOP/s, measured."""
+TRAINING_LOSS = Between(1.0, 1.35)
+"""Time of training in the loop over that by those shares: up to 1.35 was measured in loops on two H200s, before the
+trainer left cores to SGLang."""
 HOST_ADAM_BYTES = 29.6
 """Bytes of host memory that CPU Adam moves a parameter: 0.344 s a billion parameters at 86 GB/s, measured."""
 GPU_ADAM_BYTES = 36
@@ -52,22 +57,48 @@ GPU_ADAM_BYTES = 36
 0.7 of the H200's bandwidth."""
 GPU_ADAM_SHARE = 0.7
 LINK_SHARE = 0.7
-"""Share of a link's bandwidth that collective operations reach. Assumed."""
+"""Share of a link's bandwidth that weights reach on their way to engines: within 2% on two H200s."""
+EXCHANGE_SHARE = Between(0.8, 0.4)
+"""Share of a link's bandwidth that the trainer's collective operations reach. Assumed."""
 PCIE_SHARE = 0.85
 """Share of PCIe's bandwidth that copies reach. Assumed."""
-PACKING_LOSS = 1.13
-"""Time of a step over that of equally full packs, where expert parallelism makes ranks wait at every pack: 9 to 17%
-by `scripts/simulate_packing.py`."""
-DECODE_SHARE = 0.5
-"""Share of GPU memory bandwidth that reading weights and cache reaches while decoding. Assumed."""
-DECODE_LAYER_S = 60e-6
-"""Latency of a layer in one decoding step: kernels, and exchange of tokens between experts. Assumed."""
-TAIL = 1.3
-"""Time of a rollout over that of full batches: the longest responses decode alone. Assumed."""
+PACKING_LOSS = Between(1.09, 1.17)
+"""Time of a step over that of equally full packs, where expert parallelism makes ranks wait at every pack, by
+`scripts/simulate_packing.py`."""
+DECODE_SHARE = Between(0.8, 0.5)
+"""Share of GPU memory bandwidth that reading weights and cache reaches while decoding. At worst as in a public figure
+of this model's on one H100: 660 tokens/s of 32 sequences with 8,192 tokens before them."""
+DECODE_LAYER_S, DECODE_STEP_S = 0.11e-3, 1.0e-3
+"""A layer's time in one decoding step, however little it has to do, and a step's own: 7.8 ms a token of one sequence in
+all 47 layers and 2.2 ms of 32 in 3 layers, less what is read, on one H200."""
+DECODE_FLOPS_SHARE = 0.45
+"""Share of the bf16 FLOP/s that a decoding step's products reach: 256 sequences on one H200."""
+DECODE_EXPERTS_APART = Between(0.12, 1.0)
+"""How far tokens of one step ask for experts of their own: 1 as if each drew its own; at best as with random weights on
+one H200, where 32 sequences read a quarter of all experts."""
+DECODE_EXCHANGE_S, DECODE_TURN_S = Between(0.05e-3, 0.45e-3), Between(2.4e-3, 0.0)
+"""What an engine of several GPUs takes more for a layer and for a step. Together 2.7 ms were measured in 6 layers on
+two H200s with DP attention; how they share it is not known."""
+EAGER_LAYER_S = Between(0.1e-3, 0.4e-3)
+"""What a layer takes more beyond the largest CUDA graph. Assumed."""
+DRAFT_ACCEPTANCE = Between(0.77, 0.5)
+"""Share of a chain's drafts that are accepted where those before them were: 77% in a public run of MTP in RL; 2.0 to
+2.8 tokens a verification in `make smoke`."""
+DRAFT_COST = Between(1.3, 2.9)
+"""Time of drafting and verifying over that of a pass over as many tokens: on one H200 1.7 for one sequence, 1.9 for 32,
+and 2.8 for 256, beyond the CUDA graphs."""
+SGLANG_DRAFT_STEPS = 3
+"""Drafts one after the other, where --sglang-speculative-num-steps does not say (0.5.21's own choice)."""
+SGLANG_REQUESTS = 2048
+"""Requests that SGLang runs at once, where --sglang-max-running-requests does not say, at least."""
 UPDATE_BUCKET_S = 0.02
 """Time of an engine to take one bucket of weights, beside copying it. Assumed."""
 MEAN_RESPONSE = 0.5
 """Mean length of a response over the longest allowed. Assumed; --response-len says better."""
+RESPONSE_SPREAD = 0.6
+"""Standard deviation of responses' lengths over their mean. Assumed; --response-spread says better."""
+EVAL_PROMPTS = 30
+"""Prompts of an evaluation whose file is not there: as many as AIME has."""
 MEAN_PROMPT = 256
 """Mean tokens of a prompt. Assumed, as of mathematical problems in a chat template."""
 LONGEST_PROMPT = 2048

@@ -1,9 +1,14 @@
 """FLOPs that a sequence costs this architecture to train on."""
 
 from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
 
 from recipe.config import Architecture
 from recipe.weights.table import placements
+
+Length = TypeVar("Length", float, np.ndarray)
 
 
 @dataclass(frozen=True)
@@ -13,7 +18,8 @@ class SequenceCost:
     linear: float
     quadratic: float
 
-    def __call__(self, length: int) -> float:
+    def __call__(self, length: Length) -> Length:
+        """FLOPs of a sequence of so many tokens, or of each of many."""
         return self.linear * length + self.quadratic * length * length
 
     @classmethod

@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from recipe.config.error_text import did_you_mean, listed
+from recipe.plan.ranges import Between
 from recipe.system.errors import UserError
 
 GIB, GB = 2**30, 10**9
+HOST_BANDWIDTH, DISK_BANDWIDTH = Between(450e9, 200e9), Between(4e9, 1e9)
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -54,11 +56,11 @@ class Machine:
     """Bytes that the run may use."""
     disk: int | None = None
     """Free bytes where checkpoints go; None: not known."""
-    host_bandwidth: float = 300e9
-    """Bandwidth of host memory, bytes/s: assumed, about half of what two sockets of DDR5 have."""
+    host_bandwidth: Between = HOST_BANDWIDTH
+    """Bandwidth of host memory, bytes/s: assumed, what programs reach of two sockets' DDR5."""
     network_bandwidth: float = 50e9
     """Between machines, a GPU, bytes/s: one 400 Gbit/s port each, as in the usual 8-GPU machines."""
-    disk_bandwidth: float = 2e9
+    disk_bandwidth: Between = DISK_BANDWIDTH
     """Written, bytes/s: assumed, one NVMe disk."""
     price: float = 2.5
     """Dollars a GPU and hour."""

@@ -8,9 +8,11 @@ from recipe.plan import constants
 from recipe.plan.disk import DiskPlan, plan_disk
 from recipe.plan.hardware import GB, GIB, Machine
 from recipe.plan.layout import Division, divisions
+from recipe.plan.lengths import Lengths
 from recipe.plan.memory import GpuModel, GpuPlan, HostModel, PhaseMemory, longest_sample
 from recipe.plan.shards import Part, part_of, table_of
-from recipe.plan.speed import SpeedModel, TimePlan
+from recipe.plan.speed import plan_time
+from recipe.plan.time_plan import TimePlan
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,17 @@ class Plan:
         return not self.problems
 
 
-def make_plan(resolved: Resolved, machine: Machine, on_gpu: bool, mean_response: float | None = None) -> Plan:
-    """The plan of `resolved` on its machines, all like `machine`."""
+def make_plan(resolved: Resolved, machine: Machine, on_gpu: bool, lengths: Lengths | None = None) -> Plan:
+    """The plan of `resolved` on its machines, all like `machine`, with responses of these `lengths`."""
     config = resolved.config
     parameters = dict.fromkeys(Part, 0)
     for name, placement in table_of(resolved.architecture, bool(config.mtp.mtp_num_layers)).items():
         parameters[part_of(name)] += placement.elements * (not placement.is_fp32)
     model = GpuModel.of(resolved, machine, on_gpu)
     gpu = model.plan() if on_gpu else None
-    response = mean_response or constants.MEAN_RESPONSE * config.rollout.rollout_max_response_len
+    if lengths is None:
+        lengths = usual_lengths(config.rollout.rollout_max_response_len)
+    eval_cap = config.eval.eval_max_response_len or config.rollout.rollout_max_response_len
     plan = Plan(
         resolved=resolved,
         machine=machine,
@@ -60,11 +64,16 @@ def make_plan(resolved: Resolved, machine: Machine, on_gpu: bool, mean_response:
         gpu=gpu,
         host=HostModel.of(resolved, machine, on_gpu).plan(),
         disk=plan_disk(resolved, machine),
-        time=SpeedModel(resolved, machine, model, response).plan() if on_gpu else None,
+        time=plan_time(model, lengths, usual_lengths(eval_cap)) if on_gpu else None,
         problems=(),
         warnings=(),
     )
     return replace(plan, problems=tuple(_problems(plan)), warnings=tuple(_warnings(plan)))
+
+
+def usual_lengths(longest: int) -> Lengths:
+    """What is assumed of responses of which none is longer."""
+    return Lengths.log_normal(constants.MEAN_RESPONSE * longest, constants.RESPONSE_SPREAD, longest)
 
 
 def _problems(plan: Plan) -> list[str]:
@@ -122,12 +131,11 @@ def _warnings(plan: Plan) -> list[str]:
             f"without --save-keep the run leaves {plan.disk.saves} checkpoints of "
             f"{plan.disk.checkpoint / GB:.0f} GB each, {plan.disk.needed / GB / 1000:.1f} TB"
         )
-    grace, writing = plan.resolved.config.misc.sigterm_grace_s, plan.disk.checkpoint / plan.machine.disk_bandwidth
-    if writing > grace:
+    grace, disk = plan.resolved.config.misc.sigterm_grace_s, plan.machine.disk_bandwidth.middle
+    if plan.disk.checkpoint / disk > grace:
         warnings.append(
-            f"a checkpoint of {plan.disk.checkpoint / GB:.0f} GB takes {writing:.0f} s at "
-            f"{plan.machine.disk_bandwidth / GB:.0f} GB/s, and a SIGTERM gives it --sigterm-grace-s {grace:g}: the run "
-            "would end unsaved"
+            f"a checkpoint of {plan.disk.checkpoint / GB:.0f} GB takes {plan.disk.checkpoint / disk:.0f} s at "
+            f"{disk / GB:.0f} GB/s, and a SIGTERM gives it --sigterm-grace-s {grace:g}: the run would end unsaved"
         )
     if plan.pack_tokens > (plan.resolved.config.perf.max_tokens_per_gpu or plan.pack_tokens):
         warnings.append(

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 from recipe.plan.hardware import GB, GIB
 from recipe.plan.memory import PhaseMemory, Use
 from recipe.plan.plan import Plan
-from recipe.plan.speed import Work
+from recipe.plan.ranges import Between, spell
 from recipe.plan.suggest import Change
+from recipe.plan.time_plan import TimePlan, Work
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 SCHEMA = {
-    "schema": "1; grows when a field changes its meaning or goes",
+    "schema": "2; grows when a field changes its meaning or goes",
     "name": "of the run",
     "fits": "whether anything is refused",
     "problems": "what does not fit, a sentence each",
@@ -27,7 +28,9 @@ SCHEMA = {
     "cache_tokens": "tokens that the engine's cache holds on a GPU; null without an engine",
     "needed_cache_tokens": "tokens of all that runs at once on a GPU, were it as long as can be",
     "disk": "bytes: checkpoint, needed, free (null: not known); saves and kept are numbers of checkpoints",
-    "time": "seconds of a step by phase, step_s, tokens_per_s, hours, dollars_a_step, dollars; null without GPUs",
+    "time": "null without GPUs; else, each [best, worst]: seconds of a step by phase, step_s, dollars_a_step, tail_s "
+    "(of the rollout's, with less than a quarter of the sequences at once), evaluation_s (of one), run_hours and "
+    "run_dollars (all steps and evaluations), tokens_per_s by phase; and evaluations, their number",
 }
 """Every field of the JSON."""
 
@@ -65,18 +68,26 @@ def as_json(plan: Plan, changes: Sequence[Change]) -> str:
             "needed": disk.needed,
             "free": disk.free,
         },
-        "time": None
-        if time is None
-        else {
-            "seconds": time.seconds,
-            "step_s": time.step_s,
-            "tokens_per_s": {work: time.tokens_per_s(work) for work in time.seconds},
-            "hours": time.hours,
-            "dollars_a_step": time.dollars_a_step,
-            "dollars": time.dollars,
-        },
+        "time": None if time is None else _time(time),
     }
     return json.dumps(document, indent=2)
+
+
+def _time(time: TimePlan) -> dict[str, object]:
+    def ends(found: Between) -> list[float]:
+        return [found.best, found.worst]
+
+    return {
+        "seconds": {work: ends(seconds) for work, seconds in time.seconds.items()},
+        "step_s": ends(time.step_s),
+        "dollars_a_step": ends(time.dollars_a_step),
+        "tail_s": ends(time.tail),
+        "evaluation_s": ends(time.evaluation),
+        "evaluations": time.evaluations,
+        "run_hours": ends(time.hours),
+        "run_dollars": ends(time.dollars),
+        "tokens_per_s": {work: ends(time.tokens_per_s(work)) for work in time.seconds},
+    }
 
 
 def _phase(one: PhaseMemory) -> dict[str, object]:
@@ -148,21 +159,27 @@ def _rest(plan: Plan) -> Iterator[str]:
         yield f"  cache: {engine.tokens:,} tokens a GPU; what runs at once needs {engine.needed_tokens:,} at most"
     if time is None:
         return
-    phases = ", ".join(f"{work} {seconds:.1f}" for work, seconds in time.seconds.items() if seconds >= 0.05)
-    yield f"  step: {time.step_s:.0f} s ({phases}), {time.response_tokens / time.step_s:,.0f} response tokens/s"
-    rates = ", ".join(f"{work} {rate:,.0f}" for work, rate in _rates(plan))
-    yield f"  tokens/s by phase: {rates}"
-    yield (
-        f"  price at ${time.price:g} a GPU hour: ${time.dollars_a_step:.2f} a step, ${time.dollars:,.0f} and "
-        f"{time.hours:,.0f} hours for {time.rollouts:,} steps (evaluations not counted; right within a factor of two)"
-    )
+    yield from seconds_and_dollars(time)
 
 
-def _rates(plan: Plan) -> Iterator[tuple[str, float]]:
-    assert plan.time is not None
-    for work in plan.time.seconds:
-        if work in (Work.ROLLOUT, Work.LOG_PROBS, Work.TRAIN):
-            yield work, plan.time.tokens_per_s(work)
+def seconds_and_dollars(time: TimePlan) -> Iterator[str]:
+    """A step's time by kind of work, and what the run costs."""
+    rates = {
+        work: spell(time.tokens_per_s(work))
+        for work in (Work.ROLLOUT, Work.LOG_PROBS, Work.TRAIN)
+        if work in time.seconds
+    }
+    price = f"${spell(time.dollars_a_step)} at ${time.price:g} a GPU hour"
+    yield f"  {'seconds of a step':<22}{spell(time.step_s):>14}   {price}"
+    for work, seconds in time.seconds.items():
+        notes = [f"{rates[work]} tokens/s"] if work in rates else []
+        if work is Work.ROLLOUT and time.tail.worst > 0:
+            notes.append(f"{spell(time.tail)} s of it with less than a quarter of the sequences")
+        yield f"    {work:<20}{spell(seconds):>14}   {', '.join(notes)}".rstrip()
+    run = f"{time.rollouts:,} steps"
+    if time.evaluations:
+        run += f" and {time.evaluations:,} evaluations of {spell(time.evaluation)} s"
+    yield f"  {run}: {spell(time.hours)} hours, ${spell(time.dollars)}"
 
 
 def _verdict(plan: Plan, changes: Sequence[Change]) -> Iterator[str]:

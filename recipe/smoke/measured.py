@@ -9,6 +9,7 @@ from typing import Any
 
 from recipe.plan.hardware import Gpu
 from recipe.plan.machine import FoundMachine
+from recipe.plan.ranges import Between
 from recipe.smoke.rates import Rates
 
 HELD_OUT = "eval/heldout"
@@ -72,9 +73,9 @@ class Projection:
     """A step of the 8-GPU recipe on a node like this one, with the rates that were measured."""
 
     recipe: str
-    seconds: float
-    phases: Mapping[str, float]
-    dollars: float
+    seconds: Between
+    phases: Mapping[str, Between]
+    dollars: Between
     price: float
     """Dollars a GPU and hour."""
     problems: tuple[str, ...]

@@ -8,10 +8,11 @@ from recipe.config.flags import parse_command_line
 from recipe.config.loading import build_config, read_settings, trace_sources
 from recipe.plan import constants
 from recipe.plan.__main__ import PUBLISHED
-from recipe.plan.hardware import Gpu, Machine
+from recipe.plan.hardware import HOST_BANDWIDTH, Gpu, Machine
 from recipe.plan.machine import FoundMachine
 from recipe.plan.plan import make_plan
 from recipe.plan.preflight import plan_here
+from recipe.plan.ranges import Between
 from recipe.smoke.measured import Projection
 from recipe.smoke.rates import Rates
 
@@ -54,12 +55,12 @@ def project(found: FoundMachine, gpus: int, kind: Gpu, rates: Rates, price: floa
         gpus=NODE_GPUS,
         host_memory=found.host_memory,
         disk=found.disk,
-        host_bandwidth=rates.host_memory,
+        host_bandwidth=Between.exactly(rates.host_memory),
         price=price,
     )
     if gpus < NODE_GPUS:
-        whole = min(Machine.host_bandwidth, rates.host_memory * NODE_GPUS / gpus)
-        machine = replace(machine, host_bandwidth=max(whole, rates.host_memory))
+        whole = min(HOST_BANDWIDTH.best, rates.host_memory * NODE_GPUS / gpus)
+        machine = replace(machine, host_bandwidth=Between.exactly(max(whole, rates.host_memory)))
     plan = make_plan(resolved, machine, on_gpu=True)
     assert plan.time is not None
     return Projection(

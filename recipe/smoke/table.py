@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from recipe.plan.hardware import GB, GIB
+from recipe.plan.ranges import spell
 from recipe.smoke.measured import Measured
 from recipe.smoke.verdict import LEAST_AFTER, MOST_BEFORE, MOST_LOGPROB_DIFF
 
@@ -91,8 +92,9 @@ def _projection(measured: Measured) -> Iterator[Row]:
     projection = measured.projection
     text = _missing(measured, needs_gpu=True)
     if projection is not None:
-        phases = ", ".join(f"{work} {seconds:.0f}" for work, seconds in projection.phases.items() if seconds >= 0.5)
-        text = f"{projection.seconds:.0f} s ({phases}), ${projection.dollars:.2f} at ${projection.price:g} a GPU hour"
+        phases = ", ".join(f"{work} {spell(seconds)}" for work, seconds in projection.phases.items())
+        price = f"${spell(projection.dollars)} at ${projection.price:g} a GPU hour"
+        text = f"{spell(projection.seconds)} s ({phases}), {price}"
     yield Row("a step of 8gpu-mtp here", text)
     seconds = measured.seconds or {}
     parts = ", ".join(f"{part} {value:.0f}" for part, value in seconds.items())

@@ -1,0 +1,127 @@
+"""Seconds that a run's engines generate, by playing its rollouts and evaluations through."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from recipe.config import Resolved
+from recipe.plan import constants
+from recipe.plan.decoding import Decoding
+from recipe.plan.engine import EngineEstimate
+from recipe.plan.flops import active_parameters
+from recipe.plan.lengths import Lengths
+from recipe.plan.memory import GpuModel, longest_sample
+from recipe.plan.playout import Played, Turn, in_order, play
+from recipe.plan.ranges import Pace
+
+ROLLOUTS = 4
+"""Played one after the other where each leaves something for the next: the last one is like those that follow."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """All engines of a run at one pace."""
+
+    resolved: Resolved
+    memory: GpuModel
+    lengths: Lengths
+    eval_lengths: Lengths
+    pace: Pace
+
+    @cached_property
+    def engine(self) -> EngineEstimate:
+        return EngineEstimate(self.resolved.architecture, self.resolved.config, longest_sample(self.resolved))
+
+    @cached_property
+    def decoding(self) -> Decoding:
+        return Decoding(self.engine, self.memory.machine.gpu, self.pace)
+
+    def rollout(self) -> Played:
+        """One rollout; of those that are drawn beyond what is needed, one in the midst of others."""
+        settings = self.resolved.config.rollout
+        if settings.draw_size > settings.rollout_batch_size:
+            return self._over_sampled()
+        count = settings.rollout_batch_size * settings.n_samples_per_prompt
+        groups = self._groups(self.lengths, count, settings.n_samples_per_prompt)
+        return self._slowest(self._turns(groups, self.lengths), groups)
+
+    def evaluation(self) -> Played:
+        """One evaluation: all sets at once."""
+        settings = self.resolved.config.eval
+        samples = settings.n_samples_per_eval_prompt
+        prompts = sum(prompts_of(path) for _, path in settings.eval_prompt_data)
+        groups = self._groups(self.eval_lengths, prompts * samples, samples)
+        return self._slowest(self._turns(groups, self.eval_lengths), groups)
+
+    def _over_sampled(self) -> Played:
+        """The last of some rollouts that each end when enough groups are whole. Partial ones go on in the next."""
+        settings = self.resolved.config.rollout
+        each, drawn = settings.n_samples_per_prompt, settings.draw_size
+        fresh = self._groups(self.lengths, ROLLOUTS * drawn * each, each)
+        waiting: list[np.ndarray] = []
+        played = Played(0.0, 0.0)
+        for _ in range(ROLLOUTS):
+            groups, waiting = waiting[:drawn], waiting[drawn:]
+            new = drawn - len(groups)
+            groups, fresh = groups + fresh[:new], fresh[new:]
+            turns = self._turns(groups, self.lengths)
+            edges = [in_order(of_engine) for of_engine in turns]
+            whole = sorted(int(ends[i : i + each].max()) for _, ends in edges for i in range(0, len(ends), each))
+            moment = whole[settings.rollout_batch_size - 1]
+            played = self._slowest([[turn.until(moment) for turn in of_engine] for of_engine in turns], groups)
+            if settings.partial_rollout:
+                waiting += self._left_over(edges, each, moment)
+        return played
+
+    @staticmethod
+    def _left_over(edges: Sequence[tuple[np.ndarray, np.ndarray]], each: int, moment: int) -> list[np.ndarray]:
+        """What groups that have begun and are not whole at that moment have before them."""
+        left = []
+        for starts, ends in edges:
+            for first in range(0, len(ends), each):
+                begins, stops = starts[first : first + each], ends[first : first + each]
+                if begins.min() < moment < stops.max():
+                    left.append(stops - np.clip(moment, begins, stops))
+        return left
+
+    def _groups(self, lengths: Lengths, count: int, each: int) -> list[np.ndarray]:
+        drawn = lengths.draw(count, self.resolved.config.misc.seed)
+        return [drawn[start : start + each] for start in range(0, count, each)]
+
+    def _turns(self, groups: Sequence[np.ndarray], lengths: Lengths) -> list[list[Turn]]:
+        """[engines][groups of GPUs]: groups of samples go to the engines in turn, and each engine's samples to its
+        groups of GPUs."""
+        engines, places = self.resolved.config.num_engines, self.engine.attention_groups
+        memory = self.memory.engine_memory()
+        assert memory is not None
+        slots = self.decoding.slots(memory.tokens, constants.MEAN_PROMPT + lengths.mean)
+        found = []
+        for number in range(engines):
+            samples = np.concatenate([*groups[number::engines], np.zeros(0, dtype=np.int64)])
+            found.append([Turn.of(samples[place::places], slots) for place in range(places)])
+        return found
+
+    def _slowest(self, turns: Sequence[Sequence[Turn]], groups: Sequence[np.ndarray]) -> Played:
+        """The engine that needs longest, reading the prompts included: each is read once for its samples."""
+        played = max((play(of_engine, constants.MEAN_PROMPT, self.decoding.token) for of_engine in turns), key=_seconds)
+        engine = self.engine
+        flops = 2 * active_parameters(self.resolved.architecture) * constants.MEAN_PROMPT * len(groups)
+        gpus = self.resolved.config.num_engines * engine.layout.tp * engine.layout.pp
+        reading = flops / (gpus * self.memory.machine.gpu.flops * constants.TRAINING_SHARE)
+        return Played(played.seconds + reading, played.tail_s)
+
+
+def _seconds(played: Played) -> float:
+    return played.seconds
+
+
+def prompts_of(path: Path) -> int:
+    """Lines of an evaluation set, where it is there."""
+    try:
+        with path.open("rb") as file:
+            return sum(bool(line.strip()) for line in file)
+    except OSError:
+        return constants.EVAL_PROMPTS
