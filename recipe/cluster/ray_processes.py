@@ -5,6 +5,7 @@ Ray itself tells of a dead control service after a minute, and ends the program 
 killed, Ray's agents look for the control service that long before they end.
 """
 
+import asyncio
 import ctypes
 import os
 import selectors
@@ -16,7 +17,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import NoReturn, Self
+from typing import Any, Self
 
 import psutil
 
@@ -86,7 +87,12 @@ class RayProcesses:
         self._reaper.stdin.write("".join(f"{process.pid}\n" for process in started) + "\n")
         self._reaper.stdin.flush()
 
-        def unwind(number: int, frame: FrameType | None) -> NoReturn:
+        task = _current_task()
+
+        def unwind(number: int, frame: FrameType | None) -> None:
+            if task is not None and _current_task() is None:
+                task.get_loop().call_soon_threadsafe(task.cancel)  # what is raised in a waiting loop misses the task
+                return
             raise SystemExit(USER_ERROR_STATUS)
 
         before = signal.signal(_DEATH, unwind)
@@ -146,6 +152,14 @@ def _removes_shared_memory(process: psutil.Process) -> bool:
     with suppress(psutil.NoSuchProcess):
         return any(word.endswith("torch_shm_manager") for word in process.cmdline()[:1])
     return False
+
+
+def _current_task() -> asyncio.Task[Any] | None:
+    """The one at work in this thread; None where none is, or no loop."""
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None
 
 
 def _kind(process: psutil.Process, vital: dict[str, str]) -> str | None:

@@ -101,6 +101,11 @@ def unwind(number: signal.Signals, why: str) -> NoReturn:
     raise SystemExit(128 + number)
 
 
+def is_unwinding() -> bool:
+    """Whether a signal is ending the program."""
+    return bool(_unwound_by)
+
+
 def _unwind(number: int, _: FrameType | None) -> None:
     received = signal.Signals(number)
     if received is signal.SIGHUP:

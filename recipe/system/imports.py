@@ -4,7 +4,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from recipe.system.errors import UserError
+from recipe.system.errors import UserError, is_unwinding
 
 
 def load_function(flag: str, path: str) -> Callable[..., Any]:
@@ -15,6 +15,8 @@ def load_function(flag: str, path: str) -> Callable[..., Any]:
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:
+        if is_unwinding():
+            raise
         raise UserError(f"{flag} {path}: the module cannot be imported ({error!r})") from error
     function: object = vars(module).get(function_name)
     if not callable(function):

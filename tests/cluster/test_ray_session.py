@@ -1,5 +1,7 @@
 """Ray that does not start is started again, and then told of in a sentence."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -97,3 +99,34 @@ def test_rays_logs_outlive_a_run_that_an_error_ends(tmp_path: Path) -> None:
     assert (tmp_path / "ill" / "logs" / "ray" / "raylet.out").read_text() == "why"
     with pytest.raises(UserError, match="no space"), logs_kept(tmp_path / "none", tmp_path / "ill"):
         raise UserError("no space")
+
+
+BEREFT = """
+import asyncio, subprocess, sys, threading
+from pathlib import Path
+from recipe.cluster.ray_processes import RayProcesses
+from recipe.system.errors import run_main
+
+async def work():
+    with RayProcesses(Path(sys.argv[1])) as processes:
+        vital = subprocess.Popen(["sleep", "60"])
+        with processes.watched({"sleep": "sleeper"}):
+            threading.Timer(0.2, vital.kill).start()
+            if sys.argv[2] == "waits":
+                await asyncio.sleep(60)
+            while True:
+                sum(range(1000))
+
+run_main(lambda: asyncio.run(work()))
+"""
+
+
+@pytest.mark.parametrize("meanwhile", ["waits", "computes"])
+def test_the_death_of_a_vital_process_is_one_sentence(meanwhile: str, tmp_path: Path) -> None:
+    """Whether the run waits in its event loop at that moment or not."""
+    command = [sys.executable, "-c", BEREFT, str(tmp_path / "scratch"), meanwhile]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    stopping, error = ended.stderr.splitlines()
+    assert stopping.startswith("stopping: Ray's sleeper (pid ")
+    assert error.startswith("error: Ray's sleeper (pid ")

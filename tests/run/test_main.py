@@ -101,3 +101,27 @@ def test_a_full_disk_under_the_output_is_told_in_a_sentence() -> None:
         ended = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True)
     assert ended.returncode == 2
     assert ended.stderr == "error: the disk is full: where the output goes could not be written; free space there\n"
+
+
+IMPORTING = """
+import sys
+from pathlib import Path
+from recipe.system.errors import run_main
+from recipe.system.imports import load_function
+
+Path("slow_module.py").write_text("import time; print('ready', flush=True); time.sleep(60)")
+sys.path.insert(0, ".")
+run_main(lambda: load_function("--custom-rm-path", "slow_module:reward"))
+"""
+
+
+def test_a_signal_while_a_users_module_is_imported_is_no_fault_of_the_module(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", IMPORTING], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert said == "stopping: SIGTERM received\n"
