@@ -16,8 +16,8 @@ from recipe.config.flags import FLAGS, RECIPE_FLAG, SGLANG_KEY, SGLANG_PREFIX
 from recipe.config.loading import RECIPES, shipped_recipes
 from recipe.config.schema import GROUPS
 from recipe.config.usage import CHECK, FORCE
-from recipe.plan.__main__ import PUBLISHED, resolve_without_weights
 from recipe.plan.hardware import GB, GIB, Machine
+from recipe.plan.options import PUBLISHED, resolve_without_weights
 from recipe.plan.plan import Plan, make_plan
 from recipe.plan.ranges import spell
 from recipe.plan.report import page

@@ -41,11 +41,11 @@ def read_settings(command_line: CommandLine) -> dict[str, Setting]:
     """The recipe's settings, overridden by the flags. Raises UserError for an unreadable recipe or unknown key."""
     settings: dict[str, Setting] = {}
     if command_line.recipe is not None:
-        settings |= _read_recipe(_find_recipe(command_line.recipe, Path()), ())
+        settings |= _read_recipe(find_recipe(command_line.recipe, Path()), ())
     return settings | {key: Setting(value, FLAG_SOURCE) for key, value in command_line.values.items()}
 
 
-def _find_recipe(name: str, folder: Path) -> Path:
+def find_recipe(name: str, folder: Path) -> Path:
     """A shipped recipe by name, or a file (ending in .toml) relative to `folder`."""
     path = folder / name if name.endswith(".toml") else RECIPES / f"{name}.toml"
     if not path.is_file():
@@ -69,7 +69,7 @@ def _read_recipe(path: Path, below: tuple[Path, ...]) -> dict[str, Setting]:
     base = document.pop("extends", None)
     if base is not None and not isinstance(base, str):
         raise UserError(f"recipe {path}: extends must be the name of one recipe, not {base!r}")
-    settings = {} if base is None else _read_recipe(_find_recipe(base, path.parent), (*below, path))
+    settings = {} if base is None else _read_recipe(find_recipe(base, path.parent), (*below, path))
     return settings | _own_settings(document, path)
 
 

@@ -35,7 +35,7 @@ class Decoding:
     @cached_property
     def other_bytes(self) -> float:
         """Of all other weights on one GPU; the MTP layer's are read with its drafts."""
-        return self.engine.weights() - self.expert_bytes
+        return self.engine.weights - self.expert_bytes
 
     @cached_property
     def active(self) -> int:

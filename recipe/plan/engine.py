@@ -1,6 +1,7 @@
 """What an SGLang engine takes on each of its GPUs (0.5.21; its own reserve formulas where it has some)."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from recipe.config import Architecture, Config
 from recipe.config.sglang_rules import EngineLayout, size_of
@@ -45,7 +46,7 @@ class EngineEstimate:
     config: Config
     longest_sample: int
 
-    @property
+    @cached_property
     def layout(self) -> EngineLayout:
         return EngineLayout.of(self.config)
 
@@ -58,6 +59,7 @@ class EngineEstimate:
         """Groups of GPUs that hold different sequences."""
         return self.layout.dp if self.layout.dp_attention else 1
 
+    @cached_property
     def weights(self) -> int:
         """Bytes of weights: experts over all GPUs (whole ones over EP, the rest by width), attention, embedding and
         output head over the GPUs that share sequences, dense MLPs as --sglang-moe-dense-tp-size says."""
@@ -114,7 +116,7 @@ class EngineEstimate:
         graphs = constants.SGLANG_GRAPHS + batch * constants.SGLANG_GRAPHS_PER_SEQUENCE
         if args.get("disable_cuda_graph"):
             graphs = 0
-        weights = self.weights()
+        weights = self.weights
         static = int(static_fraction(self.config) * (gpu.memory - constants.CUDA_CONTEXT))
         cache = max(0, static - weights)
         if "max_total_tokens" in args:

@@ -1,6 +1,7 @@
 """FLOPs that a sequence costs this architecture to train on."""
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TypeVar
 
 import numpy as np
@@ -34,6 +35,7 @@ class SequenceCost:
         return cls(linear=6 * active_parameters, quadratic=3 * num_layers * num_heads * (qk_head_dim + v_head_dim))
 
 
+@cache
 def active_parameters(architecture: Architecture) -> int:
     """Parameters of the main model that a token meets, the output head included and the embedding not."""
     total = 0

@@ -95,7 +95,7 @@ class Generation:
         """[engines][groups of GPUs]: groups of samples go to the engines in turn, and each engine's samples to its
         groups of GPUs."""
         engines, places = self.resolved.config.num_engines, self.engine.attention_groups
-        memory = self.memory.engine_memory()
+        memory = self.memory.engine_memory
         assert memory is not None
         slots = self.decoding.slots(memory.tokens, constants.MEAN_PROMPT + lengths.mean)
         found = []

@@ -175,7 +175,7 @@ class GpuModel(MemoryModel):
 
     def plan(self) -> GpuPlan:
         """All phases, each on the rank whose GPU is fullest in it."""
-        engine = self.engine_memory()
+        engine = self.engine_memory
         phases = []
         for phase in (Phase.TRAINING, Phase.UPDATE_WEIGHTS, Phase.ROLLOUT, Phase.SAVE):
             found = [self.phase(phase, shard, engine) for shard in self.shards]
@@ -187,6 +187,7 @@ class GpuModel(MemoryModel):
         """Bytes that a rank never gives back."""
         return sum(self.held(shard).values()) + sum(self.processes().values())
 
+    @cached_property
     def engine_memory(self) -> EngineMemory | None:
         """On the GPU where the trainer leaves least."""
         if not self.has_engine:

@@ -86,7 +86,7 @@ def colocated_cache_tokens(resolved: Resolved) -> int:
     `mem_fraction_static` leaves of the memory that the trainer never gives back, whichever of the two starts first."""
     found = read_machine(resolved.config.save_dir)
     model = GpuModel.of(resolved, machine_like(resolved, found), on_gpu=True)
-    memory = model.engine_memory()
+    memory = model.engine_memory
     assert memory is not None
     return memory.tokens
 

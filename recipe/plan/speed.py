@@ -99,13 +99,12 @@ class SpeedModel:
     def train(self) -> float:
         """Forward and backward over a rollout's samples."""
         config, layout = self.resolved.config, self.memory.layout
-        share = constants.TRAINING_SHARE
-        if config.perf.recompute_granularity == "full":
-            share = constants.RECOMPUTING_SHARE
         longest = longest_sample(self.resolved)
         sequences = np.minimum(self.lengths.quantiles + constants.MEAN_PROMPT, longest)
         flops = config.samples_per_rollout * float(sequence_cost(self.resolved.architecture)(sequences).mean())
-        computing = flops / (layout.world * self.memory.machine.gpu.flops * share)
+        again = self.recomputed
+        time = again / constants.RECOMPUTING_SHARE + (1 - again) / constants.TRAINING_SHARE
+        computing = flops * time / (layout.world * self.memory.machine.gpu.flops)
         tokens = config.samples_per_rollout * self.mean_length / layout.world * layout.tp
         packs = max(1.0, tokens / max(1, self.memory.pack.tokens))
         bubble = 1 + (layout.pp - 1) / packs / max(1, len(self.memory.shards[0].chunks))
@@ -114,11 +113,20 @@ class SpeedModel:
             loss *= constants.PACKING_LOSS.at(self.pace)
         return (computing + self.exchange(tokens / layout.tp)) * bubble * loss + self.reduce_gradients()
 
+    @property
+    def recomputed(self) -> float:
+        """Share of the layers that go forward once more."""
+        perf = self.resolved.config.perf
+        if perf.recompute_granularity != "full":
+            return 0.0
+        longest = max(len(shard.layers) for shard in self.memory.shards)
+        return 1.0 if perf.recompute_method == "uniform" else min(1.0, (perf.recompute_num_layers or 1) / longest)
+
     def exchange(self, tokens: float) -> float:
         """Seconds that a rank of so many tokens spends on exchanges in all layers: to experts and back, and between
         tensor-parallel ranks."""
         a, layout = self.resolved.architecture, self.memory.layout
-        passes = 3 if self.resolved.config.perf.recompute_granularity == "full" else 2
+        passes = 2 + self.recomputed
         layers = a.num_hidden_layers
         row = a.hidden_size * BF16 * passes
         experts = tokens * a.num_experts_per_tok * 2 * row * (layers - a.first_k_dense_replace)

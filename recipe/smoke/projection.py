@@ -7,9 +7,9 @@ from recipe.config import Architecture, Resolved
 from recipe.config.flags import parse_command_line
 from recipe.config.loading import build_config, read_settings, trace_sources
 from recipe.plan import constants
-from recipe.plan.__main__ import PUBLISHED
 from recipe.plan.hardware import HOST_BANDWIDTH, Gpu, Machine
 from recipe.plan.machine import FoundMachine
+from recipe.plan.options import PUBLISHED
 from recipe.plan.plan import make_plan
 from recipe.plan.preflight import plan_here
 from recipe.plan.ranges import Between

@@ -6,7 +6,7 @@ from typing import Any
 
 from recipe.config import resolve
 from recipe.engines.launch import Node, SglangServer, launch_sglang
-from recipe.plan.__main__ import PUBLISHED
+from recipe.plan.options import PUBLISHED
 
 MACHINES = ("10.0.0.1", "10.0.0.2", "10.0.0.3")
 RECIPE = ["--recipe", "glm4.7-flash-24gpu", "--hf-checkpoint", str(PUBLISHED), "--master-addr", MACHINES[0]]

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from recipe.config import Resolved, sglang_rules
-from recipe.plan.__main__ import PUBLISHED, resolve_without_weights
 from recipe.plan.activations import ActivationModel, Pack
 from recipe.plan.hardware import GIB, Machine, named_gpu, parse_size
 from recipe.plan.memory import GpuModel, Phase, Use
+from recipe.plan.options import PUBLISHED, resolve_without_weights
 from recipe.plan.plan import Plan, make_plan
 from recipe.plan.report import SCHEMA, as_json, page, refusal
 from recipe.plan.suggest import suggestion

@@ -11,8 +11,8 @@ from trainer_support import random_checkpoint
 
 from recipe.config import Resolved, resolve, sglang_rules
 from recipe.plan import preflight
-from recipe.plan.__main__ import PUBLISHED
 from recipe.plan.machine import FoundGpu, FoundMachine, pairs_are_linked, parse_gpus, read_machine, sees_gpus
+from recipe.plan.options import PUBLISHED
 from recipe.system.errors import UserError
 
 GIB = 2**30
