@@ -55,7 +55,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-sglang image shell download convert plan export train-8gpu train-8gpu-mtp train-16gpu train-24gpu join smoke train-tiny eval report test check lint lock bench bench-tiny docs clean
+.PHONY: help install install-sglang image shell download convert plan tune export train-8gpu train-8gpu-mtp train-16gpu train-24gpu join smoke train-tiny eval report test check lint lock bench bench-tiny docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -92,10 +92,13 @@ EVAL_TINY := --instruction "" --n-samples 8 --max-response-len 20
 eval: install $(if $(filter $(TINY)/hf,$(MODEL)),$(TINY)/hf.done)
 	$(RUN) evaluation.aime --model $(call quote,MODEL) --data $(call quote,DATA) $(if $(filter $(TINY)/hf,$(MODEL)),$(EVAL_TINY)) $(ARGS)
 
-# What `make plan` plans for.
+# What `make plan` and `make tune` plan for.
 RECIPE := glm4.7-flash-8gpu
 plan: install
 	$(RUN) recipe.plan --recipe $(call quote,RECIPE) $(ARGS)
+
+tune: install
+	$(RUN) recipe.plan.tune --recipe $(call quote,RECIPE) $(ARGS)
 
 # A file's tests share a worker, and what they start; ARGS="-n 0" for none.
 PARALLEL := -n auto --dist loadfile --no-loadscope-reorder

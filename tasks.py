@@ -323,17 +323,14 @@ def eval(
     run([*TARGETS["eval"].command, *flags], args, dry_run)
 
 
-@target_task(
-    "plan",
-    {
-        "recipe": f"to plan (default: {RECIPE})",
-        "gpu": "H100-80GB, H200-141GB, A100-80GB, A100-40GB, or one with other memory in GiB: H100=94",
-        "host_memory": "of a machine",
-        "price": "dollars a GPU and hour",
-        "json": "JSON instead of a page",
-        **COMMON,
-    },
-)
+MACHINE = {
+    "gpu": "H100-80GB, H200-141GB, A100-80GB, A100-40GB, or one with other memory in GiB: H100=94",
+    "host_memory": "of a machine",
+    "price": "dollars a GPU and hour",
+}
+
+
+@target_task("plan", {"recipe": f"to plan (default: {RECIPE})", **MACHINE, "json": "JSON instead of a page", **COMMON})
 def plan(
     _: Context,
     recipe: str = RECIPE,
@@ -346,3 +343,26 @@ def plan(
 ) -> None:
     machine = ["--gpu", gpu, "--host-memory", host_memory, "--price", f"{price:g}"]
     run([*TARGETS["plan"].command, "--recipe", recipe, *machine, *["--json"] * json], args, dry_run)
+
+
+@target_task(
+    "tune",
+    {
+        "recipe": f"to tune (default: {RECIPE})",
+        **MACHINE,
+        "write": "a new recipe, FILE.toml, with the cheapest settings",
+        **COMMON,
+    },
+)
+def tune(
+    _: Context,
+    recipe: str = RECIPE,
+    gpu: str = "H100-80GB",
+    host_memory: str = "1TB",
+    price: float = 2.5,
+    write: str = "",
+    args: str = "",
+    dry_run: bool = False,
+) -> None:
+    machine = ["--gpu", gpu, "--host-memory", host_memory, "--price", f"{price:g}"]
+    run([*TARGETS["tune"].command, "--recipe", recipe, *machine, *(["--write", write] if write else [])], args, dry_run)

@@ -34,7 +34,8 @@ is_there "$BASE_DIR/GLM-4.7-Flash_torch_dist" || run make convert BASE_DIR="$BAS
 # 5. Does the run fit, and what does it cost? Seconds; the status is not 0 if it does not fit.
 run make plan RECIPE="$NAME" ARGS="--gpu H100-80GB --host-memory 1TB --price $PRICE --num-rollout $ROLLOUTS"
 
-# 6. GRPO, from the run's newest checkpoint if there is one: 100 steps take 3.3 to 13 hours and $66 to $260, all 3,000 take 98 to 390 hours and $2,000 to $7,900.
+# 6. GRPO, from the run's newest checkpoint if there is one: 100 steps take 10 to 25 hours and $200 to $500, all 3,000 take
+# 310 to 750 hours and $6,100 to $15,000; with --recipe glm4.7-flash-8gpu-fast in ARGS less than half.
 run make train-8gpu BASE_DIR="$BASE_DIR" ARGS="--num-rollout $ROLLOUTS --load runs/$NAME/checkpoints"
 
 # 7. What it achieved, and where its time went: seconds.

@@ -33,6 +33,9 @@ PLANNED = {
     "8gpu-mtp": "the same, MTP trained, EAGLE drafts",
     "16gpu": "TP 4, PP 2, CP 2, EP 8",
     "24gpu": "TP 4, PP 3, CP 2, EP 8",
+    "8gpu-fast": "`8gpu`, 64 sequences a GPU, saves beside training",
+    "16gpu-fast": "`16gpu`, 32 sequences a GPU, saves beside training",
+    "24gpu-fast": "`24gpu`, engines of 8 GPUs, 32 sequences a GPU, saves beside training",
 }
 """Recipes of GLM-4.7-Flash, and what is particular in their layout."""
 PRICE = 2.5

@@ -64,7 +64,7 @@ _ALL = (
     ),
     Target(
         "train-8gpu",
-        "train on one node of 8 GPUs, in the image (2 to 8 minutes a step)",
+        "train on one node of 8 GPUs, in the image (2 to 13 minutes a step, by recipe)",
         (ONE_NODE,),
         Place.IMAGE,
         needs=MODEL,
@@ -126,6 +126,11 @@ _ALL = (
         "plan",
         'memory, disk, time and money of a run: make plan RECIPE=glm4.7-flash-16gpu ARGS="--gpu H200 --price 3"',
         ("python", "-m", "recipe.plan"),
+    ),
+    Target(
+        "tune",
+        "settings with which a run costs less by the plan and learns the same: make tune RECIPE=... (half a minute)",
+        ("python", "-m", "recipe.plan.tune"),
     ),
     Target(
         "test",

@@ -43,7 +43,8 @@ def main() -> int:
     print(as_json(plan, changes) if options.json else page(plan, changes))
     if not options.json and plan.fits and plan.time is not None:
         tuner = Tuner(settings, resolved.architecture, machine, lengths)
-        print(*hint(tuner.given(), tuner.quick()), sep="\n", end="")
+        for line in hint(tuner.given(), tuner.quick()):
+            print(line)
     return 0 if plan.fits else USER_ERROR_STATUS
 
 

@@ -17,8 +17,8 @@ from recipe.plan.memory import GpuModel, longest_sample
 from recipe.plan.playout import Played, Turn, in_order, play
 from recipe.plan.ranges import Pace
 
-ROLLOUTS = 4
-"""Played one after the other where each leaves something for the next: the last one is like those that follow."""
+ROLLOUTS = 8
+"""Played one after the other where each leaves something for the next: the later half is like those that follow."""
 
 
 @dataclass(frozen=True)
@@ -57,35 +57,29 @@ class Generation:
         return self._slowest(self._turns(groups, self.eval_lengths), groups)
 
     def _over_sampled(self) -> Played:
-        """The last of some rollouts that each end when enough groups are whole. Partial ones go on in the next."""
+        """The mean of rollouts that each end when enough groups are whole. Where rollouts are partial, the others that
+        have begun go on in the next, and those that are whole already wait for it."""
         settings = self.resolved.config.rollout
         each, drawn = settings.n_samples_per_prompt, settings.draw_size
         fresh = self._groups(self.lengths, ROLLOUTS * drawn * each, each)
         waiting: list[np.ndarray] = []
-        played = Played(0.0, 0.0)
+        found: list[Played] = []
         for _ in range(ROLLOUTS):
             groups, waiting = waiting[:drawn], waiting[drawn:]
             new = drawn - len(groups)
             groups, fresh = groups + fresh[:new], fresh[new:]
             turns = self._turns(groups, self.lengths)
-            edges = [in_order(of_engine) for of_engine in turns]
-            whole = sorted(int(ends[i : i + each].max()) for _, ends in edges for i in range(0, len(ends), each))
-            moment = whole[settings.rollout_batch_size - 1]
-            played = self._slowest([[turn.until(moment) for turn in of_engine] for of_engine in turns], groups)
+            edges = _by_group([in_order(of_engine) for of_engine in turns], each)
+            order = sorted(range(drawn), key=lambda number: int(edges[number][1].max()))
+            moment = int(edges[order[settings.rollout_batch_size - 1]][1].max())
+            found.append(self._slowest([[turn.until(moment) for turn in of_engine] for of_engine in turns], groups))
             if settings.partial_rollout:
-                waiting += self._left_over(edges, each, moment)
-        return played
-
-    @staticmethod
-    def _left_over(edges: Sequence[tuple[np.ndarray, np.ndarray]], each: int, moment: int) -> list[np.ndarray]:
-        """What groups that have begun and are not whole at that moment have before them."""
-        left = []
-        for starts, ends in edges:
-            for first in range(0, len(ends), each):
-                begins, stops = starts[first : first + each], ends[first : first + each]
-                if begins.min() < moment < stops.max():
-                    left.append(stops - np.clip(moment, begins, stops))
-        return left
+                others = (edges[number] for number in order[settings.rollout_batch_size :])
+                waiting += [_left(starts, ends, moment) for starts, ends in others if starts.min() < moment]
+        usual = found[ROLLOUTS // 2 :]
+        return Played(
+            *(sum(figures) / len(usual) for figures in zip(*((p.seconds, p.tail_s) for p in usual), strict=True))
+        )
 
     def _groups(self, lengths: Lengths, count: int, each: int) -> list[np.ndarray]:
         drawn = lengths.draw(count, self.resolved.config.misc.seed)
@@ -112,6 +106,21 @@ class Generation:
         gpus = self.resolved.config.num_engines * engine.layout.tp * engine.layout.pp
         reading = flops / (gpus * self.memory.machine.gpu.flops * constants.TRAINING_SHARE)
         return Played(played.seconds + reading, played.tail_s)
+
+
+def _by_group(edges: Sequence[tuple[np.ndarray, np.ndarray]], each: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Starts and ends of the sequences of each group, in the order in which the groups went to the engines in turn."""
+    found = []
+    for number in range(sum(len(ends) for _, ends in edges) // each):
+        starts, ends = edges[number % len(edges)]
+        first = number // len(edges) * each
+        found.append((starts[first : first + each], ends[first : first + each]))
+    return found
+
+
+def _left(starts: np.ndarray, ends: np.ndarray, moment: int) -> np.ndarray:
+    """Tokens that the sequences of a group have before them at that moment."""
+    return np.maximum(0, ends - np.maximum(moment, starts))
 
 
 def _seconds(played: Played) -> float:

@@ -64,3 +64,7 @@ def test_a_plan_needs_neither_weights_nor_gpus() -> None:
     status, output = invoke("plan", *words)
     assert status == 0
     assert '"fits": true' in output
+    status, output = invoke("tune", "--gpu", "H200", "--write", "mine.toml", "--dry-run")
+    assert status == 0
+    assert "-m recipe.plan.tune --recipe glm4.7-flash-8gpu --gpu H200 --host-memory 1TB" in output
+    assert "--write mine.toml" in output

@@ -47,9 +47,13 @@ class Tuner:
     def given(self) -> Choice:
         """The recipe as it is. Raises UserError if it is not one that can be planned."""
         choice = self.choice({})
-        if choice is None or choice.plan.time is None:
+        if choice is None or choice.plan.time is None or self._on_a_cpu:
             raise UserError("only a run on GPUs, whose settings hold together, can be tuned: see what make plan says")
         return choice
+
+    @property
+    def _on_a_cpu(self) -> bool:
+        return build_config(self.settings).cluster.device == "cpu"
 
     def choice(self, values: Values) -> Choice | None:
         """The settings with these on top; None if a rule refuses them."""

@@ -46,7 +46,6 @@ def hint(given: Choice, best: Choice | None) -> Iterator[str]:
     saved = 0.0 if best is None else 1 - best.dollars / given.dollars
     if best is not None and saved > WORTH_TELLING:
         yield f"It costs {saved:.0%} less by the plan, and learns the same, with {changes(best)}; make tune finds more."
-        yield ""
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
