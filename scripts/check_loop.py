@@ -32,6 +32,7 @@ from recipe.plan.hardware import GB, GIB, Machine
 from recipe.plan.lengths import Lengths
 from recipe.plan.machine import NVIDIA_SMI, read_machine
 from recipe.plan.memory import Phase as PlannedPhase
+from recipe.plan.node import gpu_as_measured, read_rates
 from recipe.plan.plan import Plan, make_plan
 from recipe.plan.preflight import machine_like
 from recipe.plan.ranges import Between
@@ -39,8 +40,7 @@ from recipe.plan.time_plan import Work
 from recipe.run.phases import Phase
 from recipe.smoke.measured import goes_on, read_lines
 from recipe.smoke.process import carry_out
-from recipe.smoke.projection import gpu_as_measured, read_recipe
-from recipe.smoke.rates import Rates
+from recipe.smoke.projection import read_recipe
 from recipe.smoke.settings import train_command
 from recipe.system.errors import UserError, run_main
 from recipe.system.files import atomic_write_text
@@ -261,7 +261,7 @@ def make_plan_here(options: argparse.Namespace, flags: list[str], response: floa
     resolved = read_recipe(flags)
     machine: Machine = machine_like(resolved, read_machine(options.directory))
     if options.rates is not None:
-        rates = Rates(**json.loads(options.rates.read_text()))
+        rates = read_rates(options.rates)
         machine = replace(
             machine, gpu=gpu_as_measured(machine.gpu, rates), host_bandwidth=Between.exactly(rates.host_memory)
         )

@@ -11,6 +11,7 @@ from recipe.config.loading import FLAG_SOURCE, Setting, Settings, read_settings
 from recipe.plan import constants
 from recipe.plan.hardware import DEFAULT_GPU, GPUS, Machine
 from recipe.plan.lengths import Lengths, parse_lengths
+from recipe.plan.node import machine_as_measured, read_rates
 
 PUBLISHED = Path(__file__).parent / "published" / "GLM-4.7-Flash"
 """Holds the config.json of zai-org/GLM-4.7-Flash."""
@@ -23,6 +24,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host-memory", default="1TB", help="of a machine (default: 1TB)")
     parser.add_argument("--disk", help="free where checkpoints go")
     parser.add_argument("--price", type=float, default=2.5, help="dollars a GPU and hour (default: 2.5)")
+    parser.add_argument("--rates", type=Path, metavar="FILE", help="what this node was measured to reach")
     lengths = parser.add_argument_group("how long responses are")
     lengths.add_argument("--response-len", type=float, help="mean tokens (default: half of the longest)")
     lengths.add_argument(
@@ -37,7 +39,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def machine_of(options: argparse.Namespace, config: Config) -> Machine:
     """The machines that are asked about. Raises UserError for words that mean nothing."""
     gpus = config.cluster.actor_num_gpus_per_node
-    return Machine.described(options.gpu, gpus, options.host_memory, options.disk, options.price)
+    machine = Machine.described(options.gpu, gpus, options.host_memory, options.disk, options.price)
+    return machine if options.rates is None else machine_as_measured(machine, read_rates(options.rates), gpus)
 
 
 def lengths_of(options: argparse.Namespace, config: Config) -> Lengths:

@@ -9,8 +9,8 @@ from typing import Any
 
 from recipe.plan.hardware import Gpu
 from recipe.plan.machine import FoundMachine
+from recipe.plan.node import Rates
 from recipe.plan.ranges import Between
-from recipe.smoke.rates import Rates
 
 HELD_OUT = "eval/heldout"
 SETTLED = 3

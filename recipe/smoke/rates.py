@@ -10,13 +10,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from recipe.plan.node import Rates
 from recipe.system.errors import run_main
 from recipe.system.files import atomic_write_text
 
@@ -24,22 +25,6 @@ MATMUL_SIZE = 8192
 ALL_REDUCE_BYTES = 1 << 30
 COPY_BYTES = 1 << 30
 HOST_ELEMENTS = 256 << 20
-
-
-@dataclass(frozen=True)
-class Rates:
-    """In FLOP/s and bytes/s; of several GPUs, the slowest one's. None: there is no GPU, or only one."""
-
-    host_memory: float
-    """c = a + b on large fp32 tensors by all cores, reads and writes counted."""
-    matmul: float | None = None
-    """Product of two bf16 matrices."""
-    gpu_memory: float | None = None
-    """A copy within a GPU's memory, reads and writes counted."""
-    bus: float | None = None
-    """Between pinned host memory and a GPU, while all GPUs copy; the slower direction."""
-    all_reduce: float | None = None
-    """Bus bandwidth of NCCL's all-reduce of 1 GiB: 2 (N - 1) / N of it over its time."""
 
 
 def _ms(work: Callable[[], object]) -> float:

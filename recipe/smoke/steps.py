@@ -12,11 +12,11 @@ from threading import Event, Thread
 
 from recipe.data.arithmetic_task import write_task
 from recipe.plan.machine import FoundMachine, read_gpus
+from recipe.plan.node import Rates
 from recipe.plan.preflight import findings_on
 from recipe.smoke.measured import Interruption, Measured, Memory, goes_on, learning_of, read_lines
 from recipe.smoke.process import Ended, carry_out
 from recipe.smoke.projection import planned_memory, project, read_recipe
-from recipe.smoke.rates import Rates
 from recipe.smoke.settings import Settings, train_command
 from recipe.system.shutdown import SAVED_STATUS
 from recipe.weights.tiny import KERNEL_SIZES, write_tiny_checkpoint

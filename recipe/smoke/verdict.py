@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 
 from recipe.plan.hardware import GB, Gpu
+from recipe.plan.node import Rates
 from recipe.smoke.measured import Interruption, Learning, Measured
-from recipe.smoke.rates import Rates
 from recipe.system.shutdown import SAVED_STATUS
 
 MATMUL_SHARE = 0.65

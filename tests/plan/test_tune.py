@@ -1,5 +1,6 @@
 """Tuning by the plan, and the recipes that it led to."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ from recipe.config import sglang_rules
 from recipe.config.flags import SGLANG_KEY, parse_command_line
 from recipe.config.loading import RECIPES, read_settings
 from recipe.plan.hardware import Machine
+from recipe.plan.node import machine_as_measured, read_rates
 from recipe.plan.options import PUBLISHED, read_without_weights
+from recipe.plan.time_plan import Work
 from recipe.plan.tune.recipe_file import check_target, write_recipe
 from recipe.plan.tune.search import Choice, Tuner
 from recipe.plan.tune.space import engines, trainers
@@ -126,6 +129,25 @@ def test_a_place_where_no_recipe_can_be_written_is_refused(name: str, reason: st
     with pytest.raises(UserError, match=reason):
         check_target(tmp_path / name)
     assert (tmp_path / "there.toml").read_text() == "mine"
+
+
+def test_a_slower_node_is_planned_slower(tmp_path: Path) -> None:
+    """By the rates that a smoke run wrote there; a file that is none is a sentence."""
+    machine = tuner_of("glm4.7-flash-8gpu").machine
+    (tmp_path / "rates.json").write_text(json.dumps({"host_memory": 100e9, "matmul": 300e12, "gpu_memory": 1.5e12}))
+    here = machine_as_measured(machine, read_rates(tmp_path / "rates.json"), 8)
+    assert here.gpu.link_bandwidth == machine.gpu.link_bandwidth
+    settings, resolved = read_without_weights(["--recipe", "glm4.7-flash-8gpu", "--hf-checkpoint", str(PUBLISHED)])
+    usual, slow = (Tuner(settings, resolved.architecture, one, None).given().plan.time for one in (machine, here))
+    assert usual is not None
+    assert slow is not None
+    for work in (Work.ROLLOUT, Work.TRAIN, Work.OPTIMIZER):
+        assert slow.seconds[work].best > 1.2 * usual.seconds[work].best
+    assert slow.seconds[Work.OPTIMIZER].best == slow.seconds[Work.OPTIMIZER].worst, "measured, so no range"
+    for text in ('{"host_memory": "fast"}', '{"matmul": 3e14}', "[]", "no"):
+        (tmp_path / "rates.json").write_text(text)
+        with pytest.raises(UserError, match=r"rates\.json .*: name the rates\.json of a smoke run"):
+            read_rates(tmp_path / "rates.json")
 
 
 def test_the_table_has_a_column_for_each_and_ends_with_a_sentence() -> None:

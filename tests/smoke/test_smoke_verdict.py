@@ -7,10 +7,10 @@ import pytest
 from recipe.plan.hardware import GPUS, Gpu
 from recipe.plan.machine import FoundGpu, FoundMachine
 from recipe.plan.memory import Phase
+from recipe.plan.node import REFERENCE_MATMUL_SHARE, Rates, gpu_as_measured
 from recipe.plan.ranges import Pace
 from recipe.smoke.measured import Interruption, Learning, Measured, Memory, goes_on, learning_of
-from recipe.smoke.projection import REFERENCE_MATMUL_SHARE, gpu_as_measured, project
-from recipe.smoke.rates import Rates
+from recipe.smoke.projection import project
 from recipe.smoke.table import NOT_MEASURED, NOT_ON_A_CPU, render, rows
 from recipe.smoke.verdict import reasons
 

@@ -1,0 +1,62 @@
+"""What a rented node was measured to reach, and the machine that the plan takes it for."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from recipe.plan import constants
+from recipe.plan.hardware import HOST_BANDWIDTH, Gpu, Machine
+from recipe.plan.ranges import Between
+from recipe.system.errors import UserError
+from recipe.system.json_text import read_json
+
+NODE_GPUS = 8
+REFERENCE_MATMUL_SHARE = 787 / 989
+"""Share of the data sheet's FLOP/s that a matrix product reached on the H200 that the plan's shares of training are
+from."""
+COPY_SHARE = 0.9
+"""Share of the data sheet's bandwidth that a copy within a GPU's memory reaches. Assumed."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """In FLOP/s and bytes/s; of several GPUs, the slowest one's. None: there is no GPU, or only one."""
+
+    host_memory: float
+    """c = a + b on large fp32 tensors by all cores, reads and writes counted."""
+    matmul: float | None = None
+    """Product of two bf16 matrices."""
+    gpu_memory: float | None = None
+    """A copy within a GPU's memory, reads and writes counted."""
+    bus: float | None = None
+    """Between pinned host memory and a GPU, while all GPUs copy; the slower direction."""
+    all_reduce: float | None = None
+    """Bus bandwidth of NCCL's all-reduce of 1 GiB: 2 (N - 1) / N of it over its time."""
+
+
+def read_rates(path: Path) -> Rates:
+    """Those that `python -m recipe.smoke.rates --output FILE`, or a smoke run, has written. Raises UserError."""
+    cure = "name the rates.json of a smoke run, or what python -m recipe.smoke.rates writes"
+    found = read_json(path, dict[str, float | None], cure)
+    try:
+        return Rates(**found)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise UserError(f"{path} does not hold a node's rates ({error}): {cure}") from error
+
+
+def gpu_as_measured(kind: Gpu, rates: Rates) -> Gpu:
+    """The data sheet's GPU with the figures that would give the plan the measured rates, as far as there are any."""
+    return replace(
+        kind,
+        flops=kind.flops if rates.matmul is None else rates.matmul / REFERENCE_MATMUL_SHARE,
+        memory_bandwidth=kind.memory_bandwidth if rates.gpu_memory is None else rates.gpu_memory / COPY_SHARE,
+        link_bandwidth=kind.link_bandwidth if rates.all_reduce is None else rates.all_reduce / constants.LINK_SHARE,
+        pcie_bandwidth=kind.pcie_bandwidth if rates.bus is None else rates.bus / constants.PCIE_SHARE,
+    )
+
+
+def machine_as_measured(machine: Machine, rates: Rates, gpus: int) -> Machine:
+    """`machine` with the rates of a node whose `gpus` were measured: fewer than a node's are taken for their share of
+    its host memory."""
+    whole = min(HOST_BANDWIDTH.best, rates.host_memory * max(1.0, NODE_GPUS / max(1, gpus)))
+    host = max(whole, rates.host_memory)
+    return replace(machine, gpu=gpu_as_measured(machine.gpu, rates), host_bandwidth=Between.exactly(host))
