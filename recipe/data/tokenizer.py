@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from recipe.system.errors import UserError
+from recipe.system.imports import undisturbed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -16,8 +17,9 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
     """
     if not (directory / "tokenizer.json").is_file():
         raise UserError(f"{directory} has no tokenizer.json: --hf-checkpoint must name a Hugging Face checkpoint")
-    # What AutoTokenizer chooses for this architecture, after seconds in which it loads what all others need.
-    from transformers import PreTrainedTokenizerFast
+    with undisturbed():
+        # What AutoTokenizer chooses for this architecture, after seconds in which it loads what all others need.
+        from transformers import PreTrainedTokenizerFast
 
     try:
         return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)

@@ -1,10 +1,26 @@
-"""Functions of the user's own, named on the command line."""
+"""Importing: functions of the user's own, named on the command line, and libraries that must not be interrupted."""
 
 import importlib
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from recipe.system.errors import UserError, is_unwinding
+
+ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2}
+"""Signals whose handlers end the program from wherever it is."""
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Signals that end the program wait until the block is left: where one comes while torch is imported, its C++
+    aborts the program instead."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def load_function(flag: str, path: str) -> Callable[..., Any]:

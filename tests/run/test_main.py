@@ -103,6 +103,29 @@ def test_a_full_disk_under_the_output_is_told_in_a_sentence() -> None:
     assert ended.stderr == "error: the disk is full: where the output goes could not be written; free space there\n"
 
 
+UNDISTURBED = """
+import os, signal, time
+from recipe.system.errors import run_main
+from recipe.system.imports import undisturbed
+
+def main():
+    with undisturbed():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        print("whole", flush=True)
+    time.sleep(60)
+
+run_main(main)
+"""
+
+
+def test_a_signal_waits_for_what_must_not_be_interrupted() -> None:
+    ended = subprocess.run([sys.executable, "-c", UNDISTURBED], capture_output=True, text=True, timeout=60)
+    assert ended.stdout == "whole\n"
+    assert ended.returncode == 128 + signal.SIGTERM
+    assert ended.stderr == "stopping: SIGTERM received\n"
+
+
 IMPORTING = """
 import sys
 from pathlib import Path
