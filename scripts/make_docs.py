@@ -235,6 +235,13 @@ def node_costs() -> str:
         (f"`make train-8gpu`, {first} steps", *_training("8gpu", first), disk, memory, "planned"),
         (f"`make train-8gpu`, all {every:,}", *_training("8gpu", every), disk, memory, "planned"),
         (
+            f"`make train-8gpu`, all {every:,}, `--recipe glm4.7-flash-8gpu-fast`",
+            *_training("8gpu-fast", every),
+            disk,
+            "as [planned](plan.md)",
+            "planned",
+        ),
+        (
             f"`make train-8gpu-mtp`, all {every:,}",
             *_training("8gpu-mtp", every),
             disk,
