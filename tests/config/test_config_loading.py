@@ -25,7 +25,8 @@ class TestShippedRecipes:
         assert resolve(["--recipe", name, "--hf-checkpoint", str(checkpoint)]).config.misc.name == name
 
     def test_the_promised_ones_are_there(self) -> None:
-        sizes = {f"glm4.7-flash-{size}" for size in ("8gpu", "8gpu-eagle", "8gpu-mtp", "16gpu", "24gpu")}
+        kinds = ("8gpu", "8gpu-eagle", "8gpu-mtp", "8gpu-fast", "16gpu", "16gpu-fast", "24gpu", "24gpu-fast")
+        sizes = {f"glm4.7-flash-{kind}" for kind in kinds}
         assert {"tiny", "tiny-sft", "smoke", "smoke-sft", "smoke-cpu"} | sizes == set(shipped_recipes())
 
     def test_16_gpus(self, checkpoint: Path) -> None:

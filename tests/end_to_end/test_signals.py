@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -20,6 +21,7 @@ from run_support import (
     samples,
     start,
     wait_for_step,
+    words_of,
 )
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -143,16 +145,25 @@ def script_for_the_tiny_model(inputs: TinyInputs, folder: Path) -> tuple[Path, d
 
 def assert_token_is_on_no_command_line(processes: list[psutil.Process]) -> None:
     """It lies in a file that nobody else can read."""
-    [path] = {Path(p.environ()["RAY_AUTH_TOKEN_PATH"]) for p in processes if "RAY_AUTH_TOKEN_PATH" in p.environ()}
+    environments = [environment_of(process) for process in processes]
+    [path] = {Path(one["RAY_AUTH_TOKEN_PATH"]) for one in environments if "RAY_AUTH_TOKEN_PATH" in one}
     assert path.stat().st_mode & 0o077 == 0
     token = path.read_text()
     assert token
-    assert not [p for p in processes if token in " ".join([*p.cmdline(), *p.environ().values()])]
+    assert not [one for one in environments if token in " ".join(one.values())]
+    assert not [process for process in processes if token in " ".join(words_of(process))]
+
+
+def environment_of(process: psutil.Process) -> dict[str, str]:
+    """Its variables, while it lives."""
+    with suppress(psutil.NoSuchProcess):
+        return process.environ()
+    return {}
 
 
 def assert_key_is_with_the_run_alone(processes: list[psutil.Process]) -> None:
     """Ray's processes, ranks and engines do without; a reward of the user's may need it."""
-    holders = {" ".join(process.cmdline()) for process in processes if KEY in process.environ().values()}
+    holders = {" ".join(words_of(process)) for process in processes if KEY in environment_of(process).values()}
     assert any("recipe.train" in words for words in holders), "the job has it again"
     known = ("run-glm4.7", "recipe.cluster.launch", "recipe.train", "recipe.rewards.serve", "recipe.system.reaper")
     assert not [words for words in holders if not any(name in words for name in known)]

@@ -9,7 +9,7 @@ import pytest
 
 from recipe.config import sglang_rules
 from recipe.config.flags import SGLANG_KEY, parse_command_line
-from recipe.config.loading import RECIPES, read_settings
+from recipe.config.loading import read_settings
 from recipe.plan.hardware import Machine
 from recipe.plan.node import machine_as_measured, read_rates
 from recipe.plan.options import PUBLISHED, read_without_weights
@@ -159,7 +159,3 @@ def test_the_table_has_a_column_for_each_and_ends_with_a_sentence() -> None:
     assert lines[-1].startswith("By the plan 1 costs 5")
     assert table(given, []).splitlines()[-1].startswith("Nothing that was tried fits")
     assert table(given, [given]).splitlines()[-1].startswith("Nothing that was tried is cheaper")
-
-
-def test_shipped_fast_recipes_are_those_tested() -> None:
-    assert {path.stem for path in RECIPES.glob("*-fast.toml")} == {f"glm4.7-flash-{recipe}-fast" for recipe in FAST}

@@ -233,4 +233,4 @@ def test_a_ranks_slices_are_the_bytes_that_the_plan_counts(
             for piece in slices(name, shape, layout, architecture.n_routed_experts):
                 held.update(dict.fromkeys(piece.ranks, 2 * piece.content.numel()))
     assert set(held) == set(range(layout.tp))
-    assert set(held.values()) == {engine.weights()}
+    assert set(held.values()) == {engine.weights}
