@@ -99,6 +99,17 @@ def test_a_written_recipe_is_what_was_planned(tmp_path: Path) -> None:
     assert written.plan.resolved.config.misc.name == "mine"
 
 
+@pytest.mark.slow
+def test_where_nothing_fits_nothing_is_written(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "recipe.plan.tune", "--recipe", "glm4.7-flash-8gpu", "--hf-checkpoint"]
+    flags = ["--gpu", "A100-40GB", "--host-memory", "200GB", "--write", str(tmp_path / "mine.toml")]
+    ended = subprocess.run([*command, str(PUBLISHED), *flags], capture_output=True, text=True, timeout=240)
+    assert ended.returncode == 2
+    assert ended.stdout.splitlines()[-1].startswith("Nothing that was tried fits")
+    assert "Traceback" not in ended.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_settings_go_through_a_recipe_unchanged(tmp_path: Path) -> None:
     """Numbers, words, switches, and arguments of SGLang's that are left out."""
     tuner = tuner_of("glm4.7-flash-24gpu")

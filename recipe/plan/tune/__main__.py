@@ -4,7 +4,7 @@
                                [--disk 2TB] [--price 2.5] [--response-len 4096] [--response-spread 0.6]
                                [--lengths-of RUN] [any flag of the run]
 
---write makes a recipe of the cheapest that extends the given one.
+--write makes a recipe of the cheapest that extends the given one. Ends with 2 if nothing that was tried fits.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from recipe.plan.options import add_options, lengths_of, machine_of, read_withou
 from recipe.plan.tune.recipe_file import check_target, write_recipe
 from recipe.plan.tune.search import Tuner
 from recipe.plan.tune.table import table
-from recipe.system.errors import UserError, run_main
+from recipe.system.errors import USER_ERROR_STATUS, UserError, run_main
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -30,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
+def main() -> int:
     options, flags = _parser().parse_known_args()
     command_line = parse_command_line(flags)
     if options.write is not None:
@@ -42,10 +42,13 @@ def main() -> None:
     tuner = Tuner(settings, resolved.architecture, machine, lengths)
     given, best = tuner.given(), tuner.best(options.best)
     print(table(given, best))
+    if not best:
+        return USER_ERROR_STATUS
     if options.write is not None:
         assert command_line.recipe is not None
         write_recipe(options.write, command_line.recipe, best[0], machine)
         print(f"\nwrote {options.write}: train with --recipe {options.write}")
+    return 0
 
 
 if __name__ == "__main__":
