@@ -17,7 +17,7 @@ DATA := build/tiny/heldout.jsonl
 # The folder of GLM-4.7-Flash, its conversion and the data sets.
 BASE_DIR := $(or $(BASE_DIR),data)
 # DRY_RUN=1 prints the commands of a target, and stops.
-DRY_RUN :=
+DRY_RUN := $(DRY_RUN)
 # Further arguments for the command a target ends with, as in: make train-tiny ARGS="--num-rollout 20"
 ARGS :=
 

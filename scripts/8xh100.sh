@@ -2,13 +2,14 @@
 # From a blank rented node of 8 H100s (Docker, NVIDIA's container toolkit and a driver of 580 or newer are there; 1 TB of
 # host memory, 1.5 TB of disk) to a trained, exported and scored model. Run again, it goes on where it was cut off.
 #
-#   BASE_DIR=/data ROLLOUTS=100 scripts/8xh100.sh        DRY_RUN=1 scripts/8xh100.sh prints the commands and runs none
+#   BASE_DIR=/data ROLLOUTS=100 [RECIPE=glm4.7-flash-8gpu-fast] scripts/8xh100.sh
+#   DRY_RUN=1 scripts/8xh100.sh                                     prints the commands and runs none
 #
 # Time and money are planned or reckoned, not measured, at $20 an hour for the node: docs/gpu-node.md says how.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 BASE_DIR=${BASE_DIR:-/data} ROLLOUTS=${ROLLOUTS:-100} PRICE=${PRICE:-2.5}
-NAME=glm4.7-flash-8gpu
+NAME=${RECIPE:-glm4.7-flash-8gpu}
 
 run() {
     printf '+'
@@ -22,7 +23,7 @@ is_there() { [ -z "${DRY_RUN:-}" ] && [ -e "$1" ]; }
 run make install
 run make image
 
-# 2. Is this node good? The whole loop on a small model: about 6 minutes, $2. If not, this ends here: give it back.
+# 2. Is this node good? The whole loop on a small model: about 9 minutes, $3. If not, this ends here: give it back.
 run make smoke BASE_DIR="$BASE_DIR" PRICE="$PRICE"
 
 # 3. Model and data sets, 60 GB: about 10 minutes at 100 MB/s, $3. No GPU is needed.
@@ -34,9 +35,9 @@ is_there "$BASE_DIR/GLM-4.7-Flash_torch_dist" || run make convert BASE_DIR="$BAS
 # 5. Does the run fit, and what does it cost? Seconds; the status is not 0 if it does not fit.
 run make plan RECIPE="$NAME" ARGS="--gpu H100-80GB --host-memory 1TB --price $PRICE --num-rollout $ROLLOUTS"
 
-# 6. GRPO, from the run's newest checkpoint if there is one: 100 steps take 10 to 25 hours and $200 to $500, all 3,000 take
-# 310 to 750 hours and $6,100 to $15,000; with --recipe glm4.7-flash-8gpu-fast in ARGS less than half.
-run make train-8gpu BASE_DIR="$BASE_DIR" ARGS="--num-rollout $ROLLOUTS --load runs/$NAME/checkpoints"
+# 6. GRPO, from the run's newest checkpoint if there is one: 100 steps take 10 to 26 hours and $210 to $520, all 3,000
+# take 310 to 750 hours and $6,100 to $15,000; with RECIPE=glm4.7-flash-8gpu-fast less than half, by the plan.
+run make train-8gpu BASE_DIR="$BASE_DIR" ARGS="--recipe $NAME --num-rollout $ROLLOUTS --load runs/$NAME/checkpoints"
 
 # 7. What it achieved, and where its time went: seconds.
 run make report NAME="$NAME"

@@ -11,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from recipe.config.flags import FLAGS, RECIPE_FLAG, SGLANG_KEY, SGLANG_PREFIX
 from recipe.config.loading import RECIPES, shipped_recipes
@@ -119,7 +120,7 @@ def _flag_row(key: str, field: FieldInfo) -> tuple[str, str, str]:
     spellings = [flag.text for flag in FLAGS.values() if flag.key == key] or [f"{SGLANG_PREFIX}X"]
     if field.is_required():
         default = "required"
-    elif field.default in (None, (), {}) or key == SGLANG_KEY:
+    elif field.default in (None, (), {}, PydanticUndefined) or key == SGLANG_KEY:
         default = ""
     else:
         value = str(field.default).lower() if isinstance(field.default, bool) else str(field.default)
@@ -162,9 +163,9 @@ TensorBoard and Weights & Biases (`--use-wandb`) get the same names.
 
 
 @cache
-def plan_of(recipe: str, gpu: str = "H100-80GB") -> Plan:
+def plan_of(recipe: str, gpu: str = "H100-80GB", *more: str) -> Plan:
     """The plan of a run of the real model, which need not be here."""
-    flags = ["--recipe", f"glm4.7-flash-{recipe}", "--hf-checkpoint", str(PUBLISHED)]
+    flags = ["--recipe", f"glm4.7-flash-{recipe}", "--hf-checkpoint", str(PUBLISHED), *more]
     return make_plan(resolve_without_weights(flags), Machine.described(gpu, 8, "1TB", "2TB", PRICE), on_gpu=True)
 
 
@@ -207,10 +208,9 @@ def plan_page() -> str:
 
 def _training(recipe: str, steps: int) -> tuple[str, str]:
     """Hours and dollars of so many steps, and the evaluations between them."""
-    time = plan_of(recipe).time
+    time = plan_of(recipe, "H100-80GB", "--num-rollout", str(steps)).time
     assert time is not None
-    share = steps / time.rollouts
-    return f"{spell(time.hours * share)} hours", f"${spell(time.dollars * share)}"
+    return f"{spell(time.hours)} hours", f"${spell(time.dollars)}"
 
 
 def _minutes(minutes: int) -> tuple[str, str]:

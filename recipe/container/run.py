@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from recipe.container.build import IMAGE, ROOT
 from recipe.container.engine import check_gpus, connect
 from recipe.container.terminal import attach_terminal
-from recipe.system.errors import UserError
+from recipe.system.errors import UserError, drop_dead_output
 
 if TYPE_CHECKING:
     from docker import DockerClient
@@ -174,10 +174,15 @@ def _attend(client: "DockerClient", container: "Container", run: ContainerRun) -
 def _passing_signals_on(send: Callable[[str], None]) -> Iterator[None]:
     def pass_on(number: int, _: FrameType | None) -> None:
         name = signal.Signals(number).name
+        if number == signal.SIGHUP:
+            drop_dead_output()
         print(f"{name} is passed on to the container", file=sys.stderr, flush=True)
         send(name)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    passed = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+        passed.append(signal.SIGHUP)
+    before = {number: signal.signal(number, pass_on) for number in passed}
     try:
         yield
     finally:

@@ -55,6 +55,30 @@ def test_a_dry_run_prints_the_command_and_stops(target: str) -> None:
     assert "Traceback" not in make.stderr
 
 
+def test_a_dry_run_is_asked_for_before_make_too() -> None:
+    words = ["make", "--no-print-directory", "-o", "install", "train-8gpu", f"BIN={Path(sys.executable).parent}"]
+    ended = command(*words, DRY_RUN="1")
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("+ ")
+    assert TARGETS["train-8gpu"] in ended.stdout
+
+
+SIGNALLED = """
+import os, signal
+from recipe.container.run import _passing_signals_on
+
+with _passing_signals_on(lambda name: print(name, flush=True)):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(os.getpid(), number)
+"""
+
+
+def test_a_closed_terminal_reaches_the_container_too() -> None:
+    assert command(sys.executable, "-c", SIGNALLED).stdout.split() == ["SIGINT", "SIGTERM", "SIGHUP"]
+    ignored = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    assert command(sys.executable, "-c", ignored + SIGNALLED).stdout.split() == ["SIGINT", "SIGTERM"], "under nohup"
+
+
 @pytest.mark.parametrize("line", re.findall(r"^make \S+ BASE_DIR=[^#\n]*", PAGES, re.MULTILINE))
 def test_the_commands_of_the_rented_node_parse(line: str) -> None:
     words = [
