@@ -37,9 +37,9 @@ class UserError(Exception):
 def run_main(main: Callable[[], int | None]) -> None:
     """Runs a command's `main` and exits with its status.
 
-    A UserError is printed without a traceback, and so is a full disk. SIGINT, SIGTERM and SIGHUP unwind the program
-    from wherever it is, so that what it started is ended, and give the status that shells expect of them; so does a
-    reader of the output who leaves (`| head`).
+    A UserError is printed without a traceback, and so are a full disk and a file name that is too long. SIGINT, SIGTERM
+    and SIGHUP unwind the program from wherever it is, so that what it started is ended, and give the status that shells
+    expect of them; so does a reader of the output who leaves (`| head`).
     """
     signal.signal(signal.SIGINT, _unwind)
     signal.signal(signal.SIGTERM, _unwind)
@@ -59,6 +59,10 @@ def run_main(main: Callable[[], int | None]) -> None:
         _drop(_STDOUT)
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            told = UserError(f"{error.filename} is too long a name: a file system takes 255 bytes between two slashes")
+            print(f"error: {told}", file=sys.stderr)
+            sys.exit(USER_ERROR_STATUS)
         if error.errno not in DISK_IS_FULL:
             raise
         where = error.filename or "where the output goes"

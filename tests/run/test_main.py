@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from recipe.system.shutdown import SAVED_STATUS
+from recipe.weights.tiny import write_tiny_checkpoint
 
 PROGRAM = """
 import sys, time
@@ -101,6 +102,18 @@ def test_a_full_disk_under_the_output_is_told_in_a_sentence() -> None:
         ended = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True)
     assert ended.returncode == 2
     assert ended.stderr == "error: the disk is full: where the output goes could not be written; free space there\n"
+
+
+@pytest.mark.parametrize("flags", [["--name", "a" * 260], ["--save", "a" * 260], ["--prompt-data", "a" * 260]])
+def test_a_name_that_no_file_system_takes_is_one_sentence(flags: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "recipe.train", "--recipe", "tiny-sft", "--runs-dir", tmp_path, "--check"]
+    write_tiny_checkpoint(tmp_path / "hf", 1)
+    given = ["--hf-checkpoint", tmp_path / "hf", "--prompt-data", tmp_path / "none.jsonl", *flags]
+    ended = subprocess.run([*command, *given], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2
+    assert "Traceback" not in ended.stderr
+    assert "too long" in ended.stderr.splitlines()[-1]
+    assert len(ended.stderr.splitlines()[-1]) < 700
 
 
 UNDISTURBED = """
