@@ -20,7 +20,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
 
@@ -32,7 +32,7 @@ from recipe.plan.hardware import GB, GIB, Machine
 from recipe.plan.lengths import Lengths
 from recipe.plan.machine import NVIDIA_SMI, read_machine
 from recipe.plan.memory import Phase as PlannedPhase
-from recipe.plan.node import gpu_as_measured, read_rates
+from recipe.plan.node import machine_as_measured, read_rates
 from recipe.plan.plan import Plan, make_plan
 from recipe.plan.preflight import machine_like
 from recipe.plan.ranges import Between
@@ -261,10 +261,7 @@ def make_plan_here(options: argparse.Namespace, flags: list[str], response: floa
     resolved = read_recipe(flags)
     machine: Machine = machine_like(resolved, read_machine(options.directory))
     if options.rates is not None:
-        rates = read_rates(options.rates)
-        machine = replace(
-            machine, gpu=gpu_as_measured(machine.gpu, rates), host_bandwidth=Between.exactly(rates.host_memory)
-        )
+        machine = machine_as_measured(machine, read_rates(options.rates), machine.gpus)
     return make_plan(resolved, machine, on_gpu=True, lengths=Lengths(np.array([response])))
 
 

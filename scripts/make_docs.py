@@ -20,7 +20,7 @@ from recipe.config.usage import CHECK, FORCE
 from recipe.plan.hardware import GB, GIB, Machine
 from recipe.plan.options import PUBLISHED, resolve_without_weights
 from recipe.plan.plan import Plan, make_plan
-from recipe.plan.ranges import spell
+from recipe.plan.ranges import range_text
 from recipe.plan.report import page
 from recipe.run import metrics
 from recipe.system.files import atomic_write_text
@@ -196,8 +196,8 @@ def _recipe_row(name: str, plan: Plan) -> tuple[str, ...]:
         f"{gpu.margin / GIB:.1f} GiB",
         f"{host.phase} {host.total / GB:.0f} GB{per_machine}",
         f"{plan.disk.needed / GB / 1000:.1f} TB",
-        f"{spell(plan.time.step_s)} s, ${spell(plan.time.dollars_a_step)}",
-        f"{spell(plan.time.hours)} h, ${spell(plan.time.dollars)}",
+        f"{range_text(plan.time.step_s)} s, ${range_text(plan.time.dollars_a_step)}",
+        f"{range_text(plan.time.hours)} h, ${range_text(plan.time.dollars)}",
     )
 
 
@@ -210,7 +210,7 @@ def _training(recipe: str, steps: int) -> tuple[str, str]:
     """Hours and dollars of so many steps, and the evaluations between them."""
     time = plan_of(recipe, "H100-80GB", "--num-rollout", str(steps)).time
     assert time is not None
-    return f"{spell(time.hours)} hours", f"${spell(time.dollars)}"
+    return f"{range_text(time.hours)} hours", f"${range_text(time.dollars)}"
 
 
 def _minutes(minutes: int) -> tuple[str, str]:

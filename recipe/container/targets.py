@@ -129,7 +129,7 @@ _ALL = (
     ),
     Target(
         "tune",
-        "settings with which a run costs less by the plan and learns the same: make tune RECIPE=... (half a minute)",
+        "settings of speed alone with which a run costs less by the plan: make tune RECIPE=... (half a minute)",
         ("python", "-m", "recipe.plan.tune"),
     ),
     Target(

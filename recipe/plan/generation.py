@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
@@ -77,9 +78,7 @@ class Generation:
                 others = (edges[number] for number in order[settings.rollout_batch_size :])
                 waiting += [_left(starts, ends, moment) for starts, ends in others if starts.min() < moment]
         usual = found[ROLLOUTS // 2 :]
-        return Played(
-            *(sum(figures) / len(usual) for figures in zip(*((p.seconds, p.tail_s) for p in usual), strict=True))
-        )
+        return Played(fmean(played.seconds for played in usual), fmean(played.tail_s for played in usual))
 
     def _groups(self, lengths: Lengths, count: int, each: int) -> list[np.ndarray]:
         drawn = lengths.draw(count, self.resolved.config.misc.seed)

@@ -9,7 +9,6 @@ from recipe.plan.ranges import Between
 from recipe.system.errors import UserError
 from recipe.system.json_text import read_json
 
-NODE_GPUS = 8
 REFERENCE_MATMUL_SHARE = 787 / 989
 """Share of the data sheet's FLOP/s that a matrix product reached on the H200 that the plan's shares of training are
 from."""
@@ -55,8 +54,8 @@ def gpu_as_measured(kind: Gpu, rates: Rates) -> Gpu:
 
 
 def machine_as_measured(machine: Machine, rates: Rates, gpus: int) -> Machine:
-    """`machine` with the rates of a node whose `gpus` were measured: fewer than a node's are taken for their share of
-    its host memory."""
-    whole = min(HOST_BANDWIDTH.best, rates.host_memory * max(1.0, NODE_GPUS / max(1, gpus)))
+    """`machine` with the rates of a node of which so many GPUs were measured: where they are fewer than the machine's,
+    its host memory is taken for their share."""
+    whole = min(HOST_BANDWIDTH.best, rates.host_memory * machine.gpus / max(1, gpus))
     host = max(whole, rates.host_memory)
     return replace(machine, gpu=gpu_as_measured(machine.gpu, rates), host_bandwidth=Between.exactly(host))

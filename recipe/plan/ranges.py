@@ -48,7 +48,7 @@ def two_digits(value: float) -> str:
     return f"{rounded:,.0f}" if abs(rounded) >= 10 else f"{rounded:.2g}"
 
 
-def spell(found: Between) -> str:
+def range_text(found: Between) -> str:
     """Two digits of both ends; one number where they are the same."""
     ends = [two_digits(end) for end in sorted((found.best, found.worst))]
     return ends[0] if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from recipe.plan.hardware import GB, GIB
 from recipe.plan.memory import PhaseMemory, Use
 from recipe.plan.plan import Plan
-from recipe.plan.ranges import Between, spell
+from recipe.plan.ranges import Between, range_text
 from recipe.plan.suggest import Change
 from recipe.plan.time_plan import TimePlan, Work
 
@@ -165,21 +165,21 @@ def _rest(plan: Plan) -> Iterator[str]:
 def seconds_and_dollars(time: TimePlan) -> Iterator[str]:
     """A step's time by kind of work, and what the run costs."""
     rates = {
-        work: spell(time.tokens_per_s(work))
+        work: range_text(time.tokens_per_s(work))
         for work in (Work.ROLLOUT, Work.LOG_PROBS, Work.TRAIN)
         if work in time.seconds
     }
-    price = f"${spell(time.dollars_a_step)} at ${time.price:g} a GPU hour"
-    yield f"  {'seconds of a step':<22}{spell(time.step_s):>14}   {price}"
+    price = f"${range_text(time.dollars_a_step)} at ${time.price:g} a GPU hour"
+    yield f"  {'seconds of a step':<22}{range_text(time.step_s):>14}   {price}"
     for work, seconds in time.seconds.items():
         notes = [f"{rates[work]} tokens/s"] if work in rates else []
         if work is Work.ROLLOUT and time.tail.worst > 0:
-            notes.append(f"{spell(time.tail)} s of it with less than a quarter of the sequences")
-        yield f"    {work:<20}{spell(seconds):>14}   {', '.join(notes)}".rstrip()
+            notes.append(f"{range_text(time.tail)} s of it with less than a quarter of the sequences")
+        yield f"    {work:<20}{range_text(seconds):>14}   {', '.join(notes)}".rstrip()
     run = f"{time.rollouts:,} steps"
     if time.evaluations:
-        run += f" and {time.evaluations:,} evaluations of {spell(time.evaluation)} s"
-    yield f"  {run}: {spell(time.hours)} hours, ${spell(time.dollars)}"
+        run += f" and {time.evaluations:,} evaluations of {range_text(time.evaluation)} s"
+    yield f"  {run}: {range_text(time.hours)} hours, ${range_text(time.dollars)}"
 
 
 def _verdict(plan: Plan, changes: Sequence[Change]) -> Iterator[str]:

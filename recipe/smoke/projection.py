@@ -7,13 +7,14 @@ from recipe.config.flags import parse_command_line
 from recipe.config.loading import build_config, read_settings, trace_sources
 from recipe.plan.hardware import Gpu, Machine
 from recipe.plan.machine import FoundMachine
-from recipe.plan.node import NODE_GPUS, Rates, machine_as_measured
+from recipe.plan.node import Rates, machine_as_measured
 from recipe.plan.options import PUBLISHED
 from recipe.plan.plan import make_plan
 from recipe.plan.preflight import plan_here
 from recipe.smoke.measured import Projection
 
 RECIPE = "glm4.7-flash-8gpu-mtp"
+NODE_GPUS = 8
 
 
 def read_recipe(flags: Sequence[str]) -> Resolved:

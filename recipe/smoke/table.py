@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from recipe.plan.hardware import GB, GIB
-from recipe.plan.ranges import spell
+from recipe.plan.ranges import range_text
 from recipe.smoke.measured import Measured
 from recipe.smoke.verdict import LEAST_AFTER, MOST_BEFORE, MOST_LOGPROB_DIFF
 
@@ -92,9 +92,9 @@ def _projection(measured: Measured) -> Iterator[Row]:
     projection = measured.projection
     text = _missing(measured, needs_gpu=True)
     if projection is not None:
-        phases = ", ".join(f"{work} {spell(seconds)}" for work, seconds in projection.phases.items())
-        price = f"${spell(projection.dollars)} at ${projection.price:g} a GPU hour"
-        text = f"{spell(projection.seconds)} s ({phases}), {price}"
+        phases = ", ".join(f"{work} {range_text(seconds)}" for work, seconds in projection.phases.items())
+        price = f"${range_text(projection.dollars)} at ${projection.price:g} a GPU hour"
+        text = f"{range_text(projection.seconds)} s ({phases}), {price}"
     yield Row("a step of 8gpu-mtp here", text)
     seconds = measured.seconds or {}
     parts = ", ".join(f"{part} {value:.0f}" for part, value in seconds.items())

@@ -19,7 +19,7 @@ from recipe.plan.memory import GpuModel
 from recipe.plan.options import PUBLISHED, resolve_without_weights
 from recipe.plan.plan import make_plan
 from recipe.plan.playout import Turn, play
-from recipe.plan.ranges import Between, Pace, spell
+from recipe.plan.ranges import Between, Pace, range_text
 from recipe.plan.time_plan import TimePlan, Work
 from recipe.system.errors import UserError
 
@@ -253,4 +253,4 @@ def test_money_and_hours_count_evaluations() -> None:
     ],
 )
 def test_figures_have_the_digits_that_they_deserve(found: Between, text: str) -> None:
-    assert spell(found) == text
+    assert range_text(found) == text

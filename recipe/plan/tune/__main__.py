@@ -1,4 +1,4 @@
-"""The cheapest settings of a run that learns the same, by the plan.
+"""The cheapest settings of speed for a run, by the plan; those of learning stay.
 
     python -m recipe.plan.tune --recipe R [--best 3] [--write FILE.toml] [--gpu H100-80GB] [--host-memory 1TB]
                                [--disk 2TB] [--price 2.5] [--response-len 4096] [--response-spread 0.6]
@@ -21,7 +21,7 @@ from recipe.system.errors import USER_ERROR_STATUS, UserError, run_main
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m recipe.plan.tune",
-        description="Settings with which a run costs least and learns the same. All other flags are the run's.",
+        description="Settings of speed with which a run costs least; learning stays. All other flags are the run's.",
         allow_abbrev=False,
     )
     add_options(parser)

@@ -27,7 +27,7 @@ def write_recipe(path: Path, base: str, choice: Choice, machine: Machine) -> Non
     found = find_recipe(base, Path())
     extends = str(found) if base.endswith(".toml") else base
     nodes = choice.plan.resolved.config.cluster.actor_num_nodes
-    head = f"# Tuned by the plan for {nodes} x {machine.gpus} {machine.gpu.name}: it learns what {found.stem} learns."
+    head = f"# Tuned by the plan for {nodes} x {machine.gpus} {machine.gpu.name}; learning is as in its base."
     atomic_write_text(path, f"{head}\nextends = {json.dumps(extends)}\n{tables(choice.values, path.stem)}")
 
 

@@ -47,13 +47,9 @@ class Tuner:
     def given(self) -> Choice:
         """The recipe as it is. Raises UserError if it is not one that can be planned."""
         choice = self.choice({})
-        if choice is None or choice.plan.time is None or self._on_a_cpu:
+        if choice is None or choice.plan.resolved.config.cluster.device == "cpu":
             raise UserError("only a run on GPUs, whose settings hold together, can be tuned: see what make plan says")
         return choice
-
-    @property
-    def _on_a_cpu(self) -> bool:
-        return build_config(self.settings).cluster.device == "cpu"
 
     def choice(self, values: Values) -> Choice | None:
         """The settings with these on top; None if a rule refuses them."""

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-from recipe.config.flags import spell as spell_flag
+from recipe.config.flags import spell
 from recipe.plan.hardware import GB, GIB
-from recipe.plan.ranges import Between, spell
+from recipe.plan.ranges import Between, range_text
 from recipe.plan.time_plan import TimePlan, Work
 from recipe.plan.tune.search import Choice
 
@@ -26,7 +26,7 @@ def table(given: Choice, best: Sequence[Choice]) -> str:
 
 def changes(choice: Choice) -> str:
     """The flags of what differs from the given settings."""
-    return " ".join(spell_flag(key, value) for key, value in choice.values.items()) or "as given"
+    return " ".join(spell(key, value) for key, value in choice.values.items()) or "as given"
 
 
 def verdict(given: Choice, best: Sequence[Choice]) -> str:
@@ -38,14 +38,15 @@ def verdict(given: Choice, best: Sequence[Choice]) -> str:
         return "The given settings do not fit; 1 does."
     if saved < 0.01:
         return "Nothing that was tried is cheaper than the given settings by the plan."
-    return f"By the plan 1 costs {saved:.0%} less than the given settings, and learns the same."
+    return f"By the plan 1 costs {saved:.0%} less than the given settings, and changes no setting of learning."
 
 
 def hint(given: Choice, best: Choice | None) -> Iterator[str]:
     """A line, where the given settings leave more than a fifth of the money on the table."""
     saved = 0.0 if best is None else 1 - best.dollars / given.dollars
     if best is not None and saved > WORTH_TELLING:
-        yield f"It costs {saved:.0%} less by the plan, and learns the same, with {changes(best)}; make tune finds more."
+        flags = changes(best)
+        yield f"{flags} would cost {saved:.0%} less by the plan, and changes no setting of learning; see make tune."
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
@@ -58,15 +59,15 @@ def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 def _rows(choices: Sequence[Choice]) -> Iterator[list[str]]:
     times = [_time(choice) for choice in choices]
-    yield ["seconds of a step", *(spell(time.step_s) for time in times)]
+    yield ["seconds of a step", *(range_text(time.step_s) for time in times)]
     for work in Work:
         if any(work in time.seconds for time in times):
-            yield [f"  {work}", *(spell(time.seconds.get(work, Between.exactly(0.0))) for time in times)]
-    yield ["dollars a step", *(spell(time.dollars_a_step) for time in times)]
+            yield [f"  {work}", *(range_text(time.seconds.get(work, Between.exactly(0.0))) for time in times)]
+    yield ["dollars a step", *(range_text(time.dollars_a_step) for time in times)]
     if any(time.evaluations for time in times):
-        yield ["seconds of an evaluation", *(spell(time.evaluation) for time in times)]
-    yield [f"hours of {times[0].rollouts:,} steps", *(spell(time.hours) for time in times)]
-    yield ["dollars", *(spell(time.dollars) for time in times)]
+        yield ["seconds of an evaluation", *(range_text(time.evaluation) for time in times)]
+    yield [f"hours of {times[0].rollouts:,} steps", *(range_text(time.hours) for time in times)]
+    yield ["dollars", *(range_text(time.dollars) for time in times)]
     yield ["GiB left of a GPU", *(f"{_least(choice, gpu=True) / GIB:.1f}" for choice in choices)]
     yield ["GB left of a machine", *(f"{_least(choice, gpu=False) / GB:.0f}" for choice in choices)]
 
