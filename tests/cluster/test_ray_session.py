@@ -130,3 +130,26 @@ def test_the_death_of_a_vital_process_is_one_sentence(meanwhile: str, tmp_path: 
     stopping, error = ended.stderr.splitlines()
     assert stopping.startswith("stopping: Ray's sleeper (pid ")
     assert error.startswith("error: Ray's sleeper (pid ")
+
+
+SHARING = """
+import subprocess, sys, threading
+from pathlib import Path
+from recipe.cluster import ray_processes
+
+ray_processes.GRACE_S = 0.3
+with ray_processes.RayProcesses(Path(sys.argv[1])):
+    sharer = subprocess.Popen(["sh", "-c", "trap '' TERM; echo ready; sleep 60 & wait; sleep 60"], stdout=-1)
+    sharer.stdout.readline()
+    program = f"trap 'echo ended; exit' TERM; while kill -0 {sharer.pid} 2>/dev/null; do sleep 0.02; done; echo removed"
+    watcher = subprocess.Popen(["torch_shm_manager", "-c", program], executable="/bin/sh", stdout=-1)
+    threading.Thread(target=sharer.wait, daemon=True).start()
+print(watcher.stdout.read().decode(), end="")
+"""
+
+
+def test_the_watcher_of_shared_memory_outlives_those_who_share(tmp_path: Path) -> None:
+    """One of them heeds no SIGTERM, as an engine that is stopped."""
+    command = [sys.executable, "-c", SHARING, str(tmp_path / "scratch")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert ended.stdout == "removed\n", ended.stderr
