@@ -97,8 +97,10 @@ RECIPE := glm4.7-flash-8gpu
 plan: install
 	$(RUN) recipe.plan --recipe $(call quote,RECIPE) $(ARGS)
 
+# MEASURE=1: by what this node reaches, in the image where there are GPUs.
+MEASURE :=
 tune: install
-	$(RUN) recipe.plan.tune --recipe $(call quote,RECIPE) $(ARGS)
+	$(if $(MEASURE),$(INVOKE) --measure --recipe $(call quote,RECIPE),$(RUN) recipe.plan.tune --recipe $(call quote,RECIPE) $(ARGS))
 
 # A file's tests share a worker, and what they start; ARGS="-n 0" for none.
 PARALLEL := -n auto --dist loadfile --no-loadscope-reorder

@@ -29,6 +29,7 @@ IN_IMAGE = {
     **COMMON,
 }
 RECIPE = "glm4.7-flash-8gpu"
+MEASURED_TUNE = ("python", "-m", "recipe.smoke.measure")
 BASE_DIR = "data"
 
 
@@ -351,7 +352,8 @@ def plan(
         "recipe": f"to tune (default: {RECIPE})",
         **MACHINE,
         "write": "a new recipe, FILE.toml, with the cheapest settings",
-        **COMMON,
+        "measure": "what this node reaches first, in 3 minutes; gpu and host_memory are this node's then",
+        **IN_IMAGE,
     },
 )
 def tune(
@@ -361,8 +363,16 @@ def tune(
     host_memory: str = "1TB",
     price: float = 2.5,
     write: str = "",
+    measure: bool = False,
+    image: str = IMAGE,
+    base_dir: str = BASE_DIR,
+    work_dir: str = ".",
     args: str = "",
     dry_run: bool = False,
 ) -> None:
-    machine = ["--gpu", gpu, "--host-memory", host_memory, "--price", f"{price:g}"]
-    run([*TARGETS["tune"].command, "--recipe", recipe, *machine, *(["--write", write] if write else [])], args, dry_run)
+    flags = ["--recipe", recipe, "--price", f"{price:g}", *(["--write", write] if write else [])]
+    if measure:
+        target = replace(TARGETS["tune"], command=MEASURED_TUNE, place=Place.EITHER)
+        run_target(target, flags, args, dry_run, image, base_dir, work_dir)
+    else:
+        run([*TARGETS["tune"].command, *flags, "--gpu", gpu, "--host-memory", host_memory], args, dry_run)

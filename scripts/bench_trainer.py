@@ -2,10 +2,11 @@
 """The trainer as the 8-GPU recipe sets it, at the true widths (1 dense and 5 MoE layers) with random weights.
 
 On one GPU, beside transformers' model in the same run: forward and backward over packs of tokens and the optimizer,
-each from a standstill, and whole steps one after the other, as training takes them; as the recipe has it, with Adam on
-the GPU, and also without recomputation. The peer is Glm4MoeLiteForCausalLM in bf16 with gradient checkpointing,
-`grouped_mm` experts, cross-entropy over all tokens and torch's fused AdamW. Also the bf16 matrix product's limit in
-this run, peak memory, and with `--parts` where the GPU's time goes.
+each from a standstill, and whole steps one after the other, as training takes them, and as beside an engine, which has
+the step's memory between two; as the recipe has it, with Adam on the GPU, and also without recomputation. The peer is
+Glm4MoeLiteForCausalLM in bf16 with gradient checkpointing, `grouped_mm` experts, cross-entropy over all tokens and
+torch's fused AdamW. Also the bf16 matrix product's limit in this run, peak memory, and with `--parts` where the GPU's
+time goes.
 
 With `--gpus N` the recipe on one GPU, and then on N with the experts spread over them (EP N), each with as many packs:
 tokens/s a GPU of both, and where the time of each GPU goes: computing, exchanges, waiting for the others, Adam. Ends
@@ -16,6 +17,7 @@ with 1 if N GPUs keep less than 85% a GPU of what one does.
 """
 
 import argparse
+import math
 import os
 import tempfile
 from collections.abc import Sequence
@@ -46,11 +48,13 @@ GPU_ADAM = "--no-optimizer-cpu-offload --no-overlap-cpu-optimizer-d2h-h2d --no-u
 @dataclass(frozen=True)
 class Measured:
     """Median milliseconds of a forward and backward pass over a step's packs and of the optimizer's step, each alone;
-    milliseconds of a whole step among others; peak GiB; and a pass in detail."""
+    milliseconds of a whole step among others, and of one from a standstill without torch's memory; peak GiB; and a pass
+    in detail."""
 
     passes_ms: float
     optimizer_ms: float
     step_ms: float
+    colocated_ms: float
     peak_gib: float
     timeline: Timeline
 
@@ -103,12 +107,17 @@ def measure(rendezvous: "Rendezvous", config: Config, load: Load, parts: bool) -
     def passes() -> None:
         forward_backward(rank.replicas, packs, rank.loss_function)
 
+    def step_after_an_engine() -> None:
+        torch.cuda.empty_cache()
+        rank.train_step(packs)
+
     # CPU Adam takes seconds.
     repeats = 3 if config.optimizer.optimizer_cpu_offload else 10
     times = (
         median_ms(passes),
         median_ms(lambda: step_optimizer(rank), repeats, warmup=1),
         mean_ms(lambda: rank.train_step(packs), 2 * repeats, warmup=1),
+        median_ms(step_after_an_engine, repeats, warmup=1),
     )
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     found = Measured(*times, peak / 2**30, Timeline.of(recorded(passes)[1]))
@@ -141,7 +150,7 @@ def measure_peer(folder: Path, tokens: int, sequences: int) -> Measured:
         passes()
         optimizer.step()
 
-    times = median_ms(passes), median_ms(optimizer.step), mean_ms(step)
+    times = median_ms(passes), median_ms(optimizer.step), mean_ms(step), math.nan
     return Measured(*times, torch.cuda.max_memory_allocated() / 2**30, Timeline.of([]))
 
 
@@ -176,7 +185,10 @@ class Line:
         passes = (
             f"{one.passes_ms:6.1f} ms = {rate:7,.0f} tokens/s, {model:3.0f} model TFLOP/s ({model / self.limit:.0%})"
         )
-        step = f"whole steps {one.step_ms:6.1f} ms = {whole:7,.0f} tokens/s; peak {one.peak_gib:.1f} GiB"
+        step = f"whole steps {one.step_ms:6.1f} ms = {whole:7,.0f} tokens/s"
+        if not math.isnan(one.colocated_ms):
+            step += f", beside an engine {one.colocated_ms:6.1f} ms"
+        step += f"; peak {one.peak_gib:.1f} GiB"
         return f"{self.what:32} forward+backward {passes}; optimizer {one.optimizer_ms:6.1f} ms; {step}"
 
 

@@ -12,7 +12,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from recipe.cluster.ray_node import LOOPBACK
 from recipe.config import Config
 from recipe.config.engine_placement import EnginePart, machine_of_gpu, parts_of
-from recipe.plan.machine import sees_gpus
+from recipe.plan.machine import read_gpus
 from recipe.system.errors import UserError
 
 PLACEMENT_TIMEOUT_S = 300
@@ -93,7 +93,7 @@ def nccl_settings(config: Config) -> dict[str, str]:
 def uses_gpus(config: Config) -> bool:
     """Whether the run computes on GPUs. Raises UserError if it is told to and there is none."""
     # Ray may have been told of none: then the run is refused for want of them, not carried out on the CPU.
-    present = ray.cluster_resources().get("GPU", 0) > 0 or sees_gpus()
+    present = ray.cluster_resources().get("GPU", 0) > 0 or bool(read_gpus())
     if config.cluster.device == "cuda" and not present:
         raise UserError("--device cuda: there is no GPU here; use --device cpu, or a machine with GPUs")
     return present and config.cluster.device != "cpu"

@@ -64,7 +64,7 @@ _ALL = (
     ),
     Target(
         "train-8gpu",
-        "train on one node of 8 GPUs, in the image (2 to 13 minutes a step, by recipe)",
+        "train on one node of 8 GPUs, in the image (2 to 7 minutes a step, by recipe)",
         (ONE_NODE,),
         Place.IMAGE,
         needs=MODEL,
@@ -129,7 +129,7 @@ _ALL = (
     ),
     Target(
         "tune",
-        "settings of speed alone with which a run costs less by the plan: make tune RECIPE=... (half a minute)",
+        "settings of speed with which a run costs less: make tune RECIPE=... (half a minute; MEASURE=1: on this node)",
         ("python", "-m", "recipe.plan.tune"),
     ),
     Target(

@@ -4,7 +4,7 @@ import itertools
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -39,6 +39,9 @@ from recipe.weights.hf_files import HuggingFaceCheckpoint, write_checkpoint
 from recipe.weights.inspection import inspect
 from recipe.weights.origin import mtp_of_origin, with_duplicates
 
+ROUNDED_UP = 1.02
+"""By torch's allocator."""
+
 
 class TrainerRank:
     """One process of the trainer: its shard of the policy, of the optimizer and, if a KL term needs it, of the
@@ -64,6 +67,8 @@ class TrainerRank:
         mtp_scale = config.mtp.mtp_loss_scaling_factor if config.mtp.enable_mtp_training else None
         self.loss_function = LossFunction(policy_loss_config(config), config.is_sft, mtp_scale)
         self.reference: dict[str, Tensor] = {}
+        self.peak_bytes = 0
+        """GPU memory that tensors took at the fullest moment of the last step."""
         self.save_in_flight: SaveInFlight | None = None
         if config.checkpoint.async_save:
             self.save_in_flight = SaveInFlight(timedelta(minutes=config.cluster.distributed_timeout_minutes))
@@ -127,6 +132,7 @@ class TrainerRank:
         Returns while the GPU is still at it: the next batch is prepared meanwhile."""
         began, learning_rate = time.perf_counter(), self.optimization.learning_rate
         if torch.cuda.is_available():
+            reserve(self.peak_bytes)
             torch.cuda.reset_peak_memory_stats()
         metrics_on_device = forward_backward(self.replicas, microbatches, self.loss_function)
         heartbeat.beat()
@@ -141,7 +147,7 @@ class TrainerRank:
             metrics["mtp_grad_norm"] = norms.mtp
         of_rank = {"seconds_forward_backward": passed - began, "seconds_optimizer": time.perf_counter() - passed}
         if torch.cuda.is_available():
-            of_rank["max_memory_allocated"] = torch.cuda.max_memory_allocated()
+            of_rank["max_memory_allocated"] = self.peak_bytes = torch.cuda.max_memory_allocated()
             of_rank["max_memory_reserved"] = torch.cuda.max_memory_reserved()
         return StepReport(metrics, not taken, by_source, of_rank)
 
@@ -229,3 +235,19 @@ def _writing_errors_told(directory: Path, progress: Progress) -> Iterator[None]:
             f"({type(error).__name__}, {free / 1e9:.1f} GB free there): free some space and start again with "
             "--load; the last good checkpoint is whole"
         ) from error
+
+
+def missing_bytes(peak: int, allocated: int, reserved: int) -> int:
+    """What a step whose tensors take `peak` bytes lacks, where `allocated` are taken and torch has `reserved`; 0 if it
+    has half of what it needs besides."""
+    needed = int(ROUNDED_UP * max(0, peak - allocated))
+    return needed if reserved - allocated < needed / 2 else 0
+
+
+def reserve(peak: int) -> None:
+    """Gets the memory of a step like the last one in one piece, where an engine has had it since. torch would get it in
+    hundreds of pieces, and wait for the driver each time."""
+    missing = missing_bytes(peak, torch.cuda.memory_allocated(), torch.cuda.memory_reserved())
+    if missing:
+        with suppress(torch.OutOfMemoryError):
+            torch.empty(missing, dtype=torch.uint8, device="cuda")

@@ -65,28 +65,38 @@ PCIE_SHARE = 0.85
 PACKING_LOSS = Between(1.09, 1.17)
 """Time of a step over that of equally full packs, where expert parallelism makes ranks wait at every pack, by
 `scripts/simulate_packing.py`."""
-DECODE_SHARE = Between(0.8, 0.5)
-"""Share of GPU memory bandwidth that reading weights and cache reaches while decoding. At worst as in a public figure
-of this model's on one H100: 660 tokens/s of 32 sequences with 8,192 tokens before them."""
+DECODE_SHARE = Between(0.8, 0.6)
+"""Share of GPU memory bandwidth that reading weights reaches while decoding. Assumed; 0.8 fits one H200 with random
+weights."""
+CONTEXT_SHARE, TRITON_CONTEXT_SHARE = Between(0.6, 0.11), Between(0.35, 0.11)
+"""Share that attention's reading of the cache reaches while decoding. Triton's kernels were measured on H200s: 0.11 to
+0.15 for 8 to 64 sequences of a GPU, 0.35 for 128. Better at best, assumed, by kernels made for MLA, which SGLang takes
+on H100s of its own; at worst as slow, as a public figure of this model on one H100 has it: 660 tokens/s of 32 sequences
+with 8,192 tokens before them."""
+TRITON_VERIFY_SHARE = 0.012
+"""The same where drafts are verified by Triton's kernels: 0.008 to 0.012 for 8 to 64 sequences on one H200."""
 DECODE_LAYER_S, DECODE_STEP_S = 0.11e-3, 1.0e-3
 """A layer's time in one decoding step, however little it has to do, and a step's own: 7.8 ms a token of one sequence in
 all 47 layers and 2.2 ms of 32 in 3 layers, less what is read, on one H200."""
 DECODE_FLOPS_SHARE = 0.45
 """Share of the bf16 FLOP/s that a decoding step's products reach: 256 sequences on one H200."""
-DECODE_EXPERTS_APART = Between(0.12, 1.0)
+DECODE_EXPERTS_APART = Between(0.07, 1.0)
 """How far tokens of one step ask for experts of their own: 1 as if each drew its own; at best as with random weights on
-one H200, where 32 sequences read a quarter of all experts."""
-DECODE_EXCHANGE_S, DECODE_TURN_S = Between(0.05e-3, 0.45e-3), Between(2.4e-3, 0.0)
-"""What an engine of several GPUs takes more for a layer and for a step. Together 2.7 ms were measured in 6 layers on
-two H200s with DP attention; how they share it is not known."""
+H200s, where 32 sequences read a seventh of all experts."""
+DECODE_EXCHANGE_S = Between(0.0, 0.05e-3)
+"""What a layer takes more in an engine of several GPUs. Two H200s with DP attention took no more for a step of all 47
+layers than one with half of their sequences; more GPUs at worst, assumed."""
+DECODE_TURN_S = Between(4.5e-3, 6.0e-3)
+"""What SGLang's processes of an engine of several GPUs need to prepare a step, beside the step before it: 5 to 5.7 ms a
+step were measured on two H200s in 6 layers, which by themselves take less."""
 EAGER_LAYER_S = Between(0.1e-3, 0.4e-3)
 """What a layer takes more beyond the largest CUDA graph. Assumed."""
 DRAFT_ACCEPTANCE = Between(0.77, 0.5)
 """Share of a chain's drafts that are accepted where those before them were: 77% in a public run of MTP in RL; 2.0 to
 2.8 tokens a verification in `make smoke`."""
-DRAFT_COST = Between(1.7, 2.9)
-"""Time of drafting and verifying over that of a pass over as many tokens: on one H200 1.7 for one sequence, 1.9 for 32,
-and 2.8 for 256, beyond the CUDA graphs."""
+DRAFT_COST = Between(1.05, 1.6)
+"""Time of drafting and verifying over that of a pass over as many tokens, reading the cache apart: 1.0 to 1.5 for 1 to
+64 sequences on one H200."""
 SGLANG_DRAFT_STEPS = 3
 """Drafts one after the other, where --sglang-speculative-num-steps does not say (0.5.21's own choice)."""
 SGLANG_REQUESTS = 2048

@@ -11,6 +11,7 @@ import numpy as np
 from recipe.config.sglang_rules import size_of
 from recipe.config.speculation_rules import REQUESTS_WITH_DRAFTS
 from recipe.plan import constants
+from recipe.plan.decode_points import MeasuredDecoding
 from recipe.plan.engine import BF16, EngineEstimate
 from recipe.plan.flops import active_parameters
 from recipe.plan.hardware import Gpu
@@ -24,6 +25,8 @@ class Decoding:
     engine: EngineEstimate
     gpu: Gpu
     pace: Pace
+    measured: tuple[MeasuredDecoding, ...] = ()
+    """Engines of this model on such GPUs; this one is as fast as what was measured of its like."""
 
     @cached_property
     def expert_bytes(self) -> float:
@@ -49,23 +52,58 @@ class Decoding:
             return 0
         return size_of(self.engine.config, "cuda_graph_max_bs_decode", default=constants.SGLANG_GRAPH_BATCH)
 
-    def forward(self, batch: np.ndarray, total: np.ndarray, context: np.ndarray, queries: int = 1) -> np.ndarray:
-        """[E] seconds of one pass over `queries` tokens of each of [E] b and B sequences with [E] tokens before: what
-        is read, what is computed, and the time that a layer takes however little it has to do."""
+    def forward(self, batch: np.ndarray, total: np.ndarray, queries: int = 1) -> np.ndarray:
+        """[E] seconds of one pass over `queries` tokens of each of [E] b and B sequences, without reading the cache:
+        weights are read, products computed, and a layer takes its time however little it has to do."""
         a, layout = self.engine.architecture, self.engine.layout
         apart = constants.DECODE_EXPERTS_APART.at(self.pace)
         missed = (1 - a.num_experts_per_tok / a.n_routed_experts) ** np.maximum(1, total * queries * apart)
-        read = self.other_bytes + (1 - missed) * self.expert_bytes
-        read = read + batch * context * self.engine.cache_bytes_per_token
+        read = layout.pp * (self.other_bytes + (1 - missed) * self.expert_bytes)
         flops = 2 * self.active * batch * queries * self.engine.attention_groups / (layout.tp * layout.pp)
-        layers = a.num_hidden_layers
-        waiting = layers * constants.DECODE_LAYER_S + constants.DECODE_STEP_S
-        if layout.tp > 1:
-            waiting += layers * constants.DECODE_EXCHANGE_S.at(self.pace) + constants.DECODE_TURN_S.at(self.pace)
-        eager = layers * constants.EAGER_LAYER_S.at(self.pace) * (batch > self.graph_batch)
-        bandwidth = self.gpu.memory_bandwidth * constants.DECODE_SHARE.at(self.pace)
+        layer = constants.DECODE_LAYER_S + (layout.tp > 1) * constants.DECODE_EXCHANGE_S.at(self.pace)
+        reading = read / (self.gpu.memory_bandwidth * constants.DECODE_SHARE.at(self.pace))
         computing = flops / (self.gpu.flops * constants.DECODE_FLOPS_SHARE)
-        return layout.pp * read / bandwidth + computing + waiting + eager
+        return reading + computing + a.num_hidden_layers * layer + constants.DECODE_STEP_S
+
+    def eager(self, batch: np.ndarray) -> np.ndarray:
+        """[E] seconds that a pass takes more beyond the CUDA graphs."""
+        layers = self.engine.architecture.num_hidden_layers
+        return layers * constants.EAGER_LAYER_S.at(self.pace) * (batch > self.graph_batch)
+
+    def read_cache(self, batch: np.ndarray, context: np.ndarray, verifying: bool = False) -> np.ndarray:
+        """[E] seconds in which attention reads [E] tokens before each of [E] b sequences."""
+        share = constants.CONTEXT_SHARE.at(self.pace)
+        if self.engine.config.sglang.args.get("attention_backend") == "triton":
+            triton = constants.TRITON_CONTEXT_SHARE.at(self.pace)
+            share = constants.TRITON_VERIFY_SHARE if verifying else triton
+        size = self.engine.layout.pp * batch * context * self.engine.cache_bytes_per_token
+        return size / (self.gpu.memory_bandwidth * share)
+
+    def plain(self, batch: np.ndarray, total: np.ndarray, context: np.ndarray) -> np.ndarray:
+        """[E] seconds of a token without drafts: the GPUs' time, or their processes' where that is longer."""
+        correction = self._correction(drafts=False, batch=batch, context=context)
+        return self._plain(batch, total, context) * correction + self.eager(batch)
+
+    def _plain(self, batch: np.ndarray, total: np.ndarray, context: np.ndarray) -> np.ndarray:
+        on_gpus = self.forward(batch, total) + self.read_cache(batch, context)
+        several = self.engine.layout.tp > 1
+        return np.maximum(on_gpus, constants.DECODE_TURN_S.at(self.pace)) if several else on_gpus
+
+    def _correction(self, *, drafts: bool, batch: np.ndarray, context: np.ndarray) -> np.ndarray:
+        """[E] measured time over the planned one, within CUDA graphs; 1 where no engine like this was measured."""
+        layout, groups = self.engine.layout, self.engine.attention_groups
+        like = (layout.tp * layout.pp, groups, drafts)
+        found = [one for one in self.measured if one.points and one.kind == like]
+        if not found:
+            return np.ones(len(batch))
+        one = found[-1]
+
+        def planned(sequences: int, tokens: int) -> float:
+            each, total, before = np.array([sequences / groups]), np.array([sequences]), np.array([float(tokens)])
+            seconds = self._verified(each, total, before) if drafts else self._plain(each, total, before)
+            return float(seconds[0]) / (one.accept_length or 1.0)
+
+        return one.ratio(planned, batch, context)
 
     @cached_property
     def draft_steps(self) -> int:
@@ -81,10 +119,16 @@ class Decoding:
         return float(sum(share**step for step in range(self.draft_steps + 1)))
 
     def drafted(self, batch: np.ndarray, total: np.ndarray, context: np.ndarray) -> np.ndarray:
-        """[E] seconds of a token with drafts: their passes, and the verification of all of them at once."""
+        """[E] seconds of a token with drafts."""
+        correction = self._correction(drafts=True, batch=batch, context=context)
+        eager = self.eager(batch) * constants.DRAFT_COST.at(self.pace)
+        return (self._verified(batch, total, context) * correction + eager) / self.acceptance_length
+
+    def _verified(self, batch: np.ndarray, total: np.ndarray, context: np.ndarray) -> np.ndarray:
+        """[E] seconds of the passes that draft, and of the verification of all drafts at once."""
         tokens = size_of(self.engine.config, "speculative_num_draft_tokens", default=self.draft_steps + 1)
-        verified = self.forward(batch, total, context, tokens)
-        return verified * constants.DRAFT_COST.at(self.pace) / self.acceptance_length
+        drafted = self.forward(batch, total, tokens) * constants.DRAFT_COST.at(self.pace)
+        return drafted + self.read_cache(batch, context, verifying=True)
 
     @cached_property
     def drafts_up_to(self) -> float:
@@ -96,7 +140,7 @@ class Decoding:
 
     def token(self, batch: np.ndarray, total: np.ndarray, context: np.ndarray) -> np.ndarray:
         """[E] seconds by which every sequence has got a token more."""
-        plain = self.forward(batch, total, context)
+        plain = self.plain(batch, total, context)
         if not self.draft_steps:
             return plain
         return np.where(batch <= self.drafts_up_to, self.drafted(batch, total, context), plain)

@@ -38,7 +38,8 @@ class Generation:
 
     @cached_property
     def decoding(self) -> Decoding:
-        return Decoding(self.engine, self.memory.machine.gpu, self.pace)
+        machine = self.memory.machine
+        return Decoding(self.engine, machine.gpu, self.pace, machine.decoding)
 
     def rollout(self) -> Played:
         """One rollout; of those that are drawn beyond what is needed, one in the midst of others."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from recipe.config.error_text import did_you_mean, listed
+from recipe.plan.decode_points import MeasuredDecoding
 from recipe.plan.ranges import Between
 from recipe.system.errors import UserError
 
@@ -64,6 +65,8 @@ class Machine:
     """Written, bytes/s: assumed, one NVMe disk."""
     price: float = 2.5
     """Dollars a GPU and hour."""
+    decoding: tuple[MeasuredDecoding, ...] = ()
+    """Engines of the run's model that were measured on such a machine."""
 
     @classmethod
     def described(cls, gpu: str, gpus: int, host_memory: str, disk: str | None, price: float) -> Self:

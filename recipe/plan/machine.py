@@ -85,14 +85,14 @@ def _ask(*arguments: str) -> str | None:
 
 
 def read_gpus() -> tuple[FoundGpu, ...]:
-    """The GPUs as they are now; without a driver there are none."""
-    told = _ask(f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits")
+    """Those that CUDA_VISIBLE_DEVICES does not hide from this process, as they are now; without a driver there are
+    none."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible in ("", "-1"):
+        return ()
+    of_those = [] if visible is None else [f"--id={visible}"]
+    told = _ask(f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits", *of_those)
     return parse_gpus(told) if told is not None else ()
-
-
-def sees_gpus() -> bool:
-    """Whether there are GPUs that are not hidden from this process."""
-    return os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1") and bool(read_gpus())
 
 
 def parse_gpus(told: str) -> tuple[FoundGpu, ...]:

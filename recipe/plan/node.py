@@ -2,8 +2,12 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from recipe.plan import constants
+from recipe.plan.decode_points import MeasuredDecoding
 from recipe.plan.hardware import HOST_BANDWIDTH, Gpu, Machine
 from recipe.plan.ranges import Between
 from recipe.system.errors import UserError
@@ -30,16 +34,22 @@ class Rates:
     """Between pinned host memory and a GPU, while all GPUs copy; the slower direction."""
     all_reduce: float | None = None
     """Bus bandwidth of NCCL's all-reduce of 1 GiB: 2 (N - 1) / N of it over its time."""
+    decoding: tuple[MeasuredDecoding, ...] = ()
+    """Engines that were measured, as `make tune MEASURE=1` does."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
 
 def read_rates(path: Path) -> Rates:
     """Those that `python -m recipe.smoke.rates --output FILE`, or a smoke run, has written. Raises UserError."""
     cure = "name the rates.json of a smoke run, or what python -m recipe.smoke.rates writes"
-    found = read_json(path, dict[str, float | None], cure)
+    found = read_json(path, dict[str, Any], cure)
     try:
-        return Rates(**found)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise UserError(f"{path} does not hold a node's rates ({error}): {cure}") from error
+        return TypeAdapter(Rates).validate_python(found)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path} does not hold a node's rates ({where}: {first['msg']}): {cure}") from error
 
 
 def gpu_as_measured(kind: Gpu, rates: Rates) -> Gpu:
@@ -58,4 +68,5 @@ def machine_as_measured(machine: Machine, rates: Rates, gpus: int) -> Machine:
     its host memory is taken for their share."""
     whole = min(HOST_BANDWIDTH.best, rates.host_memory * machine.gpus / max(1, gpus))
     host = max(whole, rates.host_memory)
-    return replace(machine, gpu=gpu_as_measured(machine.gpu, rates), host_bandwidth=Between.exactly(host))
+    gpu = gpu_as_measured(machine.gpu, rates)
+    return replace(machine, gpu=gpu, host_bandwidth=Between.exactly(host), decoding=rates.decoding)

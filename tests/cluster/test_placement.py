@@ -66,7 +66,7 @@ def test_gpus_that_ray_was_not_told_of_are_not_passed_over(monkeypatch: pytest.M
         }
     )
     for there in (True, False):
-        monkeypatch.setattr(placement, "sees_gpus", lambda there=there: there)
+        monkeypatch.setattr(placement, "read_gpus", lambda there=there: (object(),) * there)
         assert uses_gpus(config) is there
 
 

@@ -11,7 +11,7 @@ from trainer_support import random_checkpoint
 
 from recipe.config import Resolved, resolve, sglang_rules
 from recipe.plan import preflight
-from recipe.plan.machine import FoundGpu, FoundMachine, pairs_are_linked, parse_gpus, read_machine, sees_gpus
+from recipe.plan.machine import FoundGpu, FoundMachine, pairs_are_linked, parse_gpus, read_gpus, read_machine
 from recipe.plan.options import PUBLISHED
 from recipe.system.errors import UserError
 
@@ -124,10 +124,12 @@ def test_nvidia_smi_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     command = tmp_path / "nvidia-smi"
     line = "NVIDIA H100 80GB HBM3, 81559, 551, 4, 580.95.05"
     command.write_text(
-        f"#!/bin/sh\ncase $1 in --query*) printf '{line}\\n{line}\\n';; *) cat <<'END'\n{LINKED}END\n;; esac\n"
+        f"#!/bin/sh\ncase $*-$1 in *--id=1-*) echo '{line}';; *--query*) printf '{line}\\n{line}\\n';; "
+        f"*) cat <<'END'\n{LINKED}END\n;; esac\n"
     )
     command.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     found = read_machine(tmp_path / "not" / "there" / "yet")
     expected = FoundGpu("NVIDIA H100 80GB HBM3", (81559 - 551) << 20, 4 << 20, "580.95.05")
     assert found.gpus == (expected, expected)
@@ -135,10 +137,9 @@ def test_nvidia_smi_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert expected.described().flops == 989e12
     assert found.disk > 0
     assert min(found.host_memory, found.open_files) > 0
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert sees_gpus()
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert not sees_gpus()
+    for visible, count in {"1": 1, "": 0, "-1": 0}.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert len(read_gpus()) == count
 
 
 def test_fields_that_a_driver_does_not_know_count_as_nothing() -> None:

@@ -13,6 +13,7 @@ from trainer_support import on_ranks, random_checkpoint, random_samples, schedul
 
 from recipe.megatron import adam
 from recipe.megatron.adam import Adam, MasterAdam
+from recipe.megatron.rank import missing_bytes
 from recipe.messages import Progress, StepReport, TrainSample
 from recipe.system import memory
 from recipe.system.errors import UserError
@@ -119,6 +120,19 @@ def test_master_weights_come_over_the_bus_in_pieces(monkeypatch: pytest.MonkeyPa
     masters = [torch.full(weight.shape, torch.nan) for weight in weights]
     adam._Stage(torch.bfloat16).fill(list(zip(weights, masters, strict=True)))
     assert all(torch.equal(master, weight.float()) for weight, master in zip(weights, masters, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("peak", "allocated", "reserved", "missing"),
+    [
+        (0, 100, 100, 0),  # no step was made yet
+        (300, 100, 110, 204),  # an engine had the memory
+        (300, 100, 205, 0),  # nobody had it
+        (300, 310, 310, 0),
+    ],
+)
+def test_a_step_gets_back_what_an_engine_had(peak: int, allocated: int, reserved: int, missing: int) -> None:
+    assert missing_bytes(peak, allocated, reserved) == missing
 
 
 def test_memory_that_is_not_there_is_told_before_it_is_used() -> None:

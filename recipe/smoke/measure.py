@@ -1,0 +1,100 @@
+"""What this node reaches, the recipe's engine included, and the cheapest settings by it: `make tune MEASURE=1`.
+
+    python -m recipe.smoke.measure --recipe R [--output runs/measured/rates.json] [flags of recipe.plan.tune]
+
+It measures host memory, matrix products, GPU memory, bus and NVLink, and how fast the recipe's engine generates with
+random weights of the full size; writes that down for the --rates of later plans, and tunes by it. About 3 minutes.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from recipe.config import Resolved
+from recipe.plan.hardware import GIB, GPUS
+from recipe.plan.machine import FoundMachine, read_machine
+from recipe.plan.node import Rates, machine_as_measured, read_rates
+from recipe.plan.options import add_options, lengths_of, machine_of, read_without_weights
+from recipe.plan.plan import Plan, make_plan
+from recipe.plan.ranges import range_text
+from recipe.smoke.decode import measure_decoding
+from recipe.system.errors import UserError, run_main
+from recipe.system.files import atomic_write_text
+
+CONTEXTS = (1024, 4096, 8192)
+"""Tokens before those that are generated."""
+ACCEPT_LENGTH = 2.35
+"""Tokens that a verification of drafts is made to bring."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m recipe.smoke.measure",
+        description="Measures this node, and tunes a recipe by it. All other flags are the run's.",
+        allow_abbrev=False,
+    )
+    add_options(parser)
+    parser.add_argument("--best", default="3", help="how many to show (default: 3)")
+    parser.add_argument("--write", metavar="FILE.toml", help="a recipe with the cheapest, which is new")
+    parser.add_argument("--output", type=Path, default=Path("runs/measured/rates.json"), help="file to write")
+    return parser
+
+
+def describe(options: argparse.Namespace, found: FoundMachine) -> None:
+    """Makes this machine the one that is asked about."""
+    smallest = min(found.gpus, key=lambda gpu: gpu.memory)
+    word = next((name for name in GPUS if name.partition("-")[0] in smallest.name), None)
+    if word is None:
+        raise UserError(f"{smallest.name} is no GPU that the plan knows ({', '.join(GPUS)})")
+    options.gpu = f"{word.partition('-')[0]}={smallest.memory / GIB:.1f}"
+    options.host_memory, options.disk = f"{found.host_memory}B", f"{found.disk}B"
+
+
+def measure(resolved: Resolved, found: FoundMachine, output: Path) -> Rates:
+    """All of this node. Raises UserError for an engine that it has too few GPUs for, and if a part fails."""
+    needed = resolved.config.sglang.rollout_num_gpus_per_engine
+    if needed > len(found.gpus):
+        raise UserError(
+            f"an engine of this recipe has {needed} GPUs, and this machine {len(found.gpus)}: give "
+            "--rollout-num-gpus-per-engine, and the --sglang-* sizes, for so many"
+        )
+    command = [sys.executable, "-m", "recipe.smoke.rates", "--num-gpus", str(len(found.gpus)), "--output", str(output)]
+    if status := subprocess.run(command, check=False).returncode:
+        raise UserError(f"measuring rates ended with status {status}: what it printed stands above")
+    decoding = measure_decoding(resolved, CONTEXTS, ACCEPT_LENGTH, output.with_name("engine.log"))
+    return replace(read_rates(output), decoding=(decoding,))
+
+
+def dollars(plan: Plan) -> str:
+    assert plan.time is not None
+    return f"${range_text(plan.time.dollars)}"
+
+
+def main() -> int:
+    options, flags = _parser().parse_known_args()
+    found = read_machine(options.output)
+    if not found.gpus:
+        raise UserError("there is no GPU to measure here: without MEASURE=1, make tune takes what data sheets say")
+    describe(options, found)
+    resolved = read_without_weights(flags)[1]
+    sheet, lengths = machine_of(options, resolved.config), lengths_of(options, resolved.config)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    rates = measure(resolved, found, options.output)
+    atomic_write_text(options.output, json.dumps(asdict(rates), indent=1) + "\n")
+    here = machine_as_measured(sheet, rates, len(found.gpus))
+    before, after = (make_plan(resolved, one, on_gpu=True, lengths=lengths) for one in (sheet, here))
+    print(f"wrote {options.output}: the given recipe costs {dollars(after)} by it, {dollars(before)} by data sheets\n")
+    words = ["--gpu", options.gpu, "--host-memory", options.host_memory, "--disk", options.disk]
+    words += ["--price", str(options.price), "--rates", str(options.output), "--best", options.best]
+    words += ["--response-len", str(options.response_len)] if options.response_len is not None else []
+    words += ["--response-spread", str(options.response_spread)]
+    words += ["--lengths-of", str(options.lengths_of)] if options.lengths_of is not None else []
+    words += ["--write", options.write] if options.write is not None else []
+    return subprocess.run([sys.executable, "-m", "recipe.plan.tune", *words, *flags], check=False).returncode
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,187 @@
+"""Measuring a node for `make tune MEASURE=1`, as far as there is no GPU: what is asked of an engine, what comes of its
+answers, and what the plan makes of that."""
+
+import json
+import subprocess
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from recipe.config import Resolved, sglang_rules
+from recipe.config.sglang_rules import size_of
+from recipe.plan.decode_points import DecodePoint, MeasuredDecoding
+from recipe.plan.decoding import Decoding
+from recipe.plan.engine import EngineEstimate
+from recipe.plan.hardware import named_gpu
+from recipe.plan.node import Rates, machine_as_measured, read_rates
+from recipe.plan.options import PUBLISHED, resolve_without_weights
+from recipe.plan.ranges import Pace
+from recipe.plan.tune.__main__ import _parser as tune_parser
+from recipe.smoke import decode, measure
+from recipe.system.errors import UserError
+
+SMI = "#!/bin/sh\nfor n in $(seq {count}); do echo 'NVIDIA H100 80GB HBM3, 81559, 551, 4, 580.95.05'; done\n"
+PLAIN = MeasuredDecoding(
+    8, 8, None, tuple(DecodePoint(8 * each, tokens, 1e-3 * each * tokens) for each in (1, 16) for tokens in (512, 4096))
+)
+DRAFTING = MeasuredDecoding(8, 8, 2.0, (DecodePoint(64, 1024, 7e-3),))
+
+
+@pytest.fixture(autouse=True)
+def without_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sglang_rules, "find_sglang_python", lambda named: None)
+
+
+def resolved_of(recipe: str, *flags: str) -> Resolved:
+    return resolve_without_weights(["--recipe", recipe, "--hf-checkpoint", str(PUBLISHED), *flags])
+
+
+def decoding_of(recipe: str, pace: Pace, *flags: str) -> Decoding:
+    resolved = resolved_of(recipe, *flags)
+    engine = EngineEstimate(resolved.architecture, resolved.config, 8192)
+    return Decoding(engine, named_gpu("H100"), pace, (PLAIN, DRAFTING))
+
+
+def token(decoding: Decoding, each: int, context: float) -> float:
+    """Seconds by which `each` sequences of every group have got a token more."""
+    batch = np.array([each])
+    return float(decoding.token(batch, batch * decoding.engine.attention_groups, np.array([context]))[0])
+
+
+class CountingEngine(decode.Engine):
+    """Answers at once, and says that it took 0.3 s and 10 ms a token and sequence."""
+
+    cache_tokens = 2000
+
+    def __init__(self) -> None:
+        super().__init__("", vocabulary=1000, seed=1)
+        self.asked: list[list[list[int]]] = []
+
+    def seconds(self, prompts: list[list[int]], tokens: int) -> float:  # type: ignore[override]
+        self.asked.append(prompts)
+        return 0.3 + 0.01 * len(prompts) * tokens
+
+
+def test_a_points_seconds_are_those_of_decoding_alone() -> None:
+    engine = CountingEngine()
+    found = list(engine.points([2, 8, 32], [500, 100], groups=2))
+    # 16 sequences of a group with 180 tokens each do not fit into 95% of its cache, nor do 4 with 580.
+    assert [(point.sequences, point.context) for point in found] == [(2, 148), (8, 148), (2, 548)]
+    assert [point.seconds for point in found] == pytest.approx([0.02, 0.08, 0.02])
+
+
+def test_prompts_are_read_once() -> None:
+    """Longer ones, and more of them, begin with those before; before a point all of its prompts have been asked for."""
+    engine = CountingEngine()
+    list(engine.points([2, 4], [8, 20], groups=1))
+    whole = engine.prompts(4, 20)
+    assert len({tuple(prompt) for prompt in whole}) == 4
+    for asked in engine.asked:
+        assert asked == [prompt[: len(asked[0])] for prompt in whole[: len(asked)]]
+    assert [(len(asked), len(asked[0])) for asked in engine.asked] == [
+        *[(2, 8), (4, 8), (2, 8), (2, 8), (4, 8), (4, 8)],
+        *[(4, 20), (2, 20), (2, 20), (4, 20), (4, 20)],
+    ]
+
+
+def test_the_engine_gets_room_for_what_is_measured() -> None:
+    config = decode.widened(resolved_of("glm4.7-flash-8gpu").config)
+    assert size_of(config, "max_running_requests", default=0) == 64 * 8
+    assert size_of(config, "cuda_graph_max_bs_decode", default=0) == 64
+    assert decode.batches_of(config) == [8, 32, 128, 512]
+
+
+@pytest.mark.parametrize("pace", Pace)
+def test_the_plan_is_what_was_measured(pace: Pace) -> None:
+    """At both ends: it is no range any more. Between two points it lies between both."""
+    plain = decoding_of("glm4.7-flash-8gpu-fast", pace)
+    for point in PLAIN.points:
+        assert token(plain, point.sequences // 8, point.context) == pytest.approx(point.seconds)
+    assert PLAIN.points[0].seconds < token(plain, 1, 2000) < PLAIN.points[1].seconds
+    assert PLAIN.points[0].seconds < token(plain, 4, 512) < PLAIN.points[2].seconds
+    drafting = decoding_of("glm4.7-flash-8gpu-eagle", pace, "--sglang-cuda-graph-max-bs-decode", "64")
+    measured = DRAFTING.points[0].seconds * 2.0
+    assert token(drafting, 8, 1024) == pytest.approx(measured / drafting.acceptance_length)
+
+
+def test_an_engine_of_another_layout_stays_as_planned() -> None:
+    flags = ["--rollout-num-gpus-per-engine", "4", "--sglang-dp-size", "4", "--sglang-ep-size", "4"]
+    other = decoding_of("glm4.7-flash-8gpu-fast", Pace.BEST, *flags)
+    assert token(other, 4, 512) == token(replace(other, measured=()), 4, 512)
+
+
+def test_what_was_measured_is_read_back(tmp_path: Path) -> None:
+    rates = Rates(host_memory=3e11, matmul=7e14, decoding=(PLAIN, DRAFTING))
+    path = tmp_path / "rates.json"
+    path.write_text(json.dumps(asdict(rates)))
+    assert read_rates(path) == rates
+    document = json.loads(path.read_text())
+    document["decoding"][0]["points"][1]["seconds"] = None
+    path.write_text(json.dumps(document))
+    with pytest.raises(UserError, match=r"decoding\.0\.points\.1\.seconds: .*: name the rates\.json"):
+        read_rates(path)
+
+
+@pytest.mark.parametrize(("count", "sentence"), [(0, "no GPU to measure"), (2, "has 8 GPUs, and this machine 2")])
+def test_a_node_with_too_few_gpus_is_a_sentence(
+    count: int, sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_gpus(count, tmp_path, monkeypatch)
+    monkeypatch.setattr("sys.argv", ["measure", *FLAGS, "--output", str(tmp_path / "rates.json")])
+    with pytest.raises(UserError, match=sentence):
+        measure.main()
+
+
+FLAGS = ["--recipe", "glm4.7-flash-8gpu", "--hf-checkpoint", str(PUBLISHED), "--num-rollout", "100"]
+
+
+def use_gpus(count: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine has so many H100s, by nvidia-smi."""
+    command = folder / "nvidia-smi"
+    command.write_text(SMI.format(count=count))
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+
+def test_measuring_ends_in_tuning_by_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`recipe.plan.tune` is asked about this machine, by what was measured, with the flags that were given."""
+    use_gpus(8, tmp_path, monkeypatch)
+    output = tmp_path / "runs" / "rates.json"
+    asked: list[list[str]] = []
+
+    def run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        asked.append(command)
+        if "recipe.smoke.rates" in command:
+            output.write_text(json.dumps({"host_memory": 1e11}))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", with_smi(run))
+    monkeypatch.setattr(measure, "measure_decoding", lambda *arguments: PLAIN)
+    given = ["--response-len", "3000", "--price", "3", "--best", "1"]
+    monkeypatch.setattr("sys.argv", ["measure", *FLAGS, *given, "--output", str(output)])
+    assert measure.main() == 0
+    assert "the given recipe costs $" in capsys.readouterr().out
+    assert read_rates(output) == Rates(host_memory=1e11, decoding=(PLAIN,))
+    options, flags = tune_parser().parse_known_args(asked[-1][3:])
+    assert flags == FLAGS
+    assert (options.rates, options.response_len, options.price, options.best) == (output, 3000, 3, 1)
+    machine = measure.machine_of(options, resolved_of("glm4.7-flash-8gpu").config)
+    assert machine.decoding == (PLAIN,)
+    assert machine.gpu.memory == pytest.approx((81559 - 551) << 20, rel=1e-3)
+    sheet = replace(machine, decoding=())
+    assert machine_as_measured(sheet, read_rates(output), 8).decoding == (PLAIN,)
+
+
+def with_smi(run: object) -> object:
+    """`subprocess.run` for all but nvidia-smi, which is really asked."""
+    real = subprocess.run
+
+    def choose(command: list[str], **named: object) -> object:
+        chosen = real if "nvidia-smi" in command[0] else run
+        return chosen(command, **named)  # type: ignore[operator]
+
+    return choose
