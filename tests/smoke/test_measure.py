@@ -66,10 +66,10 @@ class CountingEngine(decode.Engine):
 
 def test_a_points_seconds_are_those_of_decoding_alone() -> None:
     engine = CountingEngine()
-    found = list(engine.points([2, 8, 32], [500, 100], groups=2))
-    # 16 sequences of a group with 180 tokens each do not fit into 95% of its cache, nor do 4 with 580.
-    assert [(point.sequences, point.context) for point in found] == [(2, 148), (8, 148), (2, 548)]
-    assert [point.seconds for point in found] == pytest.approx([0.02, 0.08, 0.02])
+    found = list(engine.points([2, 16, 32], [500, 100], groups=2))
+    # 16 sequences of a group with 180 tokens each do not fit into 95% of its cache, nor do 8 with 580.
+    assert [(point.sequences, point.context) for point in found] == [(2, 148), (16, 148), (2, 548)]
+    assert [point.seconds for point in found] == pytest.approx([0.02, 0.16, 0.02])
 
 
 def test_prompts_are_read_once() -> None:
@@ -104,6 +104,13 @@ def test_the_plan_is_what_was_measured(pace: Pace) -> None:
     drafting = decoding_of("glm4.7-flash-8gpu-eagle", pace, "--sglang-cuda-graph-max-bs-decode", "64")
     measured = DRAFTING.points[0].seconds * 2.0
     assert token(drafting, 8, 1024) == pytest.approx(measured / drafting.acceptance_length)
+
+
+def test_between_points_logarithms_count() -> None:
+    at_one_second = PLAIN.ratio(lambda sequences, context: 1.0, np.array([1, 4, 4]), np.array([512, 512, 1448.15]))
+    corners = 1e-3 * np.array([512, 16 * 512, 4096, 16 * 4096])
+    expected = [corners[0], corners[:2].mean(), corners.mean()]
+    assert at_one_second == pytest.approx(np.array(expected), rel=1e-4)
 
 
 def test_an_engine_of_another_layout_stays_as_planned() -> None:
