@@ -24,11 +24,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from counting_model import write_draft
 from engine_bench import FIRST, START_LIMIT_S, Bench, difference, ours, probe, prompts_of, release, resume, theirs
 
 from recipe.config.sglang_rules import find_sglang_python
 from recipe.rollout.http import ask_blocking
+from recipe.smoke.decode import write_draft
 from recipe.system.errors import UserError, run_main
 
 LIMITS = {"speed": 330.0, "memory": 60.0, "sync": 150.0, "equal": 100.0, "eagle": 330.0}
@@ -183,8 +183,7 @@ def measure_eagle(bench: Bench) -> None:
         return
     folder, architecture = bench.model("model", bench.layers)
     # The loader of random weights cannot make the MTP layer (0.5.17: Glm4MoeLiteModelNextN has no start_layer).
-    draft, _ = bench.model("draft", bench.layers)
-    write_draft(draft, bench.dtype)
+    write_draft(draft := bench.folder / "draft", folder, architecture)
     arguments = ["--speculative-draft-model-path", str(draft), "--speculative-draft-load-format", "auto"]
     environment = {
         "SGLANG_SIMULATE_ACC_LEN": str(bench.accept_length),

@@ -15,7 +15,6 @@ from typing import Self
 
 import torch
 from glm_flash import CONFIG
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -48,10 +47,9 @@ def write_model(folder: Path, *, layers: int | None, tiny: bool) -> Architecture
 class CountingWeights:
     """All tensors of a model, on a device, in megatron's form: the experts of a layer together."""
 
-    def __init__(self, architecture: Architecture, device: str, dtype: torch.dtype, *, only: str = "") -> None:
-        """Not yet drawn. `only`: those whose names in megatron begin so."""
-        table = placements(architecture, with_mtp=True)
-        self.table = {name: entry for name, entry in table.items() if name.startswith(only)}
+    def __init__(self, architecture: Architecture, device: str, dtype: torch.dtype) -> None:
+        """Not yet drawn."""
+        self.table = placements(architecture, with_mtp=True)
         self._layers = architecture.num_hidden_layers
         self._head_scale = 1.12 * math.log(architecture.vocab_size) / architecture.hidden_size
         self._held = {
@@ -72,8 +70,7 @@ class CountingWeights:
         named = {entry.hf_names[0]: self._held[name] for name, entry in self.table.items()}
         for name, entry in self.table.items():
             self._fill(self._held[name], entry, generator)
-        if "lm_head.weight" in named:
-            named["lm_head.weight"].copy_(named["model.embed_tokens.weight"].roll(1, 0) * self._head_scale)
+        named["lm_head.weight"].copy_(named["model.embed_tokens.weight"].roll(1, 0) * self._head_scale)
 
     def _fill(self, tensor: Tensor, entry: Placement, generator: torch.Generator) -> None:
         name = entry.hf_names[0]
@@ -99,13 +96,6 @@ class CountingWeights:
         """A checkpoint with the configuration and tokenizer of `folder`, in their place."""
         companions = folder.rename(folder.with_name(folder.name + ".companions"))
         write_checkpoint(((name, tensor.cpu()) for name, tensor in self), folder, companions)
-
-
-def write_draft(folder: Path, dtype: torch.dtype) -> None:
-    """Writes the MTP layer's tensors alone beside the configuration in `folder`."""
-    weights = CountingWeights(Architecture.from_checkpoint(folder), "cpu", dtype, only="mtp.")
-    weights.draw(0)
-    save_file({name: tensor.clone() for name, tensor in weights}, folder / "model.safetensors", {"format": "pt"})
 
 
 class TrainerProcess:

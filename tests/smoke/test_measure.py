@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
-from recipe.config import Resolved, sglang_rules
+from recipe.config import Architecture, Resolved, sglang_rules
 from recipe.config.sglang_rules import size_of
 from recipe.plan.decode_points import DecodePoint, MeasuredDecoding
 from recipe.plan.decoding import Decoding
@@ -21,6 +22,8 @@ from recipe.plan.ranges import Pace
 from recipe.plan.tune.__main__ import _parser as tune_parser
 from recipe.smoke import decode, measure
 from recipe.system.errors import UserError
+from recipe.weights.hf_files import HuggingFaceCheckpoint
+from recipe.weights.tiny import write_tiny_checkpoint
 
 SMI = "#!/bin/sh\nfor n in $(seq {count}); do echo 'NVIDIA H100 80GB HBM3, 81559, 551, 4, 580.95.05'; done\n"
 PLAIN = MeasuredDecoding(
@@ -91,6 +94,20 @@ def test_the_engine_gets_room_for_what_is_measured() -> None:
     assert size_of(config, "max_running_requests", default=0) == 64 * 8
     assert size_of(config, "cuda_graph_max_bs_decode", default=0) == 64
     assert decode.batches_of(config) == [8, 32, 128, 512]
+
+
+def test_a_draft_is_the_mtp_layer_of_a_checkpoint(tmp_path: Path) -> None:
+    whole = tmp_path / "whole"
+    write_tiny_checkpoint(whole, seed=1)
+    architecture = Architecture.from_checkpoint(whole)
+    decode.write_draft(tmp_path / "draft", whole, architecture)
+    [file] = (tmp_path / "draft").glob("*.safetensors")
+    mtp = f"model.layers.{architecture.num_hidden_layers}."
+    shapes = {name: tuple(header.shape) for name, header in HuggingFaceCheckpoint(whole).headers.items()}
+    expected = {name: shape for name, shape in shapes.items() if name.startswith(mtp)}
+    assert expected
+    assert {name: tuple(tensor.shape) for name, tensor in load_file(file).items()} == expected
+    assert Architecture.from_checkpoint(tmp_path / "draft") == architecture
 
 
 @pytest.mark.parametrize("pace", Pace)
