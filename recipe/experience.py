@@ -8,8 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recipe.config import Config
+from recipe.config.groups_training import GrpoConfig
 from recipe.data.source import Draw
-from recipe.grpo.advantages import group_advantages, penalise_kl
+from recipe.grpo.advantages import (
+    normalised_over_batch,
+    normalises_over_batch,
+    penalise_kl,
+    response_advantages,
+)
 from recipe.grpo.mismatch import StepMismatch
 from recipe.messages import OLDER_TOKENS, FloatArray, StepReport, TrainSample
 from recipe.rewards.grader import GradeStatus
@@ -50,11 +56,12 @@ def samples_of(rollout: Rollout) -> list[Sample]:
 
 def advantages(rollout: Rollout, config: Config) -> list[float]:
     """The advantage of each sample, group after group."""
-    normalise = not config.grpo.disable_grpo_std_normalization
+    grpo = config.grpo
+    normalise = not grpo.disable_grpo_std_normalization
     return [
         advantage
         for group in rollout.groups
-        for advantage in group_advantages(rewards_of(group), std_normalization=normalise)
+        for advantage in response_advantages(rewards_of(group), grpo.advantage_estimator, std_normalization=normalise)
     ]
 
 
@@ -85,27 +92,35 @@ def with_log_probs(
     samples: Sequence[TrainSample],
     old: Mapping[int, FloatArray] | None,
     reference: Mapping[int, FloatArray] | None,
-    kl_coef: float,
+    grpo: GrpoConfig,
 ) -> list[TrainSample]:
-    """The samples with the log-probabilities of passes over them; a KL in the reward (`kl_coef` > 0) lowers each
-    token's advantage by its own log(policy / reference)."""
-    result = []
-    for sample in samples:
-        advantages = sample.advantages
-        if kl_coef > 0:
-            assert old is not None
-            assert reference is not None
-            assert advantages is not None
-            advantages = penalise_kl(advantages, old[sample.index], reference[sample.index], kl_coef)
-        result.append(
-            replace(
-                sample,
-                advantages=advantages,
-                old_log_probs=None if old is None else old[sample.index],
-                ref_log_probs=None if reference is None else reference[sample.index],
-            )
+    """The samples with the log-probabilities of passes over them, and their final advantages: a KL in the reward
+    (`kl_coef` > 0) lowers each token's by its log(policy / reference), and REINFORCE++ compares those of all tokens."""
+    result = [
+        replace(
+            sample,
+            old_log_probs=None if old is None else old[sample.index],
+            ref_log_probs=None if reference is None else reference[sample.index],
         )
-    return result
+        for sample in samples
+    ]
+    if any(sample.advantages is None for sample in result):
+        return result
+    final = [_with_penalty(sample, grpo) for sample in result]
+    if normalises_over_batch(grpo.advantage_estimator):
+        final = normalised_over_batch(final, [sample.loss_mask for sample in result])
+    return [replace(sample, advantages=one) for sample, one in zip(result, final, strict=True)]
+
+
+def _with_penalty(sample: TrainSample, grpo: GrpoConfig) -> FloatArray:
+    """[R] the advantages less the KL in the reward, if there is one."""
+    assert sample.advantages is not None
+    if grpo.kl_coef == 0:
+        return sample.advantages
+    assert sample.old_log_probs is not None
+    assert sample.ref_log_probs is not None
+    to_go = grpo.advantage_estimator == "reinforce_plus_plus"
+    return penalise_kl(sample.advantages, sample.old_log_probs, sample.ref_log_probs, grpo.kl_coef, to_go=to_go)
 
 
 def optimizer_batches(samples: Sequence[TrainSample], config: Config) -> list[list[TrainSample]]:

@@ -56,7 +56,7 @@ def learn(run: Run, samples: list[TrainSample]) -> None:
     with run.clock.measure(Phase.LOG_PROBS):
         old = trainer.log_probs(samples) if config.needs_old_log_probs else None
         reference = trainer.log_probs(samples, of_reference=True) if config.needs_reference else None
-    samples = with_log_probs(samples, old, reference, config.grpo.kl_coef)
+    samples = with_log_probs(samples, old, reference, config.grpo)
     with run.clock.measure(Phase.TRAIN):
         for batch in optimizer_batches(samples, config):
             run.count_step(trainer.train_step(batch))

@@ -30,6 +30,18 @@ def groups_are_large_enough(config: Config, _: Architecture) -> Iterator[str]:
         yield ("--n-samples-per-prompt 1 leaves GRPO without a group: a lone sample's advantage is 0; give 2 or more")
 
 
+def objectives_have_their_terms(config: Config, _: Architecture) -> Iterator[str]:
+    """Flags of one objective are not given to another that has no such term."""
+    grpo = config.grpo
+    if grpo.disable_grpo_std_normalization and grpo.advantage_estimator not in ("grpo", "gspo", "cispo"):
+        yield (
+            f"--disable-grpo-std-normalization: --advantage-estimator {grpo.advantage_estimator} does not divide by a "
+            "group's deviation; drop it"
+        )
+    if grpo.eps_clip_c is not None and grpo.advantage_estimator == "cispo":
+        yield "--eps-clip-c: --advantage-estimator cispo has no surrogate that it could bound; drop it"
+
+
 def batches_divide(config: Config, _: Architecture) -> Iterator[str]:
     """A rollout is whole optimizer steps, a step the same number of samples on every data-parallel rank."""
     batch, rollout = config.global_batch_size, config.rollout
@@ -187,6 +199,7 @@ RULES: tuple[Rule, ...] = (
     architecture_flags_agree,
     *layout_rules.RULES,
     groups_are_large_enough,
+    objectives_have_their_terms,
     batches_divide,
     dynamic_batches_are_bounded,
     responses_fit,

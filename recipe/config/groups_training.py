@@ -143,13 +143,20 @@ class CheckpointConfig(Group):
         return Path(str(self.save_hf).replace(ROLLOUT_ID, str(rollouts)))
 
 
+Estimator = Literal["grpo", "gspo", "cispo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"]
+
+
 class GrpoConfig(Group):
     """The loss. GRPO: DeepSeekMath, arXiv 2402.03300."""
 
     loss_type: Literal["policy_loss", "sft"] = "policy_loss"
     """policy_loss: GRPO on rollouts; sft: cross-entropy on the responses of the prompt file."""
-    advantage_estimator: Literal["grpo"] = "grpo"
-    """Reward minus the group's mean, over the group's sample standard deviation."""
+    advantage_estimator: Estimator = "grpo"
+    """grpo: reward minus the group's mean, over the group's sample standard deviation; gspo: the same, with ratios of
+    whole sequences, clipped at 3e-4 or so (arXiv 2507.18071); cispo: the same, with clipped ratios as constant weights
+    (arXiv 2506.13585); rloo: reward minus the mean of the others' in the group (arXiv 2402.14740); reinforce_plus_plus:
+    reward, with the KL of all tokens to come, normalised over the rollout (arXiv 2501.03262);
+    reinforce_plus_plus_baseline: reward minus the group's mean, normalised over the rollout."""
     disable_grpo_std_normalization: Annotated[bool, Spelling(also=("--no-grpo-std",))] = False
     """Leave out the division by the standard deviation (Dr. GRPO, arXiv 2503.20783)."""
     use_kl_loss: bool = False

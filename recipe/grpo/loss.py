@@ -9,6 +9,7 @@ NaN, which the trainer answers by skipping the step.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 
 import torch
 import torch.nn.functional as F
@@ -66,8 +67,20 @@ class LossOutput:
     metrics: LossMetrics
 
 
+class Surrogate(StrEnum):
+    """What becomes of the ratio of the policy to the old one."""
+
+    PPO = "ppo"
+    """The clipped surrogate, token by token."""
+    GSPO = "gspo"
+    """The same with the ratio of whole sequences."""
+    CISPO = "cispo"
+    """The clipped ratio as a constant weight of the log-probability."""
+
+
 @dataclass(frozen=True)
 class PolicyLossConfig:
+    surrogate: Surrogate = Surrogate.PPO
     eps_clip: float = 0.2
     eps_clip_high: float | None = None
     """Upper clip range, eps_clip if None ("clip-higher", DAPO: arXiv:2503.14476, section 3.1)."""
@@ -102,13 +115,18 @@ class PolicyLossInputs:
     """Entropy of the policy being trained, in nats."""
     sources: Tensor | None = None
     """Integers below `num_sources`: where a token is from. Only measured."""
+    sequence_log_ratio: Tensor | None = None
+    """For GSPO, from `sequence_log_ratio`; None where the ratio is exactly 1."""
 
 
 def policy_loss(inputs: PolicyLossInputs, config: PolicyLossConfig) -> LossOutput:
     """The clipped surrogate loss of PPO (Schulman et al., arXiv:1707.06347, eq. 7) on GRPO's advantages.
 
     Per token, with ratio r = policy / old policy and advantage A: max(-A r, -A clamp(r, 1 - eps_clip,
-    1 + eps_clip_high)), and where A < 0 at most -A eps_clip_c. With TIS, times the constant w = clamp(old policy /
+    1 + eps_clip_high)), and where A < 0 at most -A eps_clip_c. GSPO takes for r the ratio of the token's whole sequence
+    (Zheng et al., arXiv:2507.18071, section 4), of whose gradient each token has its part. CISPO takes
+    -clamp(r, 1 - eps_clip, 1 + eps_clip_high) A log policy, the clamped ratio a constant (MiniMax,
+    arXiv:2506.13585, section 3). With TIS, times the constant w = clamp(old policy /
     engine, tis_clip_low, tis_clip), which corrects for an engine that does not sample from exactly the trainer's
     policy (truncated importance sampling: Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL
     Training", 2025; Ionides, 2008). Then plus kl_loss_coef times the KL to the reference (arXiv:2402.03300, eq. 3)
@@ -125,7 +143,8 @@ def policy_loss(inputs: PolicyLossInputs, config: PolicyLossConfig) -> LossOutpu
 
     log_probs = at_trained(inputs.log_probs)
     old = log_probs.detach() if inputs.old_log_probs is None else at_trained(inputs.old_log_probs)
-    token_loss, measured = _clipped_surrogate(log_probs, old, at_trained(inputs.advantages), config)
+    sequence = inputs.sequence_log_ratio
+    token_loss, measured = _surrogate(log_probs, old, at_trained(inputs.advantages), sequence, config)
     by_source = None
     if inputs.rollout_log_probs is not None:
         rollout = at_trained(inputs.rollout_log_probs)
@@ -185,15 +204,37 @@ def _by_source(difference: Tensor, trained: Tensor, sources: Tensor, count: int)
     return values @ F.one_hot(sources, count).to(values.dtype)
 
 
-def _clipped_surrogate(
-    log_probs: Tensor, old: Tensor, advantages: Tensor, config: PolicyLossConfig
+def sequence_log_ratio(
+    inputs: PolicyLossInputs, sample_of: Tensor, lengths: Tensor, over_ranks: Callable[[Tensor], Tensor]
+) -> Tensor | None:
+    """[T] of each token's sequence the mean log(policy / old policy) over its trained tokens, without a gradient (GSPO:
+    arXiv:2507.18071, section 4, the logarithm of its ratio). None without old log-probs.
+
+    N: sequences of the pack. `sample_of` [T]: which of them a token is of; `lengths` [N]: their trained tokens, on all
+    ranks; `over_ranks` adds up a vector [N] over the ranks that share sequences."""
+    if inputs.old_log_probs is None:
+        return None
+    each = torch.where(inputs.weights > 0, inputs.log_probs.detach() - inputs.old_log_probs, 0.0)
+    sums = over_ranks(each.new_zeros(len(lengths)).index_add(0, sample_of, each))
+    return (sums / lengths.clamp(min=1))[sample_of]
+
+
+def _surrogate(
+    log_probs: Tensor, old: Tensor, advantages: Tensor, sequence: Tensor | None, config: PolicyLossConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The per-token surrogate loss [T] and its per-token metrics [T]."""
     log_ratio = log_probs - old
-    ratio = bounded_exp(log_ratio)
+    if config.surrogate is Surrogate.GSPO and sequence is not None:
+        ratio = bounded_exp(sequence + (log_probs - log_probs.detach()))
+    else:
+        ratio = bounded_exp(log_ratio)
     high = config.eps_clip if config.eps_clip_high is None else config.eps_clip_high
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - config.eps_clip, 1 + high)
+    inside = ratio.clamp(1 - config.eps_clip, 1 + high)
+    if config.surrogate is Surrogate.CISPO:
+        clip_share = (inside != ratio).float()
+        token_loss = -advantages * inside.detach() * log_probs
+        return token_loss, {"ratio": ratio, "clip_share": clip_share, "policy_kl": -log_ratio}
+    unclipped, clipped = -advantages * ratio, -advantages * inside
     token_loss = torch.maximum(unclipped, clipped)
     metrics = {"ratio": ratio, "clip_share": (clipped > unclipped).float(), "policy_kl": -log_ratio}
     if config.eps_clip_c is not None:

@@ -50,6 +50,8 @@ class MicroBatch:
     ref_log_probs: Tensor | None
     rollout_log_probs: Tensor | None
     sources: Tensor | None
+    trained_lengths: IntArray
+    """Trained tokens of each sample of the pack, on all context-parallel ranks."""
     sample_of: IntArray
     """[N] which sample of the pack an asked token belongs to."""
     offset_of: IntArray
@@ -261,6 +263,7 @@ def build_microbatch(samples: Sequence[TrainSample], layout: TokenLayout) -> Mic
         ref_log_probs=aligned([sample.ref_log_probs for sample in samples]),
         rollout_log_probs=aligned([sample.rollout_log_probs for sample in samples]),
         sources=aligned([sample.sources for sample in samples]),
+        trained_lengths=np.array([int(sample.loss_mask.sum()) for sample in samples], dtype=np.int64),
         sample_of=sample_of[here],
         offset_of=offset_of[here],
     )

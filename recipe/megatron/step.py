@@ -14,8 +14,17 @@ from torch import Tensor
 
 from recipe.config import Config
 from recipe.grpo.kl import KLEstimator
-from recipe.grpo.loss import LossMetrics, PolicyLossConfig, PolicyLossInputs, policy_loss, sft_loss
+from recipe.grpo.loss import (
+    LossMetrics,
+    PolicyLossConfig,
+    PolicyLossInputs,
+    Surrogate,
+    policy_loss,
+    sequence_log_ratio,
+    sft_loss,
+)
 from recipe.megatron import gradients
+from recipe.megatron.device import to_training_device
 from recipe.megatron.microbatch import MicroBatch, TokenLayout, build_microbatch
 from recipe.megatron.model import ModelOutput
 from recipe.messages import FloatArray, SourceDifference, TrainSample
@@ -37,7 +46,9 @@ def token_layout(with_mtp: bool) -> TokenLayout:
 def policy_loss_config(config: Config) -> PolicyLossConfig:
     """The loss that this run's flags describe."""
     grpo = config.grpo
+    surrogates = {one.value: one for one in Surrogate}
     return PolicyLossConfig(
+        surrogate=surrogates.get(grpo.advantage_estimator, Surrogate.PPO),
         eps_clip=grpo.eps_clip,
         eps_clip_high=grpo.eps_clip_high,
         eps_clip_c=grpo.eps_clip_c,
@@ -76,6 +87,8 @@ class LossFunction:
                 entropy=output.entropy,
                 sources=batch.sources,
             )
+            if self.config.surrogate is Surrogate.GSPO:
+                inputs = replace(inputs, sequence_log_ratio=_sequence_log_ratio(batch, inputs))
             result = policy_loss(inputs, self.config)
         loss, metrics = result.loss, result.metrics
         if output.mtp_log_probs is not None:
@@ -85,6 +98,18 @@ class LossFunction:
             loss = loss + self.mtp_scale * mtp_loss
             metrics = replace(metrics, scalars={**metrics.scalars, "mtp_loss": mtp_loss.detach()})
         return loss, torch.zeros((), dtype=torch.int), metrics
+
+
+def _sequence_log_ratio(batch: MicroBatch, inputs: PolicyLossInputs) -> Tensor | None:
+    """[N] that of each asked token's sequence, which context-parallel ranks have parts of."""
+
+    def over_ranks(sums: Tensor) -> Tensor:
+        if parallel_state.get_context_parallel_world_size() > 1:
+            dist.all_reduce(sums, group=parallel_state.get_context_parallel_group())
+        return sums
+
+    sample_of, lengths = to_training_device(batch.sample_of), to_training_device(batch.trained_lengths)
+    return sequence_log_ratio(inputs, sample_of, lengths, over_ranks)
 
 
 def _run(

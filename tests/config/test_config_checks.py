@@ -13,6 +13,8 @@ TWO_STAGES = ("--pipeline-model-parallel-size", "2", "--expert-model-parallel-si
     ("flags", "sentence"),
     [
         (["--n-samples-per-prompt", "1", "--global-batch-size", "32"], "--n-samples-per-prompt 1 leaves GRPO without"),
+        (["--advantage-estimator", "rloo", "--no-grpo-std"], "rloo does not divide by a group's deviation"),
+        (["--advantage-estimator", "cispo", "--eps-clip-c", "3"], "cispo has no surrogate that it could bound"),
         (["--loss-type", "sft"], "--loss-type sft learns one response a prompt, but --n-samples-per-prompt is 8"),
         (["--global-batch-size", "100"], "--global-batch-size 100 does not divide the rollout's 256 samples"),
         (["--global-batch-size", "4"], "--global-batch-size 4 does not divide by the 8 data-parallel ranks"),

@@ -44,6 +44,7 @@ def random_inputs(counts=(4, 1, 6, 0, 3), *, per_token=False, seed=0) -> PolicyL
         ref_log_probs=log_probs.detach() + normal(0.3),
         entropy=normal().abs(),
         sources=torch.arange(total) % 3,
+        sequence_log_ratio=normal(0.3),
     )
 
 

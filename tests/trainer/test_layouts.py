@@ -1,5 +1,6 @@
 """Every layout computes the same gradients: what one process does with a batch, several do together."""
 
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -114,3 +115,38 @@ def test_gradients_and_losses_equal_a_single_process(ranks: int, perf: dict, tmp
         for found_one, expected_one in zip(ours.by_source, single.by_source, strict=True):
             assert found_one.tokens == expected_one.tokens > 0
             np.testing.assert_allclose(found_one.total, expected_one.total, rtol=1e-5)
+
+
+def one_step(trainer, samples: list[TrainSample]) -> StepReport:
+    trainer.load()
+    return trainer.train_step(scheduled(trainer, samples))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "perf"),
+    [(2, {"context_parallel_size": 2}), (2, TP2), (4, TP2 | {"context_parallel_size": 2})],
+    ids=["CP2", "TP2+SP", "TP2xCP2"],
+)
+def test_a_sequence_has_one_ratio_wherever_its_tokens_lie(ranks: int, perf: dict) -> None:
+    """GSPO, with old log-probs about those of the model, within wide clips."""
+    draw = np.random.default_rng(1)
+    samples = [
+        replace(sample, old_log_probs=draw.normal(-4.8, 0.5, sample.response_length).astype(np.float32))
+        for sample in random_samples(8, seed=3)
+    ]
+
+    def report(count: int, settings: dict, estimator: str = "gspo") -> StepReport:
+        config = tiny_config(
+            random_checkpoint(),
+            cluster={"actor_num_gpus_per_node": count},
+            perf={"use_dynamic_batch_size": True, "max_tokens_per_gpu": 64} | settings,
+            grpo={"advantage_estimator": estimator, "eps_clip": 0.9, "eps_clip_high": 20.0},
+        )
+        return on_ranks(one_step, config, samples)[0]
+
+    expected, found = report(1, {}), report(ranks, perf)
+    assert report(1, {}, "grpo").metrics["ratio"] != pytest.approx(expected.metrics["ratio"], rel=0.01)
+    assert expected.metrics["clip_share"] < 0.5
+    for metric in ("loss", "ratio", "clip_share", "grad_norm"):
+        np.testing.assert_allclose(found.metrics[metric], expected.metrics[metric], rtol=1e-4, atol=1e-6)
