@@ -100,7 +100,7 @@ plan: install
 # MEASURE=1: by what this node reaches, in the image where there are GPUs.
 MEASURE :=
 tune: install
-	$(if $(MEASURE),$(INVOKE) --measure --recipe $(call quote,RECIPE),$(RUN) recipe.plan.tune --recipe $(call quote,RECIPE) $(ARGS))
+	$(if $(MEASURE),$(INVOKE) --measure --base-dir $(call quote,BASE_DIR) --recipe $(call quote,RECIPE),$(RUN) recipe.plan.tune --recipe $(call quote,RECIPE) $(ARGS))
 
 # A file's tests share a worker, and what they start; ARGS="-n 0" for none.
 PARALLEL := -n auto --dist loadfile --no-loadscope-reorder

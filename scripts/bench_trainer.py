@@ -19,6 +19,7 @@ with 1 if N GPUs keep less than 85% a GPU of what one does.
 import argparse
 import math
 import os
+import statistics
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -107,9 +108,9 @@ def measure(rendezvous: "Rendezvous", config: Config, load: Load, parts: bool) -
     def passes() -> None:
         forward_backward(rank.replicas, packs, rank.loss_function)
 
-    def step_after_an_engine() -> None:
+    def ms_after_an_engine() -> float:
         torch.cuda.empty_cache()
-        rank.train_step(packs)
+        return median_ms(lambda: rank.train_step(packs), repeats=1, warmup=0)
 
     # CPU Adam takes seconds.
     repeats = 3 if config.optimizer.optimizer_cpu_offload else 10
@@ -117,7 +118,7 @@ def measure(rendezvous: "Rendezvous", config: Config, load: Load, parts: bool) -
         median_ms(passes),
         median_ms(lambda: step_optimizer(rank), repeats, warmup=1),
         mean_ms(lambda: rank.train_step(packs), 2 * repeats, warmup=1),
-        median_ms(step_after_an_engine, repeats, warmup=1),
+        statistics.median(ms_after_an_engine() for _ in range(repeats)),
     )
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
     found = Measured(*times, peak / 2**30, Timeline.of(recorded(passes)[1]))

@@ -261,7 +261,7 @@ def make_plan_here(options: argparse.Namespace, flags: list[str], response: floa
     resolved = read_recipe(flags)
     machine: Machine = machine_like(resolved, read_machine(options.directory))
     if options.rates is not None:
-        machine = machine_as_measured(machine, read_rates(options.rates), machine.gpus)
+        machine = machine_as_measured(machine, read_rates(options.rates))
     return make_plan(resolved, machine, on_gpu=True, lengths=Lengths(np.array([response])))
 
 

@@ -107,10 +107,12 @@ class TrainerRank:
 
     def log_probs(self, microbatches: Microbatches) -> dict[int, FloatArray]:
         """Response log-probabilities [R] of the policy as it is, by sample index; see `response_log_probs`."""
+        reserve(self.peak_bytes)
         return response_log_probs(self.replicas, microbatches)
 
     def reference_log_probs(self, microbatches: Microbatches) -> dict[int, FloatArray]:
         """Response log-probabilities [R] of the reference model, by sample index."""
+        reserve(self.peak_bytes)
         with self._reference_weights():
             return response_log_probs(self.replicas, microbatches)
 
@@ -131,8 +133,8 @@ class TrainerRank:
         """One optimizer step on this rank's microbatches of a batch; none, on any rank, where gradients are not finite.
         Returns while the GPU is still at it: the next batch is prepared meanwhile."""
         began, learning_rate = time.perf_counter(), self.optimization.learning_rate
+        reserve(self.peak_bytes)
         if torch.cuda.is_available():
-            reserve(self.peak_bytes)
             torch.cuda.reset_peak_memory_stats()
         metrics_on_device = forward_backward(self.replicas, microbatches, self.loss_function)
         heartbeat.beat()
@@ -247,6 +249,8 @@ def missing_bytes(peak: int, allocated: int, reserved: int) -> int:
 def reserve(peak: int) -> None:
     """Gets the memory of a step like the last one in one piece, where an engine has had it since. torch would get it in
     hundreds of pieces, and wait for the driver each time."""
+    if not torch.cuda.is_available():
+        return
     missing = missing_bytes(peak, torch.cuda.memory_allocated(), torch.cuda.memory_reserved())
     if missing:
         with suppress(torch.OutOfMemoryError):

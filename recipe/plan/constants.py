@@ -97,8 +97,6 @@ DRAFT_ACCEPTANCE = Between(0.77, 0.5)
 DRAFT_COST = Between(1.05, 1.6)
 """Time of drafting and verifying over that of a pass over as many tokens, reading the cache apart: 1.0 to 1.5 for 1 to
 64 sequences on one H200."""
-SGLANG_DRAFT_STEPS = 3
-"""Drafts one after the other, where --sglang-speculative-num-steps does not say (0.5.21's own choice)."""
 SGLANG_REQUESTS = 2048
 """Requests that SGLang runs at once, where --sglang-max-running-requests does not say, at least."""
 UPDATE_BUCKET_S = 0.02

@@ -5,19 +5,60 @@ E: moments of a rollout.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
+from pydantic import PositiveFloat, PositiveInt
+
+from recipe.config import Architecture, Config
+from recipe.config.sglang_rules import EngineLayout, size_of
+
+SGLANG_DRAFT_STEPS = 3
+"""Drafts one after the other, where --sglang-speculative-num-steps does not say (0.5.21's own choice)."""
+
+
+@dataclass(frozen=True)
+class EngineKind:
+    """What an engine's speed hangs on, besides its load and its GPUs."""
+
+    layers: int
+    hidden_size: int
+    experts: int
+    tp: int
+    pp: int
+    groups: int
+    """Of its GPUs that hold different sequences."""
+    attention_backend: str | None
+    """None: SGLang's own choice."""
+    draft_steps: int
+    """0: it does not draft."""
+
+    @classmethod
+    def of(cls, architecture: Architecture, config: Config) -> Self:
+        layout, args = EngineLayout.of(config), config.sglang.args
+        drafts = "speculative_algorithm" in args
+        backend = args.get("attention_backend")
+        return cls(
+            layers=architecture.num_hidden_layers,
+            hidden_size=architecture.hidden_size,
+            experts=architecture.n_routed_experts,
+            tp=layout.tp,
+            pp=layout.pp,
+            groups=layout.dp if layout.dp_attention else 1,
+            attention_backend=None if backend is None else str(backend),
+            draft_steps=size_of(config, "speculative_num_steps", default=SGLANG_DRAFT_STEPS) if drafts else 0,
+        )
 
 
 @dataclass(frozen=True)
 class DecodePoint:
     """How fast an engine generates at one load."""
 
-    sequences: int
+    sequences: PositiveInt
     """At once, of the whole engine."""
-    context: int
+    context: PositiveInt
     """Tokens before the one that is generated, on average."""
-    seconds: float
+    seconds: PositiveFloat
     """In which every sequence gets a token more."""
 
     def __str__(self) -> str:
@@ -27,19 +68,12 @@ class DecodePoint:
 
 @dataclass(frozen=True)
 class MeasuredDecoding:
-    """An engine of the recipe's model with random weights, under several loads."""
+    """An engine with random weights, under several loads."""
 
-    gpus: int
-    groups: int
-    """Of its GPUs that hold different sequences."""
-    accept_length: float | None
-    """Tokens that a verification brought; None: it did not draft."""
+    engine: EngineKind
+    accept_length: PositiveFloat
+    """Tokens that a verification brought; without drafts 1."""
     points: tuple[DecodePoint, ...]
-
-    @property
-    def kind(self) -> tuple[int, int, bool]:
-        """GPUs, groups, and whether it drafted."""
-        return self.gpus, self.groups, self.accept_length is not None
 
     def ratio(self, planned: Callable[[int, int], float], sequences: np.ndarray, context: np.ndarray) -> np.ndarray:
         """[E] measured seconds over those that are planned for (sequences, context), at [E] sequences of a group with
@@ -48,7 +82,7 @@ class MeasuredDecoding:
         at_each = []
         for one in contexts:
             points = sorted((p for p in self.points if p.context == one), key=lambda point: point.sequences)
-            loads = np.log([point.sequences / self.groups for point in points])
+            loads = np.log([point.sequences / self.engine.groups for point in points])
             ratios = [point.seconds / planned(point.sequences, point.context) for point in points]
             at_each.append(np.interp(np.log(np.maximum(1, sequences)), loads, ratios))
         place = np.interp(np.log(np.maximum(1, context)), np.log(contexts), np.arange(len(contexts)))

@@ -3,7 +3,7 @@
 E: moments of a rollout; b: sequences of the fullest group of GPUs; B: sequences of the whole engine.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from recipe.config.sglang_rules import size_of
 from recipe.config.speculation_rules import REQUESTS_WITH_DRAFTS
 from recipe.plan import constants
-from recipe.plan.decode_points import MeasuredDecoding
+from recipe.plan.decode_points import EngineKind, MeasuredDecoding
 from recipe.plan.engine import BF16, EngineEstimate
 from recipe.plan.flops import active_parameters
 from recipe.plan.hardware import Gpu
@@ -27,6 +27,11 @@ class Decoding:
     pace: Pace
     measured: tuple[MeasuredDecoding, ...] = ()
     """Engines of this model on such GPUs; this one is as fast as what was measured of its like."""
+
+    @cached_property
+    def kind(self) -> EngineKind:
+        """What measured engines must be like."""
+        return EngineKind.of(self.engine.architecture, self.engine.config)
 
     @cached_property
     def expert_bytes(self) -> float:
@@ -91,26 +96,23 @@ class Decoding:
 
     def _correction(self, *, drafts: bool, batch: np.ndarray, context: np.ndarray) -> np.ndarray:
         """[E] measured time over the planned one, within CUDA graphs; 1 where no engine like this was measured."""
-        layout, groups = self.engine.layout, self.engine.attention_groups
-        like = (layout.tp * layout.pp, groups, drafts)
-        found = [one for one in self.measured if one.points and one.kind == like]
+        like = self.kind if drafts else replace(self.kind, draft_steps=0)
+        found = [one for one in self.measured if one.points and one.engine == like]
         if not found:
             return np.ones(len(batch))
-        one = found[-1]
+        one, groups = found[-1], self.engine.attention_groups
 
         def planned(sequences: int, tokens: int) -> float:
             each, total, before = np.array([sequences / groups]), np.array([sequences]), np.array([float(tokens)])
             seconds = self._verified(each, total, before) if drafts else self._plain(each, total, before)
-            return float(seconds[0]) / (one.accept_length or 1.0)
+            return float(seconds[0]) / one.accept_length
 
         return one.ratio(planned, batch, context)
 
     @cached_property
     def draft_steps(self) -> int:
         """Tokens that are drafted one after the other; 0: none is."""
-        if not self.engine.is_speculative:
-            return 0
-        return size_of(self.engine.config, "speculative_num_steps", default=constants.SGLANG_DRAFT_STEPS)
+        return self.kind.draft_steps
 
     @property
     def acceptance_length(self) -> float:

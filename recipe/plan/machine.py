@@ -90,9 +90,25 @@ def read_gpus() -> tuple[FoundGpu, ...]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible in ("", "-1"):
         return ()
-    of_those = [] if visible is None else [f"--id={visible}"]
-    told = _ask(f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits", *of_those)
-    return parse_gpus(told) if told is not None else ()
+    told = _ask(f"--query-gpu={','.join(_QUERY)}", "--format=csv,noheader,nounits")
+    found = parse_gpus(told) if told is not None else ()
+    return tuple(found[number] for number in _visible(visible, len(found))) if visible else found
+
+
+def _visible(words: str, count: int) -> list[int]:
+    """The numbers of the GPUs that CUDA_VISIBLE_DEVICES names, by number or by the beginning of an id; of all, if it
+    names what nvidia-smi does not know."""
+    told = _ask("--query-gpu=uuid", "--format=csv,noheader") or ""
+    ids = [line.strip() for line in told.splitlines()]
+    chosen = []
+    for word in map(str.strip, words.split(",")):
+        if word.isdigit() and int(word) < count:
+            chosen.append(int(word))
+        elif len(numbers := [number for number, uuid in enumerate(ids) if word and uuid.startswith(word)]) == 1:
+            chosen += numbers
+        else:
+            return list(range(count))
+    return chosen
 
 
 def parse_gpus(told: str) -> tuple[FoundGpu, ...]:

@@ -34,6 +34,8 @@ class Rates:
     """Between pinned host memory and a GPU, while all GPUs copy; the slower direction."""
     all_reduce: float | None = None
     """Bus bandwidth of NCCL's all-reduce of 1 GiB: 2 (N - 1) / N of it over its time."""
+    gpus: int | None = None
+    """That were measured; None: it is not known."""
     decoding: tuple[MeasuredDecoding, ...] = ()
     """Engines that were measured, as `make tune MEASURE=1` does."""
 
@@ -63,10 +65,10 @@ def gpu_as_measured(kind: Gpu, rates: Rates) -> Gpu:
     )
 
 
-def machine_as_measured(machine: Machine, rates: Rates, gpus: int) -> Machine:
-    """`machine` with the rates of a node of which so many GPUs were measured: where they are fewer than the machine's,
-    its host memory is taken for their share."""
-    whole = min(HOST_BANDWIDTH.best, rates.host_memory * machine.gpus / max(1, gpus))
+def machine_as_measured(machine: Machine, rates: Rates) -> Machine:
+    """`machine` with the rates of a node: where fewer GPUs were measured than it has, the node's host memory is taken
+    for their share."""
+    whole = min(HOST_BANDWIDTH.best, rates.host_memory * machine.gpus / max(1, rates.gpus or machine.gpus))
     host = max(whole, rates.host_memory)
     gpu = gpu_as_measured(machine.gpu, rates)
     return replace(machine, gpu=gpu, host_bandwidth=Between.exactly(host), decoding=rates.decoding)

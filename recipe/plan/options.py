@@ -40,7 +40,7 @@ def machine_of(options: argparse.Namespace, config: Config) -> Machine:
     """The machines that are asked about. Raises UserError for words that mean nothing."""
     gpus = config.cluster.actor_num_gpus_per_node
     machine = Machine.described(options.gpu, gpus, options.host_memory, options.disk, options.price)
-    return machine if options.rates is None else machine_as_measured(machine, read_rates(options.rates), gpus)
+    return machine if options.rates is None else machine_as_measured(machine, read_rates(options.rates))
 
 
 def lengths_of(options: argparse.Namespace, config: Config) -> Lengths:

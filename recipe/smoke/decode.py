@@ -18,10 +18,11 @@ import aiohttp
 import numpy as np
 
 from recipe.config import Architecture, Config, Resolved
-from recipe.config.sglang_rules import EngineLayout, size_of
+from recipe.config.error_text import listed
+from recipe.config.sglang_rules import size_of
 from recipe.engines.launch import INITIAL_VERSION, Launch, SglangServer, launch_sglang
 from recipe.engines.process import EngineProcess
-from recipe.plan.decode_points import DecodePoint, MeasuredDecoding
+from recipe.plan.decode_points import DecodePoint, EngineKind, MeasuredDecoding
 from recipe.plan.machine import read_gpus
 from recipe.rollout.http import ask, ask_blocking, open_session
 from recipe.rollout.sampling_params import SamplingParams
@@ -46,8 +47,9 @@ WHOLE_CACHE = 0.95
 class Engine:
     """A running engine under measurement."""
 
-    def __init__(self, url: str, vocabulary: int, seed: int) -> None:
-        self.url = url
+    def __init__(self, url: str, vocabulary: int, groups: int, seed: int) -> None:
+        """`groups`: of its GPUs that hold different sequences, each with a cache of its own."""
+        self.url, self.groups = url, groups
         self._draw = np.random.default_rng(derive(seed, "decode"))
         self._vocabulary = vocabulary
         self._prompts: list[list[int]] = []
@@ -81,37 +83,36 @@ class Engine:
     async def _answer(self, session: aiohttp.ClientSession, prompt: Sequence[int], tokens: int, seed: int) -> None:
         sampling = SamplingParams(tokens).request(seed) | {"ignore_eos": True}
         body = {"input_ids": prompt, "sampling_params": sampling, "return_logprob": True}
+        if self.groups > 1:  # each prompt goes where it was read
+            body["routed_dp_rank"] = seed % self.groups
         answer = await ask(session, "POST", f"{self.url}/generate", body, timeout_s=REQUEST_TIMEOUT_S)
         if (got := answer["meta_info"]["completion_tokens"]) != tokens:
             raise UserError(f"{self.url} answered with {got} tokens of the {tokens} that it was asked for")
 
     def point(self, sequences: int, context: int) -> DecodePoint:
-        """Measured after the prompts have been read."""
+        """Measured after the prompts have been read: the quicker of two times each. Raises UserError if more tokens
+        took no longer."""
         prompts = self.prompts(sequences, context)
-        short, long = (self.seconds(prompts, tokens) for tokens in (SHORT, LONG))
+        short, long = (min(self.seconds(prompts, tokens) for _ in range(2)) for tokens in (SHORT, LONG))
+        if long <= short:
+            raise UserError(
+                f"{sequences} responses of {LONG} tokens took {long:.2f} s and of {SHORT} tokens {short:.2f} s: "
+                "something else keeps this machine busy; measure again when it has ended"
+            )
         return DecodePoint(sequences, context + (SHORT + LONG) // 2, (long - short) / (LONG - SHORT))
 
-    def points(self, batches: Sequence[int], contexts: Sequence[int], groups: int) -> Iterator[DecodePoint]:
-        """Every batch at every context that the cache of each of so many groups of GPUs holds."""
+    def points(self, each: Sequence[int], contexts: Sequence[int]) -> Iterator[DecodePoint]:
+        """`each` sequences of every group at every context, as far as its cache holds them; tells what it does not."""
         most = int(self.cache_tokens * WHOLE_CACHE)
-        self.seconds(self.prompts(min(batches), min(contexts)), LONG)  # what is compiled at its first use
+        self.seconds(self.prompts(self.groups * min(each), min(contexts)), LONG)  # what is compiled at its first use
         for context in sorted(contexts):
-            fitting = [size for size in batches if -(-size // groups) * (context + LONG) <= most]
+            fitting = sorted(size for size in each if size * (context + LONG) <= most)
+            if left_out := sorted(set(each) - set(fitting)):
+                print(f"the cache holds no {listed(left_out)} sequences of {context} tokens: left out", flush=True)
             if fitting:
-                self.seconds(self.prompts(max(fitting), context), 1)
-            for size in sorted(fitting):
-                yield self.point(size, context)
-
-
-def groups_of(config: Config) -> int:
-    """Groups of an engine's GPUs that hold different sequences."""
-    layout = EngineLayout.of(config)
-    return layout.dp if layout.dp_attention else 1
-
-
-def batches_of(config: Config) -> list[int]:
-    """Sequences of the whole engine that are measured."""
-    return [each * groups_of(config) for each in SEQUENCES]
+                self.seconds(self.prompts(self.groups * fitting[-1], context), 1)
+            for size in fitting:
+                yield self.point(self.groups * size, context)
 
 
 def launch_of(resolved: Resolved, folder: Path, context: int, accept_length: float) -> Launch:
@@ -121,7 +122,7 @@ def launch_of(resolved: Resolved, folder: Path, context: int, accept_length: flo
     launch = launch_sglang(folder, server, weight_version=INITIAL_VERSION, threads=1, context_length=context + 2 * LONG)
     random = ["--load-format", "dummy", "--skip-tokenizer-init"]
     environment = dict(launch.environment)
-    if is_speculative(config):
+    if "speculative_algorithm" in config.sglang.args:
         # SGLang's loader of random weights cannot make the MTP layer, so it reads one.
         write_draft(draft := folder / "draft", folder, resolved.architecture)
         random += ["--speculative-draft-model-path", str(draft), "--speculative-draft-load-format", "auto"]
@@ -130,10 +131,6 @@ def launch_of(resolved: Resolved, folder: Path, context: int, accept_length: flo
             "SGLANG_SIMULATE_ACC_TOKEN_MODE": "real-draft-token",
         }
     return Launch((*launch.arguments, *random), environment, launch.files, launch.derived_ports)
-
-
-def is_speculative(config: Config) -> bool:
-    return "speculative_algorithm" in config.sglang.args
 
 
 def write_draft(folder: Path, model: Path, architecture: Architecture) -> None:
@@ -149,38 +146,39 @@ def write_draft(folder: Path, model: Path, architecture: Architecture) -> None:
         if name.startswith(MTP):
             dtype = torch.float32 if placement.is_fp32 else torch.bfloat16
             for hf_name in placement.hf_names:
-                tensors[hf_name] = torch.empty(placement.hf_shape, dtype=dtype).normal_(
-                    0, DEVIATION, generator=generator
-                )
+                tensor = torch.empty(placement.hf_shape, dtype=dtype)
+                tensors[hf_name] = tensor.normal_(0, DEVIATION, generator=generator)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-def widened(config: Config) -> Config:
-    """The engine with room, and CUDA graphs, for all sequences that are measured; what `make tune` proposes has more of
-    them than many recipes."""
+def widened(config: Config, groups: int) -> Config:
+    """The engine with room, and CUDA graphs, for all sequences that are measured, and with drafts at all of them if it
+    drafts at all; what `make tune` proposes has more at once than many recipes."""
     most = max(SEQUENCES)
     args = dict(config.sglang.args)
-    args["max_running_requests"] = max(size_of(config, "max_running_requests", default=1), most * groups_of(config))
+    args["max_running_requests"] = max(size_of(config, "max_running_requests", default=1), most * groups)
     args["cuda_graph_max_bs_decode"] = max(size_of(config, "cuda_graph_max_bs_decode", default=1), most)
-    args.pop("cuda_graph_bs_decode", None)
-    return config.model_copy(update={"sglang": config.sglang.model_copy(update={"args": args})})
+    for name in ("cuda_graph_bs_decode", "disable_cuda_graph"):
+        args.pop(name, None)
+    sglang = config.sglang.model_copy(update={"args": args, "speculative_max_batch": None})
+    return config.model_copy(update={"sglang": sglang})
 
 
 def measure_decoding(resolved: Resolved, contexts: Sequence[int], accept_length: float, log: Path) -> MeasuredDecoding:
-    """Starts the recipe's engine and measures it. Raises UserError if it does not start, or ends."""
-    resolved = replace(resolved, config=widened(resolved.config))
+    """Starts the recipe's engine and measures it. Raises UserError if it does not start, ends, or is disturbed."""
+    kind = EngineKind.of(resolved.architecture, resolved.config)
+    resolved = replace(resolved, config=widened(resolved.config, kind.groups))
     config, found = resolved.config, []
+    brought = min(accept_length, kind.draft_steps + 1.0)
     with tempfile.TemporaryDirectory(prefix="decode-") as name:
         folder = Path(name)
         shutil.copy(config.model.hf_checkpoint / "config.json", folder)
         began = time.monotonic()
-        with EngineProcess(launch_of(resolved, folder, max(contexts), accept_length), log) as process:
+        with EngineProcess(launch_of(resolved, folder, max(contexts), brought), log) as process:
             process.wait_healthy(config.rollout.rollout_engine_start_timeout_s)
             print(f"the engine started in {time.monotonic() - began:.0f} s", flush=True)
-            engine = Engine(process.url, resolved.architecture.vocab_size, config.misc.seed)
-            for point in engine.points(batches_of(config), contexts, groups_of(config)):
+            engine = Engine(process.url, resolved.architecture.vocab_size, kind.groups, config.misc.seed)
+            for point in engine.points(SEQUENCES, contexts):
                 print(point, flush=True)
                 found.append(point)
-    layout = EngineLayout.of(config)
-    brought = accept_length if is_speculative(config) else None
-    return MeasuredDecoding(layout.tp * layout.pp, groups_of(config), brought, tuple(found))
+    return MeasuredDecoding(kind, brought, tuple(found))

@@ -10,20 +10,28 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from recipe.config import Resolved
+from recipe.config.error_text import listed
+from recipe.config.flags import parse_command_line
+from recipe.container.provenance import inside_image
 from recipe.plan.hardware import GIB, GPUS
 from recipe.plan.machine import FoundMachine, read_machine
 from recipe.plan.node import Rates, machine_as_measured, read_rates
 from recipe.plan.options import add_options, lengths_of, machine_of, read_without_weights
 from recipe.plan.plan import Plan, make_plan
+from recipe.plan.preflight import BUSY
 from recipe.plan.ranges import range_text
+from recipe.plan.tune.recipe_file import check_target
 from recipe.smoke.decode import measure_decoding
 from recipe.system.errors import UserError, run_main
 from recipe.system.files import atomic_write_text
 
+KEPT = ("runs", "build")
+"""Folders that outlive the image's container."""
 CONTEXTS = (1024, 4096, 8192)
 """Tokens before those that are generated."""
 ACCEPT_LENGTH = 2.35
@@ -37,10 +45,31 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add_options(parser)
-    parser.add_argument("--best", default="3", help="how many to show (default: 3)")
-    parser.add_argument("--write", metavar="FILE.toml", help="a recipe with the cheapest, which is new")
+    parser.set_defaults(gpu=None, host_memory=None)
+    parser.add_argument("--best", type=int, default=3, help="how many to show (default: 3)")
+    parser.add_argument("--write", type=Path, metavar="FILE.toml", help="a recipe with the cheapest, which is new")
     parser.add_argument("--output", type=Path, default=Path("runs/measured/rates.json"), help="file to write")
     return parser
+
+
+def check(options: argparse.Namespace, flags: Sequence[str], found: FoundMachine) -> None:
+    """Raises UserError for what would fail, or mislead, when all is measured."""
+    if not found.gpus:
+        raise UserError("there is no GPU to measure here: without MEASURE=1, make tune takes what data sheets say")
+    others = ("gpu", "host_memory", "disk", "rates")
+    if told := [f"--{name.replace('_', '-')}" for name in others if getattr(options, name) is not None]:
+        raise UserError(f"{listed(told)}: this machine is measured, and nothing else is asked about; drop it")
+    if busy := [str(number) for number, gpu in enumerate(found.gpus) if gpu.used > BUSY]:
+        raise UserError(f"GPU {', '.join(busy)} is in use, and would seem too slow: end what uses it first")
+    if options.write is None:
+        return
+    if parse_command_line(flags).recipe is None:
+        raise UserError("--write makes a recipe that extends the given one: name it with --recipe")
+    if inside_image() and options.write.parts[0] not in KEPT:
+        raise UserError(
+            f"--write {options.write}: the image keeps runs/ and build/ only: try runs/{options.write.name}"
+        )
+    check_target(options.write)
 
 
 def describe(options: argparse.Namespace, found: FoundMachine) -> None:
@@ -76,23 +105,22 @@ def dollars(plan: Plan) -> str:
 def main() -> int:
     options, flags = _parser().parse_known_args()
     found = read_machine(options.output)
-    if not found.gpus:
-        raise UserError("there is no GPU to measure here: without MEASURE=1, make tune takes what data sheets say")
+    check(options, flags, found)
     describe(options, found)
     resolved = read_without_weights(flags)[1]
     sheet, lengths = machine_of(options, resolved.config), lengths_of(options, resolved.config)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     rates = measure(resolved, found, options.output)
     atomic_write_text(options.output, json.dumps(asdict(rates), indent=1) + "\n")
-    here = machine_as_measured(sheet, rates, len(found.gpus))
+    here = machine_as_measured(sheet, rates)
     before, after = (make_plan(resolved, one, on_gpu=True, lengths=lengths) for one in (sheet, here))
     print(f"wrote {options.output}: the given recipe costs {dollars(after)} by it, {dollars(before)} by data sheets\n")
     words = ["--gpu", options.gpu, "--host-memory", options.host_memory, "--disk", options.disk]
-    words += ["--price", str(options.price), "--rates", str(options.output), "--best", options.best]
+    words += ["--price", str(options.price), "--rates", str(options.output), "--best", str(options.best)]
     words += ["--response-len", str(options.response_len)] if options.response_len is not None else []
     words += ["--response-spread", str(options.response_spread)]
     words += ["--lengths-of", str(options.lengths_of)] if options.lengths_of is not None else []
-    words += ["--write", options.write] if options.write is not None else []
+    words += ["--write", str(options.write)] if options.write is not None else []
     return subprocess.run([sys.executable, "-m", "recipe.plan.tune", *words, *flags], check=False).returncode
 
 

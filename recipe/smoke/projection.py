@@ -28,7 +28,7 @@ def project(found: FoundMachine, gpus: int, kind: Gpu, rates: Rates, price: floa
     """A step of the 8-GPU recipe. Fewer GPUs are taken for their share of a node with eight."""
     resolved = read_recipe(["--recipe", RECIPE, "--hf-checkpoint", str(PUBLISHED)])
     machine = Machine(kind, NODE_GPUS, found.host_memory, found.disk, price=price)
-    machine = machine_as_measured(machine, rates, gpus)
+    machine = machine_as_measured(machine, rates)
     plan = make_plan(resolved, machine, on_gpu=True)
     assert plan.time is not None
     return Projection(

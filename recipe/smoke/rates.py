@@ -10,7 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -121,13 +121,13 @@ def measure(gpus: int) -> Rates:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     host = host_bandwidth()
     if not gpus:
-        return Rates(host)
+        return Rates(host, gpus=0)
     os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     with tempfile.TemporaryDirectory() as folder:
         result = os.path.join(folder, "result")
         mp.spawn(_measure_gpu, (gpus, f"file://{folder}/rendezvous", result), nprocs=gpus)
         with open(result) as file:
-            return Rates(host, *json.load(file))
+            return replace(Rates(host, *json.load(file)), gpus=gpus)
 
 
 def main() -> None:

@@ -164,7 +164,7 @@ class SmokeRun:
 
         def look() -> None:
             while not over.wait(MEMORY_EVERY_S):
-                most[0] = max(most[0], *(gpu.used for gpu in read_gpus()))
+                most[0] = max([most[0], *(gpu.used for gpu in read_gpus())])
 
         thread = Thread(target=look, daemon=True)
         thread.start()

@@ -124,7 +124,7 @@ def test_nvidia_smi_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     command = tmp_path / "nvidia-smi"
     line = "NVIDIA H100 80GB HBM3, 81559, 551, 4, 580.95.05"
     command.write_text(
-        f"#!/bin/sh\ncase $*-$1 in *--id=1-*) echo '{line}';; *--query*) printf '{line}\\n{line}\\n';; "
+        f"#!/bin/sh\ncase $1 in *=uuid) printf 'GPU-ab1\\nGPU-ac2\\n';; --query*) printf '{line}\\n{line}\\n';; "
         f"*) cat <<'END'\n{LINKED}END\n;; esac\n"
     )
     command.chmod(0o755)
@@ -137,7 +137,7 @@ def test_nvidia_smi_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert expected.described().flops == 989e12
     assert found.disk > 0
     assert min(found.host_memory, found.open_files) > 0
-    for visible, count in {"1": 1, "": 0, "-1": 0}.items():
+    for visible, count in {"1": 1, "1,0": 2, "": 0, "-1": 0, "GPU-ac": 1, "GPU-a": 2, "MIG-1": 2, "7": 2}.items():
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
         assert len(read_gpus()) == count
 

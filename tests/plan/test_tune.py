@@ -146,7 +146,7 @@ def test_a_slower_node_is_planned_slower(tmp_path: Path) -> None:
     """By the rates that a smoke run wrote there; a file that is none is a sentence."""
     machine = tuner_of("glm4.7-flash-8gpu").machine
     (tmp_path / "rates.json").write_text(json.dumps({"host_memory": 100e9, "matmul": 300e12, "gpu_memory": 1.5e12}))
-    here = machine_as_measured(machine, read_rates(tmp_path / "rates.json"), 8)
+    here = machine_as_measured(machine, read_rates(tmp_path / "rates.json"))
     assert here.gpu.link_bandwidth == machine.gpu.link_bandwidth
     settings, resolved = read_without_weights(["--recipe", "glm4.7-flash-8gpu", "--hf-checkpoint", str(PUBLISHED)])
     usual, slow = (Tuner(settings, resolved.architecture, one, None).given().plan.time for one in (machine, here))

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from recipe.config import Architecture, Resolved, sglang_rules
 from recipe.config.sglang_rules import size_of
-from recipe.plan.decode_points import DecodePoint, MeasuredDecoding
+from recipe.plan.decode_points import DecodePoint, EngineKind, MeasuredDecoding
 from recipe.plan.decoding import Decoding
 from recipe.plan.engine import EngineEstimate
 from recipe.plan.hardware import named_gpu
@@ -25,11 +25,8 @@ from recipe.system.errors import UserError
 from recipe.weights.hf_files import HuggingFaceCheckpoint
 from recipe.weights.tiny import write_tiny_checkpoint
 
+NO_GRAPHS = "--sglang-disable-cuda-graph"
 SMI = "#!/bin/sh\nfor n in $(seq {count}); do echo 'NVIDIA H100 80GB HBM3, 81559, 551, 4, 580.95.05'; done\n"
-PLAIN = MeasuredDecoding(
-    8, 8, None, tuple(DecodePoint(8 * each, tokens, 1e-3 * each * tokens) for each in (1, 16) for tokens in (512, 4096))
-)
-DRAFTING = MeasuredDecoding(8, 8, 2.0, (DecodePoint(64, 1024, 7e-3),))
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +36,16 @@ def without_sglang(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def resolved_of(recipe: str, *flags: str) -> Resolved:
     return resolve_without_weights(["--recipe", recipe, "--hf-checkpoint", str(PUBLISHED), *flags])
+
+
+def kind_of(recipe: str) -> EngineKind:
+    resolved = resolved_of(recipe)
+    return EngineKind.of(resolved.architecture, resolved.config)
+
+
+POINTS = tuple(DecodePoint(8 * each, tokens, 1e-3 * each * tokens) for each in (1, 16) for tokens in (512, 4096))
+PLAIN = MeasuredDecoding(kind_of("glm4.7-flash-8gpu"), 1.0, POINTS)
+DRAFTING = MeasuredDecoding(kind_of("glm4.7-flash-8gpu-eagle"), 2.0, (DecodePoint(64, 1024, 7e-3),))
 
 
 def decoding_of(recipe: str, pace: Pace, *flags: str) -> Decoding:
@@ -58,42 +65,76 @@ class CountingEngine(decode.Engine):
 
     cache_tokens = 2000
 
-    def __init__(self) -> None:
-        super().__init__("", vocabulary=1000, seed=1)
+    def __init__(self, groups: int) -> None:
+        super().__init__("", vocabulary=1000, groups=groups, seed=1)
         self.asked: list[list[list[int]]] = []
+        self.noise = [0.0, 0.1]
 
     def seconds(self, prompts: list[list[int]], tokens: int) -> float:  # type: ignore[override]
         self.asked.append(prompts)
-        return 0.3 + 0.01 * len(prompts) * tokens
+        return 0.3 + 0.01 * len(prompts) * tokens + self.noise[len(self.asked) % 2]
 
 
-def test_a_points_seconds_are_those_of_decoding_alone() -> None:
-    engine = CountingEngine()
-    found = list(engine.points([2, 16, 32], [500, 100], groups=2))
+def test_a_points_seconds_are_those_of_decoding_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """The quicker of two times counts."""
+    engine = CountingEngine(groups=2)
+    found = list(engine.points([1, 8, 16], [500, 100]))
     # 16 sequences of a group with 180 tokens each do not fit into 95% of its cache, nor do 8 with 580.
     assert [(point.sequences, point.context) for point in found] == [(2, 148), (16, 148), (2, 548)]
     assert [point.seconds for point in found] == pytest.approx([0.02, 0.16, 0.02])
+    assert "holds no 8 or 16 sequences of 500 tokens: left out" in capsys.readouterr().out
+
+
+def test_a_disturbed_measurement_is_none() -> None:
+    engine = CountingEngine(groups=1)
+    engine.seconds = lambda prompts, tokens: 1.0  # type: ignore[method-assign,assignment]
+    with pytest.raises(UserError, match="something else keeps this machine busy"):
+        engine.point(1, 10)
 
 
 def test_prompts_are_read_once() -> None:
     """Longer ones, and more of them, begin with those before; before a point all of its prompts have been asked for."""
-    engine = CountingEngine()
-    list(engine.points([2, 4], [8, 20], groups=1))
+    engine = CountingEngine(groups=1)
+    list(engine.points([2, 4], [8, 20]))
     whole = engine.prompts(4, 20)
     assert len({tuple(prompt) for prompt in whole}) == 4
     for asked in engine.asked:
         assert asked == [prompt[: len(asked[0])] for prompt in whole[: len(asked)]]
-    assert [(len(asked), len(asked[0])) for asked in engine.asked] == [
-        *[(2, 8), (4, 8), (2, 8), (2, 8), (4, 8), (4, 8)],
-        *[(4, 20), (2, 20), (2, 20), (4, 20), (4, 20)],
-    ]
+    sizes = [(len(asked), len(asked[0])) for asked in engine.asked]
+    assert sizes == [(2, 8), (4, 8), *[(2, 8)] * 4, *[(4, 8)] * 4, (4, 20), *[(2, 20)] * 4, *[(4, 20)] * 4]
+
+
+@pytest.mark.parametrize(("groups", "ranks"), [(1, [None] * 4), (2, [0, 1, 0, 1])])
+def test_a_prompt_goes_where_it_was_read(groups: int, ranks: list[int | None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every group of GPUs has a cache of its own."""
+    bodies: list[dict[str, object]] = []
+
+    async def ask(session: object, method: str, address: str, body: dict[str, object], **named: object) -> object:
+        bodies.append(body)
+        return {"meta_info": {"completion_tokens": 3}}
+
+    monkeypatch.setattr(decode, "ask", ask)
+    engine = decode.Engine("http://127.0.0.1:1", vocabulary=1000, groups=groups, seed=1)
+    prompts = engine.prompts(4, 5)
+    engine.seconds(prompts, 3)
+    assert [body["input_ids"] for body in bodies] == prompts
+    assert [body.get("routed_dp_rank") for body in bodies] == ranks
 
 
 def test_the_engine_gets_room_for_what_is_measured() -> None:
-    config = decode.widened(resolved_of("glm4.7-flash-8gpu").config)
+    config = decode.widened(resolved_of("glm4.7-flash-8gpu").config, groups=8)
     assert size_of(config, "max_running_requests", default=0) == 64 * 8
     assert size_of(config, "cuda_graph_max_bs_decode", default=0) == 64
-    assert decode.batches_of(config) == [8, 32, 128, 512]
+
+
+def test_an_engine_that_drafts_does_so_at_every_load_that_is_measured() -> None:
+    flags = "--rollout-num-gpus-per-engine 1 --sglang-enable-dp-attention false --sglang-enable-dp-lm-head false"
+    flags += " --sglang-moe-dense-tp-size false --sglang-dp-size 1 --sglang-ep-size 1 --speculative-max-batch 8"
+    config = resolved_of("glm4.7-flash-8gpu-eagle", *flags.split(), NO_GRAPHS).config
+    assert config.sglang.speculative_max_batch == 8
+    wide = decode.widened(config, groups=1)
+    assert wide.sglang.speculative_max_batch is None
+    assert "disable_cuda_graph" not in wide.sglang.args
 
 
 def test_a_draft_is_the_mtp_layer_of_a_checkpoint(tmp_path: Path) -> None:
@@ -130,10 +171,24 @@ def test_between_points_logarithms_count() -> None:
     assert at_one_second == pytest.approx(np.array(expected), rel=1e-4)
 
 
-def test_an_engine_of_another_layout_stays_as_planned() -> None:
-    flags = ["--rollout-num-gpus-per-engine", "4", "--sglang-dp-size", "4", "--sglang-ep-size", "4"]
-    other = decoding_of("glm4.7-flash-8gpu-fast", Pace.BEST, *flags)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--rollout-num-gpus-per-engine 4 --sglang-dp-size 4 --sglang-ep-size 4",
+        "--sglang-attention-backend triton",
+        "--sglang-speculative-algorithm EAGLE --sglang-speculative-num-steps 1 --sglang-speculative-eagle-topk 1",
+    ],
+)
+def test_an_engine_of_another_kind_stays_as_planned(flags: str) -> None:
+    other = decoding_of("glm4.7-flash-8gpu-fast", Pace.BEST, *flags.split())
     assert token(other, 4, 512) == token(replace(other, measured=()), 4, 512)
+
+
+def test_what_a_layer_takes_without_a_graph_comes_on_top() -> None:
+    graphs, none = (decoding_of("glm4.7-flash-8gpu-fast", Pace.BEST, *flags) for flags in ([], [NO_GRAPHS]))
+    batch = np.array([4])
+    assert token(none, 4, 512) == pytest.approx(token(graphs, 4, 512) + float(none.eager(batch)[0]))
+    assert none.eager(batch)[0] > 0
 
 
 def test_what_was_measured_is_read_back(tmp_path: Path) -> None:
@@ -142,10 +197,11 @@ def test_what_was_measured_is_read_back(tmp_path: Path) -> None:
     path.write_text(json.dumps(asdict(rates)))
     assert read_rates(path) == rates
     document = json.loads(path.read_text())
-    document["decoding"][0]["points"][1]["seconds"] = None
-    path.write_text(json.dumps(document))
-    with pytest.raises(UserError, match=r"decoding\.0\.points\.1\.seconds: .*: name the rates\.json"):
-        read_rates(path)
+    for wrong in (None, 0, -1e-4):
+        document["decoding"][0]["points"][1]["seconds"] = wrong
+        path.write_text(json.dumps(document))
+        with pytest.raises(UserError, match=r"decoding\.0\.points\.1\.seconds: .*: name the rates\.json"):
+            read_rates(path)
 
 
 @pytest.mark.parametrize(("count", "sentence"), [(0, "no GPU to measure"), (2, "has 8 GPUs, and this machine 2")])
@@ -154,6 +210,25 @@ def test_a_node_with_too_few_gpus_is_a_sentence(
 ) -> None:
     use_gpus(count, tmp_path, monkeypatch)
     monkeypatch.setattr("sys.argv", ["measure", *FLAGS, "--output", str(tmp_path / "rates.json")])
+    with pytest.raises(UserError, match=sentence):
+        measure.main()
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (["--gpu", "H200"], "--gpu: this machine is measured"),
+        (["--rates", "rates.json", "--disk", "1TB"], "--disk or --rates: this machine is measured"),
+        (["--write", "mine.txt"], "ends in .toml"),
+        (["--write", "mine.toml"], "the image keeps only runs/ and build/: try runs/mine.toml"),
+    ],
+)
+def test_what_would_fail_in_the_end_is_told_before_anything_is_measured(
+    given: list[str], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_gpus(8, tmp_path, monkeypatch)
+    monkeypatch.setattr(measure, "inside_image", lambda: "mine.toml" in given)
+    monkeypatch.setattr("sys.argv", ["measure", *FLAGS, *given, "--output", str(tmp_path / "rates.json")])
     with pytest.raises(UserError, match=sentence):
         measure.main()
 
@@ -197,7 +272,7 @@ def test_measuring_ends_in_tuning_by_it(
     assert machine.decoding == (PLAIN,)
     assert machine.gpu.memory == pytest.approx((81559 - 551) << 20, rel=1e-3)
     sheet = replace(machine, decoding=())
-    assert machine_as_measured(sheet, read_rates(output), 8).decoding == (PLAIN,)
+    assert machine_as_measured(sheet, read_rates(output)).decoding == (PLAIN,)
 
 
 def with_smi(run: object) -> object:
