@@ -95,15 +95,15 @@ def test_a_new_metric_is_one_entry_and_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], reduction: Reduction, expected: float
 ) -> None:
     """From the loss of two optimizer steps, in microbatches, to everything that shows it."""
-    surrogate = loss._clipped_surrogate
+    surrogate = loss._surrogate
 
-    def with_one_line_more(log_probs, old, advantages, config):
-        token_loss, measured = surrogate(log_probs, old, advantages, config)
+    def with_one_line_more(log_probs, old, advantages, sequence, config):
+        token_loss, measured = surrogate(log_probs, old, advantages, sequence, config)
         measured[NEW] = advantages.abs()
         return token_loss, measured
 
     monkeypatch.setitem(METRICS, NEW, Metric("1", reduction, "Size of the advantage.", "size {:.1f}"))
-    monkeypatch.setattr(loss, "_clipped_surrogate", with_one_line_more)
+    monkeypatch.setattr(loss, "_surrogate", with_one_line_more)
     reports = [
         step_on([-1.0, 2.0, -3.0, 4.0, 0.0], slice(0, 2), slice(2, 5)),
         step_on([1.0, -1.0, 3.0], slice(0, 3), slice(3, 3)),

@@ -220,7 +220,7 @@ def test_a_node_with_too_few_gpus_is_a_sentence(
         (["--gpu", "H200"], "--gpu: this machine is measured"),
         (["--rates", "rates.json", "--disk", "1TB"], "--disk or --rates: this machine is measured"),
         (["--write", "mine.txt"], "ends in .toml"),
-        (["--write", "mine.toml"], "the image keeps only runs/ and build/: try runs/mine.toml"),
+        (["--write", "mine.toml"], "the image keeps runs/ and build/ only: try runs/mine.toml"),
     ],
 )
 def test_what_would_fail_in_the_end_is_told_before_anything_is_measured(

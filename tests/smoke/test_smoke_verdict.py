@@ -134,7 +134,7 @@ def test_a_node_at_the_reference_rates_is_planned_as_the_data_sheet_says() -> No
         longer = slow.seconds.at(pace) / usual.seconds.at(pace)
         assert slow.dollars.at(pace) == pytest.approx(2 * usual.dollars.at(pace) * longer)
     # Two GPUs with a quarter of a node's host bandwidth are planned as a whole node.
-    quarter = project(MACHINE, 2, KIND, replace(sheet, host_memory=75e9), price=2.5)
+    quarter = project(MACHINE, 2, KIND, replace(sheet, host_memory=75e9, gpus=2), price=2.5)
     assert quarter.seconds == usual.seconds
 
 
