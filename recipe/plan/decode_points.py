@@ -68,7 +68,7 @@ class DecodePoint:
 
 @dataclass(frozen=True)
 class MeasuredDecoding:
-    """An engine with random weights, under several loads."""
+    """An engine under several loads."""
 
     engine: EngineKind
     accept_length: PositiveFloat

@@ -1,5 +1,5 @@
 """How fast the engine of a recipe generates on this machine's GPUs, by sequences at once and tokens before them: SGLang
-as the recipe starts it, all layers, with random weights, so that it needs no checkpoint.
+as the recipe starts it, all layers, with the checkpoint's weights or, where those are not there, with random ones.
 
 A point is measured by asking for the same responses twice, short and longer, of prompts that the engine has read
 before: what the longer ones take more is decoding alone. With EAGLE, drafts are accepted by chance so that a
@@ -115,22 +115,31 @@ class Engine:
                 yield self.point(self.groups * size, context)
 
 
+def has_weights(config: Config) -> bool:
+    """Whether the checkpoint is there, and not its config.json alone."""
+    return any(config.model.hf_checkpoint.glob("*.safetensors"))
+
+
 def launch_of(resolved: Resolved, folder: Path, context: int, accept_length: float) -> Launch:
-    """The recipe's engine with random weights, on the first GPUs; without any, on the CPU."""
+    """The recipe's engine on the first GPUs; without any, on the CPU. `folder` gets what it reads besides."""
     config = resolved.config
+    random = not has_weights(config)
+    if random:
+        shutil.copy(config.model.hf_checkpoint / "config.json", folder)
     server = replace(SglangServer.of(config, ()), gpus=() if read_gpus() else None)
-    launch = launch_sglang(folder, server, weight_version=INITIAL_VERSION, threads=1, context_length=context + 2 * LONG)
-    random = ["--load-format", "dummy", "--skip-tokenizer-init"]
+    model = folder if random else config.model.hf_checkpoint.resolve()
+    launch = launch_sglang(model, server, weight_version=INITIAL_VERSION, threads=1, context_length=context + 2 * LONG)
+    further = ["--skip-tokenizer-init", *(["--load-format", "dummy"] if random else [])]
     environment = dict(launch.environment)
     if "speculative_algorithm" in config.sglang.args:
-        # SGLang's loader of random weights cannot make the MTP layer, so it reads one.
-        write_draft(draft := folder / "draft", folder, resolved.architecture)
-        random += ["--speculative-draft-model-path", str(draft), "--speculative-draft-load-format", "auto"]
+        if random:  # SGLang's loader of random weights cannot make the MTP layer, so it reads one
+            write_draft(draft := folder / "draft", folder, resolved.architecture)
+            further += ["--speculative-draft-model-path", str(draft), "--speculative-draft-load-format", "auto"]
         environment |= {
             "SGLANG_SIMULATE_ACC_LEN": str(accept_length),
             "SGLANG_SIMULATE_ACC_TOKEN_MODE": "real-draft-token",
         }
-    return Launch((*launch.arguments, *random), environment, launch.files, launch.derived_ports)
+    return Launch((*launch.arguments, *further), environment, launch.files, launch.derived_ports)
 
 
 def write_draft(folder: Path, model: Path, architecture: Architecture) -> None:
@@ -171,12 +180,11 @@ def measure_decoding(resolved: Resolved, contexts: Sequence[int], accept_length:
     config, found = resolved.config, []
     brought = min(accept_length, kind.draft_steps + 1.0)
     with tempfile.TemporaryDirectory(prefix="decode-") as name:
-        folder = Path(name)
-        shutil.copy(config.model.hf_checkpoint / "config.json", folder)
         began = time.monotonic()
-        with EngineProcess(launch_of(resolved, folder, max(contexts), brought), log) as process:
+        with EngineProcess(launch_of(resolved, Path(name), max(contexts), brought), log) as process:
             process.wait_healthy(config.rollout.rollout_engine_start_timeout_s)
-            print(f"the engine started in {time.monotonic() - began:.0f} s", flush=True)
+            weights = "its checkpoint's" if has_weights(config) else "random"
+            print(f"the engine started in {time.monotonic() - began:.0f} s with {weights} weights", flush=True)
             engine = Engine(process.url, resolved.architecture.vocab_size, kind.groups, config.misc.seed)
             for point in engine.points(SEQUENCES, contexts):
                 print(point, flush=True)

@@ -2,8 +2,9 @@
 
     python -m recipe.smoke.measure --recipe R [--output runs/measured/rates.json] [flags of recipe.plan.tune]
 
-It measures host memory, matrix products, GPU memory, bus and NVLink, and how fast the recipe's engine generates with
-random weights of the full size; writes that down for the --rates of later plans, and tunes by it. About 3 minutes.
+It measures host memory, matrix products, GPU memory, bus and NVLink, and how fast the recipe's engine generates, with
+random weights of the full size where it has no others; writes that down for the --rates of later plans, and tunes by
+it. About 3 minutes.
 """
 
 import argparse

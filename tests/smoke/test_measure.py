@@ -2,6 +2,7 @@
 answers, and what the plan makes of that."""
 
 import json
+import shutil
 import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from recipe.config import Architecture, Resolved, sglang_rules
 from recipe.config.sglang_rules import size_of
+from recipe.engines import launch
 from recipe.plan.decode_points import DecodePoint, EngineKind, MeasuredDecoding
 from recipe.plan.decoding import Decoding
 from recipe.plan.engine import EngineEstimate
@@ -149,6 +151,30 @@ def test_a_draft_is_the_mtp_layer_of_a_checkpoint(tmp_path: Path) -> None:
     assert expected
     assert {name: tuple(tensor.shape) for name, tensor in load_file(file).items()} == expected
     assert Architecture.from_checkpoint(tmp_path / "draft") == architecture
+
+
+def test_weights_are_random_only_where_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sglang_rules, "find_sglang_python", lambda named: Path("python"))
+    monkeypatch.setattr(launch, "find_sglang_python", lambda named: Path("python"))
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    shutil.copy(PUBLISHED / "config.json", checkpoint)
+    resolved = resolved_of("glm4.7-flash-8gpu")
+    model = resolved.config.model.model_copy(update={"hf_checkpoint": checkpoint})
+    resolved = replace(resolved, config=resolved.config.model_copy(update={"model": model}))
+
+    def words(folder: str) -> list[str]:
+        (tmp_path / folder).mkdir()
+        return list(decode.launch_of(resolved, tmp_path / folder, 1024, 1.0).arguments)
+
+    random = words("a")
+    assert random[random.index("--model-path") + 1] == str(tmp_path / "a")
+    assert "dummy" in random
+    assert (tmp_path / "a" / "config.json").exists()
+    (checkpoint / "model-00001-of-00048.safetensors").touch()
+    real = words("b")
+    assert real[real.index("--model-path") + 1] == str(checkpoint)
+    assert "dummy" not in real
 
 
 @pytest.mark.parametrize("pace", Pace)
