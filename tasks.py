@@ -370,9 +370,10 @@ def tune(
     args: str = "",
     dry_run: bool = False,
 ) -> None:
-    flags = ["--recipe", recipe, "--price", f"{price:g}", *(["--write", write] if write else [])]
+    further = ["--price", f"{price:g}", *(["--write", write] if write else [])]
     if measure:
         target = replace(TARGETS["tune"], command=MEASURED_TUNE, place=Place.EITHER)
-        run_target(target, flags, args, dry_run, image, base_dir, work_dir)
+        run_target(target, ["--recipe", recipe, *further], args, dry_run, image, base_dir, work_dir)
     else:
-        run([*TARGETS["tune"].command, *flags, "--gpu", gpu, "--host-memory", host_memory], args, dry_run)
+        machine = ["--gpu", gpu, "--host-memory", host_memory]
+        run([*TARGETS["tune"].command, "--recipe", recipe, *machine, *further], args, dry_run)

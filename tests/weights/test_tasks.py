@@ -68,3 +68,6 @@ def test_a_plan_needs_neither_weights_nor_gpus() -> None:
     assert status == 0
     assert "-m recipe.plan.tune --recipe glm4.7-flash-8gpu --gpu H200 --host-memory 1TB" in output
     assert "--write mine.toml" in output
+    status, output = invoke("tune", "--measure", "--price", "3", "--dry-run")
+    assert status == 0
+    assert "-m recipe.smoke.measure --recipe glm4.7-flash-8gpu --price 3" in output
