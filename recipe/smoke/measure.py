@@ -91,6 +91,7 @@ def measure(resolved: Resolved, found: FoundMachine, output: Path) -> Rates:
             f"an engine of this recipe has {needed} GPUs, and this machine {len(found.gpus)}: give "
             "--rollout-num-gpus-per-engine, and the --sglang-* sizes, for so many"
         )
+    output.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "recipe.smoke.rates", "--num-gpus", str(len(found.gpus)), "--output", str(output)]
     if status := subprocess.run(command, check=False).returncode:
         raise UserError(f"measuring rates ended with status {status}: what it printed stands above")
@@ -110,7 +111,6 @@ def main() -> int:
     describe(options, found)
     resolved = read_without_weights(flags)[1]
     sheet, lengths = machine_of(options, resolved.config), lengths_of(options, resolved.config)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
     rates = measure(resolved, found, options.output)
     atomic_write_text(options.output, json.dumps(asdict(rates), indent=1) + "\n")
     here = machine_as_measured(sheet, rates)
