@@ -36,7 +36,7 @@ is_there "$BASE_DIR/GLM-4.7-Flash_torch_dist" || run make convert BASE_DIR="$BAS
 run make plan RECIPE="$NAME" ARGS="--gpu H100-80GB --host-memory 1TB --price $PRICE --num-rollout $ROLLOUTS"
 
 # 6. GRPO, from the run's newest checkpoint if there is one: 100 steps take 7 to 14 hours and $140 to $270, all 3,000
-# take 200 to 400 hours and $4,100 to $8,000; with RECIPE=glm4.7-flash-8gpu-fast less than half, by the plan.
+# take 200 to 400 hours and $4,100 to $8,000; with RECIPE=glm4.7-flash-8gpu-fast about half, by the plan.
 run make train-8gpu BASE_DIR="$BASE_DIR" ARGS="--recipe $NAME --num-rollout $ROLLOUTS --load runs/$NAME/checkpoints"
 
 # 7. What it achieved, and where its time went: seconds.

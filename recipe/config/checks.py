@@ -26,7 +26,7 @@ def groups_are_large_enough(config: Config, _: Architecture) -> Iterator[str]:
     samples = config.rollout.n_samples_per_prompt
     if config.is_sft and samples != 1:
         yield f"--loss-type sft learns one response a prompt, but --n-samples-per-prompt is {samples}; give 1"
-    if not config.is_sft and samples == 1:
+    if not config.is_sft and samples == 1 and config.grpo.advantage_estimator != "reinforce_plus_plus":
         yield ("--n-samples-per-prompt 1 leaves GRPO without a group: a lone sample's advantage is 0; give 2 or more")
 
 

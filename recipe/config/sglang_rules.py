@@ -90,6 +90,11 @@ class EngineLayout:
         )
 
     @property
+    def groups(self) -> int:
+        """Groups of its GPUs that hold different sequences."""
+        return self.dp if self.dp_attention else 1
+
+    @property
     def attention_tp(self) -> int:
         """GPUs among which attention and the embedding are split."""
         return self.tp // self.dp if self.dp_attention else self.tp

@@ -11,6 +11,8 @@ EAGLE = ("EAGLE", "NEXTN")
 """Two names of one algorithm, which drafts with the model's MTP layer."""
 REQUESTS_WITH_DRAFTS = 48
 """SGLang's --max-running-requests where it speculates."""
+DEFAULT_DRAFT_STEPS = 3
+"""SGLang's --speculative-num-steps for this architecture (0.5.21)."""
 _WITHOUT_DP_ATTENTION = ("STANDALONE", "NGRAM")
 _CHAIN = ("speculative_eagle_topk", "speculative_num_draft_tokens")
 

@@ -11,6 +11,7 @@ from typing import Self
 
 from recipe.config import Config, SglangConfig
 from recipe.config.sglang_rules import EngineLayout, find_sglang_python
+from recipe.config.speculation_rules import DEFAULT_DRAFT_STEPS
 from recipe.system.cuda_allocator import without_expandable_segments
 from recipe.system.errors import UserError
 from recipe.system.ports import DERIVED_FROM_PORT
@@ -29,9 +30,6 @@ RENDEZVOUS = "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"
 
 DP_ATTENTION = "--enable-dp-attention"
 """With it SGLang's processes speak over TCP, at ports that it derives from others."""
-
-DEFAULT_DRAFT_STEPS = 3
-"""SGLang's --speculative-num-steps for this architecture."""
 
 COLOCATED_FRACTION = 0.97
 """SGLang's --mem-fraction-static where its cache is told its size: it lessens the cache by what is not free when it

@@ -247,8 +247,8 @@ def missing_bytes(peak: int, allocated: int, reserved: int) -> int:
 
 
 def reserve(peak: int) -> None:
-    """Gets the memory of a step like the last one in one piece, where an engine has had it since. torch would get it in
-    hundreds of pieces, and wait for the driver each time."""
+    """Gets the memory of a step like the last one in one piece, where an engine has had it since. torch would get it
+    piece by piece, each by a call of the driver."""
     if not torch.cuda.is_available():
         return
     missing = missing_bytes(peak, torch.cuda.memory_allocated(), torch.cuda.memory_reserved())

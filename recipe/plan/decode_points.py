@@ -12,9 +12,7 @@ from pydantic import PositiveFloat, PositiveInt
 
 from recipe.config import Architecture, Config
 from recipe.config.sglang_rules import EngineLayout, size_of
-
-SGLANG_DRAFT_STEPS = 3
-"""Drafts one after the other, where --sglang-speculative-num-steps does not say (0.5.21's own choice)."""
+from recipe.config.speculation_rules import DEFAULT_DRAFT_STEPS
 
 
 @dataclass(frozen=True)
@@ -44,9 +42,9 @@ class EngineKind:
             experts=architecture.n_routed_experts,
             tp=layout.tp,
             pp=layout.pp,
-            groups=layout.dp if layout.dp_attention else 1,
+            groups=layout.groups,
             attention_backend=None if backend is None else str(backend),
-            draft_steps=size_of(config, "speculative_num_steps", default=SGLANG_DRAFT_STEPS) if drafts else 0,
+            draft_steps=size_of(config, "speculative_num_steps", default=DEFAULT_DRAFT_STEPS) if drafts else 0,
         )
 
 

@@ -57,7 +57,7 @@ class EngineEstimate:
     @property
     def attention_groups(self) -> int:
         """Groups of GPUs that hold different sequences."""
-        return self.layout.dp if self.layout.dp_attention else 1
+        return self.layout.groups
 
     @cached_property
     def weights(self) -> int:

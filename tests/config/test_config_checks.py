@@ -91,6 +91,12 @@ def test_layouts_are_refused(refusal: Refusal, flags: list[str], sentence: str) 
     assert sentence in refusal(*flags)
 
 
+def test_reinforce_plus_plus_needs_no_group(write_checkpoint: WriteCheckpoint) -> None:
+    argv = ["--recipe", "glm4.7-flash-8gpu", "--hf-checkpoint", str(write_checkpoint())]
+    argv += ["--advantage-estimator", "reinforce_plus_plus", "--n-samples-per-prompt", "1", "--global-batch-size", "32"]
+    assert resolve(argv).config.samples_per_rollout == 32
+
+
 @pytest.mark.parametrize(
     ("layers", "stages", "split"),
     [(47, 2, "24+23"), (47, 4, "12+12+12+11"), (47, 8, "6+6+6+6+6+6+6+5"), (5, 4, "1+1+1+2")],

@@ -70,11 +70,11 @@ class CountingEngine(decode.Engine):
     def __init__(self, groups: int) -> None:
         super().__init__("", vocabulary=1000, groups=groups, seed=1)
         self.asked: list[list[list[int]]] = []
-        self.noise = [0.0, 0.1]
+        self.noise = [0.0, 0.0, 0.1]
 
     def seconds(self, prompts: list[list[int]], tokens: int) -> float:  # type: ignore[override]
         self.asked.append(prompts)
-        return 0.3 + 0.01 * len(prompts) * tokens + self.noise[len(self.asked) % 2]
+        return 0.3 + 0.01 * len(prompts) * tokens + self.noise[len(self.asked) % 3]
 
 
 def test_a_points_seconds_are_those_of_decoding_alone(capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,8 +59,7 @@ def engines(config: Config, architecture: Architecture) -> Iterator[Values]:
 
 def at_once(config: Config) -> Iterator[Values]:
     """Other numbers of sequences that the engines make at once, and saves beside training or between steps."""
-    layout = EngineLayout.of(config)
-    groups = layout.dp if layout.dp_attention else 1
+    groups = EngineLayout.of(config).groups
     for sequences, asynchronous in product(AT_ONCE, (False, True)):
         yield {
             f"{SGLANG_KEY}.max_running_requests": sequences * groups,
