@@ -2,6 +2,7 @@
 
 import importlib
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,12 +16,21 @@ ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2}
 @contextmanager
 def undisturbed() -> Iterator[None]:
     """Signals that end the program wait until the block is left: where one comes while torch is imported, its C++
-    aborts the program instead."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    aborts the program instead. Handlers wait, not the signals: one that this thread blocks is taken by another, Ray's
+    for example, and Python runs its handler here all the same."""
+    came: list[int] = []
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # the only one in which handlers run
+        before = {number: handler for number in ENDING if callable(handler := signal.getsignal(number))}
+    for number in before:
+        signal.signal(number, lambda number, _: came.append(number))
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for late in came:
+            signal.raise_signal(late)
 
 
 def load_function(flag: str, path: str) -> Callable[..., Any]:

@@ -117,11 +117,12 @@ def test_a_name_that_no_file_system_takes_is_one_sentence(flags: list[str], tmp_
 
 
 UNDISTURBED = """
-import os, signal, time
+import os, signal, threading, time
 from recipe.system.errors import run_main
 from recipe.system.imports import undisturbed
 
 def main():
+    threading.Thread(target=time.sleep, args=(2,), daemon=True).start()  # which takes what this thread blocks
     with undisturbed():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.1)
