@@ -23,6 +23,7 @@ from recipe.rollout.client import ClientCounters, ClientOptions, RolloutClient
 from recipe.rollout.collect import CollectionPlan, NothingToLearn, RolloutCollector
 from recipe.rollout.filters import GroupFilter, load_filter
 from recipe.rollout.generate import OnGroup, Rollout, SeedStream
+from recipe.rollout.routing import RouterShape
 from recipe.rollout.sample import SampleGroup, grade_group
 from recipe.rollout.sampling_params import SamplingParams
 from recipe.run.directory import RunDirectory
@@ -357,7 +358,11 @@ async def open_run(resolved: Resolved) -> AsyncIterator[Run]:
 
             client = RolloutClient(
                 urls,
-                ClientOptions.of(config.rollout, resolved.architecture.vocab_size),
+                ClientOptions.of(
+                    config.rollout,
+                    resolved.architecture.vocab_size,
+                    RouterShape.of(resolved.architecture) if config.grpo.use_rollout_routing_replay else None,
+                ),
                 on_silent=group.on_silent,
                 on_answer=on_answer,
             )

@@ -1,7 +1,7 @@
 """From graded rollouts to what the trainer learns from, and to what the run directory keeps."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +17,7 @@ from recipe.grpo.advantages import (
     response_advantages,
 )
 from recipe.grpo.mismatch import StepMismatch
-from recipe.messages import OLDER_TOKENS, FloatArray, StepReport, TrainSample
+from recipe.messages import OLDER_TOKENS, FloatArray, Scores, StepReport, TrainSample
 from recipe.rewards.grader import GradeStatus
 from recipe.rollout.client import ClientCounters
 from recipe.rollout.generate import Rollout
@@ -36,6 +36,7 @@ def with_advantages(rollout: Rollout, config: Config) -> list[TrainSample]:
             advantages=np.full(sample.response_length, advantage, dtype=np.float32),
             rollout_log_probs=np.array(sample.rollout_log_probs, dtype=np.float32),
             sources=_sources(sample, rollout.weight_version),
+            routed_experts=sample.routed_experts,
         )
         for sample, advantage in zip(samples_of(rollout), advantages(rollout, config), strict=True)
     ]
@@ -90,17 +91,19 @@ def from_prompts(draws: Sequence[Draw]) -> list[TrainSample]:
 
 def with_log_probs(
     samples: Sequence[TrainSample],
-    old: Mapping[int, FloatArray] | None,
-    reference: Mapping[int, FloatArray] | None,
+    old: Scores | None,
+    reference: Scores | None,
     grpo: GrpoConfig,
 ) -> list[TrainSample]:
-    """The samples with the log-probabilities of passes over them, and their final advantages: a KL in the reward
-    (`kl_coef` > 0) lowers each token's by its log(policy / reference), and REINFORCE++ compares those of all tokens."""
+    """The samples with what passes over them told, and their final advantages: a KL in the reward (`kl_coef` > 0)
+    lowers each token's by its log(policy / reference), and REINFORCE++ compares those of all tokens."""
+    routed = {} if old is None else old.routed_experts
     result = [
         replace(
             sample,
-            old_log_probs=None if old is None else old[sample.index],
-            ref_log_probs=None if reference is None else reference[sample.index],
+            old_log_probs=None if old is None else old.log_probs[sample.index],
+            ref_log_probs=None if reference is None else reference.log_probs[sample.index],
+            routed_experts=routed.get(sample.index, sample.routed_experts),
         )
         for sample in samples
     ]

@@ -10,6 +10,11 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float32]
 
+RoutedExperts = NDArray[np.uint8]
+"""[rows, M, K] the K experts that each of the M layers with experts took a token to, or NOT_ROUTED."""
+NOT_ROUTED = 255
+"""In place of an expert: it is not known which; the router chooses by itself."""
+
 
 @dataclass(frozen=True)
 class SourceDifference:
@@ -47,6 +52,8 @@ class TrainSample:
     """[R] of the policy that the rollout was made with; None where a rollout has one step."""
     ref_log_probs: FloatArray | None = None
     """[R] of the reference model; None where no KL term needs it."""
+    routed_experts: RoutedExperts | None = None
+    """[at most L - 1, M, K] what the trainer's routers are told to take, of the first tokens on; None: nothing."""
 
     @property
     def length(self) -> int:
@@ -67,6 +74,23 @@ class TrainSample:
     def response_length(self) -> int:
         """R."""
         return len(self.loss_mask)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a pass without gradients tells of samples, by their index."""
+
+    log_probs: dict[int, FloatArray]
+    """[R] of each response."""
+    routed_experts: dict[int, RoutedExperts] = field(default_factory=dict)
+    """[L - 1, M, K] where the pass took each token, if that was asked for; NOT_ROUTED in layers of other ranks."""
+
+    def __add__(self, other: "Scores") -> "Scores":
+        """With those of another rank, which may have other layers of the same samples."""
+        routed = {**self.routed_experts}
+        for index, experts in other.routed_experts.items():
+            routed[index] = np.minimum(routed[index], experts) if index in routed else experts
+        return Scores({**self.log_probs, **other.log_probs}, routed)
 
 
 @dataclass(frozen=True)

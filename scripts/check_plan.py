@@ -22,7 +22,7 @@ from trainer_ranks import RECOMPUTE, alone, plain_config, rank_alone, recipe_con
 
 from recipe.config import Architecture, Config, Resolved
 from recipe.megatron.rank import TrainerRank
-from recipe.megatron.step import forward_backward, response_log_probs
+from recipe.megatron.step import forward_backward, response_scores
 from recipe.messages import TrainSample
 from recipe.plan.activations import Pack
 from recipe.plan.hardware import DEFAULT_GPU, GIB, Machine
@@ -97,7 +97,7 @@ def measure(config: Config, samples: list[TrainSample]) -> list[Row]:
     reserved = torch.cuda.max_memory_reserved()
     step = peak_of(lambda: step_optimizer(rank))
     rows.append(Row("optimizer step", step, held))
-    log_probs = peak_of(lambda: response_log_probs(rank.replicas, [samples]))
+    log_probs = peak_of(lambda: response_scores(rank.replicas, [samples]))
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     outside = total - free - torch.cuda.memory_reserved()

@@ -70,7 +70,7 @@ def of_transformers(folder: Path, dtype: torch.dtype) -> tuple[list[torch.Tensor
 def of_ours(folder: Path) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     """The same of the trainer, in bf16."""
     rank = rank_alone(plain_config(folder, "--loss-type sft --n-samples-per-prompt 1"), load=True)
-    by_index = rank.log_probs([samples()])
+    by_index = rank.log_probs([samples()]).log_probs
     forward_backward(rank.replicas, [samples()], rank.loss_function)
     table = placements(rank.architecture, with_mtp=False)
     gradients: dict[str, torch.Tensor] = {}

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 
 from recipe.cluster import trainer_group as trainer
+from recipe.cluster.rank_actor import ByteArray
 from recipe.messages import StepReport
 from recipe.system.errors import USER_ERROR_STATUS, UserError, run_main
 
@@ -80,7 +81,7 @@ class FaultyRank(trainer.RankActor):
 
     steps = 0
 
-    def train_step(self, shards: bytes) -> StepReport:
+    def train_step(self, shards: Sequence[ByteArray]) -> StepReport:
         self.steps += 1
         if self.rank == FAULTY_RANK and self.steps == 2:
             from recipe.megatron import step

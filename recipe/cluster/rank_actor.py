@@ -5,18 +5,20 @@ import os
 import pickle
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import ray
+from numpy.typing import NDArray
 
 from recipe.cluster.placement import nccl_settings, own_address, socket_interfaces
 from recipe.config import Architecture, Config
 from recipe.config.engine_placement import weight_sources
-from recipe.messages import FloatArray, Progress, RankPart, Started, StepReport
+from recipe.messages import Progress, RankPart, Scores, Started, StepReport
 from recipe.system.heartbeat import RankLocation, heartbeat
 from recipe.system.stopwatch import Stopwatch
 from recipe.system.tcp_store import join_store, open_store
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
     from recipe.megatron.rank import TrainerRank
+
+ByteArray = NDArray[np.uint8]
+"""Bytes that Ray's store hands out where they lie, without a copy for each process."""
 
 ANSWERS = "answers"
 """Ray's group of threads beside the one that works. Where there is such a group, Ray carries out all other methods, one
@@ -103,13 +108,13 @@ class RankActor:
         """Imports what the first step compiles kernels with."""
         self.trainer.load_compiler()
 
-    def train_step(self, shards: bytes) -> StepReport:
-        """One optimizer step; `shards` holds the microbatches of every data-parallel rank."""
-        return self.trainer.train_step(self.trainer.own_shard(pickle.loads(shards)))
+    def train_step(self, shards: Sequence[ByteArray]) -> StepReport:
+        """One optimizer step; `shards` has the pickled microbatches of each data-parallel rank."""
+        return self.trainer.train_step(pickle.loads(self.trainer.own_shard(shards).data))
 
-    def log_probs(self, shards: bytes, of_reference: bool) -> dict[int, FloatArray]:
-        """Response log-probabilities of the policy or of the reference model."""
-        own = self.trainer.own_shard(pickle.loads(shards))
+    def log_probs(self, shards: Sequence[ByteArray], of_reference: bool) -> Scores:
+        """What the policy or the reference model gives the samples."""
+        own = pickle.loads(self.trainer.own_shard(shards).data)
         return self.trainer.reference_log_probs(own) if of_reference else self.trainer.log_probs(own)
 
     def update_weights(self, engines: Mapping[int, str], version: str) -> UpdateResult:

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
@@ -16,11 +17,11 @@ from ray.exceptions import RayError
 from recipe.batching.schedule import schedule
 from recipe.cluster.calls import get
 from recipe.cluster.placement import Placement
-from recipe.cluster.rank_actor import ANSWERS, RankActor
+from recipe.cluster.rank_actor import ANSWERS, ByteArray, RankActor
 from recipe.cluster.watch import WatchedCall, WatchedRank
 from recipe.config import Architecture, Config
 from recipe.engines.launch import POLLING_PROCESSES
-from recipe.messages import FloatArray, Progress, RankPart, Started, StepReport, TrainSample
+from recipe.messages import Progress, RankPart, Scores, Started, StepReport, TrainSample
 from recipe.plan.flops import sequence_cost
 from recipe.system.threads import threads_each
 from recipe.weight_sync.result import UpdateResult
@@ -97,12 +98,9 @@ class TrainerGroup:
         """One optimizer step on `samples`."""
         return self._all("train_step", self._shards(samples))[0]
 
-    def log_probs(self, samples: Sequence[TrainSample], *, of_reference: bool = False) -> dict[int, FloatArray]:
-        """Response log-probabilities [R] by sample index, of the policy as it is or of the reference model."""
-        found: dict[int, FloatArray] = {}
-        for part in self._all("log_probs", self._shards(samples), of_reference):
-            found |= part
-        return found
+    def log_probs(self, samples: Sequence[TrainSample], *, of_reference: bool = False) -> Scores:
+        """What the policy as it is, or the reference model, gives the samples."""
+        return sum(self._all("log_probs", self._shards(samples), of_reference), Scores({}))
 
     def make_room(self) -> None:
         """Before engines on the trainer's GPUs take their memory again."""
@@ -139,9 +137,9 @@ class TrainerGroup:
         machines = [found[first : first + per_machine] for first in range(0, len(found), per_machine)]
         return [{part: sum(rank[part] for rank in ranks) for part in ranks[0]} for ranks in machines]
 
-    def _shards(self, samples: Sequence[TrainSample]) -> bytes:
-        """The microbatches of every data-parallel rank, as one string of bytes: Ray would send each of the thousands of
-        small arrays as a buffer of its own."""
+    def _shards(self, samples: Sequence[TrainSample]) -> tuple[ByteArray, ...]:
+        """The microbatches of every data-parallel rank, pickled: Ray would send each of the thousands of small arrays
+        as a buffer of its own."""
         perf = self.config.perf
         plan = schedule(
             [sample.length for sample in samples],
@@ -153,10 +151,11 @@ class TrainerGroup:
             count_multiple=perf.microbatch_multiple,
             cost=self.cost if perf.balance_data else None,
         )
-        return pickle.dumps([[[samples[i] for i in pack] for pack in rank] for rank in plan])
+        parts = [pickle.dumps([[samples[i] for i in pack] for pack in rank]) for rank in plan]
+        return tuple(np.frombuffer(part, dtype=np.uint8) for part in parts)
 
     def _all(self, verb: str, *arguments: Any) -> list[Any]:
-        shared = [ray.put(argument) if isinstance(argument, bytes | Progress) else argument for argument in arguments]
+        shared = [ray.put(argument) if isinstance(argument, tuple | Progress) else argument for argument in arguments]
         # A notice saves while a thread may send weights: every rank gets the two in the same order.
         with self._submitting:
             references = [getattr(rank, verb).remote(*shared) for rank in self._ranks]

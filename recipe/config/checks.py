@@ -10,6 +10,9 @@ from recipe.config.schema import Config
 
 Rule = Callable[[Config, Architecture], Iterator[str]]
 
+MOST_REPLAYED_EXPERTS = 255
+"""Experts of a layer that a byte numbers, of which one value is none (`recipe.messages.NOT_ROUTED`)."""
+
 
 def problems_of(config: Config, architecture: Architecture) -> list[str]:
     """Everything that is wrong with `config` for a model of `architecture`, a sentence each."""
@@ -133,6 +136,31 @@ def kl_is_asked_for_once(config: Config, _: Architecture) -> Iterator[str]:
         yield "--kl-loss-coef and --kl-coef would count the KL twice; set one of them to 0"
 
 
+def routing_can_be_replayed(config: Config, architecture: Architecture) -> Iterator[str]:
+    """What is replayed was recorded, and an expert's number fits a byte."""
+    grpo = config.grpo
+    replays = {
+        "--use-rollout-routing-replay": grpo.use_rollout_routing_replay,
+        "--use-routing-replay": grpo.use_routing_replay,
+    }
+    for flag in (flag for flag, is_given in replays.items() if is_given):
+        if config.is_sft:
+            yield f"{flag}: --loss-type sft learns given responses, which nobody has routed; drop it"
+        if (experts := architecture.n_routed_experts) > MOST_REPLAYED_EXPERTS:
+            yield f"{flag} takes up to {MOST_REPLAYED_EXPERTS} experts, and this model has {experts}; drop it"
+    stages = sglang_rules.size_of(config, "pp_size", default=1)
+    if grpo.use_rollout_routing_replay and config.rollout.engine == "sglang" and stages > 1:
+        yield (
+            f"--use-rollout-routing-replay with --sglang-pp-size {stages}: each stage keeps the experts of "
+            "its own layers, and one of them answers; leave one of the two out"
+        )
+    if config.records_routing and not config.is_sft and not config.needs_old_log_probs:
+        yield (
+            "--use-routing-replay replays the old-log-prob pass, and with one optimizer step a rollout there is none; "
+            "give --use-rollout-routing-replay to replay the engine, or a smaller --global-batch-size"
+        )
+
+
 def schedule_is_ordered(config: Config, _: Architecture) -> Iterator[str]:
     """Warm-up ends before the decay does, and the decay goes down."""
     optimizer = config.optimizer
@@ -207,6 +235,7 @@ RULES: tuple[Rule, ...] = (
     sampling_is_enough,
     clipping_is_ordered,
     kl_is_asked_for_once,
+    routing_can_be_replayed,
     schedule_is_ordered,
     offload_flags_belong_together,
     evaluation_names_differ,

@@ -183,6 +183,16 @@ class GrpoConfig(Group):
     """Upper bound of that importance weight."""
     tis_clip_low: NonNegativeFloat = 0.0
     """Lower bound of that importance weight."""
+    use_rollout_routing_replay: bool = False
+    """The trainer takes every token to the experts that the engine took it to (R3, arXiv 2510.11370)."""
+    use_routing_replay: bool = False
+    """The optimizer steps of a rollout take every token to the experts that the old-log-prob pass before them took it
+    to (R2, arXiv 2507.18071)."""
+
+    @property
+    def replays_routing(self) -> bool:
+        """Whether the optimizer steps are told where to take tokens."""
+        return self.use_rollout_routing_replay or self.use_routing_replay
 
     @property
     def clip_high(self) -> float:

@@ -124,6 +124,11 @@ class Config(Group):
         return not self.is_sft and (self.steps_per_rollout > 1 or self.grpo.kl_coef > 0)
 
     @property
+    def records_routing(self) -> bool:
+        """Whether the old-log-prob pass is to tell which experts it took."""
+        return self.grpo.use_routing_replay and not self.grpo.use_rollout_routing_replay
+
+    @property
     def run_dir(self) -> Path:
         """The run directory."""
         return self.misc.runs_dir / self.misc.name

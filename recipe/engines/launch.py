@@ -35,6 +35,9 @@ COLOCATED_FRACTION = 0.97
 """SGLang's --mem-fraction-static where its cache is told its size: it lessens the cache by what is not free when it
 looks, beyond this share of what was free when it began, and meanwhile the trainer takes its own."""
 
+RETURN_ROUTED_EXPERTS = "--enable-return-routed-experts"
+"""With it a server tells where it took tokens, if a request asks."""
+
 POLLING_PROCESSES = 2
 """Of an SGLang engine, a GPU, that look for requests all the time, each on a core of its own, at most: the scheduler of
 every GPU, and the controller above them with DP attention."""
@@ -65,6 +68,7 @@ def launch_embedded(
     threads: int,
     context_length: int | None = None,
     max_running_requests: int = 256,
+    returns_routed_experts: bool = False,
 ) -> Launch:
     """The embedded engine, for machines without a GPU."""
     arguments = [
@@ -76,6 +80,8 @@ def launch_embedded(
     ]
     if context_length is not None:
         arguments += ["--context-length", str(context_length)]
+    if returns_routed_experts:
+        arguments.append(RETURN_ROUTED_EXPERTS)
     return Launch(tuple(arguments), {"OMP_NUM_THREADS": str(threads)})
 
 
@@ -113,6 +119,8 @@ class SglangServer:
     """Whether it drafts with weights that no trainer sends, and that must outlive a release of its memory."""
     names_tensors: bool = False
     """Whether its tensors are to be those that `weight_sync.checksum` knows."""
+    returns_routed_experts: bool = False
+    """Whether it tells where it took tokens, if a request asks."""
     speculation: Mapping[str, Mapping[str, Sequence[int]]] = field(default_factory=dict)
     """SGLang's `speculative_adaptive_config`, by the least batch size that each part is for; empty: it always
     speculates as its arguments say."""
@@ -135,6 +143,7 @@ class SglangServer:
             cache_tokens=cache_tokens,
             keeps_draft="speculative_algorithm" in config.sglang.args and not config.mtp.mtp_num_layers,
             names_tensors=config.rollout.check_weight_update_equal,
+            returns_routed_experts=config.grpo.use_rollout_routing_replay,
             speculation=_speculation(config.sglang),
             node=node,
             health_timeout_s=config.rollout.rollout_health_check_timeout,
@@ -168,6 +177,8 @@ def launch_sglang(
         *("--context-length", str(context_length)),
         *("--tp-size", str(server.tp_size)),
     ]
+    if server.returns_routed_experts:
+        arguments.append(RETURN_ROUTED_EXPERTS)
     derived = DERIVED_FROM_PORT if server.node is None and DP_ATTENTION in server.arguments else ()
     python = str(server.python)
     environment = {"SGLANG_HEALTH_CHECK_TIMEOUT": str(math.ceil(server.health_timeout_s)), **_doors(server.node)}

@@ -30,6 +30,16 @@ from recipe.megatron.gather import IntArray, RowGather
 from recipe.megatron.grids import SegmentGrids, grids_are_faster
 
 
+@dataclass(frozen=True)
+class Routing:
+    """Where the tokens of a pack are to be taken, of T rows that a router of this rank sees."""
+
+    experts: Tensor
+    """[layers with experts in this pipeline chunk, T, K] uint8, or NOT_ROUTED."""
+    in_response: Tensor
+    """[T] bool: not of a prompt, of which a pack may have one for several samples, nor padding."""
+
+
 @dataclass
 class PackedSequences(PackedSeqParams):
     """A pack of sequences, cut into segments of queries that each attend to a run of keys.
@@ -51,6 +61,8 @@ class PackedSequences(PackedSeqParams):
     """[sum(key_lengths)] rows of the (all-gathered) keys; None where a segment's keys are itself."""
     gathered_rows: int = 0
     """Keys there are, on all context-parallel ranks."""
+    routing: "Routing | None" = None
+    """Where tokens are to be taken; None: the routers choose."""
 
     @cached_property
     def keys(self) -> RowGather | None:

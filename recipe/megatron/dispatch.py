@@ -16,6 +16,7 @@ from torch import Tensor
 
 from recipe.megatron import permutation
 from recipe.megatron.exchange import Exchange
+from recipe.megatron.routing import RoutingReplay
 
 
 class PackedMoELayer(MoELayer):
@@ -30,6 +31,7 @@ class PackedMoELayer(MoELayer):
     ) -> None:
         pg_collection = pg_collection or get_default_pg_collection()
         super().__init__(config, submodules, layer_number, pg_collection)
+        self.router.router_replay = RoutingReplay()
         if config.moe_token_dispatcher_type == "allgather":
             self.token_dispatcher = PaddedAllGatherDispatcher(
                 self.num_local_experts, self.local_expert_indices, config, pg_collection

@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recipe.megatron.attention import PackedSequences
+from recipe.megatron.attention import PackedSequences, Routing
 from recipe.megatron.device import to_training_device
 from recipe.megatron.model import ModelInput, MtpInput, NextTokens
-from recipe.messages import FloatArray, TrainSample
+from recipe.messages import NOT_ROUTED, FloatArray, TrainSample
 
 IntArray = NDArray[np.int64]
 
@@ -35,6 +35,10 @@ class TokenLayout:
     context_size: int = 1
     token_multiple: int = 1
     with_mtp: bool = False
+    tensor_rank: int = 0
+    """Of the `token_multiple` ranks that have a part of the tokens each, where a router sees them."""
+    moe_layers: tuple[int, ...] = ()
+    """Layers whose routers are told what the samples say, by their number among all that have experts."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,9 @@ class MicroBatch:
     """[N] which sample of the pack an asked token belongs to."""
     offset_of: IntArray
     """[N] its place in that sample's response."""
+    rows: IntArray
+    """[sum of sample lengths] row of every token on this rank, one sample after the other; -1 where another rank holds
+    it, or none does: a last token may be nowhere."""
 
 
 @dataclass(frozen=True)
@@ -81,9 +88,9 @@ class _Pack:
     rank holds it."""
     gathered_rows: int
     """T, of all context-parallel ranks together."""
-    rows_of_sequences: IntArray | None = None
-    """[sum of sample lengths] where prompts are shared: the row of every token, one sample after the other; any row for
-    a last token, which is in none."""
+    rows: IntArray
+    """[sum of sample lengths] see `MicroBatch`; a shared prompt's are those of each of its samples."""
+    shares_prompts: bool
 
 
 def _share_prompts(samples: Sequence[TrainSample], layout: TokenLayout) -> _Pack:
@@ -114,7 +121,7 @@ def _share_prompts(samples: Sequence[TrainSample], layout: TokenLayout) -> _Pack
             inner = samples[number].tokens[len(prompt) : -1]
             rows = add(inner, len(prompt), prompt_rows) if len(inner) else nothing
             predicting[number] = np.concatenate([prompt_rows[-1:], rows])
-            sequences[number] = np.concatenate([prompt_rows, rows, prompt_rows[:1]])
+            sequences[number] = np.concatenate([prompt_rows, rows, [-1]])
     if missing := -end % layout.token_multiple:
         add(np.zeros(missing, dtype=np.int64), 0, nothing)
     return _Pack(
@@ -126,7 +133,8 @@ def _share_prompts(samples: Sequence[TrainSample], layout: TokenLayout) -> _Pack
         key_rows=np.concatenate(keys),
         predicting=np.concatenate(predicting),
         gathered_rows=end,
-        rows_of_sequences=np.concatenate(sequences),
+        rows=np.concatenate(sequences),
+        shares_prompts=True,
     )
 
 
@@ -146,8 +154,7 @@ def _whole_sequences(samples: Sequence[TrainSample], layout: TokenLayout) -> _Pa
     row_of = np.full(len(tokens) - 1, -1, dtype=np.int64)
     row_of[own] = np.arange(len(own))
     responses = np.array([sample.response_length for sample in samples], dtype=np.int64)
-    first = starts[: len(samples)] + lengths - responses - 1
-    predicting = np.concatenate([np.arange(a, a + n) for a, n in zip(first.tolist(), responses.tolist(), strict=True)])
+    predicting = _spans(starts[: len(samples)] + lengths - responses - 1, responses)
     query_lengths, key_lengths = tuple(padded.tolist()), tuple(padded.tolist())
     key_rows = None
     if size > 1:
@@ -169,7 +176,14 @@ def _whole_sequences(samples: Sequence[TrainSample], layout: TokenLayout) -> _Pa
         key_rows=key_rows,
         predicting=row_of[predicting],
         gathered_rows=len(row_of),
+        rows=row_of[_spans(starts[: len(samples)], lengths)],
+        shares_prompts=False,
     )
+
+
+def _spans(starts: IntArray, lengths: IntArray) -> IntArray:
+    """The numbers from each start on, so many, one after the other."""
+    return np.concatenate([np.arange(a, a + n) for a, n in zip(starts.tolist(), lengths.tolist(), strict=True)])
 
 
 def _chunks_of(rank: int, size: int) -> tuple[int, int]:
@@ -187,8 +201,9 @@ def _zigzag(starts: IntArray, padded: IntArray, rank: int, size: int) -> IntArra
     return np.concatenate(pieces)
 
 
-def _packed_sequences(pack: _Pack) -> PackedSequences:
+def _packed_sequences(pack: _Pack, routing: Routing | None = None) -> PackedSequences:
     return PackedSequences(
+        routing=routing,
         qkv_format="thd",
         cu_seqlens_q=_cumulative(pack.query_lengths),
         cu_seqlens_kv=_cumulative(pack.key_lengths),
@@ -211,9 +226,9 @@ def _mtp_input(pack: _Pack, whole: _Pack, targets: IntArray, follows: NDArray[np
     """The MTP layer predicts a token from the hidden state two places before it and the token between."""
     assert whole.next_ids is not None
     rows = None
-    if pack.rows_of_sequences is not None:
-        padding = np.zeros(len(whole.ids) - len(pack.rows_of_sequences), dtype=np.int64)
-        rows = to_training_device(np.concatenate([pack.rows_of_sequences, padding]))
+    if pack.shares_prompts:
+        padding = np.zeros(len(whole.ids) - len(pack.rows), dtype=np.int64)
+        rows = to_training_device(np.concatenate([np.maximum(pack.rows, 0), padding]))  # any row for a last token
     before = np.concatenate([[-1], whole.predicting[:-1]])
     return MtpInput(
         rows=rows,
@@ -250,7 +265,7 @@ def build_microbatch(samples: Sequence[TrainSample], layout: TokenLayout) -> Mic
     inputs = ModelInput(
         input_ids=to_training_device(pack.ids[None]),
         position_ids=to_training_device(pack.positions[None]),
-        sequences=_packed_sequences(pack),
+        sequences=_packed_sequences(pack, _routing(pack, samples, layout)),
         ask=NextTokens(to_training_device(pack.predicting[here]), to_training_device(targets[here])),
         mtp=mtp,
     )
@@ -266,4 +281,26 @@ def build_microbatch(samples: Sequence[TrainSample], layout: TokenLayout) -> Mic
         trained_lengths=np.array([int(sample.loss_mask.sum()) for sample in samples], dtype=np.int64),
         sample_of=sample_of[here],
         offset_of=offset_of[here],
+        rows=pack.rows,
     )
+
+
+def _routing(pack: _Pack, samples: Sequence[TrainSample], layout: TokenLayout) -> Routing | None:
+    """Where the samples say that tokens were taken. A prompt that several samples share goes where the first of them
+    says; padding, last tokens and what no sample tells are NOT_ROUTED."""
+    told = [sample.routed_experts for sample in samples]
+    shapes = [experts.shape[1:] for experts in told if experts is not None]
+    if not (layout.moe_layers and shapes):
+        return None
+    routed = np.full((len(pack.ids), len(layout.moe_layers), shapes[0][1]), NOT_ROUTED, dtype=np.uint8)
+    in_response = np.zeros(len(pack.ids), dtype=np.bool_)
+    end = len(pack.rows)
+    for sample, experts in zip(reversed(samples), reversed(told), strict=True):
+        rows, end = pack.rows[end - sample.length : end], end - sample.length
+        response = rows[len(sample.prompt) :]
+        in_response[response[response >= 0]] = True
+        if experts is not None:
+            rows = rows[: len(experts)]
+            routed[rows[rows >= 0]] = experts[rows >= 0][:, layout.moe_layers]
+    own = [np.split(rows, layout.token_multiple)[layout.tensor_rank] for rows in (routed, in_response)]
+    return Routing(to_training_device(np.ascontiguousarray(own[0].transpose(1, 0, 2))), to_training_device(own[1]))

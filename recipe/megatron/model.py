@@ -30,6 +30,7 @@ from recipe.megatron.device import training_device
 from recipe.megatron.dispatch import PackedMoELayer
 from recipe.megatron.log_probs import VocabularyShard, chunked_log_probs
 from recipe.megatron.modules import GroupedExperts, LatentRMSNorm, MTPLayer, RMSNorm
+from recipe.megatron.routing import RoutedLayer, RoutingReplay
 
 
 def virtual_pipeline_size(config: Config, architecture: Architecture) -> int | None:
@@ -177,6 +178,9 @@ def layer_specs(
         config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage
     )
     decoder.layer_specs = [_use_our_modules(layer) for layer in decoder.layer_specs]
+    for layer in decoder.layer_specs:
+        if layer.submodules.mlp.module is PackedMoELayer:
+            layer.module = RoutedLayer
     decoder.layer_norm = RMSNorm
     if config.mtp_num_layers is None:
         return decoder, None
@@ -263,6 +267,16 @@ class PolicyModel(GPTModel):
             gradients.write_directly(self.output_layer.weight)
         if self.mtp_process and not run.mtp.enable_mtp_training:
             self.mtp.requires_grad_(False)
+        self.routing, self.moe_layers = self._number_routers()
+
+    def _number_routers(self) -> tuple[list[RoutingReplay], tuple[int, ...]]:
+        """What the routers of this chunk's decoder are told by, and the number of each layer among those of the whole
+        model that have experts. The MTP layer's router is told nothing."""
+        layers = [layer for layer in self.decoder.layers if isinstance(layer, RoutedLayer)]
+        routing = [layer.mlp.router.router_replay for layer in layers]
+        for number, replay in enumerate(routing):
+            replay.number = number
+        return routing, tuple(sum(self.config.moe_layer_freq[: layer.layer_number - 1]) for layer in layers)
 
     def forward(self, pack: ModelInput) -> Tensor | ModelOutput:
         """Hidden states [T (/ TP with SP), 1, H] for the next pipeline stage, or the last stage's output."""

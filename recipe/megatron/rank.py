@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,16 +22,17 @@ from recipe.megatron.clipping import clipped_step, gradient_norms
 from recipe.megatron.layout import Rendezvous
 from recipe.megatron.model import build_chunks
 from recipe.megatron.optimizer import build_optimization, host_bytes, wrap_data_parallel
+from recipe.megatron.routing import routing_disagreement
 from recipe.megatron.step import (
     LossFunction,
     Microbatches,
     finalize_gradients,
     forward_backward,
     policy_loss_config,
-    response_log_probs,
+    response_scores,
 )
 from recipe.megatron.weights import gathered_weights, load_hugging_face, named_weights
-from recipe.messages import FloatArray, Progress, RankPart, StepReport
+from recipe.messages import Progress, RankPart, Scores, StepReport
 from recipe.system.errors import UserError
 from recipe.system.heartbeat import heartbeat
 from recipe.system.stopwatch import Stopwatch
@@ -38,6 +40,8 @@ from recipe.weights.checkpoints import find_start, is_hugging_face
 from recipe.weights.hf_files import HuggingFaceCheckpoint, write_checkpoint
 from recipe.weights.inspection import inspect
 from recipe.weights.origin import mtp_of_origin, with_duplicates
+
+T = TypeVar("T")
 
 ROUNDED_UP = 1.02
 """By torch's allocator."""
@@ -101,20 +105,20 @@ class TrainerRank:
         inspect(source, Architecture.from_checkpoint(directory), with_mtp=bool(self.config.mtp.mtp_num_layers))
         load_hugging_face(self.chunks, self.architecture, source)
 
-    def own_shard(self, shards: Sequence[Microbatches]) -> Microbatches:
-        """This data-parallel rank's microbatches, of those of all."""
+    def own_shard(self, shards: Sequence[T]) -> T:
+        """This data-parallel rank's one, of those of all."""
         return shards[parallel_state.get_data_parallel_rank()]
 
-    def log_probs(self, microbatches: Microbatches) -> dict[int, FloatArray]:
-        """Response log-probabilities [R] of the policy as it is, by sample index; see `response_log_probs`."""
+    def log_probs(self, microbatches: Microbatches) -> Scores:
+        """What the policy as it is gives the samples; see `response_scores`."""
         reserve(self.peak_bytes)
-        return response_log_probs(self.replicas, microbatches)
+        return response_scores(self.replicas, microbatches, records_routing=self.config.records_routing)
 
-    def reference_log_probs(self, microbatches: Microbatches) -> dict[int, FloatArray]:
-        """Response log-probabilities [R] of the reference model, by sample index."""
+    def reference_log_probs(self, microbatches: Microbatches) -> Scores:
+        """What the reference model gives the samples, whose tokens it routes by itself."""
         reserve(self.peak_bytes)
         with self._reference_weights():
-            return response_log_probs(self.replicas, microbatches)
+            return response_scores(self.replicas, microbatches, replays=False)
 
     @contextmanager
     def _reference_weights(self) -> Iterator[None]:
@@ -136,6 +140,9 @@ class TrainerRank:
         reserve(self.peak_bytes)
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
+        routing = [replay for chunk in self.chunks for replay in chunk.routing]
+        for replay in routing:
+            replay.restart()
         metrics_on_device = forward_backward(self.replicas, microbatches, self.loss_function)
         heartbeat.beat()
         norms = gradient_norms(self.optimization.optimizer)
@@ -145,6 +152,8 @@ class TrainerRank:
             clipped_step(self.optimization.optimizer, norms, self.config.optimizer.clip_grad)
             self.optimization.scheduler.step(increment=1)
         metrics |= {"grad_norm": norms.policy, "lr": learning_rate}
+        if self.config.grpo.replays_routing and (share := routing_disagreement(routing)) is not None:
+            metrics["routing_disagreement"] = share
         if "mtp_loss" in metrics:
             metrics["mtp_grad_norm"] = norms.mtp
         of_rank = {"seconds_forward_backward": passed - began, "seconds_optimizer": time.perf_counter() - passed}

@@ -26,17 +26,20 @@ from recipe.grpo.loss import (
 from recipe.megatron import gradients
 from recipe.megatron.device import to_training_device
 from recipe.megatron.microbatch import MicroBatch, TokenLayout, build_microbatch
-from recipe.megatron.model import ModelOutput
-from recipe.messages import FloatArray, SourceDifference, TrainSample
+from recipe.megatron.model import ModelOutput, PolicyModel
+from recipe.megatron.routing_record import RoutingRecord
+from recipe.messages import FloatArray, Scores, SourceDifference, TrainSample
 from recipe.system.heartbeat import heartbeat
 
 Microbatches = Sequence[Sequence[TrainSample]]
 
 
-def token_layout(with_mtp: bool) -> TokenLayout:
+def token_layout(with_mtp: bool, moe_layers: tuple[int, ...] = ()) -> TokenLayout:
     """This rank's share of a pack."""
     return TokenLayout(
         with_mtp=with_mtp,
+        moe_layers=moe_layers,
+        tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         context_rank=parallel_state.get_context_parallel_rank(),
         context_size=parallel_state.get_context_parallel_world_size(),
         token_multiple=parallel_state.get_tensor_model_parallel_world_size(),
@@ -119,17 +122,24 @@ def _run(
     *,
     forward_only: bool,
     with_mtp: bool = False,
+    replays: bool = True,
+    on_forward: Callable[[PolicyModel, MicroBatch], None] = lambda *_: None,
 ) -> list:
+    """megatron's schedule over the microbatches. `replays`: the routers are told what the samples say. `on_forward` is
+    called with each chunk and pack when the one has read the other."""
 
     def batches(chunk: DistributedDataParallel) -> Iterator[MicroBatch]:
-        layout = token_layout(with_mtp and chunk.module.mtp_process)
+        model: PolicyModel = chunk.module
+        layout = token_layout(with_mtp and model.mtp_process, model.moe_layers if replays else ())
         for samples in microbatches:
             heartbeat.beat()
             yield build_microbatch(samples, layout)
 
     def forward_step(batch_of: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple:
         batch = next(batch_of)
-        return model(batch.inputs), partial(loss_function, batch)
+        output = model(batch.inputs)
+        on_forward(model.module, batch)
+        return output, partial(loss_function, batch)
 
     iterators = [batches(chunk) for chunk in chunks]
     return get_forward_backward_func()(
@@ -186,23 +196,31 @@ def _over_ranks(results: list[LossMetrics]) -> LossMetrics:
     )
 
 
-def response_log_probs(chunks: Sequence[DistributedDataParallel], microbatches: Microbatches) -> dict[int, FloatArray]:
-    """Log-probabilities [R] of each sample's response, by sample index, under the weights as they are.
-
-    They are returned on the last pipeline stage, by tensor- and context-parallel rank 0; elsewhere nothing is."""
+def response_scores(
+    chunks: Sequence[DistributedDataParallel],
+    microbatches: Microbatches,
+    *,
+    replays: bool = True,
+    records_routing: bool = False,
+) -> Scores:
+    """Log-probabilities of each sample's response under the weights as they are, from the last pipeline stage and, with
+    `records_routing`, the experts of every stage's layers; both from tensor- and context-parallel rank 0, nothing from
+    the others. `replays`: the routers are told what the samples say."""
+    routing = RoutingRecord([chunk.module for chunk in chunks]) if records_routing else None
 
     def collect(batch: MicroBatch, output: ModelOutput) -> tuple[Tensor, Tensor, tuple[MicroBatch, Tensor]]:
         return output.log_probs.sum(), torch.zeros((), dtype=torch.int), (batch, output.log_probs)
 
     with torch.no_grad():
-        results = _run(chunks, microbatches, collect, forward_only=True)
+        on_forward = routing.add if routing is not None else lambda *_: None
+        results = _run(chunks, microbatches, collect, forward_only=True, replays=replays, on_forward=on_forward)
     found: dict[int, FloatArray] = {}
-    if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
-        return found
-    for samples, (batch, log_probs) in zip(microbatches, results, strict=True):
-        found |= _by_sample(samples, batch, log_probs)
+    if parallel_state.is_pipeline_last_stage(ignore_virtual=True):
+        for samples, (batch, log_probs) in zip(microbatches, results, strict=True):
+            found |= _by_sample(samples, batch, log_probs)
+    routed = routing.by_sample(microbatches) if routing is not None else {}
     speaks = parallel_state.get_tensor_model_parallel_rank() == parallel_state.get_context_parallel_rank() == 0
-    return found if speaks else {}
+    return Scores(found, routed) if speaks else Scores({})
 
 
 def _by_sample(samples: Sequence[TrainSample], batch: MicroBatch, log_probs: Tensor) -> dict[int, FloatArray]:

@@ -13,7 +13,8 @@ from recipe.config import RolloutConfig
 from recipe.data.prompts import Prompt
 from recipe.rollout.errors import EngineUnreachable
 from recipe.rollout.fleet import EnginePeer, Fleet, HealthOptions, OnSilent
-from recipe.rollout.http import ask, generates, open_session
+from recipe.rollout.http import LARGEST_BODY, ask, generates, open_session
+from recipe.rollout.routing import RouterShape
 from recipe.rollout.sample import FinishReason, Sample, SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
 from recipe.rollout.sglang_response import read_samples
@@ -21,6 +22,8 @@ from recipe.system.errors import UserError
 
 HEALTH_TIMEOUT_S = 5.0
 ABORT_TIMEOUT_S = 600.0
+LARGEST_ROUTED_BODY = 4 << 30
+"""Bytes of an answer at most that tells the experts of every token, 1,000 bytes of it for 47 layers of 4."""
 ABORT_AGAIN_S = 0.5
 """An abort may reach an engine before a request that was sent first."""
 
@@ -40,11 +43,14 @@ class ClientOptions:
     health: HealthOptions = field(default_factory=HealthOptions)
     vocab_size: int | None = None
     """Token ids beyond it are refused here, for SGLang ends at one; None: whatever comes is sent."""
+    routers: RouterShape | None = None
+    """Of the model, whose engines are asked where they took the tokens of rollouts; None: they are not."""
 
     @classmethod
-    def of(cls, rollout: RolloutConfig, vocab_size: int) -> Self:
+    def of(cls, rollout: RolloutConfig, vocab_size: int, routers: RouterShape | None = None) -> Self:
         return cls(
             vocab_size=vocab_size,
+            routers=routers,
             max_concurrency=rollout.rollout_max_concurrency,
             request_timeout_s=rollout.rollout_request_timeout_s,
             max_retries=rollout.rollout_max_retries,
@@ -143,9 +149,12 @@ class RolloutClient:
                 failure = failure.exceptions[0]
             raise failure from None
 
-    async def generate(self, group: SampleGroup, sampling: SamplingParams, seeds: Sequence[int]) -> None:
+    async def generate(
+        self, group: SampleGroup, sampling: SamplingParams, seeds: Sequence[int], *, routed: bool = False
+    ) -> None:
         """Continues every unfinished sample of the group to its end, in one request; `seeds` has one seed a sample.
-        While the client is drained they may also be aborted, with or without new tokens.
+        While the client is drained they may also be aborted, with or without new tokens. `routed`: the engine is asked
+        where it takes them, if the `routers` of the options are known.
 
         Raises EngineRefused if the engine finds the request wrong, EngineUnreachable if it never answers,
         EngineAnswerError if its answer is not SGLang's, UserError for a prompt that no engine may be sent.
@@ -162,20 +171,22 @@ class RolloutClient:
             self._idle.clear()
             try:
                 async with self._slots:
-                    await self._generate(todo, sampling)
+                    await self._generate(todo, sampling, self._options.routers if routed else None)
             finally:
                 self._generating -= 1
                 if not self._generating:
                     self._idle.set()
 
-    async def _generate(self, todo: Sequence[tuple[Sample, int]], sampling: SamplingParams) -> None:
+    async def _generate(
+        self, todo: Sequence[tuple[Sample, int]], sampling: SamplingParams, routers: RouterShape | None
+    ) -> None:
         for attempt in range(self._options.max_retries + 1):
             engine = await self._fleet.least_loaded()
             restarts = engine.restarts
             if self._draining:
                 break
             try:
-                answers = await self._send(engine, todo, sampling)
+                answers = await self._send(engine, todo, sampling, routed=routers is not None)
             except EngineUnreachable as error:
                 if self._draining:
                     break
@@ -185,11 +196,12 @@ class RolloutClient:
                 if await self._fleet.examine(engine, restarts):
                     await asyncio.sleep(self._options.backoff_s * 2**attempt)
                 continue
-            results = read_samples(answers, len(todo), self._options.vocab_size)
+            lengths = [sample.length for sample, _ in todo]
+            results = read_samples(answers, lengths, self._options.vocab_size, routers)
             if self._on_answer is not None:
                 self._on_answer(engine.number)
             for (sample, _), result in zip(todo, results, strict=True):
-                sample.append(result.ids, result.log_probs, result.versions)
+                sample.append(result.ids, result.log_probs, result.versions, routed_experts=result.routed_experts)
                 sample.finish_reason, sample.matched = result.finish_reason, result.matched
                 sample.response += result.text
                 sample.count_drafts(result.accepted_drafts)
@@ -220,23 +232,35 @@ class RolloutClient:
         """Whether each engine answers."""
         return list(await asyncio.gather(*(self._is_healthy(engine) for engine in self._engines)))
 
-    async def _send(self, engine: EnginePeer, todo: Sequence[tuple[Sample, int]], sampling: SamplingParams) -> object:
-        body = {
+    async def _send(
+        self, engine: EnginePeer, todo: Sequence[tuple[Sample, int]], sampling: SamplingParams, *, routed: bool
+    ) -> object:
+        body: dict[str, Any] = {
             "input_ids": [sample.tokens for sample, _ in todo],
             "sampling_params": [sampling.request(seed, sample.response_length) for sample, seed in todo],
             "return_logprob": True,
         }
+        if routed:
+            body["return_routed_experts"] = True
         engine.load += len(todo)
         try:
-            return await engine.answer(self._post(engine, "/generate", body, self._options.request_timeout_s))
+            timeout_s, largest = self._options.request_timeout_s, LARGEST_ROUTED_BODY if routed else LARGEST_BODY
+            return await engine.answer(self._post(engine, "/generate", body, timeout_s, largest))
         finally:
             engine.load -= len(todo)
 
     async def _is_healthy(self, engine: EnginePeer, timeout_s: float = HEALTH_TIMEOUT_S) -> bool:
         return await generates(self._connected(), engine.url, timeout_s)
 
-    async def _post(self, engine: EnginePeer, path: str, body: dict[str, Any], timeout_s: float | None) -> Any:
-        return await ask(self._connected(), "POST", engine.url + path, body, timeout_s=timeout_s)
+    async def _post(
+        self,
+        engine: EnginePeer,
+        path: str,
+        body: dict[str, Any],
+        timeout_s: float | None,
+        largest: int = LARGEST_BODY,
+    ) -> Any:
+        return await ask(self._connected(), "POST", engine.url + path, body, timeout_s=timeout_s, largest=largest)
 
     def _connected(self) -> aiohttp.ClientSession:
         if self._session is None:

@@ -168,7 +168,7 @@ class RolloutCollector:
         if self._plan.mask_older:
             for sample in group.samples:
                 sample.mask_response()
-        await self._client.generate(group, self._sampling, pending.seeds)
+        await self._client.generate(group, self._sampling, pending.seeds, routed=True)
         check_versions(group, expected_version, borders)
         for sample, border in continued:
             rejoin(sample, border, self._sampling.stop, self._decode)

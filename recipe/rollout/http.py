@@ -28,10 +28,11 @@ async def ask(
     body: dict[str, Any] | None = None,
     *,
     timeout_s: float | None,
+    largest: int = LARGEST_BODY,
 ) -> Any:
-    """The JSON of an answer; None where SGLang answers without one. Raises EngineRefused if the engine finds the
-    request wrong, EngineUnreachable if it does not answer in time, or not as one that works, EngineAnswerError if its
-    JSON is damaged."""
+    """The JSON of an answer of at most `largest` bytes; None where SGLang answers without one. Raises EngineRefused if
+    the engine finds the request wrong, EngineUnreachable if it does not answer in time, or not as one that works,
+    EngineAnswerError if its JSON is damaged."""
     timeout = aiohttp.ClientTimeout(total=timeout_s)
     try:
         async with session.request(method, address, json=body, timeout=timeout, allow_redirects=False) as response:
@@ -42,19 +43,21 @@ async def ask(
             if response.status >= HTTPStatus.MULTIPLE_CHOICES:
                 where = shortened(response.headers.get("Location", "elsewhere"))
                 raise EngineAnswerError(f"{address} sends on to {where}, which is not followed: give that address")
-            return parse_json(await _body_of(response)) if response.content_type == "application/json" else None
+            return (
+                parse_json(await _body_of(response, largest)) if response.content_type == "application/json" else None
+            )
     except (aiohttp.ClientError, TimeoutError) as error:
         raise EngineUnreachable(f"{address} did not answer: {error or type(error).__name__}") from error
     except ValueError as error:
         raise EngineAnswerError(f"{address} answered with damaged JSON: {error}") from error
 
 
-async def _body_of(response: aiohttp.ClientResponse) -> bytes:
+async def _body_of(response: aiohttp.ClientResponse, largest: int = LARGEST_BODY) -> bytes:
     body = bytearray()
     async for piece in response.content.iter_any():
         body += piece
-        if len(body) > LARGEST_BODY:
-            raise EngineAnswerError(f"{response.url} answers with more than {LARGEST_BODY >> 20} MiB: no engine does")
+        if len(body) > largest:
+            raise EngineAnswerError(f"{response.url} answers with more than {largest >> 20} MiB: no engine does")
     return bytes(body)
 
 

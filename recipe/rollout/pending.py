@@ -50,7 +50,15 @@ def _as_json(sample: Sample) -> dict[str, Any]:
         "finish_reason": sample.finish_reason,
         "matched": sample.matched,
         "response": sample.response,
+        "routed_experts": _routing(sample),
     }
+
+
+def _routing(sample: Sample) -> dict[str, Any] | None:
+    """That of a finished sample; one that an engine goes on with is read again, all of it."""
+    if sample.routed_experts is None or not sample.is_finished:
+        return None
+    return {"shape": list(sample.routed_experts.shape), "experts": _packed(sample.routed_experts)}
 
 
 def _restore(sample: Sample, state: dict[str, Any]) -> None:
@@ -61,6 +69,9 @@ def _restore(sample: Sample, state: dict[str, Any]) -> None:
     sample.finish_reason = state["finish_reason"] and FinishReason(state["finish_reason"])
     sample.matched = state["matched"]
     sample.response = state["response"]
+    if (routing := state.get("routed_experts")) is not None:
+        experts = np.frombuffer(base64.b64decode(routing["experts"]), dtype=np.uint8)
+        sample.routed_experts = experts.reshape(routing["shape"])
 
 
 def _packed(array: np.ndarray) -> str:

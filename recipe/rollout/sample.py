@@ -6,6 +6,7 @@ from enum import StrEnum
 from itertools import zip_longest
 
 from recipe.data.prompts import Prompt
+from recipe.messages import RoutedExperts
 from recipe.rewards import Grade, Grader, GradeRequest
 
 
@@ -45,16 +46,32 @@ class Sample:
     """The engine's steps by the number of draft tokens that were accepted, from 0; empty without speculation."""
     engine: int | None = None
     """Number of the engine that made the newest tokens."""
+    routed_experts: RoutedExperts | None = None
+    """[length - 1, M, K] where the engine took each token when it last read it; the newest token it has not read. None
+    where nobody asked, [fewer, M, K] where it did not tell."""
     grade: Grade | None = None
 
     def append(
-        self, ids: Sequence[int], log_probs: Sequence[float], versions: Sequence[str], *, trainable: bool = True
+        self,
+        ids: Sequence[int],
+        log_probs: Sequence[float],
+        versions: Sequence[str],
+        *,
+        routed_experts: RoutedExperts | None = None,
+        trainable: bool = True,
     ) -> None:
-        """Adds response tokens. Raises ValueError, and adds nothing, if the three do not have one length."""
+        """Adds response tokens. `routed_experts` [length - 1, M, K] is that of the whole sample: an engine that goes on
+        with it reads all of it again, under the newest weights. Raises ValueError, and adds nothing, if the three do
+        not have one length, or it has another."""
         if not len(ids) == len(log_probs) == len(versions):
             raise ValueError(
                 f"sample {self.index}: {len(ids)} tokens, {len(log_probs)} log-probs and {len(versions)} versions"
             )
+        length = self.length + len(ids)
+        if routed_experts is not None and len(routed_experts) != length - 1:
+            raise ValueError(f"sample {self.index}: {len(routed_experts)} tokens of {length} are routed, not all but 1")
+        if routed_experts is not None:
+            self.routed_experts = routed_experts
         self.response_ids.extend(ids)
         self.loss_mask.extend([int(trainable)] * len(ids))
         self.rollout_log_probs.extend(log_probs)
@@ -68,6 +85,8 @@ class Sample:
         """Drops the response tokens after the first `length`."""
         for tokens in (self.response_ids, self.loss_mask, self.rollout_log_probs, self.weight_versions):
             del tokens[length:]
+        if self.routed_experts is not None:
+            self.routed_experts = self.routed_experts[: self.length - 1]
 
     def mask_response(self) -> None:
         """Takes the tokens that are there out of training."""

@@ -5,7 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from recipe.messages import RoutedExperts
 from recipe.rollout.errors import EngineAnswerError
+from recipe.rollout.routing import RouterShape, read_routed_experts
 from recipe.rollout.sample import FinishReason
 from recipe.system.errors import shortened
 
@@ -23,29 +25,39 @@ class SampleAnswer:
     text: str
     accepted_drafts: Sequence[int] = ()
     """Steps by the number of draft tokens that were accepted, from 0; empty where nothing was drafted."""
+    routed_experts: RoutedExperts | None = None
+    """[prompt and response - 1, M, K] where all tokens but the last were taken; None where nobody asked, or the engine
+    ended before it could tell."""
 
 
-def read_samples(answer: object, count: int, vocab_size: int | None) -> list[SampleAnswer]:
-    """SGLang's answer to a batch of `count`. Raises EngineAnswerError if it is not one, or has tokens outside the
-    vocabulary (None: of any size)."""
+def read_samples(
+    answer: object, lengths: Sequence[int], vocab_size: int | None, routers: RouterShape | None = None
+) -> list[SampleAnswer]:
+    """SGLang's answer to a batch of inputs of these lengths, in tokens; `routers`: it was asked for the experts that
+    these took. Raises EngineAnswerError if it is not one, or has tokens outside the vocabulary (None: of any size)."""
     if not isinstance(answer, list):
         raise EngineAnswerError("the engine's answer is no list of samples")
-    if len(answer) != count:
-        raise EngineAnswerError(f"the engine answered {len(answer)} of {count} samples")
-    samples = [read_sample(item) for item in answer]
+    if len(answer) != len(lengths):
+        raise EngineAnswerError(f"the engine answered {len(answer)} of {len(lengths)} samples")
+    samples = [read_sample(item, routers) for item in answer]
+    for sample, length in zip(samples, lengths, strict=True):
+        expected = length + len(sample.ids) - 1
+        if sample.routed_experts is not None and len(sample.routed_experts) != expected:
+            told = f"of {len(sample.routed_experts)} tokens, not of {expected}"
+            raise EngineAnswerError(f"the engine tells the routed experts {told}: it has lost some")
     largest = max((max(sample.ids, default=0) for sample in samples), default=0)
     if vocab_size is not None and largest >= vocab_size:
         raise EngineAnswerError(f"the engine answered the token id {largest}, outside the vocabulary of {vocab_size}")
     return samples
 
 
-def read_sample(answer: Mapping[str, Any]) -> SampleAnswer:
+def read_sample(answer: Mapping[str, Any], routers: RouterShape | None = None) -> SampleAnswer:
     """One item of SGLang's answer. Raises EngineAnswerError if it lacks what a sample needs."""
     try:
         meta = answer["meta_info"]
         finish_reason = FinishReason(meta["finish_reason"]["type"])
         if finish_reason is FinishReason.ABORT:
-            return _aborted(answer)
+            return _aborted(answer, routers)
         ids = _token_ids(answer["output_ids"])
         log_probs = _log_probs(meta["output_token_logprobs"])
         matched = meta["finish_reason"].get("matched")
@@ -53,15 +65,16 @@ def read_sample(answer: Mapping[str, Any]) -> SampleAnswer:
         text = answer.get("text", "")
         if not isinstance(text, str):
             raise TypeError(f"the text is {text!r}")
+        routed = None if routers is None else read_routed_experts(meta.get("routed_experts"), routers)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise EngineAnswerError(f"the engine's answer is not SGLang's: {type(error).__name__}: {error}") from error
     if len(log_probs) != len(ids):
         raise EngineAnswerError(f"the engine answered {len(ids)} tokens with {len(log_probs)} log-probs")
     drafts = meta.get("spec_correct_drafts_histogram") or ()
-    return SampleAnswer(ids, log_probs, versions, finish_reason, matched, text, drafts)
+    return SampleAnswer(ids, log_probs, versions, finish_reason, matched, text, drafts, routed)
 
 
-def _aborted(answer: Mapping[str, Any]) -> SampleAnswer:
+def _aborted(answer: Mapping[str, Any], routers: RouterShape | None) -> SampleAnswer:
     """What an engine made before it was told to stop: the tokens whose log-probs it told. It tells neither these nor a
     version of what it aborted before the prompt was read, and may tell none of what waited to go on."""
     meta = answer["meta_info"]
@@ -71,7 +84,10 @@ def _aborted(answer: Mapping[str, Any]) -> SampleAnswer:
     known = min(len(ids), len(log_probs))
     versions = _token_versions(meta, known) if known else []
     drafts = meta.get("spec_correct_drafts_histogram") or ()
-    return SampleAnswer(ids[:known], log_probs[:known], versions, FinishReason.ABORT, None, text, drafts)
+    routed = None
+    if routers is not None and known and known == len(ids) and "routed_experts" in meta:
+        routed = read_routed_experts(meta["routed_experts"], routers)
+    return SampleAnswer(ids[:known], log_probs[:known], versions, FinishReason.ABORT, None, text, drafts, routed)
 
 
 def _token_ids(values: Sequence[object]) -> list[int]:

@@ -106,6 +106,11 @@ METRICS: dict[str, Metric] = {
     "logprob_beyond_10": Metric(
         "share", MEAN, "Tokens of which trainer and engine differ by more than a factor of 10."
     ),
+    "routing_disagreement": Metric(
+        "share",
+        MEAN,
+        "Response tokens that a router would take to another expert than the one replayed, mean over layers.",
+    ),
     "mtp_loss": Metric("nats/token", MEAN, "Cross-entropy of the MTP layer's predictions."),
     "mtp_grad_norm": Metric("1", LAST, "Norm of the MTP layer's gradient before clipping, no part of `grad_norm`."),
     "lr": Metric("1", LAST, "Learning rate."),

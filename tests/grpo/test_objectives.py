@@ -17,7 +17,7 @@ from recipe.grpo.advantages import (
     response_advantages,
 )
 from recipe.grpo.loss import PolicyLossConfig, PolicyLossInputs, Surrogate, policy_loss, sequence_log_ratio
-from recipe.messages import TrainSample
+from recipe.messages import Scores, TrainSample
 from recipe.system.errors import UserError
 
 pytestmark = pytest.mark.smoke
@@ -167,7 +167,7 @@ def test_reinforce_plus_plus_compares_the_tokens_of_a_whole_rollout(estimator: s
     draw = np.random.default_rng(0)
     old, reference = ({s.index: draw.normal(size=s.response_length).astype(np.float32) for s in samples} for _ in "12")
     grpo = GrpoConfig(advantage_estimator=estimator, kl_coef=0.3)  # type: ignore[arg-type]
-    found = with_log_probs(samples, old, reference, grpo)
+    found = with_log_probs(samples, Scores(old), Scores(reference), grpo)
     trained = np.concatenate([s.advantages[s.loss_mask] for s in found if s.advantages is not None])
     assert trained.mean() == pytest.approx(0, abs=1e-6)
     assert trained.std() == pytest.approx(1, rel=1e-4)

@@ -25,7 +25,14 @@ def other_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shared_embedded(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineUnderTest]:
     log = tmp_path_factory.mktemp("engine") / "log"
-    launch = launch_embedded(checkpoint, weight_version="1", threads=1, context_length=CONTEXT, max_running_requests=48)
+    launch = launch_embedded(
+        checkpoint,
+        weight_version="1",
+        threads=1,
+        context_length=CONTEXT,
+        max_running_requests=48,
+        returns_routed_experts=True,
+    )
     with EngineProcess(launch, log) as process:
         process.wait_healthy(120)
         yield EngineUnderTest(process, checkpoint, Kind.EMBEDDED)
@@ -37,6 +44,7 @@ def shared_sglang(
 ) -> Iterator[EngineUnderTest]:
     log = tmp_path_factory.mktemp("sglang") / "log"
     flags = ["--rollout-engine", "sglang", "--rollout-engine-python", str(sglang_python)]
+    flags.append("--use-rollout-routing-replay")
     config = resolve(["--recipe", "tiny", "--hf-checkpoint", str(checkpoint), *flags]).config
     launch = launch_sglang(
         checkpoint,

@@ -14,6 +14,7 @@ from transformers import Glm4MoeLiteForCausalLM
 
 from recipe.data.prompts import Prompt
 from recipe.engines.process import EngineProcess
+from recipe.messages import RoutedExperts
 from recipe.rollout.sampling_params import SamplingParams
 from recipe.weight_sync.tensor import Bucket
 from recipe.weights.tiny import write_tiny_checkpoint
@@ -95,6 +96,22 @@ def generation(prompts: Sequence[Sequence[int]], sampling: SamplingParams, first
         "sampling_params": [sampling.request(seed) for seed in range(first_seed, first_seed + len(prompts))],
         "return_logprob": True,
     }
+
+
+def routed_by(reference: Glm4MoeLiteForCausalLM, ids: Sequence[int]) -> RoutedExperts:
+    """[N - 1, M, K] the experts that transformers takes for all tokens but the last, in ascending order."""
+    layers = [layer.mlp for layer in reference.model.layers if hasattr(layer.mlp, "route_tokens_to_experts")]
+    taken: list[torch.Tensor] = []
+
+    def note(mlp: Any, inputs: tuple[Any, ...]) -> None:
+        taken.append(mlp.route_tokens_to_experts(mlp.gate(inputs[0]))[0])
+
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    with torch.no_grad():
+        reference(torch.tensor([list(ids[:-1])]))
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(taken, 1).sort(-1).values.to(torch.uint8).numpy()
 
 
 def tensor_update(payload: str, version: str) -> dict[str, Any]:

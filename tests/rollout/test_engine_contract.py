@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rollout_support import (
@@ -15,10 +16,13 @@ from rollout_support import (
     disk_update,
     generation,
     log_probs_of,
+    routed_by,
     tensor_update,
 )
 
+from recipe.config import Architecture
 from recipe.data.tokenizer import load_tokenizer
+from recipe.rollout.routing import RouterShape, read_routed_experts
 from recipe.rollout.sampling_params import SamplingParams
 
 ONE = SamplingParams(max_new_tokens=1)
@@ -107,6 +111,25 @@ def test_the_text_has_special_tokens(embedded: EngineUnderTest) -> None:
         ids = answer["output_ids"]
         ends = answer["meta_info"]["finish_reason"]["type"] == "stop"
         assert answer["text"] == tokenizer.decode(ids[:-1] if ends else ids, skip_special_tokens=False)
+
+
+def test_routed_experts_equal_transformers(engine: EngineUnderTest) -> None:
+    """Those of all tokens but the last, also of a prompt that is cached, of one that others share, of a response that
+    is gone on with."""
+    shape = RouterShape.of(Architecture.from_checkpoint(engine.checkpoint))
+
+    def check(prompts: list[list[int]], sampling: SamplingParams) -> list[list[int]]:
+        body = generation(prompts, sampling) | {"return_routed_experts": True}
+        whole = []
+        for prompt, answer in zip(prompts, engine.post("/generate", body), strict=True):
+            whole.append(prompt + answer["output_ids"])
+            routed = read_routed_experts(answer["meta_info"]["routed_experts"], shape)
+            np.testing.assert_array_equal(np.sort(routed, -1), routed_by(engine.reference, whole[-1]))
+        return whole
+
+    begun = check([PROMPT, PROMPT, [5, 6] * 10], replace(GREEDY, max_new_tokens=5))
+    check(begun, SamplingParams(max_new_tokens=12, temperature=1.5))
+    assert "routed_experts" not in engine.generate_one(PROMPT, ONE)["meta_info"]
 
 
 @pytest.mark.parametrize(

@@ -86,9 +86,9 @@ def test_an_answer_that_is_not_sglangs_is_an_error(answer: dict[str, object]) ->
 
 
 def test_tokens_outside_the_vocabulary_are_no_answer() -> None:
-    assert len(read_samples([_answer()], 1, vocab_size=8)) == 1
+    assert len(read_samples([_answer()], [3], vocab_size=8)) == 1
     with pytest.raises(EngineAnswerError, match="the token id 7, outside the vocabulary of 7"):
-        read_samples([_answer()], 1, vocab_size=7)
+        read_samples([_answer()], [3], vocab_size=7)
 
 
 @pytest.mark.parametrize("more", [{}, {"output_ids": []}])

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.smoke
 
 def rank_log_probs(trainer, samples: list[TrainSample]) -> dict[int, np.ndarray]:
     trainer.load()
-    return trainer.log_probs([samples[:3], samples[3:]])
+    return trainer.log_probs([samples[:3], samples[3:]]).log_probs
 
 
 def transformers_log_probs(samples: list[TrainSample]) -> dict[int, np.ndarray]:

@@ -19,11 +19,12 @@ KL = {"kl_coef": 0.1}
 def reference_and_policy(trainer, samples: list[TrainSample]) -> dict[str, dict[int, FloatArray]]:
     trainer.load()
     packs = scheduled(trainer, samples)
-    found = {"began with": trainer.log_probs(packs), "reference at first": trainer.reference_log_probs(packs)}
+    found = {"began with": trainer.log_probs(packs).log_probs}
+    found["reference at first"] = trainer.reference_log_probs(packs).log_probs
     for _ in range(2):
         trainer.train_step(packs)
     before = {name: weight.clone() for name, weight in trainer.weights()}
-    found |= {"policy": trainer.log_probs(packs), "reference": trainer.reference_log_probs(packs)}
+    found |= {"policy": trainer.log_probs(packs).log_probs, "reference": trainer.reference_log_probs(packs).log_probs}
     assert all(torch.equal(weight, before[name]) for name, weight in trainer.weights())
     assert all(weight.device.type == "cpu" for weight in trainer.reference.values())
     return found
@@ -48,7 +49,7 @@ def test_the_reference_stays_while_the_policy_moves(ranks: int, perf: dict) -> N
 def log_probs_of_both(trainer, samples: list[TrainSample]) -> tuple[dict[int, FloatArray], dict[int, FloatArray]]:
     trainer.load()
     packs = scheduled(trainer, samples)
-    return trainer.log_probs(packs), trainer.reference_log_probs(packs)
+    return trainer.log_probs(packs).log_probs, trainer.reference_log_probs(packs).log_probs
 
 
 def other_weights(folder: Path) -> Path:

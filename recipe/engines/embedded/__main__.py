@@ -55,7 +55,7 @@ def _load(arguments: argparse.Namespace) -> Service:
     config = _read_config(folder)
     context_length = arguments.context_length or config.max_position_embeddings
     reference = build_model(config)
-    model = RowModel(reference, context_length)
+    model = RowModel(reference, context_length, keeps_experts=arguments.enable_return_routed_experts)
     weights = WeightTable(reference)
     try:
         weights.replace_all(folder)
@@ -73,7 +73,13 @@ def _load(arguments: argparse.Namespace) -> Service:
             decode=partial(_decode, tokenizer),
             threads=arguments.threads,
         ),
-        limits=Limits(config.vocab_size, context_length, tuple(eos if isinstance(eos, list) else [eos]), tokenizer),
+        limits=Limits(
+            config.vocab_size,
+            context_length,
+            tuple(eos if isinstance(eos, list) else [eos]),
+            tokenizer,
+            model.keeps_experts,
+        ),
         model_path=folder,
     )
 
@@ -99,6 +105,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-running-requests", type=int, default=256, help="sequences that are generated at once")
     parser.add_argument("--context-length", type=int, help="longest prompt and response; default: the model's")
     parser.add_argument("--weight-version", default="default", help="version of the weights in the checkpoint")
+    parser.add_argument(
+        "--enable-return-routed-experts", action="store_true", help="tell where tokens were routed, if asked"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads that compute")
     return parser
 

@@ -6,7 +6,8 @@ the library computes each row alike (`granule` measures it). The context is read
 parts are added in order, so a longer neighbour only adds exact zeros. And prompts are read in pieces of CHUNK tokens,
 whatever their length.
 
-Letters: R rows, Q tokens a row, T = R * Q, B = BLOCK, D = C + P a cache entry; the others as in `fused`.
+Letters: R rows, Q tokens a row, T = R * Q, B = BLOCK, D = C + P a cache entry, K experts a token; the others as in
+`fused`.
 """
 
 import torch
@@ -24,8 +25,10 @@ CHUNK = 16
 class RowModel:
     """A transformers model that reads and continues many rows at once."""
 
-    def __init__(self, model: Glm4MoeLiteForCausalLM, context_length: int) -> None:
+    def __init__(self, model: Glm4MoeLiteForCausalLM, context_length: int, *, keeps_experts: bool = False) -> None:
+        """`keeps_experts`: the cache keeps where each token was routed, too."""
         config = model.config
+        self.keeps_experts = keeps_experts
         self._embedding = model.model.embed_tokens.weight.data
         self._layers = fuse(model)
         self._norm = Norm(model.model.norm.weight.data, config.rms_norm_eps)
@@ -40,7 +43,8 @@ class RowModel:
 
     def new_cache(self, rows: int) -> LatentCache:
         """An empty cache."""
-        return LatentCache(len(self._layers), rows, self._latent + self._rope)
+        top_k = self._top_k if self.keeps_experts else 0
+        return LatentCache(len(self._layers), rows, self._latent + self._rope, top_k)
 
     def forward(self, tokens_RQ: Tensor, starts_R: Tensor, cache: LatentCache, first_row: int) -> Tensor:
         """Hidden states [R, Q, H] after the final norm. Row r reads its tokens at positions starts_R[r] and on, after
@@ -54,7 +58,7 @@ class RowModel:
         places = (positions_T // BLOCK, rows_T, positions_T % BLOCK)
         turn = (self._cos[positions_T], self._sin[positions_T])
         hidden_TH = F.embedding(tokens_RQ.reshape(-1), self._embedding)
-        for layer, entries in zip(self._layers, cache.entries, strict=True):
+        for layer, entries, experts in zip(self._layers, cache.entries, cache.experts, strict=True):
             attention = layer.attention
             query, entry_TD = self._project(attention, layer.input_norm(hidden_TH), turn)
             entries[places] = entry_TD
@@ -65,7 +69,10 @@ class RowModel:
             )
             values_TX = torch.bmm(attended, attention.v_b).transpose(0, 1).flatten(1)
             hidden_TH = hidden_TH + F.linear(values_TX, attention.o)
-            hidden_TH = hidden_TH + self._mlp(layer.mlp, layer.post_attention_norm(hidden_TH))
+            output_TH, chosen_TK = self._mlp(layer.mlp, layer.post_attention_norm(hidden_TH))
+            hidden_TH = hidden_TH + output_TH
+            if self.keeps_experts and chosen_TK is not None:
+                experts[places] = chosen_TK.int()
         return self._norm(hidden_TH).view(rows, width, -1)
 
     def logits(self, hidden_RH: Tensor) -> Tensor:
@@ -107,24 +114,26 @@ class RowModel:
             attended += torch.bmm(share, block[..., : self._latent])
         return attended.div_(total)
 
-    def _mlp(self, weights: Mlp | Experts, x_TH: Tensor) -> Tensor:
+    def _mlp(self, weights: Mlp | Experts, x_TH: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[T, H], and which experts [T, K] were taken, where there are some."""
         if isinstance(weights, Mlp):
             gate, up = F.linear(x_TH, weights.gate_up).chunk(2, dim=-1)
-            return F.linear(F.silu(gate).mul_(up), weights.down)
-        share_TE = self._route(weights, x_TH)
+            return F.linear(F.silu(gate).mul_(up), weights.down), None
+        share_TE, chosen_TK = self._route(weights, x_TH)
         gate_up = F.linear(x_TH, weights.gate_up).view(*share_TE.shape, 2, -1)
         inner = F.silu(gate_up[:, :, 0]).mul_(gate_up[:, :, 1]).mul_(share_TE[..., None])
-        return F.linear(inner.flatten(1), weights.down)
+        return F.linear(inner.flatten(1), weights.down), chosen_TK
 
-    def _route(self, weights: Experts, x_TH: Tensor) -> Tensor:
-        """[T, E + 1]: each expert's weight for each token, 0 where it is not chosen; the shared one's is 1."""
+    def _route(self, weights: Experts, x_TH: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, E + 1]: each expert's weight for each token, 0 where it is not chosen; the shared one's is 1. And which
+        were chosen, [T, K]."""
         scores = F.linear(x_TH, weights.router).sigmoid_()
         chosen = (scores + weights.router_bias).topk(self._top_k, dim=-1, sorted=False).indices
         share = scores.gather(1, chosen)
         share = share.div_(share.sum(-1, keepdim=True).add_(1e-20)).mul_(self._routed_scale)
         share_TE = torch.zeros(len(x_TH), scores.shape[1] + 1)
         share_TE[:, -1] = 1.0
-        return share_TE.scatter_(1, chosen, share)
+        return share_TE.scatter_(1, chosen, share), chosen
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -64,6 +64,7 @@ class _Probe:
     @torch.inference_mode()
     def _logits(self, chosen: Tensor) -> Tensor:
         cache = self._model.new_cache(len(chosen))
+        cache.reserve(BLOCK)
         cache.entries = self._entries[:, :, chosen]
         hidden = self._model.forward(self._tokens_R[chosen, None], self._starts_R[chosen], cache, first_row=0)
         return self._model.logits(hidden[:, 0])

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedTokenizerFast
 
 from recipe.engines.embedded.running_sequence import RunningSequence, Sampling
+from recipe.rollout.routing import encode_routed_experts
 
 GREEDY_BELOW = 1e-6
 SEEDS = range(-(2**63), 2**63)
@@ -43,6 +44,7 @@ class GenerateBody(Body):
     input_ids: list[list[int]]
     sampling_params: list[SamplingBody]
     return_logprob: Literal[True]
+    return_routed_experts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,8 @@ class Limits:
     context_length: int
     eos_token_ids: tuple[int, ...]
     tokenizer: PreTrainedTokenizerFast | None
+    keeps_experts: bool = False
+    """Whether it can tell where tokens were routed."""
 
 
 def read_sequences(body: GenerateBody, limits: Limits) -> list[RunningSequence]:
@@ -64,8 +68,10 @@ def read_sequences(body: GenerateBody, limits: Limits) -> list[RunningSequence]:
         raise RequestError("input_ids cannot be empty.")
     for prompt in prompts:
         _check_prompt(prompt, limits)
+    asked = body.return_routed_experts
+    _require(limits.keeps_experts or not asked, "return_routed_experts needs --enable-return-routed-experts", asked)
     return [
-        RunningSequence(tuple(prompt), _sampling(param, len(prompt), limits))
+        RunningSequence(tuple(prompt), _sampling(param, len(prompt), limits), returns_routed_experts=asked)
         for prompt, param in zip(prompts, params, strict=True)
     ]
 
@@ -129,5 +135,7 @@ def answer(sequence: RunningSequence, text: str | None) -> dict[str, Any]:
             (log_prob, token, None) for log_prob, token in zip(sequence.log_probs, sequence.output_ids, strict=True)
         ],
     }
+    if sequence.routed_experts is not None:
+        meta["routed_experts"] = encode_routed_experts(sequence.routed_experts)
     result: dict[str, Any] = {} if text is None else {"text": text}
     return result | {"output_ids": sequence.output_ids, "meta_info": meta}

@@ -73,11 +73,13 @@ class Rows:
         return stopped
 
     def collect(self, row: int) -> None:
-        """Writes a row's tokens and log-probs to its sequence."""
+        """Writes a row's tokens, log-probs and, if it is to return them, experts to its sequence."""
         sequence = self.sequences[row]
         count = self.generated[row]
         sequence.output_ids = self._tokens[row, :count].tolist()
         sequence.log_probs = self._log_probs[row, :count].tolist()
+        if sequence.returns_routed_experts:
+            sequence.routed_experts = self._cache.routed_experts(row, int(self.position[row])).numpy().copy()
 
     def newest(self, row: int, count: int) -> list[int]:
         """At most `count` of a row's latest response tokens."""

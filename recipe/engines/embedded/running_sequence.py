@@ -4,6 +4,9 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -29,6 +32,9 @@ class RunningSequence:
     sampling: Sampling
     output_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
+    returns_routed_experts: bool = False
+    routed_experts: NDArray[np.int32] | None = None
+    """[prompt and response - 1, L, K] where the tokens were taken, if that is to be returned."""
     version: str = ""
     """Of the weights that made the response: they are not replaced while it is under way."""
     finish_reason: dict[str, Any] | None = None

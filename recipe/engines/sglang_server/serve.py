@@ -75,9 +75,19 @@ def _checksums_without_cuda(checker: types.ModuleType) -> None:
     checker.torch.cuda.synchronize = lambda *arguments: None
 
 
+def _routing_in_pageable_memory(pools: types.ModuleType) -> None:
+    """Where tokens were routed is kept in host memory that the CUDA driver pins."""
+
+    def allocate(shape: Sequence[int], dtype: object, **others: object) -> object:
+        return pools.torch.empty(shape, dtype=dtype)
+
+    pools.ALLOC_MEMORY_FUNCS["cpu"] = allocate
+
+
 _MENDED: dict[str, Callable[[types.ModuleType], None]] = {
     "sglang.srt.models.deepseek_common.attention_backend_handler": _absorbed_latent_attention,
     "sglang.srt.utils.weight_checker": _checksums_without_cuda,
+    "sglang.srt.mem_cache.pool_host.common": _routing_in_pageable_memory,
 }
 """Modules of SGLang, and what is done to each when it has been imported."""
 
