@@ -241,7 +241,8 @@ class Run:
         metrics = StepMetrics(step=done, values=values, evals=self._evals, seconds=self.clock.lap())
         self._directory.record(metrics)
         self._display.step(metrics)
-        if (mismatch := StepMismatch.of(self._reports)) is not None:
+        replays_engine = self.config.grpo.use_rollout_routing_replay
+        if (mismatch := StepMismatch.of(self._reports, replays_engine=replays_engine)) is not None:
             for sentence in self._mismatch.warnings(mismatch):
                 logger.warning("step %d: %s", done, sentence)
         self._rollout, self._reports, self._learned, self._evals = None, [], (), {}

@@ -26,9 +26,12 @@ class StepMismatch:
     """Difference at the other tokens without those of one engine, by engine."""
     beyond_10: float
     """Share of the tokens of `current` whose two probabilities differ by more than a factor of 10."""
+    rerouted: float | None = None
+    """Share of the tokens that a router of the trainer would take elsewhere than the engine did, mean over layers;
+    None where the engine's routing is not replayed."""
 
     @classmethod
-    def of(cls, reports: Sequence[StepReport]) -> "StepMismatch | None":
+    def of(cls, reports: Sequence[StepReport], *, replays_engine: bool = False) -> "StepMismatch | None":
         """From the optimizer steps on a rollout; None where it was not measured."""
         if not reports or not all(report.by_source for report in reports):
             return None
@@ -40,6 +43,7 @@ class StepMismatch:
             current=_mean(engines),
             current_without=tuple(_mean([*engines[:n], *engines[n + 1 :]]) for n in range(len(engines))),
             beyond_10=_added(engines).beyond_10 / max(1, _added(engines).tokens),
+            rerouted=reports[0].metrics.get("routing_disagreement") if replays_engine else None,
         )
 
 
@@ -91,10 +95,18 @@ class MismatchWatch:
                 "engine's precision can follow"
             )
         if mismatch.beyond_10 * math.log(10) > difference / 2:
-            return "few", (
+            few = (
                 f"{what}, most of it at the {mismatch.beyond_10:.1%} of tokens whose probabilities differ by more than "
-                "a factor of 10: likely experts that are chosen differently in the engine's precision, or its kernels; "
-                "--use-tis bounds what such tokens do"
+                "a factor of 10"
+            )
+            if mismatch.rerouted is not None:
+                return "few", (
+                    f"{few}, though they are taken to the engine's experts ({mismatch.rerouted:.1%} of them would go "
+                    "elsewhere): likely the engine's precision or its kernels; --use-tis bounds what such tokens do"
+                )
+            return "few", (
+                f"{few}: likely experts that are chosen differently in the engine's precision, or its kernels; "
+                "--use-rollout-routing-replay takes tokens to the engine's, --use-tis bounds what such tokens do"
             )
         return "everywhere", (
             f"{what}, at many tokens a little: likely a temperature or a precision that is not the trainer's, or "

@@ -62,7 +62,9 @@ class RoutingReplay:
             if torch.is_grad_enabled():  # once a pack, whether or not the forward pass is repeated
                 self._compare(chosen, told, self._routing.in_response)
             chosen = torch.where(told == NOT_ROUTED, chosen, told.long())
-            values = scores.gather(1, chosen)
+            # In the router's own order: where it agrees, replaying changes no bit.
+            values, order = scores.gather(1, chosen).sort(1, descending=True)
+            chosen = chosen.gather(1, order)
         if self.records:
             self.taken = chosen.to(torch.uint8)
         return values, chosen

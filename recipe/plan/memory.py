@@ -44,6 +44,7 @@ class Use(StrEnum):
     ENGINE_ACTIVATIONS = "engine activations"
     BUFFERS = "weights on their way"
     CHECKPOINT = "checkpoint"
+    ROUTING = "routing to replay"
     COMMUNICATION = "communication"
     PROCESSES = "processes"
 
@@ -280,12 +281,26 @@ class HostModel(MemoryModel):
             state = sum(shard.optimizer_elements for shard in ranks) * self.state_bytes
             slots = 2 * SLOT_ELEMENTS * (FP32 + self.weight_bytes) * len(ranks)
             uses[Use.OPTIMIZER] = int(state * self.offloaded) + slots
+        if config.grpo.replays_routing:
+            uses[Use.ROUTING] = self.routing()
         if config.needs_reference:
             uses[Use.REFERENCE] = sum(self.held(shard)[Use.WEIGHTS] for shard in ranks)
         if not self.on_gpu and config.needs_engine:
             engines = -(-config.num_engines // config.cluster.actor_num_nodes)
             uses[Use.ENGINE_WEIGHTS] = engines * sum(self.held(shard)[Use.WEIGHTS] for shard in self.shards)
         return uses
+
+    def routing(self) -> int:
+        """Where tokens are taken: of the longest samples, a byte an expert, with the driver, on their way and with the
+        ranks; and of all that the engines' caches hold, where SGLang keeps 4 bytes for each layer, dense ones too."""
+        config, a = self.resolved.config, self.resolved.architecture
+        samples = config.rollout.draw_size * config.rollout.n_samples_per_prompt
+        held = 3 * samples * longest_sample(self.resolved) * sum(a.moe_layer_freq) * a.num_experts_per_tok
+        engine = GpuModel(self.resolved, self.machine, self.on_gpu, self.pack).engine_memory if self.on_gpu else None
+        if engine is not None and config.grpo.use_rollout_routing_replay:
+            gpus = -(-config.rollout_gpus // config.cluster.actor_num_nodes)
+            held += gpus * engine.tokens * a.num_hidden_layers * a.num_experts_per_tok * 4
+        return held
 
     def process_bytes(self, ranks: int) -> int:
         """Host memory of the programs themselves."""

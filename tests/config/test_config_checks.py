@@ -15,6 +15,9 @@ TWO_STAGES = ("--pipeline-model-parallel-size", "2", "--expert-model-parallel-si
         (["--n-samples-per-prompt", "1", "--global-batch-size", "32"], "--n-samples-per-prompt 1 leaves GRPO without"),
         (["--advantage-estimator", "rloo", "--no-grpo-std"], "rloo does not divide by a group's deviation"),
         (["--advantage-estimator", "cispo", "--eps-clip-c", "3"], "cispo has no surrogate that it could bound"),
+        (["--use-routing-replay"], "with one optimizer step a rollout there is none"),
+        (["--use-rollout-routing-replay", "--sglang-pp-size", "2"], "each stage keeps the experts of its own layers"),
+        (["--use-rollout-routing-replay", "--loss-type", "sft"], "learns given responses, which nobody has routed"),
         (["--loss-type", "sft"], "--loss-type sft learns one response a prompt, but --n-samples-per-prompt is 8"),
         (["--global-batch-size", "100"], "--global-batch-size 100 does not divide the rollout's 256 samples"),
         (["--global-batch-size", "4"], "--global-batch-size 4 does not divide by the 8 data-parallel ranks"),
@@ -89,6 +92,15 @@ def test_contradictions_are_refused(refusal: Refusal, flags: list[str], sentence
 )
 def test_layouts_are_refused(refusal: Refusal, flags: list[str], sentence: str) -> None:
     assert sentence in refusal(*flags)
+
+
+def test_a_byte_is_enough_for_the_experts_that_are_replayed(write_checkpoint: WriteCheckpoint) -> None:
+    argv = ["--recipe", "glm4.7-flash-8gpu", "--use-rollout-routing-replay", "--hf-checkpoint"]
+    with pytest.raises(UserError, match="takes up to 255 experts, and this model has 256"):
+        resolve([*argv, str(write_checkpoint(n_routed_experts=256))])
+    both = [*argv, str(write_checkpoint()), "--use-routing-replay", "--global-batch-size", "64"]
+    assert any("takes the place of --use-routing-replay" in note for note in resolve(both).notes)
+    assert not resolve(both).config.records_routing
 
 
 def test_reinforce_plus_plus_needs_no_group(write_checkpoint: WriteCheckpoint) -> None:

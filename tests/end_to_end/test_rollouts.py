@@ -28,9 +28,10 @@ def test_one_engine_stopped_and_one_killed_in_mid_rollout_change_nothing(
     inputs: TinyInputs, uninterrupted: Path, tmp_path: Path
 ) -> None:
     """Two requests are under way at a time and one group is graded: the others are still to be made. As on GPUs that
-    they share with the trainer, the engines give their memory back while it trains."""
+    they share with the trainer, the engines give their memory back while it trains. In fp32 and with equal weights the
+    engines take every token where the trainer would, so that replaying them changes nothing either."""
     more = (
-        "--colocate --custom-rm-path run_support:striking_reward --rm-num-workers 1 --rollout-max-concurrency 2 "
+        "--use-rollout-routing-replay --colocate --custom-rm-path run_support:striking_reward --rm-num-workers 1 --rollout-max-concurrency 2 "
         "--rollout-health-check-interval 1 --rollout-health-check-timeout 2"
     )
     before = 8 * 4 + 2 * 16
@@ -39,6 +40,7 @@ def test_one_engine_stopped_and_one_killed_in_mid_rollout_change_nothing(
         status, output = finish(start(command, STRIKE_AT_CALL=str(before + 1)))
     assert status == 0, output
     lines, expected = metrics(tmp_path / "struck"), metrics(uninterrupted)
+    assert [line.pop("routing_disagreement", None) for line in lines] == [None, *[0.0] * (len(lines) - 1)]
     [struck] = [line for line in lines if line.get("engine_restarts")]
     assert struck["step"] == 3
     assert struck["request_retries"] > 0
@@ -96,13 +98,14 @@ def test_aborted_samples_go_on_in_the_next_rollout_and_after_a_resume(inputs: Ti
     command = arguments(inputs, tmp_path, "partial", "--skip-eval-before-train", "--save-interval", "1")
     more = (
         "--num-rollout 4 --rollout-max-response-len 40 --rollout-max-concurrency 3 --save-keep 4 "
-        "--over-sampling-batch-size 8 --partial-rollout --use-tis"
+        "--over-sampling-batch-size 8 --partial-rollout --use-tis --use-rollout-routing-replay"
     )
     command += more.split()
     status, output = run(command)
     assert status == 0, output
-    lines, made = metrics(tmp_path / "partial")[1:], samples(tmp_path / "partial")
+    [first, *lines], made = metrics(tmp_path / "partial"), samples(tmp_path / "partial")
     assert any(line["stale_token_share"] > 0 for line in lines)
+    assert first["routing_disagreement"] == 0 < max(line["routing_disagreement"] for line in lines) < 1
     assert any(len(sample["weight_versions"]) > 1 for sample in made)
     assert set(Counter(sample["index"] for sample in made).values()) == {1}
     folder = tmp_path / "partial" / "checkpoints"

@@ -15,7 +15,10 @@ def test_a_run_on_sglang_samples_from_the_weights_it_trains(
     inputs: TinyInputs, tmp_path: Path, sglang_python: Path
 ) -> None:
     command = arguments(inputs, tmp_path, "sglang", "--rollout-engine", "sglang", "--num-rollout", str(ROLLOUTS))
-    more = f"--rollout-engine-python {sglang_python} --update-weight-transfer distributed --check-weight-update-equal"
+    more = (
+        f"--rollout-engine-python {sglang_python} --update-weight-transfer distributed --check-weight-update-equal "
+        "--use-rollout-routing-replay"
+    )
     with leaves_no_process(str(tmp_path)):
         process = start([*command, *more.split(), "--update-weight-buffer-size", "200000"])
         wait_for_step(process, tmp_path / "sglang", 0, timeout_s=300)
@@ -28,3 +31,4 @@ def test_a_run_on_sglang_samples_from_the_weights_it_trains(
     assert len(lines) == ROLLOUTS + 1
     # Were the engines' weights not the trainer's, the difference would grow with every step.
     assert all(line["logprob_diff_mean"] < 1e-3 for line in lines[1:])
+    assert all(line["routing_disagreement"] < 0.02 for line in lines[1:])

@@ -63,6 +63,17 @@ def test_each_cause_is_named_alone_and_once(mismatch: StepMismatch, sentence: st
     assert watch.warnings(mismatch) == []
 
 
+def test_where_the_engine_is_replayed_its_routing_is_not_the_cause() -> None:
+    report = StepReport(
+        {"routing_disagreement": 0.07}, False, (SourceDifference(0.0, 0, 0), SourceDifference(20.0, 100, 8))
+    )
+    for replays_engine, sentence in ((True, "(7.0% of them would go elsewhere)"), (False, "--use-rollout-routing")):
+        mismatch = StepMismatch.of([report], replays_engine=replays_engine)
+        assert mismatch is not None
+        [warning] = MismatchWatch(LIMIT).warnings(mismatch)
+        assert sentence in warning
+
+
 def test_a_mismatch_that_has_risen_says_so() -> None:
     watch = MismatchWatch(LIMIT)
     for mean in (0.01, 0.02, 0.03):
