@@ -65,9 +65,12 @@ class Data:
 
     @classmethod
     def read(cls, resolved: Resolved) -> "Data":
-        """Reads and checks every file before anything is started. Raises UserError for what is wrong in them."""
+        """Reads and checks every file, and the user's functions, before anything is started. Raises UserError for what
+        is wrong in them."""
         config = resolved.config
         reward = _reward(config)
+        if (custom := config.grpo.custom_tis_function_path) is not None:
+            load_function("--custom-tis-function-path", custom)
         tokenizer = load_tokenizer(config.model.hf_checkpoint)
         form = PromptFormat(
             input_key=config.data.input_key,

@@ -58,7 +58,7 @@ def samples_of(rollout: Rollout) -> list[Sample]:
 def advantages(rollout: Rollout, config: Config) -> list[float]:
     """The advantage of each sample, group after group."""
     grpo = config.grpo
-    normalise = not grpo.disable_grpo_std_normalization
+    normalise = not (grpo.disable_grpo_std_normalization or grpo.dr_grpo)
     return [
         advantage
         for group in rollout.groups
@@ -130,10 +130,11 @@ def optimizer_batches(samples: Sequence[TrainSample], config: Config) -> list[li
     """The samples of each optimizer step, weighted in that step's loss."""
     size = config.global_batch_size
     batches = [list(samples[start : start + size]) for start in range(0, len(samples), size)]
-    return [_weighted(batch, per_token=config.grpo.calculate_per_token_loss) for batch in batches]
+    constant = config.rollout.rollout_max_response_len if config.grpo.dr_grpo else None
+    return [_weighted(batch, per_token=config.grpo.calculate_per_token_loss, constant=constant) for batch in batches]
 
 
-def sequence_weights(trainable_tokens: Sequence[int], *, per_token: bool) -> list[float]:
+def sequence_weights(trainable_tokens: Sequence[int], *, per_token: bool, constant: int | None = None) -> list[float]:
     """The weight of a trainable token of each sequence, for all the sequences of one optimizer step.
 
     The denominators are those of the whole batch, and the tokens carry them as weights, so the loss is a plain sum over
@@ -141,18 +142,21 @@ def sequence_weights(trainable_tokens: Sequence[int], *, per_token: bool) -> lis
 
     `per_token`: every trainable token of the batch weighs the same (DAPO: Yu et al., arXiv:2503.14476, eq. 8).
     Otherwise every sequence does: the mean over its own tokens, then over sequences (GRPO: arXiv:2402.03300, eq. 3).
-    Weights times token counts add up to 1. A sequence with no trainable token weighs 0 and is counted nowhere: a batch
+    Weights times token counts add up to 1, but with a `constant`, which stands for every sequence's number of tokens
+    (Dr. GRPO: arXiv:2503.20783, section 3.2): a long response then counts no less by the token than a short one.
+    A sequence with no trainable token weighs 0 and is counted nowhere: a batch
     with it and without it has the same loss.
     """
     if per_token:
         tokens = sum(trainable_tokens)
         return [1 / tokens if count else 0.0 for count in trainable_tokens]
     sequences = sum(count > 0 for count in trainable_tokens)
-    return [1 / (count * sequences) if count else 0.0 for count in trainable_tokens]
+    return [1 / ((constant or count) * sequences) if count else 0.0 for count in trainable_tokens]
 
 
-def _weighted(batch: list[TrainSample], *, per_token: bool) -> list[TrainSample]:
-    weights = sequence_weights([int(sample.loss_mask.sum()) for sample in batch], per_token=per_token)
+def _weighted(batch: list[TrainSample], *, per_token: bool, constant: int | None) -> list[TrainSample]:
+    counts = [int(sample.loss_mask.sum()) for sample in batch]
+    weights = sequence_weights(counts, per_token=per_token, constant=constant)
     return [replace(sample, weight=weight) for sample, weight in zip(batch, weights, strict=True)]
 
 

@@ -127,6 +127,22 @@ def clipping_is_ordered(config: Config, _: Architecture) -> Iterator[str]:
         yield f"--tis-clip-low {grpo.tis_clip_low} is not below --tis-clip {grpo.tis_clip}"
 
 
+def corrections_belong_together(config: Config, _: Architecture) -> Iterator[str]:
+    """One correction at a time, and none whose flags would be ignored."""
+    grpo = config.grpo
+    if grpo.custom_tis_function_path is not None and grpo.use_tis:
+        yield "--custom-tis-function-path takes the place of --use-tis: give one of the two"
+    if not grpo.use_tis and (grpo.tis_level != "token" or grpo.tis_mode != "truncate"):
+        yield "--tis-level and --tis-mode have no effect without --use-tis"
+    if grpo.dr_grpo and grpo.calculate_per_token_loss:
+        yield "--dr-grpo and --calculate-per-token-loss weigh tokens differently: give one of the two"
+    if config.is_sft:
+        return
+    if grpo.dr_grpo and grpo.advantage_estimator not in ("grpo", "gspo", "cispo"):
+        estimator = grpo.advantage_estimator
+        yield f"--dr-grpo: --advantage-estimator {estimator} does not divide by a group's deviation; drop it"
+
+
 def kl_is_asked_for_once(config: Config, _: Architecture) -> Iterator[str]:
     """A KL coefficient without --use-kl-loss would be ignored, and KL both in loss and reward counts twice."""
     grpo = config.grpo
@@ -234,6 +250,7 @@ RULES: tuple[Rule, ...] = (
     reward_is_named,
     sampling_is_enough,
     clipping_is_ordered,
+    corrections_belong_together,
     kl_is_asked_for_once,
     routing_can_be_replayed,
     schedule_is_ordered,

@@ -177,12 +177,26 @@ class GrpoConfig(Group):
     """Dual clip: bound on the ratio where the advantage is negative (arXiv 1912.09729); default: none."""
     calculate_per_token_loss: bool = False
     """Every token of the batch weighs the same; otherwise every sequence does."""
+    dr_grpo: bool = False
+    """Dr. GRPO (arXiv 2503.20783): no division by the standard deviation, and each token weighs the same in every
+    batch, 1 / (sequences x `rollout_max_response_len`)."""
     use_tis: bool = False
     """Truncated importance sampling of the trainer's log-probs against the engine's."""
+    tis_level: Literal["token", "sequence", "geometric"] = "token"
+    """Whose importance weight a token has: its own, the product of all in its sequence, or their geometric mean."""
+    tis_mode: Literal["truncate", "mask"] = "truncate"
+    """What becomes of a weight beyond its bounds: the bound, or 0, which leaves the token, or the sequence, out."""
     tis_clip: PositiveFloat = 2.0
     """Upper bound of that importance weight."""
     tis_clip_low: NonNegativeFloat = 0.0
     """Lower bound of that importance weight."""
+    custom_tis_function_path: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
+    """Importance weights of your own, as module:function, in the place of `use_tis`; see docs/guarantees.md."""
+    use_opsm: bool = False
+    """Off-policy sequence masking (DeepSeek-V3.2, arXiv 2512.02556): leaves sequences of negative advantage out that
+    the policy now gives much less than the engine did."""
+    opsm_delta: NonNegativeFloat = 1e-4
+    """How much less, in nats a token of a sequence, on average."""
     use_rollout_routing_replay: bool = False
     """The trainer takes every token to the experts that the engine took it to (R3, arXiv 2510.11370)."""
     use_routing_replay: bool = False

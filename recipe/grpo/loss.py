@@ -90,6 +90,8 @@ class PolicyLossConfig:
     kl_loss_coef: float = 0.0
     kl_estimator: KLEstimator = KLEstimator.LOW_VAR_KL
     use_tis: bool = False
+    tis_masks: bool = False
+    """Weights beyond their bounds become 0, not the bound."""
     tis_clip: float = 2.0
     tis_clip_low: float = 0.0
     num_sources: int = 0
@@ -116,7 +118,13 @@ class PolicyLossInputs:
     sources: Tensor | None = None
     """Integers below `num_sources`: where a token is from. Only measured."""
     sequence_log_ratio: Tensor | None = None
-    """For GSPO, from `sequence_log_ratio`; None where the ratio is exactly 1."""
+    """For GSPO, from `recipe.grpo.sequences`; None where the ratio is exactly 1."""
+    engine_log_ratio: Tensor | None = None
+    """For TIS of sequences, from `recipe.grpo.sequences`; None: each token has its own."""
+    custom_weights: Tensor | None = None
+    """In the place of TIS: a user's own."""
+    kept: Tensor | None = None
+    """0 at tokens that off-policy sequence masking leaves out, else 1; None: all are kept."""
 
 
 def policy_loss(inputs: PolicyLossInputs, config: PolicyLossConfig) -> LossOutput:
@@ -126,11 +134,14 @@ def policy_loss(inputs: PolicyLossInputs, config: PolicyLossConfig) -> LossOutpu
     1 + eps_clip_high)), and where A < 0 at most -A eps_clip_c. GSPO takes for r the ratio of the token's whole sequence
     (Zheng et al., arXiv:2507.18071, section 4), of whose gradient each token has its part. CISPO takes
     -clamp(r, 1 - eps_clip, 1 + eps_clip_high) A log policy, the clamped ratio a constant (MiniMax,
-    arXiv:2506.13585, section 3). With TIS, times the constant w = clamp(old policy /
-    engine, tis_clip_low, tis_clip), which corrects for an engine that does not sample from exactly the trainer's
-    policy (truncated importance sampling: Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL
-    Training", 2025; Ionides, 2008). Then plus kl_loss_coef times the KL to the reference (arXiv:2402.03300, eq. 3)
-    and minus entropy_coef times the entropy.
+    arXiv:2506.13585, section 3).
+
+    With TIS, times the constant w = clamp(old policy / engine, tis_clip_low, tis_clip), of the token or of its
+    sequence, which corrects for an engine that does not sample from exactly the trainer's policy (truncated importance
+    sampling: Yao et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", 2025; Ionides,
+    2008); with `tis_masks`, times the ratio where it is within these bounds and 0 where it is not. Times 0 where
+    off-policy sequence masking leaves a token out. Then plus kl_loss_coef times the KL to the reference
+    (arXiv:2402.03300, eq. 3) and minus entropy_coef times the entropy.
 
     The KL term and its metric are there if `ref_log_probs` are given, those of entropy, TIS and mismatch likewise;
     a coefficient other than zero, or use_tis, without its input raises ValueError.
@@ -156,11 +167,21 @@ def policy_loss(inputs: PolicyLossInputs, config: PolicyLossConfig) -> LossOutpu
         if inputs.sources is not None and config.num_sources:
             by_source = _by_source(difference.detach(), trained, inputs.sources, config.num_sources)
         if config.use_tis:
-            importance = bounded_exp(old - rollout)
+            of_sequence = inputs.engine_log_ratio
+            importance = bounded_exp(old - rollout if of_sequence is None else at_trained(of_sequence))
             weight = importance.clamp(config.tis_clip_low, config.tis_clip)
-            token_loss = token_loss * weight
-            measured["tis_weight"] = weight
             measured["tis_clip_share"] = (weight != importance).float()
+            if config.tis_masks:
+                weight = torch.where(weight == importance, weight, 0.0)
+            measured["tis_weight"] = weight
+            token_loss = token_loss * weight
+    if inputs.custom_weights is not None:
+        measured["tis_weight"] = at_trained(inputs.custom_weights)
+        token_loss = token_loss * measured["tis_weight"]
+    if inputs.kept is not None:
+        kept = at_trained(inputs.kept)
+        measured["opsm_share"] = 1 - kept
+        token_loss = token_loss * kept
     measured["policy_loss"] = token_loss
     if inputs.ref_log_probs is not None:
         kl = approximate_kl(log_probs, at_trained(inputs.ref_log_probs), config.kl_estimator)
@@ -202,21 +223,6 @@ def _by_source(difference: Tensor, trained: Tensor, sources: Tensor, count: int)
     """[3, S]: see `LossMetrics.by_source`."""
     values = torch.stack([difference, torch.ones_like(difference), (difference > math.log(10)).float()]) * trained
     return values @ F.one_hot(sources, count).to(values.dtype)
-
-
-def sequence_log_ratio(
-    inputs: PolicyLossInputs, sample_of: Tensor, lengths: Tensor, over_ranks: Callable[[Tensor], Tensor]
-) -> Tensor | None:
-    """[T] of each token's sequence the mean log(policy / old policy) over its trained tokens, without a gradient (GSPO:
-    arXiv:2507.18071, section 4, the logarithm of its ratio). None without old log-probs.
-
-    N: sequences of the pack. `sample_of` [T]: which of them a token is of; `lengths` [N]: their trained tokens, on all
-    ranks; `over_ranks` adds up a vector [N] over the ranks that share sequences."""
-    if inputs.old_log_probs is None:
-        return None
-    each = torch.where(inputs.weights > 0, inputs.log_probs.detach() - inputs.old_log_probs, 0.0)
-    sums = over_ranks(each.new_zeros(len(lengths)).index_add(0, sample_of, each))
-    return (sums / lengths.clamp(min=1))[sample_of]
 
 
 def _surrogate(

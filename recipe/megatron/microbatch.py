@@ -54,6 +54,8 @@ class MicroBatch:
     ref_log_probs: Tensor | None
     rollout_log_probs: Tensor | None
     sources: Tensor | None
+    response_lengths: IntArray
+    """R of each sample of the pack."""
     trained_lengths: IntArray
     """Trained tokens of each sample of the pack, on all context-parallel ranks."""
     sample_of: IntArray
@@ -278,6 +280,7 @@ def build_microbatch(samples: Sequence[TrainSample], layout: TokenLayout) -> Mic
         ref_log_probs=aligned([sample.ref_log_probs for sample in samples]),
         rollout_log_probs=aligned([sample.rollout_log_probs for sample in samples]),
         sources=aligned([sample.sources for sample in samples]),
+        response_lengths=responses,
         trained_lengths=np.array([int(sample.loss_mask.sum()) for sample in samples], dtype=np.int64),
         sample_of=sample_of[here],
         offset_of=offset_of[here],

@@ -28,7 +28,6 @@ from recipe.megatron.step import (
     Microbatches,
     finalize_gradients,
     forward_backward,
-    policy_loss_config,
     response_scores,
 )
 from recipe.megatron.weights import gathered_weights, load_hugging_face, named_weights
@@ -68,8 +67,7 @@ class TrainerRank:
         self.stopwatch.lap(RankPart.OPTIMIZER)
         transformer.finalize_model_grads_func = finalize_gradients
         transformer.grad_scale_func = self.optimization.optimizer.scale_loss
-        mtp_scale = config.mtp.mtp_loss_scaling_factor if config.mtp.enable_mtp_training else None
-        self.loss_function = LossFunction(policy_loss_config(config), config.is_sft, mtp_scale)
+        self.loss_function = LossFunction.of(config)
         self.reference: dict[str, Tensor] = {}
         self.peak_bytes = 0
         """GPU memory that tensors took at the fullest moment of the last step."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -20,8 +20,16 @@ from recipe.grpo.loss import (
     PolicyLossInputs,
     Surrogate,
     policy_loss,
-    sequence_log_ratio,
     sft_loss,
+)
+from recipe.grpo.sequences import (
+    CUSTOM_TIS,
+    Sequences,
+    WeightFunction,
+    custom_weights,
+    engine_log_ratio,
+    off_policy_kept,
+    sequence_log_ratio,
 )
 from recipe.megatron import gradients
 from recipe.megatron.device import to_training_device
@@ -30,6 +38,7 @@ from recipe.megatron.model import ModelOutput, PolicyModel
 from recipe.megatron.routing_record import RoutingRecord
 from recipe.messages import FloatArray, Scores, SourceDifference, TrainSample
 from recipe.system.heartbeat import heartbeat
+from recipe.system.imports import load_function
 
 Microbatches = Sequence[Sequence[TrainSample]]
 
@@ -59,6 +68,7 @@ def policy_loss_config(config: Config) -> PolicyLossConfig:
         kl_loss_coef=grpo.kl_loss_coef if grpo.use_kl_loss else 0.0,
         kl_estimator=KLEstimator(grpo.kl_loss_type),
         use_tis=grpo.use_tis,
+        tis_masks=grpo.tis_mode == "mask",
         tis_clip=grpo.tis_clip,
         tis_clip_low=grpo.tis_clip_low,
         num_sources=1 + config.num_engines,
@@ -73,6 +83,38 @@ class LossFunction:
     is_sft: bool
     mtp_scale: float | None
     """Weight of the MTP layer's loss; None where it is not trained."""
+    tis_level: str = "token"
+    opsm_delta: float | None = None
+    """For off-policy sequence masking; None: there is none."""
+    custom_tis: WeightFunction | None = None
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """The loss that this run's flags describe. Raises UserError if a function of the user's cannot be had."""
+        grpo, mtp = config.grpo, config.mtp
+        custom = grpo.custom_tis_function_path
+        return cls(
+            config=policy_loss_config(config),
+            is_sft=config.is_sft,
+            mtp_scale=mtp.mtp_loss_scaling_factor if mtp.enable_mtp_training else None,
+            tis_level=grpo.tis_level if grpo.use_tis else "token",
+            opsm_delta=grpo.opsm_delta if grpo.use_opsm else None,
+            custom_tis=None if custom is None else load_function(CUSTOM_TIS, custom),
+        )
+
+    def over_sequences(self, inputs: PolicyLossInputs, batch: MicroBatch) -> PolicyLossInputs:
+        """With what whole sequences say of their tokens."""
+        sequences = _sequences(batch)
+        if self.config.surrogate is Surrogate.GSPO:
+            inputs = replace(inputs, sequence_log_ratio=sequence_log_ratio(inputs, sequences))
+        if self.tis_level != "token":
+            mean = self.tis_level == "geometric"
+            inputs = replace(inputs, engine_log_ratio=engine_log_ratio(inputs, sequences, mean=mean))
+        if self.opsm_delta is not None:
+            inputs = replace(inputs, kept=off_policy_kept(inputs, sequences, self.opsm_delta))
+        if self.custom_tis is not None:
+            inputs = replace(inputs, custom_weights=custom_weights(inputs, sequences, self.custom_tis))
+        return inputs
 
     def __call__(self, batch: MicroBatch, output: ModelOutput) -> tuple[Tensor, Tensor, LossMetrics]:
         """(loss, tokens, metrics): the loss already carries the whole batch's denominators, so tokens count nothing."""
@@ -90,9 +132,7 @@ class LossFunction:
                 entropy=output.entropy,
                 sources=batch.sources,
             )
-            if self.config.surrogate is Surrogate.GSPO:
-                inputs = replace(inputs, sequence_log_ratio=_sequence_log_ratio(batch, inputs))
-            result = policy_loss(inputs, self.config)
+            result = policy_loss(self.over_sequences(inputs, batch), self.config)
         loss, metrics = result.loss, result.metrics
         if output.mtp_log_probs is not None:
             assert batch.mtp_weights is not None
@@ -103,16 +143,21 @@ class LossFunction:
         return loss, torch.zeros((), dtype=torch.int), metrics
 
 
-def _sequence_log_ratio(batch: MicroBatch, inputs: PolicyLossInputs) -> Tensor | None:
-    """[N] that of each asked token's sequence, which context-parallel ranks have parts of."""
+def _sequences(batch: MicroBatch) -> Sequences:
+    """Those of a pack, which context-parallel ranks have parts of."""
 
     def over_ranks(sums: Tensor) -> Tensor:
         if parallel_state.get_context_parallel_world_size() > 1:
             dist.all_reduce(sums, group=parallel_state.get_context_parallel_group())
         return sums
 
-    sample_of, lengths = to_training_device(batch.sample_of), to_training_device(batch.trained_lengths)
-    return sequence_log_ratio(inputs, sample_of, lengths, over_ranks)
+    return Sequences(
+        sample_of=to_training_device(batch.sample_of),
+        offset_of=to_training_device(batch.offset_of),
+        lengths=tuple(batch.response_lengths.tolist()),
+        trained=to_training_device(batch.trained_lengths),
+        over_ranks=over_ranks,
+    )
 
 
 def _run(

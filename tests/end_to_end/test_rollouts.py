@@ -31,7 +31,8 @@ def test_one_engine_stopped_and_one_killed_in_mid_rollout_change_nothing(
     they share with the trainer, the engines give their memory back while it trains. In fp32 and with equal weights the
     engines take every token where the trainer would, so that replaying them changes nothing either."""
     more = (
-        "--use-rollout-routing-replay --colocate --custom-rm-path run_support:striking_reward --rm-num-workers 1 --rollout-max-concurrency 2 "
+        "--use-rollout-routing-replay "
+        "--colocate --custom-rm-path run_support:striking_reward --rm-num-workers 1 --rollout-max-concurrency 2 "
         "--rollout-health-check-interval 1 --rollout-health-check-timeout 2"
     )
     before = 8 * 4 + 2 * 16

@@ -2,7 +2,8 @@
 
 import math
 import statistics
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,14 @@ from recipe.grpo.advantages import (
     penalise_kl,
     response_advantages,
 )
-from recipe.grpo.loss import PolicyLossConfig, PolicyLossInputs, Surrogate, policy_loss, sequence_log_ratio
+from recipe.grpo.loss import PolicyLossConfig, PolicyLossInputs, Surrogate, policy_loss
+from recipe.grpo.sequences import (
+    Sequences,
+    custom_weights,
+    engine_log_ratio,
+    off_policy_kept,
+    sequence_log_ratio,
+)
 from recipe.messages import Scores, TrainSample
 from recipe.system.errors import UserError
 
@@ -24,12 +32,15 @@ pytestmark = pytest.mark.smoke
 
 COUNTS = (4, 1, 6, 0, 3)
 """Trained tokens of the sequences of a pack, each between two that are not trained on."""
+ALL = slice(None)
 GSPO = PolicyLossConfig(surrogate=Surrogate.GSPO, eps_clip=0.05, eps_clip_high=0.07)
 CISPO = PolicyLossConfig(surrogate=Surrogate.CISPO, eps_clip=0.2, eps_clip_high=0.28)
 
 
-def pack(*, apart: float = 0.1, per_token: bool = False) -> tuple[PolicyLossInputs, torch.Tensor]:
-    """Inputs, and which sequence a token is of."""
+def pack(
+    *, apart: float = 0.1, per_token: bool = False, engine: float | None = None
+) -> tuple[PolicyLossInputs, torch.Tensor]:
+    """Inputs, and which sequence a token is of; `engine`: how far apart the engine's log-probs are."""
     draw = torch.Generator().manual_seed(0)
     weights = sequence_weights(COUNTS, per_token=per_token)
     sample_of = torch.tensor([number for number, count in enumerate(COUNTS) for _ in range(count + 2)])
@@ -38,12 +49,23 @@ def pack(*, apart: float = 0.1, per_token: bool = False) -> tuple[PolicyLossInpu
     old = log_probs + apart * torch.randn(len(sample_of), generator=draw, dtype=torch.float64)
     trained = [w for count, each in zip(COUNTS, weights, strict=True) for w in [0.0, *[each] * count, 0.0]]
     inputs = PolicyLossInputs(log_probs.requires_grad_(), advantages, torch.tensor(trained), old_log_probs=old)
+    if engine is not None:
+        rollout = old + engine * torch.randn(len(sample_of), generator=draw, dtype=torch.float64)
+        inputs = replace(inputs, rollout_log_probs=rollout)
     return inputs, sample_of
 
 
+def sequences_of(
+    sample_of: torch.Tensor, over_ranks: Callable[[torch.Tensor], torch.Tensor] = lambda sums: sums, held: slice = ALL
+) -> Sequences:
+    """Those of a pack whose tokens `held` are on this rank."""
+    lengths = [int((sample_of == number).sum()) for number in range(len(COUNTS))]
+    offset_of = torch.cat([torch.arange(length) for length in lengths])
+    return Sequences(sample_of[held], offset_of[held], tuple(lengths), torch.tensor(COUNTS), over_ranks)
+
+
 def with_sequences(inputs: PolicyLossInputs, sample_of: torch.Tensor) -> PolicyLossInputs:
-    ratio = sequence_log_ratio(inputs, sample_of, torch.tensor(COUNTS), lambda sums: sums)
-    return replace(inputs, sequence_log_ratio=ratio)
+    return replace(inputs, sequence_log_ratio=sequence_log_ratio(inputs, sequences_of(sample_of)))
 
 
 def gradient_of(loss: torch.Tensor, inputs: PolicyLossInputs) -> torch.Tensor:
@@ -70,28 +92,121 @@ def test_gspo_is_the_clipped_objective_of_whole_sequences() -> None:
     assert 0 < sum(clipped) < 4, "some sequences are clipped, whole, and others not"
 
 
-def test_the_parts_of_a_sequence_on_two_ranks_make_one_ratio() -> None:
-    inputs, sample_of = pack()
-    whole = sequence_log_ratio(inputs, sample_of, torch.tensor(COUNTS), lambda sums: sums)
-    assert whole is not None
-    sides = [torch.arange(len(sample_of)) % 2 == side for side in (0, 1)]
+def on_two_ranks(
+    inputs: PolicyLossInputs, sample_of: torch.Tensor, compute: Callable[[PolicyLossInputs, Sequences], object]
+) -> torch.Tensor:
+    """What two ranks compute that have every other token each."""
+    sides = [slice(side, None, 2) for side in (0, 1)]
+    told: list[list[torch.Tensor]] = [[], []]
 
-    def held(side: torch.Tensor) -> PolicyLossInputs:
-        assert inputs.old_log_probs is not None
-        tensors = (inputs.log_probs[side], inputs.advantages[side], inputs.weights[side], inputs.old_log_probs[side])
-        return PolicyLossInputs(*tensors)
+    def of_side(side: slice) -> PolicyLossInputs:
+        tensors = {one.name: getattr(inputs, one.name) for one in fields(inputs)}
+        return PolicyLossInputs(**{name: None if one is None else one[side] for name, one in tensors.items()})
 
-    sums: list[torch.Tensor] = []
+    for rank, side in enumerate(sides):
 
-    def keep(mine: torch.Tensor) -> torch.Tensor:
-        sums.append(mine)
-        return mine
+        def keep(mine: torch.Tensor, rank: int = rank) -> torch.Tensor:
+            told[rank].append(mine)
+            return mine
 
+        compute(of_side(side), sequences_of(sample_of, keep, side))
+    result = torch.empty(len(sample_of), dtype=torch.float64)
     for side in sides:
-        sequence_log_ratio(held(side), sample_of[side], torch.tensor(COUNTS), keep)
-    for side in sides:
-        found = sequence_log_ratio(held(side), sample_of[side], torch.tensor(COUNTS), lambda _: sums[0] + sums[1])
-        torch.testing.assert_close(found, whole[side])
+        sums = iter([one + other for one, other in zip(*told, strict=True)])
+        found = compute(of_side(side), sequences_of(sample_of, lambda _, sums=sums: next(sums), side))
+        assert isinstance(found, torch.Tensor)
+        result[side] = found
+    return result
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        sequence_log_ratio,
+        lambda inputs, sequences: engine_log_ratio(inputs, sequences, mean=False),
+        lambda inputs, sequences: engine_log_ratio(inputs, sequences, mean=True),
+        lambda inputs, sequences: off_policy_kept(inputs, sequences, 0.01),
+        lambda inputs, sequences: custom_weights(
+            inputs, sequences, lambda trainer, engine, trained: [(one.cumsum(0)) * 0.1 for one in trainer]
+        ),
+    ],
+    ids=["gspo", "sequence", "geometric", "opsm", "custom"],
+)
+def test_the_parts_of_a_sequence_on_two_ranks_are_one(compute: Callable) -> None:
+    inputs, sample_of = pack(engine=0.3)
+    whole = compute(inputs, sequences_of(sample_of))
+    assert whole.unique().numel() > 1
+    torch.testing.assert_close(on_two_ranks(inputs, sample_of, compute), whole.double())
+
+
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("masks", [False, True])
+def test_a_sequence_is_weighed_by_the_product_or_the_mean_of_its_tokens(mean: bool, masks: bool) -> None:
+    inputs, sample_of = pack(engine=0.3)
+    assert inputs.old_log_probs is not None
+    assert inputs.rollout_log_probs is not None
+    ratio = engine_log_ratio(inputs, sequences_of(sample_of), mean=mean)
+    bounds = (0.9, 1.1) if mean else (0.7, 1.4)
+    config = PolicyLossConfig(use_tis=True, tis_masks=masks, tis_clip_low=bounds[0], tis_clip=bounds[1])
+    found = policy_loss(replace(inputs, engine_log_ratio=ratio), config)
+    weights = torch.zeros(len(sample_of), dtype=torch.float64)
+    for number, count in enumerate(COUNTS):
+        own = (sample_of == number) & (inputs.weights > 0)
+        if count:
+            product = math.prod((inputs.old_log_probs - inputs.rollout_log_probs)[own].exp().tolist())
+            weight = product ** (1 / count) if mean else product
+            inside = min(max(weight, bounds[0]), bounds[1])
+            weights[own] = (weight if inside == weight else 0.0) if masks else inside
+    plain = gradient_of(policy_loss(inputs, PolicyLossConfig()).loss, inputs)
+    torch.testing.assert_close(gradient_of(found.loss, inputs), plain * weights)
+    share = found.metrics.values()["tis_clip_share"]
+    assert 0 < share < 1, "some sequences are beyond the bounds, and others not"
+    assert found.metrics.values()["tis_weight"] == pytest.approx((weights * inputs.weights).sum().item())
+
+
+def test_sequences_that_went_off_policy_the_wrong_way_are_left_out() -> None:
+    """DeepSeek-V3.2's M: 0 for a negative advantage and mean(log(engine / policy)) > delta."""
+    inputs, sample_of = pack(engine=0.3)
+    assert inputs.rollout_log_probs is not None
+    inputs = replace(inputs, advantages=torch.tensor([-1.0, 1.0, -1.0, -1.0, 1.0], dtype=torch.float64)[sample_of])
+    drift = [
+        (inputs.rollout_log_probs - inputs.log_probs)[(sample_of == n) & (inputs.weights > 0)].mean().item()
+        for n in (0, 1, 2, 4)
+    ]
+    for delta in (min(drift) - 0.1, 0.0, max(drift) + 0.1):
+        kept = off_policy_kept(inputs, sequences_of(sample_of), delta)
+        expected = [float(not (n in (0, 2) and one > delta)) for n, one in zip((0, 1, 2, 4), drift, strict=True)]
+        assert [kept[sample_of == n].unique().tolist() for n in (0, 1, 2, 4)] == [[one] for one in expected]
+        found = policy_loss(replace(inputs, kept=kept), PolicyLossConfig())
+        plain = gradient_of(policy_loss(inputs, PolicyLossConfig()).loss, inputs)
+        torch.testing.assert_close(gradient_of(found.loss, inputs), plain * kept)
+        assert found.metrics.values()["opsm_share"] == pytest.approx(((1 - kept) * inputs.weights).sum().item())
+
+
+def test_a_users_own_weights_are_taken_and_nonsense_is_a_sentence() -> None:
+    inputs, sample_of = pack(engine=0.3)
+    assert inputs.old_log_probs is not None
+    assert inputs.rollout_log_probs is not None
+    sequences = sequences_of(sample_of)
+
+    def token_level(trainer: list, engine: list, trained: list) -> list:
+        assert [len(one) for one in trained] == [count + 2 for count in COUNTS]
+        assert [int(one.sum()) for one in trained] == list(COUNTS)
+        return [(one - other).exp().clamp(0.5, 1.5) for one, other in zip(trainer, engine, strict=True)]
+
+    own = replace(inputs, custom_weights=custom_weights(inputs, sequences, token_level))
+    found = policy_loss(own, PolicyLossConfig())
+    expected = policy_loss(inputs, PolicyLossConfig(use_tis=True, tis_clip=1.5, tis_clip_low=0.5))
+    torch.testing.assert_close(found.loss, expected.loss)
+    assert found.metrics.values()["tis_weight"] == pytest.approx(expected.metrics.values()["tis_weight"])
+    with pytest.raises(UserError, match="returns weights of shapes"):
+        custom_weights(inputs, sequences, lambda trainer, engine, trained: trainer[1:])
+    with pytest.raises(UserError, match="not finite"):
+        custom_weights(inputs, sequences, lambda trainer, engine, trained: [one / 0 for one in trainer])
+
+
+def test_dr_grpo_weighs_a_token_the_same_in_every_batch() -> None:
+    assert sequence_weights([2, 0, 5], per_token=False, constant=10) == [1 / 20, 0, 1 / 20]
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,16 @@ def random_inputs(counts=(4, 1, 6, 0, 3), *, per_token=False, seed=0) -> PolicyL
     )
 
 
+def corrected(inputs: PolicyLossInputs) -> PolicyLossInputs:
+    """With what sequences and a user's function say of the tokens."""
+    draws = torch.randn(3, len(inputs.weights), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    kept = (draws[2] > -1).double()
+    return replace(inputs, engine_log_ratio=0.3 * draws[0], custom_weights=draws[1].exp(), kept=kept)
+
+
 def part(inputs: PolicyLossInputs, tokens: slice) -> PolicyLossInputs:
-    return PolicyLossInputs(**{field.name: getattr(inputs, field.name)[tokens] for field in fields(inputs)})
+    tensors = {field.name: getattr(inputs, field.name) for field in fields(inputs)}
+    return PolicyLossInputs(**{name: None if one is None else one[tokens] for name, one in tensors.items()})
 
 
 def values(metrics: LossMetrics) -> dict[str, float]:
@@ -67,7 +75,7 @@ def one_token(ratio: float, advantage: float, config: PolicyLossConfig) -> tuple
 
 @pytest.mark.parametrize("per_token", [True, False])
 def test_loss_metrics_and_gradient_do_not_depend_on_the_microbatches(per_token):
-    inputs = random_inputs(per_token=per_token)
+    inputs = corrected(random_inputs(per_token=per_token))
     whole = policy_loss(inputs, EVERYTHING)
     (gradient,) = torch.autograd.grad(whole.loss, inputs.log_probs)
     borders = [0, 3, 4, 13, 13, len(inputs.log_probs)]
@@ -230,7 +238,7 @@ def test_what_is_not_measured_is_absent():
 
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), float("-inf")])
 def test_garbage_at_untrained_tokens_reaches_neither_loss_nor_gradient(garbage):
-    inputs = random_inputs()
+    inputs = corrected(random_inputs())
     clean = policy_loss(inputs, EVERYTHING)
     (clean_gradient,) = torch.autograd.grad(clean.loss, inputs.log_probs)
     dirty = PolicyLossInputs(

@@ -150,3 +150,40 @@ def test_a_sequence_has_one_ratio_wherever_its_tokens_lie(ranks: int, perf: dict
     assert expected.metrics["clip_share"] < 0.5
     for metric in ("loss", "ratio", "clip_share", "grad_norm"):
         np.testing.assert_allclose(found.metrics[metric], expected.metrics[metric], rtol=1e-4, atol=1e-6)
+
+
+def root_weights(trainer: list[torch.Tensor], engine: list[torch.Tensor], trained: list[torch.Tensor]) -> list:
+    """A user's own: the root of each token's ratio to the engine, times that of its sequence."""
+    return [((a - b) / 2 + (a - b).mean()).exp().clamp(0.1, 3) for a, b in zip(trainer, engine, strict=True)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "correction",
+    [
+        {"use_tis": True, "tis_level": "geometric", "tis_clip": 2.0, "use_opsm": True, "opsm_delta": 0.5},
+        {"custom_tis_function_path": "test_layouts:root_weights"},
+    ],
+    ids=["geometric-opsm", "custom"],
+)
+def test_a_sequence_is_corrected_as_one_wherever_its_tokens_lie(correction: dict) -> None:
+    draw = np.random.default_rng(2)
+    samples = [
+        replace(sample, rollout_log_probs=draw.normal(-4.8, 1.0, sample.response_length).astype(np.float32))
+        for sample in random_samples(8, seed=3)
+    ]
+
+    def report(count: int, settings: dict) -> StepReport:
+        config = tiny_config(
+            random_checkpoint(),
+            cluster={"actor_num_gpus_per_node": count},
+            perf={"use_dynamic_batch_size": True, "max_tokens_per_gpu": 64} | settings,
+            grpo=correction,
+        )
+        return on_ranks(one_step, config, samples)[0]
+
+    expected, found = report(1, {}), report(4, TP2 | {"context_parallel_size": 2})
+    names = {"loss", "tis_weight", "grad_norm"} | ({"opsm_share", "tis_clip_share"} & expected.metrics.keys())
+    for metric in names:
+        assert expected.metrics[metric] not in (0, 1)
+        np.testing.assert_allclose(found.metrics[metric], expected.metrics[metric], rtol=1e-4, atol=1e-6)
