@@ -191,7 +191,7 @@ class GrpoConfig(Group):
     tis_clip_low: NonNegativeFloat = 0.0
     """Lower bound of that importance weight."""
     custom_tis_function_path: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
-    """Importance weights of your own, as module:function, in the place of `use_tis`; see docs/guarantees.md."""
+    """Importance weights of your own, as module:function, in the place of `use_tis`; see docs/objectives.md."""
     use_opsm: bool = False
     """Off-policy sequence masking (DeepSeek-V3.2, arXiv 2512.02556): leaves sequences of negative advantage out that
     the policy now gives much less than the engine did."""
