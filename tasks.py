@@ -218,6 +218,21 @@ def report(_: Context, name: str = "tiny", args: str = "", dry_run: bool = False
     run([*TARGETS["report"].command, f"runs/{name}"], args, dry_run)
 
 
+@target_task("mismatch", {"name": "of the run", "step": "a step that it kept (default: the newest)", **IN_IMAGE})
+def mismatch(
+    _: Context,
+    name: str = "tiny",
+    step: int = 0,
+    image: str = IMAGE,
+    base_dir: str = BASE_DIR,
+    work_dir: str = ".",
+    args: str = "",
+    dry_run: bool = False,
+) -> None:
+    flags = [f"runs/{name}", *(["--step", str(step)] * bool(step))]
+    run_target(TARGETS["mismatch"], flags, args, dry_run, image, base_dir, work_dir)
+
+
 @target_task("test", COMMON)
 def run_tests(_: Context, args: str = "", dry_run: bool = False) -> None:
     run(TARGETS["test"].command, args, dry_run)

@@ -14,7 +14,7 @@ from recipe.data.prompts import PromptFormat, read_prompts
 from recipe.data.source import PromptSource, SourceState
 from recipe.data.tokenizer import load_tokenizer
 from recipe.engines.argument_check import ArgumentCheck
-from recipe.experience import from_prompts, rollout_metrics, sample_records, train_metrics
+from recipe.experience import from_prompts, rollout_metrics, sample_records, samples_of, train_metrics
 from recipe.grpo.mismatch import MismatchWatch, StepMismatch
 from recipe.messages import Progress, StepReport, TrainSample
 from recipe.rewards.functions import REWARD_RULES, CustomReward, Reward, RewardRule, RewardType
@@ -27,6 +27,7 @@ from recipe.rollout.routing import RouterShape
 from recipe.rollout.sample import SampleGroup, grade_group
 from recipe.rollout.sampling_params import SamplingParams
 from recipe.run.directory import RunDirectory
+from recipe.run.kept_steps import kept_step
 from recipe.run.metrics import Scalar, StepMetrics, Values
 from recipe.run.phases import Phase, PhaseClock
 from recipe.run.progress import Progress as Display
@@ -128,6 +129,7 @@ class Run:
         self._reports: list[StepReport] = []
         self._learned: Sequence[TrainSample] = ()
         self._saved_rollouts = progress.rollouts
+        self._begins_at_checkpoint = False
         self._start = start
         self._evals: dict[str, Values] = {}
         self._mismatch = MismatchWatch(resolved.config.misc.mismatch_warn)
@@ -143,6 +145,7 @@ class Run:
     async def generate(self) -> Rollout:
         """Samples and grades responses to the next prompts, under the current weights."""
         engines, rollout_id = self._engines, self.progress.rollouts
+        self._begins_at_checkpoint = self._saved_rollouts == rollout_id
         assert engines is not None
         seeds = SeedStream(self.config.misc.seed, ("rollout", rollout_id))
         with self.clock.measure(Phase.ROLLOUT):
@@ -237,6 +240,9 @@ class Run:
             assert self._engines is not None
             values |= rollout_metrics(done - 1, self._rollout, self._engines.new_counts())
             self._directory.record_rollout(done - 1, sample_records(self._rollout, self.config))
+            if self._begins_at_checkpoint:
+                versions = [sample.weight_versions for sample in samples_of(self._rollout)]
+                self._directory.keep_step(done, kept_step(samples, versions))
         if samples:
             values |= train_metrics(samples, self._reports, self.progress.skipped_steps)
         if self._engines is not None:

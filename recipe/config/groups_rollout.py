@@ -238,5 +238,7 @@ class MiscConfig(Group):
     """Time to finish the step and save after a SIGTERM, in seconds; most spot nodes are taken away after 30 to 120."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """What is logged."""
+    keep_steps_for_mismatch: NonNegativeInt = 1
+    """Of the steps that begin at a checkpoint, the newest whose tokens are kept for `make mismatch`."""
     mismatch_warn: PositiveFloat = 0.05
     """Mean difference of the trainer's and the engine's log-probs above which a step warns."""

@@ -118,6 +118,12 @@ _ALL = (
         ("python", "-m", "recipe.run.report"),
     ),
     Target(
+        "mismatch",
+        "how much of the train/rollout difference each cause makes: make mismatch NAME=run STEP=21 (a minute and more)",
+        ("python", "-m", "recipe.mismatch"),
+        Place.EITHER,
+    ),
+    Target(
         "eval",
         "score a model: make eval MODEL=DIR DATA=aime.jsonl (default: the tiny model)",
         ("python", "-m", "evaluation.aime"),

@@ -9,6 +9,7 @@
                      written when the run ends, however it ends
     reward.png       the same as a picture
     host_memory.json the most host memory that the training ranks used, by machine and part, in bytes
+    kept_steps/      tokens of the newest steps that begin at a checkpoint, for `make mismatch`
     exports.json     what `--save-hf` wrote
     wandb_id         the run's id at Weights & Biases (--use-wandb)
     hung-ranks.txt   what every training rank was doing when one had hung, if one did
@@ -32,6 +33,7 @@ import psutil
 
 from recipe.config import Resolved
 from recipe.run.journal import Journal, encode, writing
+from recipe.run.kept_steps import FOLDER, KeptStep, path_of, steps_in, write_step
 from recipe.run.manifest import public_config, write_manifest
 from recipe.run.metrics import StepMetrics
 from recipe.run.outputs import Exports, check_outputs
@@ -117,6 +119,9 @@ class RunDirectory:
             for file in self._rollouts.glob("*.jsonl"):
                 if int(file.stem) >= steps_done:
                     file.unlink()
+            for step in steps_in(self.path):
+                if step > steps_done:
+                    path_of(self.path, step).unlink()
             if events.exists():
                 shutil.rmtree(events)
             tensorboard = TensorBoardSink(events)
@@ -142,6 +147,12 @@ class RunDirectory:
         path = self._rollouts / f"{rollout_id:06}.jsonl"
         with writing(path):
             atomic_write_bytes(path, b"".join(encode(vars(sample)) for sample in samples))
+
+    def keep_step(self, step: int, kept: KeptStep) -> None:
+        """Keeps what a step learned from, if steps are to be kept. Raises UserError if the disk is full."""
+        if newest := self._config.misc.keep_steps_for_mismatch:
+            with writing(self.path / FOLDER):
+                write_step(self.path, step, kept, newest)
 
     def record_host_memory(self, machines: Sequence[Mapping[str, int]]) -> None:
         """Takes down what the training ranks of each machine use now. The file keeps the most that was ever seen."""

@@ -113,6 +113,20 @@ def test_the_text_has_special_tokens(embedded: EngineUnderTest) -> None:
         assert answer["text"] == tokenizer.decode(ids[:-1] if ends else ids, skip_special_tokens=False)
 
 
+def test_log_probs_of_what_is_read_equal_transformers(engine: EngineUnderTest) -> None:
+    """Those of the prompt's tokens but the first, whatever temperature the response is sampled at."""
+    prompts = [PROMPT, [5, 6] * 10, [9]]
+    body = generation(prompts, replace(ONE, temperature=0.5)) | {"logprob_start_len": 0}
+    for prompt, answer in zip(prompts, engine.post("/generate", body), strict=True):
+        first, *told = answer["meta_info"]["input_token_logprobs"]
+        assert first[:2] == [None, prompt[0]]
+        assert [entry[1] for entry in told] == prompt[1:]
+        if told:
+            expected = log_probs_of(engine.reference, prompt, 1.0)
+            got = torch.tensor([entry[0] for entry in told])
+            assert torch.allclose(got, expected, atol=engine.tolerance, rtol=0)
+
+
 def test_routed_experts_equal_transformers(engine: EngineUnderTest) -> None:
     """Those of all tokens but the last, also of a prompt that is cached, of one that others share, of a response that
     is gone on with."""
@@ -182,7 +196,7 @@ def _with_param(name: str, value: object) -> Callable[[dict[str, Any]], None]:
         (_with("text", "1+2="), "text"),
         (_with("rid", "mine"), "rid"),
         (_with("stream", False), "stream"),
-        (_with("logprob_start_len", 0), "logprob_start_len"),
+        (_with("logprob_start_len", 3), "logprob_start_len"),
         (_with("top_logprobs_num", 2), "top_logprobs_num"),
         (_with_param("max_new_tokens", "many"), "max_new_tokens"),
         (_with_param("max_new_tokens", 0), "max_new_tokens"),

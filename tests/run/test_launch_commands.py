@@ -31,6 +31,7 @@ TARGETS = {
     "export": "-m recipe.conversion.export --load runs/tiny/checkpoints",
     "smoke": "-m recipe.smoke --device auto --engine embedded --price 2.5",
     "report": "-m recipe.run.report runs/tiny",
+    "mismatch": "-m recipe.mismatch runs/tiny",
     "tune": "-m recipe.plan.tune --recipe 'glm4.7-flash-8gpu'",
     "bench": "scripts/bench_trainer.py",
 }

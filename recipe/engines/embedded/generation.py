@@ -119,7 +119,21 @@ class Generation:
             starts = torch.full((padded,), start)
             piece = tokens[:padded, start : start + CHUNK]
             pieces.append(self._model.forward(piece, starts, self._cache, first_row=self._size)[:reading])
+        for number, (ids, sequences) in enumerate(prompts):
+            if any(sequence.returns_input_log_probs for sequence in sequences):
+                hidden_QH = torch.cat([piece[number] for piece in pieces if len(piece) > number])
+                told = self._input_log_probs(hidden_QH, ids)
+                for sequence in sequences:
+                    sequence.input_log_probs = told
         return torch.stack([pieces[(n - 1) // CHUNK][i, (n - 1) % CHUNK] for i, n in enumerate(lengths)])
+
+    def _input_log_probs(self, hidden_QH: Tensor, ids: tuple[int, ...]) -> list[float]:
+        """Of a prompt's tokens but the first, from the hidden states at all of them (and more)."""
+        if len(ids) == 1:
+            return []
+        log_probs_QV = self._logits(hidden_QH[: len(ids) - 1]).log_softmax(-1)
+        told: list[float] = log_probs_QV.gather(1, torch.tensor(ids[1:])[:, None])[:, 0].tolist()
+        return told
 
     def _logits(self, hidden_RH: Tensor) -> Tensor:
         """[R, V], computed over a multiple of the granule."""

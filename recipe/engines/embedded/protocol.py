@@ -44,6 +44,8 @@ class GenerateBody(Body):
     input_ids: list[list[int]]
     sampling_params: list[SamplingBody]
     return_logprob: Literal[True]
+    logprob_start_len: Literal[0, -1] = -1
+    """0: the log-probs of the prompt's tokens too."""
     return_routed_experts: bool = False
 
 
@@ -71,7 +73,12 @@ def read_sequences(body: GenerateBody, limits: Limits) -> list[RunningSequence]:
     asked = body.return_routed_experts
     _require(limits.keeps_experts or not asked, "return_routed_experts needs --enable-return-routed-experts", asked)
     return [
-        RunningSequence(tuple(prompt), _sampling(param, len(prompt), limits), returns_routed_experts=asked)
+        RunningSequence(
+            tuple(prompt),
+            _sampling(param, len(prompt), limits),
+            returns_input_log_probs=body.logprob_start_len == 0,
+            returns_routed_experts=asked,
+        )
         for prompt, param in zip(prompts, params, strict=True)
     ]
 
@@ -135,6 +142,9 @@ def answer(sequence: RunningSequence, text: str | None) -> dict[str, Any]:
             (log_prob, token, None) for log_prob, token in zip(sequence.log_probs, sequence.output_ids, strict=True)
         ],
     }
+    if sequence.returns_input_log_probs:
+        told = zip([None, *sequence.input_log_probs], sequence.prompt_ids, strict=True)
+        meta["input_token_logprobs"] = [(log_prob, token, None) for log_prob, token in told]
     if sequence.routed_experts is not None:
         meta["routed_experts"] = encode_routed_experts(sequence.routed_experts)
     result: dict[str, Any] = {} if text is None else {"text": text}

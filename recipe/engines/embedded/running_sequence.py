@@ -32,6 +32,9 @@ class RunningSequence:
     sampling: Sampling
     output_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
+    returns_input_log_probs: bool = False
+    input_log_probs: list[float] = field(default_factory=list)
+    """Of the prompt's tokens but the first, at temperature 1, if they are to be returned."""
     returns_routed_experts: bool = False
     routed_experts: NDArray[np.int32] | None = None
     """[prompt and response - 1, L, K] where the tokens were taken, if that is to be returned."""

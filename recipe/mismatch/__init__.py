@@ -1,0 +1,1 @@
+"""The bill of a mismatch: how much of the difference between trainer and engine each of its causes makes."""

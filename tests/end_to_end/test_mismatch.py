@@ -1,0 +1,50 @@
+"""The bill of a run's train/rollout difference, as a user asks for it."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from run_support import ONE_OF_EACH, TinyInputs, arguments, metrics, run
+
+pytestmark = pytest.mark.slow
+
+
+def mismatch(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "recipe.mismatch", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_the_parts_of_a_runs_difference_are_told_and_add_up(inputs: TinyInputs, tmp_path: Path) -> None:
+    """The trainer in bf16, the engine in fp32, and some tokens of older weights: what is computed again is what the
+    run measured, to the last digits of its log-probs."""
+    flags = (
+        "--bf16 --num-rollout 3 --save-interval 1 --skip-eval-before-train --over-sampling-batch-size 8 "
+        "--partial-rollout --rollout-max-response-len 40 --rollout-max-concurrency 3 --use-tis"
+    )
+    status, output = run(arguments(inputs, tmp_path, "bf16", *ONE_OF_EACH, *flags.split()))
+    assert status == 0, output
+    directory = tmp_path / "bf16"
+    assert [path.name for path in (directory / "kept_steps").iterdir()] == ["000003.npz"]
+    ended = mismatch(directory, "--json")
+    assert ended.returncode == 0, ended.stderr
+    bill = json.loads(ended.stdout[ended.stdout.index("{") :])
+    line = metrics(directory)[-1]
+    assert line["step"] == bill["step"] == 3
+    assert bill["measured_in_run"] == line["logprob_diff_mean"]
+    parts = {part["name"]: part for part in bill["parts"]}
+    assert {"decoding", "engine", "trainer", "routing"} <= parts.keys()
+    assert sum(part["share"] for part in bill["parts"]) == pytest.approx(1, abs=1e-6)
+    assert bill["together"]["largest"] == pytest.approx(line["logprob_diff_max"], rel=1e-3)
+    assert parts["decoding"]["mean"] < 1e-5
+    assert parts["engine"]["mean"] < 1e-5
+    assert parts["trainer"]["mean"] > 1e-5
+    assert len(bill["rerouted"]) == 3
+    shutil.rmtree(directory / "checkpoints" / "iter_0000002")
+    for words, sentence in (((directory,), "iter_0000002, which is not there"), ((directory, "--step", 2), "not kept")):
+        ended = mismatch(*words)
+        assert (ended.returncode, "Traceback" in ended.stderr) == (2, False)
+        assert sentence in ended.stderr
+    assert mismatch(tmp_path).returncode == 2
