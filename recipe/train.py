@@ -1,15 +1,17 @@
 """GRPO, from prompts to new weights: the loop of the whole recipe.
 
 python -m recipe.train --recipe NAME [flags]            trains, if the run fits this machine (--force: in any case)
+python -m recipe.train --replay-step RUN:N [flags]      does a step that a run kept again, with the flags changed
 python -m recipe.train --recipe NAME [flags] --check    reads and checks everything as the run would, starts nothing
 """
 
 import asyncio
 import sys
 
+from recipe.again.step import replay_step
 from recipe.assembly import Data, Run, open_run
 from recipe.config import Resolved, help_text, resolve
-from recipe.config.usage import CHECK, FORCE, HELP
+from recipe.config.usage import CHECK, FORCE, HELP, REPLAY_STEP
 from recipe.engines.argument_check import check_arguments
 from recipe.experience import optimizer_batches, with_advantages, with_log_probs
 from recipe.messages import TrainSample
@@ -67,6 +69,9 @@ def main() -> None:
     arguments = sys.argv[1:]
     if not HELP.isdisjoint(arguments):
         print(help_text())
+        return
+    if REPLAY_STEP in arguments:
+        print("\n".join(replay_step(arguments)))
         return
     resolved = resolve([word for word in arguments if word not in (CHECK, FORCE)])
     start = find_start(resolved.config)

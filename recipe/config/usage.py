@@ -12,7 +12,7 @@ from recipe.config.schema import GROUPS
 
 _WIDTH = 110
 
-CHECK, FORCE = "--check", "--force"
+CHECK, FORCE, REPLAY_STEP = "--check", "--force", "--replay-step"
 HELP = frozenset({"--help", "-h"})
 """Flags of the commands that train; all others are the configuration's."""
 

@@ -89,6 +89,13 @@ class Optimization:
         states = (state for inner in self._inner() for state in inner.state.values())
         return (tensor for state in states for tensor in state.values())
 
+    @property
+    def masters(self) -> Iterator[torch.Tensor]:
+        """The fp32 weights of this rank, which the optimizer steps."""
+        for inner in self._inner():
+            for parameter, state in inner.state.items():
+                yield state.get("master_param", parameter)
+
     def begin(self) -> None:
         """The state before the first step, with the model's weights as they were loaded."""
         self.optimizer.reload_model_params()

@@ -16,18 +16,17 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
+from recipe.again.alone import read_config, weights_of
+from recipe.again.scores import scores
 from recipe.config import Architecture, Config, Resolved
 from recipe.experience import sequence_weights
 from recipe.messages import Scores, TrainSample
-from recipe.mismatch import engine, trainer
+from recipe.mismatch import engine
 from recipe.mismatch.bill import DECODING, ENGINE, OLDER, ROUTING, TRAINER, Bill, Floats, Part
 from recipe.run.journal import Journal
 from recipe.run.kept_steps import KeptStep, read_step, steps_in
 from recipe.system.errors import UserError, run_main
-from recipe.system.json_text import read_json
-from recipe.weights.checkpoints import is_training_checkpoint, name_of
 
 WORST_LAYERS = 5
 
@@ -128,21 +127,21 @@ def score(run: Path, step: int, samples: int | None) -> Scored:
     whole = read_step(run, step)
     resolved, weights = Resolved(config, architecture, {}, ()), weights_of(config, step)
     kept = KeptStep(whole.samples[:samples], whole.versions[:samples])
-    own_precision = trainer.alone(config, weights, bf16=config.model.bf16)
 
-    def again(settings: Config, given: Sequence[TrainSample], export: Path | None = None) -> Scores:
-        return trainer.scores(settings, architecture, list(given), export)
+    def again(given: Sequence[TrainSample], *, bf16: bool, export: Path | None = None) -> Scores:
+        return scores(config, architecture, weights, given, bf16=bf16, export=export)
 
+    bf16 = config.model.bf16
     with tempfile.TemporaryDirectory() as folder:
         exported = Path(folder) / "hf"
         print("scored by the trainer ...", flush=True)
-        own = again(own_precision, [replace(one, routed_experts=None) for one in kept.samples], exported)
+        own = again([replace(one, routed_experts=None) for one in kept.samples], bf16=bf16, export=exported)
         print("by the engine ...", flush=True)
         read = engine.scores(resolved, exported, kept.samples, Path(folder) / "engine.log")
     told_so = [_routed(sample, read) for sample in kept.samples]
     print("and by the trainer with the engine's experts ...", flush=True)
-    told = again(own_precision, told_so)
-    exact = again(trainer.alone(config, weights, bf16=False), told_so) if config.model.bf16 else told
+    told = again(told_so, bf16=bf16)
+    exact = again(told_so, bf16=False) if bf16 else told
     comparable = config.rollout.rollout_temperature == 1.0
     return Scored(step, config, kept, own, told, exact, read if comparable else None)
 
@@ -151,28 +150,6 @@ def _routed(sample: TrainSample, read: Scores) -> TrainSample:
     """With the experts that the run replayed or, where it replayed none, those that the engine has now told."""
     routed = sample.routed_experts
     return replace(sample, routed_experts=read.routed_experts[sample.index] if routed is None else routed)
-
-
-def read_config(run: Path) -> Config:
-    """The configuration of a run. Raises UserError if there is none."""
-    manifest = read_json(run / "manifest.json", dict[str, Any], "give the directory of a run, such as runs/NAME")
-    try:
-        return Config.model_validate(manifest["config"])
-    except (KeyError, ValidationError) as error:
-        raise UserError(
-            f"{run / 'manifest.json'} is of another version of this recipe: {type(error).__name__}"
-        ) from error
-
-
-def weights_of(config: Config, step: int) -> Path | None:
-    """Those that a step began with; None: what the run began with. Raises UserError if they are not there."""
-    if step == 1:
-        load, own = config.checkpoint.load, config.save_dir
-        return None if load is None or load.resolve().is_relative_to(own.resolve()) else load
-    checkpoint = config.save_dir / name_of(step - 1)
-    if not is_training_checkpoint(checkpoint):
-        raise UserError(f"step {step} began with the weights of {checkpoint}, which is not there: look at another step")
-    return checkpoint
 
 
 def page(scored: Scored, measured: float | None) -> Iterator[str]:

@@ -1,6 +1,7 @@
-"""The bill of a run's train/rollout difference, as a user asks for it."""
+"""A step that a run kept, as a user asks for it: the bill of its train/rollout difference, and the step once more."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -17,9 +18,22 @@ def mismatch(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 
+def replay_step(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "recipe.train", "--replay-step", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+
+
+def replayed(directory: Path, *flags: str) -> list[dict[str, float]]:
+    """What step 3 is once more, and changed."""
+    ended = replay_step(f"{directory}:3", *flags)
+    assert ended.returncode == 0, ended.stderr
+    rows = [re.split(r"  +", row.strip()) for row in ended.stdout.splitlines()[2:-1]]
+    return [{name: float(values[column]) for name, *values in rows} for column in (1, 2)]
+
+
 def test_the_parts_of_a_runs_difference_are_told_and_add_up(inputs: TinyInputs, tmp_path: Path) -> None:
     """The trainer in bf16, the engine in fp32, and some tokens of older weights: what is computed again is what the
-    run measured, to the last digits of its log-probs."""
+    run measured, to the last digits of its log-probs. So is the step, taken once more; a change of it shows."""
     flags = (
         "--bf16 --num-rollout 3 --save-interval 1 --skip-eval-before-train --over-sampling-batch-size 8 "
         "--partial-rollout --rollout-max-response-len 40 --rollout-max-concurrency 3 --use-tis"
@@ -42,6 +56,22 @@ def test_the_parts_of_a_runs_difference_are_told_and_add_up(inputs: TinyInputs, 
     assert parts["engine"]["mean"] < 1e-5
     assert parts["trainer"]["mean"] > 1e-5
     assert len(bill["rerouted"]) == 3
+    once_more, changed = replayed(directory, "--clip-grad", str(line["grad_norm"] / 10))
+    for name in ("loss", "grad_norm", "logprob_diff_mean", "tis_weight", "entropy"):
+        assert once_more[name] == pytest.approx(line[name], rel=1e-4), name
+        assert changed[name] == once_more[name]
+    assert 0 < changed["norm of the update"] < once_more["norm of the update"]
+    once_more, changed = replayed(directory, "--advantage-estimator", "rloo", "--tis-level", "sequence")
+    assert changed["tis_weight"] != once_more["tis_weight"]
+    assert changed["grad_norm"] != once_more["grad_norm"]
+    for flags, sentence in (
+        (("--use-rollout-routing-replay",), "were not asked where they took tokens"),
+        (("--eps-clip", "2"), "--eps-clip 2"),
+    ):
+        ended = replay_step(f"{directory}:3", *flags)
+        assert (ended.returncode, "Traceback" in ended.stderr) == (2, False)
+        assert sentence in ended.stderr
+    assert "is not of the form RUN:N" in replay_step(directory).stderr
     shutil.rmtree(directory / "checkpoints" / "iter_0000002")
     for words, sentence in (((directory,), "iter_0000002, which is not there"), ((directory, "--step", 2), "not kept")):
         ended = mismatch(*words)

@@ -15,7 +15,7 @@ FLOORS = (
     {"recipe.weight_sync"},
     {"recipe.engines", "recipe.megatron"},
     {"recipe.conversion", "recipe.cluster", "recipe.experience"},
-    {"recipe.assembly"},
+    {"recipe.again", "recipe.assembly"},
     {"recipe.train"},
     {"recipe.mismatch", "recipe.smoke", "evaluation"},
 )

@@ -13,7 +13,7 @@ import pytest
 from test_arrows import FLOORS
 
 from recipe.config.flags import FLAGS, RECIPE_FLAG, SGLANG_PREFIX
-from recipe.config.usage import CHECK, FORCE, HELP
+from recipe.config.usage import CHECK, FORCE, HELP, REPLAY_STEP
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,7 +45,7 @@ def known_flags() -> set[str]:
     programs = [path for folder in ("recipe", "evaluation", "scripts") for path in (ROOT / folder).rglob("*.py")]
     parsed = {flag for path in programs for flag in re.findall(r'add_argument\(\s*"(--[\w-]+)"', path.read_text())}
     tasks = {flag for flags in task_flags().values() for flag in flags}
-    return {*FLAGS, RECIPE_FLAG, CHECK, FORCE, *HELP} | parsed | tasks | OTHERS_FLAGS
+    return {*FLAGS, RECIPE_FLAG, CHECK, FORCE, REPLAY_STEP, *HELP} | parsed | tasks | OTHERS_FLAGS
 
 
 def task_flags() -> dict[str, set[str]]:
