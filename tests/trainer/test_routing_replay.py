@@ -171,10 +171,11 @@ def test_what_the_routers_take_is_recorded_on_every_layout(ranks: int, perf: dic
 
 
 def a_step(trainer, samples: list[TrainSample], replayed: bool) -> tuple[StepReport, dict[str, torch.Tensor]]:
-    """One by its own routing, or by what a pass before it took."""
+    """One by its own routing, or by what a pass before it took, told in another order."""
     trainer.load()
     routed = trainer.log_probs(scheduled(trainer, samples)).routed_experts if replayed else {}
-    told_so = [replace(sample, routed_experts=routed.get(sample.index)) for sample in samples]
+    turned = {index: experts[..., ::-1] for index, experts in routed.items()}
+    told_so = [replace(sample, routed_experts=turned.get(sample.index)) for sample in samples]
     report = trainer.train_step(scheduled(trainer, told_so))
     return report, {name: weight.clone() for name, weight in trainer.weights()}
 
