@@ -242,7 +242,8 @@ class Run:
             self._directory.record_rollout(done - 1, sample_records(self._rollout, self.config))
             if self._begins_at_checkpoint:
                 versions = [sample.weight_versions for sample in samples_of(self._rollout)]
-                self._directory.keep_step(done, kept_step(samples, versions))
+                of_engine = self.config.grpo.use_rollout_routing_replay
+                self._directory.keep_step(done, kept_step(samples, versions, of_engine=of_engine))
         if samples:
             values |= train_metrics(samples, self._reports, self.progress.skipped_steps)
         if self._engines is not None:

@@ -36,7 +36,7 @@ def with_advantages(rollout: Rollout, config: Config) -> list[TrainSample]:
             advantages=np.full(sample.response_length, advantage, dtype=np.float32),
             rollout_log_probs=np.array(sample.rollout_log_probs, dtype=np.float32),
             sources=_sources(sample, rollout.weight_version),
-            routed_experts=sample.routed_experts,
+            routed_experts=sample.routed_experts if config.grpo.use_rollout_routing_replay else None,
         )
         for sample, advantage in zip(samples_of(rollout), advantages(rollout, config), strict=True)
     ]
@@ -130,11 +130,17 @@ def optimizer_batches(samples: Sequence[TrainSample], config: Config) -> list[li
     """The samples of each optimizer step, weighted in that step's loss."""
     size = config.global_batch_size
     batches = [list(samples[start : start + size]) for start in range(0, len(samples), size)]
-    constant = config.rollout.rollout_max_response_len if config.grpo.dr_grpo else None
-    return [_weighted(batch, per_token=config.grpo.calculate_per_token_loss, constant=constant) for batch in batches]
+    return [_weighted(batch, config) for batch in batches]
 
 
-def sequence_weights(trainable_tokens: Sequence[int], *, per_token: bool, constant: int | None = None) -> list[float]:
+def constant_length_scale(trainable_tokens: Sequence[int], length: int) -> float:
+    """What the advantages of a batch are multiplied by for its tokens, which weigh 1 / (tokens of the batch), to count
+    as if each weighed 1 / (sequences x length) (Dr. GRPO: arXiv:2503.20783, section 3.2)."""
+    sequences = sum(count > 0 for count in trainable_tokens)
+    return sum(trainable_tokens) / (sequences * length) if sequences else 0.0
+
+
+def sequence_weights(trainable_tokens: Sequence[int], *, per_token: bool) -> list[float]:
     """The weight of a trainable token of each sequence, for all the sequences of one optimizer step.
 
     The denominators are those of the whole batch, and the tokens carry them as weights, so the loss is a plain sum over
@@ -142,22 +148,28 @@ def sequence_weights(trainable_tokens: Sequence[int], *, per_token: bool, consta
 
     `per_token`: every trainable token of the batch weighs the same (DAPO: Yu et al., arXiv:2503.14476, eq. 8).
     Otherwise every sequence does: the mean over its own tokens, then over sequences (GRPO: arXiv:2402.03300, eq. 3).
-    Weights times token counts add up to 1, but with a `constant`, which stands for every sequence's number of tokens
-    (Dr. GRPO: arXiv:2503.20783, section 3.2): a long response then counts no less by the token than a short one.
-    A sequence with no trainable token weighs 0 and is counted nowhere: a batch
+    Weights times token counts add up to 1. A sequence with no trainable token weighs 0 and is counted nowhere: a batch
     with it and without it has the same loss.
     """
     if per_token:
         tokens = sum(trainable_tokens)
         return [1 / tokens if count else 0.0 for count in trainable_tokens]
     sequences = sum(count > 0 for count in trainable_tokens)
-    return [1 / ((constant or count) * sequences) if count else 0.0 for count in trainable_tokens]
+    return [1 / (count * sequences) if count else 0.0 for count in trainable_tokens]
 
 
-def _weighted(batch: list[TrainSample], *, per_token: bool, constant: int | None) -> list[TrainSample]:
+def _weighted(batch: list[TrainSample], config: Config) -> list[TrainSample]:
+    grpo = config.grpo
     counts = [int(sample.loss_mask.sum()) for sample in batch]
-    weights = sequence_weights(counts, per_token=per_token, constant=constant)
-    return [replace(sample, weight=weight) for sample, weight in zip(batch, weights, strict=True)]
+    weights = sequence_weights(counts, per_token=grpo.calculate_per_token_loss or grpo.dr_grpo)
+    weighted = [replace(sample, weight=weight) for sample, weight in zip(batch, weights, strict=True)]
+    if not grpo.dr_grpo:
+        return weighted
+    scale = np.float32(constant_length_scale(counts, config.rollout.rollout_max_response_len))
+    return [
+        replace(sample, advantages=None if sample.advantages is None else scale * sample.advantages)
+        for sample in weighted
+    ]
 
 
 def rollout_metrics(rollout_id: int, rollout: Rollout, engines: ClientCounters) -> Values:

@@ -6,10 +6,14 @@ from itertools import chain
 from recipe.config import layout_rules, sglang_machine, sglang_rules, speculation_rules
 from recipe.config.architecture import Architecture, contradictions
 from recipe.config.error_text import nearest
+from recipe.config.flags import SGLANG_KEY, spell
+from recipe.config.groups_training import GrpoConfig
 from recipe.config.schema import Config
+from recipe.config.speculation_rules import EAGLE
 
 Rule = Callable[[Config, Architecture], Iterator[str]]
 
+OPSM_DELTA: float = GrpoConfig.model_fields["opsm_delta"].default
 MOST_REPLAYED_EXPERTS = 255
 """Experts of a layer that a byte numbers, of which one value is none (`recipe.messages.NOT_ROUTED`)."""
 
@@ -132,8 +136,18 @@ def corrections_belong_together(config: Config, _: Architecture) -> Iterator[str
     grpo = config.grpo
     if grpo.custom_tis_function_path is not None and grpo.use_tis:
         yield "--custom-tis-function-path takes the place of --use-tis: give one of the two"
-    if not grpo.use_tis and (grpo.tis_level != "token" or grpo.tis_mode != "truncate"):
-        yield "--tis-level and --tis-mode have no effect without --use-tis"
+    bounds = (grpo.tis_level, grpo.tis_mode, grpo.tis_clip, grpo.tis_clip_low)
+    if not grpo.use_tis and bounds != ("token", "truncate", 2.0, 0.0):
+        yield "--tis-level, --tis-mode, --tis-clip and --tis-clip-low have no effect without --use-tis"
+    if not grpo.use_opsm and grpo.opsm_delta != OPSM_DELTA:
+        yield "--opsm-delta has no effect without --use-opsm"
+    given = {
+        "--dr-grpo": grpo.dr_grpo,
+        "--use-opsm": grpo.use_opsm,
+        "--custom-tis-function-path": grpo.custom_tis_function_path is not None,
+    }
+    for flag in (flag for flag, is_given in given.items() if is_given and config.is_sft):
+        yield f"{flag}: --loss-type sft has no engine's samples to weigh; drop it"
     if grpo.dr_grpo and grpo.calculate_per_token_loss:
         yield "--dr-grpo and --calculate-per-token-loss weigh tokens differently: give one of the two"
     if config.is_sft:
@@ -164,6 +178,18 @@ def routing_can_be_replayed(config: Config, architecture: Architecture) -> Itera
             yield f"{flag}: --loss-type sft learns given responses, which nobody has routed; drop it"
         if (experts := architecture.n_routed_experts) > MOST_REPLAYED_EXPERTS:
             yield f"{flag} takes up to {MOST_REPLAYED_EXPERTS} experts, and this model has {experts}; drop it"
+    args, on_sglang = config.sglang.args, config.rollout.engine == "sglang"
+    misleading = {
+        "speculative_eagle_topk": args.get("speculative_eagle_topk", 1) != 1,
+        "speculative_algorithm": args.get("speculative_algorithm", EAGLE[0]) not in EAGLE,
+        "enable_hierarchical_cache": args.get("enable_hierarchical_cache", False) is True,
+    }
+    for name in (name for name, is_given in misleading.items() if is_given):
+        if grpo.use_rollout_routing_replay and on_sglang:
+            yield (
+                f"--use-rollout-routing-replay with {spell(f'{SGLANG_KEY}.{name}', args[name])}: SGLang would tell the "
+                "experts of other tokens; leave one of the two out"
+            )
     stages = sglang_rules.size_of(config, "pp_size", default=1)
     if grpo.use_rollout_routing_replay and config.rollout.engine == "sglang" and stages > 1:
         yield (

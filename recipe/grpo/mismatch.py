@@ -101,8 +101,9 @@ class MismatchWatch:
             )
             if mismatch.rerouted is not None:
                 return "few", (
-                    f"{few}, though they are taken to the engine's experts ({mismatch.rerouted:.1%} of them would go "
-                    "elsewhere): likely the engine's precision or its kernels; --use-tis bounds what such tokens do"
+                    f"{few}, though all tokens are taken to the engine's experts (a router would take "
+                    f"{mismatch.rerouted:.1%} of them elsewhere): likely the engine's precision or its kernels; "
+                    "--use-tis bounds what such tokens do"
                 )
             return "few", (
                 f"{few}: likely experts that are chosen differently in the engine's precision, or its kernels; "

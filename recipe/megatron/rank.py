@@ -145,13 +145,13 @@ class TrainerRank:
         heartbeat.beat()
         norms = gradient_norms(self.optimization.optimizer)
         metrics, by_source = metrics_on_device.read()
+        if self.config.grpo.replays_routing and (share := routing_disagreement(routing)) is not None:
+            metrics["routing_disagreement"] = share
         passed = time.perf_counter()  # the GPU has: its figures were read
         if taken := norms.are_finite:
             clipped_step(self.optimization.optimizer, norms, self.config.optimizer.clip_grad)
             self.optimization.scheduler.step(increment=1)
         metrics |= {"grad_norm": norms.policy, "lr": learning_rate}
-        if self.config.grpo.replays_routing and (share := routing_disagreement(routing)) is not None:
-            metrics["routing_disagreement"] = share
         if "mtp_loss" in metrics:
             metrics["mtp_grad_norm"] = norms.mtp
         of_rank = {"seconds_forward_backward": passed - began, "seconds_optimizer": time.perf_counter() - passed}

@@ -116,7 +116,8 @@ class Scored:
     def weighted_mean(self, difference: Floats) -> float:
         """Mean |difference| by the weights that tokens have in the loss, as the run's metrics have it."""
         counts = [int(sample.loss_mask.sum()) for sample in self.kept.samples]
-        weights = sequence_weights(counts, per_token=self.config.grpo.calculate_per_token_loss)
+        grpo = self.config.grpo
+        weights = sequence_weights(counts, per_token=grpo.calculate_per_token_loss or grpo.dr_grpo)
         return float(np.repeat(weights, counts) @ np.abs(difference))
 
 

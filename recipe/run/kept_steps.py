@@ -6,7 +6,7 @@ Letters: N samples, L tokens of a sample, R of its response; M and K as in `reci
 import io
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,8 @@ def _known(log_probs: NDArray[np.float32] | None) -> NDArray[np.float32]:
     return log_probs
 
 
-def kept_step(samples: Sequence[TrainSample], versions: Sequence[Sequence[str]]) -> KeptStep:
-    """What is kept of a rollout's samples, with the version of each of their response tokens."""
-    return KeptStep(tuple(samples), tuple(np.array([int(one) for one in made], dtype=np.int32) for made in versions))
+def kept_step(samples: Sequence[TrainSample], versions: Sequence[Sequence[str]], *, of_engine: bool = True) -> KeptStep:
+    """What is kept of a rollout's samples, with the version of each of their response tokens. `of_engine`: their
+    experts are the engine's; those of the trainer's own passes are not kept."""
+    kept = tuple(samples) if of_engine else tuple(replace(sample, routed_experts=None) for sample in samples)
+    return KeptStep(kept, tuple(np.array([int(one) for one in made], dtype=np.int32) for made in versions))

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from recipe.config import Config
 from recipe.config.groups_training import GrpoConfig
-from recipe.experience import sequence_weights, with_log_probs
+from recipe.experience import constant_length_scale, optimizer_batches, sequence_weights, with_log_probs
 from recipe.grpo.advantages import (
     leave_one_out_advantages,
     normalised_over_batch,
@@ -206,7 +207,30 @@ def test_a_users_own_weights_are_taken_and_nonsense_is_a_sentence() -> None:
 
 
 def test_dr_grpo_weighs_a_token_the_same_in_every_batch() -> None:
-    assert sequence_weights([2, 0, 5], per_token=False, constant=10) == [1 / 20, 0, 1 / 20]
+    counts = [2, 0, 5]
+    [weight, _, other] = sequence_weights(counts, per_token=True)
+    scale = constant_length_scale(counts, 10)
+    assert weight * scale == pytest.approx(1 / 20)
+    assert other * scale == pytest.approx(1 / 20)
+    assert constant_length_scale([0, 0], 10) == 0
+
+
+def test_dr_grpo_changes_what_is_learned_and_not_what_is_measured() -> None:
+    samples = [replace(one, loss_mask=np.ones_like(one.loss_mask)) for one in samples_of([1.0, -1.0], [5, 2])]
+    values: dict = {
+        "model": {"hf_checkpoint": "/x", "bf16": False},
+        "data": {"prompt_data": "/x"},
+        "rollout": {"num_rollout": 1, "rollout_batch_size": 1, "n_samples_per_prompt": 2}
+        | {"rollout_max_response_len": 10},
+        "optimizer": {"lr": 1e-3},
+        "grpo": {"dr_grpo": True},
+    }
+    [batch] = optimizer_batches(samples, Config.model_validate(values))
+    assert sum(one.weight * one.response_length for one in batch) == pytest.approx(1)
+    for one, given in zip(batch, samples, strict=True):
+        assert one.advantages is not None
+        assert given.advantages is not None
+        np.testing.assert_allclose(one.weight * one.advantages, given.advantages / 20, rtol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -59,3 +59,10 @@ def test_what_was_not_kept_or_is_damaged_is_a_sentence(tmp_path: Path) -> None:
         path.write_bytes(damage)
         with pytest.raises(UserError, match="is damaged"):
             read_step(tmp_path, 21)
+
+
+def test_the_trainers_own_routing_is_not_kept_as_the_engines(tmp_path: Path) -> None:
+    whole = step(7)
+    versions = [[str(one) for one in made] for made in whole.versions]
+    write_step(tmp_path, 1, kept_step(whole.samples, versions, of_engine=False), newest=1)
+    assert [sample.routed_experts for sample in read_step(tmp_path, 1).samples] == [None] * 3

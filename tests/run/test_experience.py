@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 
 from recipe.config import Config
+from recipe.config.groups_training import GrpoConfig
 from recipe.data.prompts import Prompt
 from recipe.experience import rollout_metrics, with_advantages
 from recipe.messages import OLDER_TOKENS
@@ -39,6 +41,16 @@ def test_older_tokens_and_engines_are_told_apart(versions: list[str], engine: in
     rollout = graded(versions, engine)
     assert [sample.sources.tolist() for sample in with_advantages(rollout, CONFIG)] == [sources] * 2
     assert rollout.metrics.stale_share == versions.count("3") / len(versions)
+
+
+def test_routing_of_a_checkpoint_is_not_replayed_where_nobody_asks_for_it() -> None:
+    rollout = graded(["4", "4"], 0)
+    for group in rollout.groups:
+        for sample in group.samples:
+            sample.routed_experts = np.zeros((sample.length - 1, 1, 1), dtype=np.uint8)
+    replaying = CONFIG.model_copy(update={"grpo": GrpoConfig(use_rollout_routing_replay=True)})
+    assert all(sample.routed_experts is None for sample in with_advantages(rollout, CONFIG))
+    assert all(sample.routed_experts is not None for sample in with_advantages(rollout, replaying))
 
 
 def graded(versions: list[str], engine: int | None = 0, drafts: Sequence[int] = ()) -> Rollout:

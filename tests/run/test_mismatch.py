@@ -67,7 +67,7 @@ def test_where_the_engine_is_replayed_its_routing_is_not_the_cause() -> None:
     report = StepReport(
         {"routing_disagreement": 0.07}, False, (SourceDifference(0.0, 0, 0), SourceDifference(20.0, 100, 8))
     )
-    for replays_engine, sentence in ((True, "(7.0% of them would go elsewhere)"), (False, "--use-rollout-routing")):
+    for replays_engine, sentence in ((True, "a router would take 7.0%"), (False, "--use-rollout-routing")):
         mismatch = StepMismatch.of([report], replays_engine=replays_engine)
         assert mismatch is not None
         [warning] = MismatchWatch(LIMIT).warnings(mismatch)
