@@ -25,6 +25,10 @@ TWO_STAGES = ("--pipeline-model-parallel-size", "2", "--expert-model-parallel-si
             "--use-rollout-routing-replay with --sglang-speculative-algorithm NGRAM",
         ),
         (
+            ["--use-rollout-routing-replay", "--sglang-enable-hierarchical-cache"],
+            "--use-rollout-routing-replay with --sglang-enable-hierarchical-cache",
+        ),
+        (
             ["--use-rollout-routing-replay", "--sglang-speculative-eagle-topk", "4"],
             "--use-rollout-routing-replay with --sglang-speculative-eagle-topk 4",
         ),
