@@ -42,7 +42,7 @@ endif
 FLAGS :=
 INVOKE = $(BIN)/invoke $@ $(if $(DRY_RUN),--dry-run) $(if $(value ARGS),--args $(call quote,ARGS))
 ON_GPUS := shell train-8gpu train-8gpu-mtp train-16gpu train-24gpu join bench
-INVOKED := image download convert export smoke report mismatch $(ON_GPUS)
+INVOKED := image download convert export smoke watch report mismatch $(ON_GPUS)
 
 ifdef DRY_RUN
 # Every line of a rule goes to echo instead of a shell; but invoke, where it is installed, says more.
@@ -55,7 +55,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-sglang image shell download convert plan tune export train-8gpu train-8gpu-mtp train-16gpu train-24gpu join smoke train-tiny eval report mismatch test check lint lock bench bench-tiny docs clean
+.PHONY: help install install-sglang image shell download convert plan tune export train-8gpu train-8gpu-mtp train-16gpu train-24gpu join smoke train-tiny eval watch report mismatch test check lint lock bench bench-tiny docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,7 +79,11 @@ export: private FLAGS = --load runs/$(NAME)/checkpoints --save runs/$(NAME)/hf \
 smoke: $(if $(filter sglang,$(ENGINE)),install-sglang)
 smoke: private FLAGS = --base-dir $(call quote,BASE_DIR) --device $(call quote,DEVICE) --engine $(call quote,ENGINE) \
 	--price $(call quote,PRICE) $(if $(NUM_GPUS),--num-gpus $(call quote,NUM_GPUS))
-report: private FLAGS = --name $(NAME)
+# Another run to compare with, and where the page of `make watch` is.
+WITH :=
+PORT := 8642
+watch: private FLAGS = --port $(call quote,PORT)
+report: private FLAGS = --name $(NAME) $(if $(WITH),--with-run $(call quote,WITH))
 # A step that the run NAME kept; default: the newest.
 STEP :=
 mismatch: private FLAGS = --base-dir $(call quote,BASE_DIR) --name $(NAME) $(if $(STEP),--step $(call quote,STEP))

@@ -213,9 +213,15 @@ def smoke(
     run_target(target, flags, args, dry_run, image, base_dir, work_dir)
 
 
-@target_task("report", {"name": "of the run", **COMMON})
-def report(_: Context, name: str = "tiny", args: str = "", dry_run: bool = False) -> None:
-    run([*TARGETS["report"].command, f"runs/{name}"], args, dry_run)
+@target_task("watch", {"runs": "the folder of the runs, or one run", "port": "of this machine's own address", **COMMON})
+def watch(_: Context, runs: str = "runs", port: int = 8642, args: str = "", dry_run: bool = False) -> None:
+    run([*TARGETS["watch"].command, runs, "--port", str(port)], args, dry_run)
+
+
+@target_task("report", {"name": "of the run", "with_run": "name of a run to compare it with", **COMMON})
+def report(_: Context, name: str = "tiny", with_run: str = "", args: str = "", dry_run: bool = False) -> None:
+    compared = ["--with", f"runs/{with_run}"] if with_run else []
+    run([*TARGETS["report"].command, f"runs/{name}", *compared], args, dry_run)
 
 
 @target_task("mismatch", {"name": "of the run", "step": "a step that it kept (default: the newest)", **IN_IMAGE})

@@ -1,7 +1,7 @@
 """The parts of a run, started in order and ended in the opposite one, and its books between the steps."""
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol, cast
@@ -14,9 +14,18 @@ from recipe.data.prompts import PromptFormat, read_prompts
 from recipe.data.source import PromptSource, SourceState
 from recipe.data.tokenizer import load_tokenizer
 from recipe.engines.argument_check import ArgumentCheck
-from recipe.experience import from_prompts, rollout_metrics, sample_records, samples_of, train_metrics
+from recipe.experience import (
+    from_prompts,
+    rollout_metrics,
+    sample_records,
+    samples_of,
+    shown_tokens,
+    train_metrics,
+)
 from recipe.grpo.mismatch import MismatchWatch, StepMismatch
-from recipe.messages import Progress, StepReport, TrainSample
+from recipe.messages import FloatArray, Progress, StepReport, TrainSample
+from recipe.plan.plan import Plan
+from recipe.plan.report import as_json
 from recipe.rewards.functions import REWARD_RULES, CustomReward, Reward, RewardRule, RewardType
 from recipe.rewards.grader import Grader, check_custom_reward
 from recipe.rollout.client import ClientCounters, ClientOptions, RolloutClient
@@ -26,13 +35,16 @@ from recipe.rollout.generate import OnGroup, Rollout, SeedStream
 from recipe.rollout.routing import RouterShape
 from recipe.rollout.sample import SampleGroup, grade_group
 from recipe.rollout.sampling_params import SamplingParams
+from recipe.run.conditions import Conditions
 from recipe.run.directory import RunDirectory
 from recipe.run.kept_steps import kept_step
 from recipe.run.metrics import Scalar, StepMetrics, Values
 from recipe.run.phases import Phase, PhaseClock
 from recipe.run.progress import Progress as Display
 from recipe.run.progress import open_progress
+from recipe.run.spending import Budget
 from recipe.run.start import StartClock, StartMoment, StartPart
+from recipe.run.status import RunState
 from recipe.system.errors import UserError
 from recipe.system.imports import load_function
 from recipe.system.threads import in_thread
@@ -63,6 +75,10 @@ class Data:
     keep: GroupFilter | None
     """The dynamic sampling filter."""
     tokenizer: "PreTrainedTokenizerFast"
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 
     @classmethod
     def read(cls, resolved: Resolved) -> "Data":
@@ -123,7 +139,7 @@ class Run:
         self.prompts = data.source
         self.trainer = trainer
         self.progress = progress
-        self.clock = PhaseClock(display.enter)
+        self.clock = PhaseClock(self._enter)
         self._data, self._engines, self._directory, self._display = data, engines, directory, display
         self._rollout: Rollout | None = None
         self._reports: list[StepReport] = []
@@ -133,10 +149,16 @@ class Run:
         self._start = start
         self._evals: dict[str, Values] = {}
         self._mismatch = MismatchWatch(resolved.config.misc.mismatch_warn)
+        self._budget = Budget(resolved.config.misc, lambda: directory.status.status)
+        self._adviser = directory.adviser()
         if progress.rollouts:
             self.prompts.load_state_dict(cast(SourceState, progress.data))
             if engines is not None:
                 engines.collector.load_state(progress.waiting)
+
+    def _enter(self, phase: Phase) -> None:
+        self._display.enter(phase)
+        self._directory.status.tell(RunState.SAVING if phase is Phase.SAVE else RunState.RUNNING, phase)
 
     def given_responses(self) -> list[TrainSample]:
         """The next prompts with the responses of their file, for supervised training."""
@@ -239,7 +261,8 @@ class Run:
         if self._rollout is not None:
             assert self._engines is not None
             values |= rollout_metrics(done - 1, self._rollout, self._engines.new_counts())
-            self._directory.record_rollout(done - 1, sample_records(self._rollout, self.config))
+            shown = shown_tokens(self._rollout, samples, self._shown_log_probs(), self._data.decode)
+            self._directory.record_rollout(done - 1, sample_records(self._rollout, self.config), shown)
             if self._begins_at_checkpoint:
                 versions = [sample.weight_versions for sample in samples_of(self._rollout)]
                 of_engine = self.config.grpo.use_rollout_routing_replay
@@ -249,13 +272,28 @@ class Run:
         if self._engines is not None:
             values["weight_bytes_per_second"] = self._engines.weight_bytes_per_second
         metrics = StepMetrics(step=done, values=values, evals=self._evals, seconds=self.clock.lap())
+        conditions = Conditions.here(done, () if self._rollout is None else self._rollout.metrics.course)
+        self._directory.record_conditions(conditions)
         self._directory.record(metrics)
         self._display.step(metrics)
+        line = metrics.as_line()
+        self._budget.take(line)
+        for advice in self._adviser.take(line, conditions):
+            logger.warning("step %d: %s (%s; %s)", done, advice.sentence, advice.reason, advice.page)
         replays_engine = self.config.grpo.use_rollout_routing_replay
         if (mismatch := StepMismatch.of(self._reports, replays_engine=replays_engine)) is not None:
             for sentence in self._mismatch.warnings(mismatch):
                 logger.warning("step %d: %s", done, sentence)
         self._rollout, self._reports, self._learned, self._evals = None, [], (), {}
+
+    def _shown_log_probs(self) -> Mapping[int, FloatArray]:
+        """What the trainer gave the samples that are shown, each in the optimizer step that it was in; where a rollout
+        has several, the later ones are of another policy."""
+        return self._reports[0].shown_log_probs if len(self._reports) == 1 else {}
+
+    def stop_if_enough(self) -> None:
+        """Before a step: raises Stopped if it would bring the run over a limit of time or money."""
+        self._budget.check()
 
     def save(self) -> None:
         """Writes a checkpoint that a resumed run goes on from, losing nothing, and what `--save-hf` asks for. With
@@ -305,7 +343,7 @@ class RolloutEngines:
             CollectionPlan.of(rollout),
             SamplingParams.for_rollout(rollout),
             grade=self.grade,
-            decode=lambda ids: str(data.tokenizer.decode(ids, skip_special_tokens=False)),
+            decode=data.decode,
             keep=data.keep,
         )
 
@@ -338,7 +376,7 @@ class RolloutEngines:
 
 
 @asynccontextmanager
-async def open_run(resolved: Resolved) -> AsyncIterator[Run]:
+async def open_run(resolved: Resolved, plan: Plan | None) -> AsyncIterator[Run]:
     """Starts Ray, the trainer's ranks and the engines, and reads the data meanwhile; when the block is left, for
     whatever reason, ends what was started and nothing else."""
     config, console = resolved.config, Console()
@@ -347,7 +385,10 @@ async def open_run(resolved: Resolved) -> AsyncIterator[Run]:
     async with AsyncExitStack() as stack:
         arguments = stack.enter_context(ArgumentCheck(resolved))
         directory = stack.enter_context(RunDirectory(resolved))
+        if plan is not None:
+            directory.record_plan(as_json(plan, ()))
         directory.record_start(clock.seconds)
+        clock.on_begin = lambda part: directory.status.tell(RunState.STARTING, part)
         with clock.measure(StartPart.RAY):
             stack.enter_context(ray_session(config))
         placement = place(config)

@@ -1,7 +1,7 @@
 """From graded rollouts to what the trainer learns from, and to what the run directory keeps."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,14 +20,17 @@ from recipe.grpo.mismatch import StepMismatch
 from recipe.messages import OLDER_TOKENS, FloatArray, Scores, StepReport, TrainSample
 from recipe.rewards.grader import GradeStatus
 from recipe.rollout.client import ClientCounters
+from recipe.rollout.continuation import Decode
 from recipe.rollout.generate import Rollout
 from recipe.rollout.sample import Sample, SampleGroup
 from recipe.run.directory import SampleRecord
 from recipe.run.metrics import Values, over_steps
+from recipe.run.shown_tokens import ShownTokens, pieces_of
 
 
 def with_advantages(rollout: Rollout, config: Config) -> list[TrainSample]:
     """Every sample of a graded rollout with its advantage over its group, ready to be learned from."""
+    shown = shown_groups(rollout, config.misc.keep_token_groups)
     return [
         TrainSample(
             index=sample.index,
@@ -37,6 +40,7 @@ def with_advantages(rollout: Rollout, config: Config) -> list[TrainSample]:
             rollout_log_probs=np.array(sample.rollout_log_probs, dtype=np.float32),
             sources=_sources(sample, rollout.weight_version),
             routed_experts=sample.routed_experts if config.grpo.use_rollout_routing_replay else None,
+            is_shown=sample.index in shown,
         )
         for sample, advantage in zip(samples_of(rollout), advantages(rollout, config), strict=True)
     ]
@@ -177,14 +181,22 @@ def rollout_metrics(rollout_id: int, rollout: Rollout, engines: ClientCounters) 
     wrong with `engines` since the one before it."""
     samples = samples_of(rollout)
     rewards = [reward_of(sample) for sample in samples]
+    lengths = [sample.response_length for sample in samples]
+    shortest, longest = np.percentile(lengths, (10, 90), method="nearest").tolist()
+    low, high = _interval([statistics.fmean(rewards_of(group)) for group in rollout.groups])
     accept_rates = enumerate(rollout.metrics.accept_rates, start=1)
     return {
         "rollout_id": rollout_id,
         "samples": len(samples),
         "weight_version": rollout_id,
         "reward": statistics.fmean(rewards),
+        "reward_ci95_low": low,
+        "reward_ci95_high": high,
         "reward_std": statistics.pstdev(rewards),
+        "zero_std_share": statistics.fmean(len(set(rewards_of(group))) == 1 for group in rollout.groups),
         "response_length": rollout.metrics.mean_response_length,
+        "response_length_p10": shortest,
+        "response_length_p90": longest,
         "truncated_share": rollout.metrics.truncated_share,
         "grader_failed": sum(
             sample.grade is not None and sample.grade.status is GradeStatus.GRADER_FAILED for sample in samples
@@ -202,6 +214,15 @@ def rollout_metrics(rollout_id: int, rollout: Rollout, engines: ClientCounters) 
     }
 
 
+def _interval(means: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
+    """The 95% interval of the mean of groups' mean rewards, by the normal distribution: samples of one prompt are not
+    independent, its groups are. None where there is one group."""
+    if len(means) < 2:
+        return None, None
+    mean, half = statistics.fmean(means), 1.96 * statistics.stdev(means) / len(means) ** 0.5
+    return mean - half, mean + half
+
+
 def train_metrics(samples: Sequence[TrainSample], reports: Sequence[StepReport], skipped_steps: int) -> Values:
     """What is reported of the optimizer steps of one rollout."""
     mismatch = StepMismatch.of(reports)
@@ -211,6 +232,35 @@ def train_metrics(samples: Sequence[TrainSample], reports: Sequence[StepReport],
         "tokens": sum(sample.length for sample in samples),
         "skipped_steps": skipped_steps,
     }
+
+
+def shown_groups(rollout: Rollout, count: int) -> set[int]:
+    """The numbers of the samples of `count` groups that are worth a look: those that teach something first."""
+    groups = sorted(rollout.groups, key=lambda group: len(set(rewards_of(group))) == 1)
+    return {sample.index for group in groups[:count] for sample in group.samples}
+
+
+def shown_tokens(
+    rollout: Rollout, learned: Sequence[TrainSample], of_trainer: Mapping[int, FloatArray], decode: Decode
+) -> list[ShownTokens]:
+    """The samples of a rollout that are shown token by token. `of_trainer` are log-probs before the rollout's first
+    step, by sample, where `learned` has none."""
+    found = []
+    for line, (sample, trained) in enumerate(zip(samples_of(rollout), learned, strict=True)):
+        if not trained.is_shown:
+            continue
+        assert trained.advantages is not None
+        known = trained.old_log_probs if trained.old_log_probs is not None else of_trainer.get(sample.index)
+        found.append(
+            ShownTokens(
+                line=line,
+                pieces=pieces_of(sample.response_ids, decode),
+                log_probs=sample.rollout_log_probs,
+                advantages=trained.advantages.tolist(),
+                trainer_log_probs=None if known is None else known.tolist(),
+            )
+        )
+    return found
 
 
 def sample_records(rollout: Rollout, config: Config) -> list[SampleRecord]:

@@ -52,6 +52,8 @@ class TrainSample:
     """[R] of the policy that the rollout was made with; None where a rollout has one step."""
     ref_log_probs: FloatArray | None = None
     """[R] of the reference model; None where no KL term needs it."""
+    is_shown: bool = False
+    """Whether the report of its optimizer step tells its log-probs."""
     routed_experts: RoutedExperts | None = None
     """[at most L - 1, M, K] what the trainer's routers are told to take, of the first tokens on; None: nothing."""
 
@@ -105,6 +107,8 @@ class StepReport:
     """How far trainer and engines disagree, by the source of the tokens (see `TrainSample.sources`)."""
     of_rank: Mapping[str, float] = field(default_factory=dict, compare=False)
     """Seconds and memory that the step took on this rank, by the names of `recipe.run.metrics`."""
+    shown_log_probs: Mapping[int, FloatArray] = field(default_factory=dict, compare=False)
+    """[R] log-probs under the weights before the step, of the samples that are shown, by their index."""
 
 
 @dataclass(frozen=True)

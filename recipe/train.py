@@ -15,6 +15,7 @@ from recipe.config.usage import CHECK, FORCE, HELP, REPLAY_STEP
 from recipe.engines.argument_check import check_arguments
 from recipe.experience import optimizer_batches, with_advantages, with_log_probs
 from recipe.messages import TrainSample
+from recipe.plan.plan import Plan
 from recipe.plan.preflight import preflight
 from recipe.run.outputs import check_outputs
 from recipe.run.phases import Phase
@@ -23,11 +24,11 @@ from recipe.system.shutdown import safe_point, saving_on_notice
 from recipe.weights.checkpoints import find_start, rollouts_in
 
 
-async def train(resolved: Resolved) -> None:
+async def train(resolved: Resolved, plan: Plan | None) -> None:
     """Carries out the run that `resolved` describes, from its beginning or from the checkpoint in `--load`. A SIGTERM
     that comes between two steps, or while one samples or sends weights, ends it there, saved."""
     config = resolved.config
-    async with open_run(resolved) as run:
+    async with open_run(resolved, plan) as run:
         with saving_on_notice(run.save_what_is_done, config.misc.sigterm_grace_s):
             await run.update_weights()
             if run.is_first_evaluation_due:
@@ -35,6 +36,7 @@ async def train(resolved: Resolved) -> None:
                 run.record()
             while not run.is_over:
                 await safe_point()
+                run.stop_if_enough()
                 if config.is_sft:
                     samples = run.given_responses()
                 else:
@@ -86,8 +88,8 @@ def main() -> None:
     if start.checkpoint is not None and (done := rollouts_in(start.checkpoint)) >= resolved.config.rollout.num_rollout:
         print(f"nothing to do: {start.checkpoint} has all of its {done} rollouts; to go on, raise --num-rollout")
         return
-    preflight(resolved, force=FORCE in arguments)
-    asyncio.run(train(resolved))
+    plan = preflight(resolved, force=FORCE in arguments)
+    asyncio.run(train(resolved, plan))
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ from recipe.system.shutdown import SAVED_STATUS
 ROOT = Path(__file__).parents[2]
 JOIN_TIMEOUT_S = 1800
 """Longest wait for the other nodes: images are pulled meanwhile."""
-AGENT_TIMEOUT_S = 120
-"""Longest wait for Ray's agent on this node."""
+AGENT_TIMEOUT_S = 300
+"""Longest wait for Ray's agent on this node, which reads its packages from the disk first."""
 _NO_AGENT = "No available agent"
 FAILED_STATUS = 1
 """Where the job has left no status of its own."""

@@ -17,7 +17,6 @@ from recipe.plan.constants import OBJECT_STORE_BYTES
 from recipe.system.environment import handed_on
 from recipe.system.errors import UserError
 from recipe.system.parent_death import die_with
-from recipe.system.ports import reserve_port
 
 START_TIMEOUT_S = 120
 STOP_TIMEOUT_S = 30
@@ -59,7 +58,8 @@ class RayNode:
     def __init__(self, arguments: Sequence[str], address: str, token: Path, logs: str) -> None:
         self._command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--node-ip-address={address}"]
         self._command += [f"--object-store-memory={OBJECT_STORE_BYTES}", "--disable-usage-stats", "--block"]
-        self._command += [f"--dashboard-agent-listen-port={_agent_port()}", *arguments]
+        # Its agent, which starts jobs, takes a free port itself, and tells Ray which: without one no job ever starts.
+        self._command += ["--dashboard-agent-listen-port=0", *arguments]
         self._logs = logs
         self._environment = handed_on(os.environ, to_ray=True)
         self._environment |= {TOKEN_PATH: str(token), "RAY_USAGE_STATS_ENABLED": "0"}
@@ -128,10 +128,3 @@ class RayNode:
                 self._process.kill()
         self._process.wait()
         self._output.close()
-
-
-def _agent_port() -> int:
-    """A free port for Ray's agent: where its usual one is taken, as by another cluster, no job would ever start."""
-    with reserve_port("0.0.0.0") as reservation:
-        port: int = reservation.getsockname()[1]
-        return port

@@ -5,6 +5,7 @@ import pickle
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -96,7 +97,9 @@ class TrainerGroup:
 
     def train_step(self, samples: Sequence[TrainSample]) -> StepReport:
         """One optimizer step on `samples`."""
-        return self._all("train_step", self._shards(samples))[0]
+        reports: list[StepReport] = self._all("train_step", self._shards(samples))
+        shown = {index: values for report in reports for index, values in report.shown_log_probs.items()}
+        return replace(reports[0], shown_log_probs=shown)
 
     def log_probs(self, samples: Sequence[TrainSample], *, of_reference: bool = False) -> Scores:
         """What the policy as it is, or the reference model, gives the samples."""

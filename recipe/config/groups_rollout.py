@@ -236,8 +236,21 @@ class MiscConfig(Group):
     """Weights & Biases group."""
     sigterm_grace_s: PositiveFloat = 100.0
     """Time to finish the step and save after a SIGTERM, in seconds; most spot nodes are taken away after 30 to 120."""
+    price: NonNegativeFloat = 2.5
+    """Dollars of a GPU an hour; of a machine, where the run uses no GPU."""
+    max_dollars: PositiveFloat | None = None
+    """Save and end, with status 76, before a step that would bring the run's cost over this, by `--price`."""
+    max_hours: PositiveFloat | None = None
+    """Save and end, with status 76, before a step that would bring the run's time over this, earlier commands too."""
+    target_gain: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """Save and end, with status 76, when the 95% interval of the first evaluation set's gain since before the first
+    step says: this much is reached, or, from `--target-gain-after` on, it is not."""
+    target_gain_after: PositiveInt | None = None
+    """Rollouts from which on a gain that is certainly below `--target-gain` ends the run; default: never."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """What is logged."""
+    keep_token_groups: NonNegativeInt = 1
+    """Of each rollout, the groups whose tokens are kept one by one for `make watch`."""
     keep_steps_for_mismatch: NonNegativeInt = 1
     """Of the steps that begin at a checkpoint, the newest whose tokens are kept for `make mismatch`."""
     mismatch_warn: PositiveFloat = 0.05

@@ -2,12 +2,13 @@
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, PydanticUndefined
 
 from recipe.config.error_text import did_you_mean, listed, plainly, refuse
 from recipe.config.fields import sglang_argument
@@ -43,6 +44,20 @@ def read_settings(command_line: CommandLine) -> dict[str, Setting]:
     if command_line.recipe is not None:
         settings |= _read_recipe(find_recipe(command_line.recipe, Path()), ())
     return settings | {key: Setting(value, FLAG_SOURCE) for key, value in command_line.values.items()}
+
+
+def without_flags(command_line: CommandLine) -> dict[str, object]:
+    """What the recipe has, or the default is, by the key of each field that a flag sets; None: neither."""
+    of_recipe = read_settings(replace(command_line, values={}))
+    defaults = {key: field.default for key, field in fields() if not field.is_required()}
+    return {key: of_recipe[key].value if key in of_recipe else _plain(defaults.get(key)) for key in command_line.values}
+
+
+def _plain(default: object) -> object:
+    """A default as JSON has it."""
+    if isinstance(default, str | int | float | bool | NoneType):
+        return default
+    return list(default) if isinstance(default, tuple) else None if default is PydanticUndefined else str(default)
 
 
 def find_recipe(name: str, folder: Path) -> Path:

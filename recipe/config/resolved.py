@@ -1,7 +1,7 @@
 """From a command line to a checked configuration, and the table that shows it."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from recipe.config.advice import notes_of
@@ -10,7 +10,7 @@ from recipe.config.checks import problems_of
 from recipe.config.error_text import refuse
 from recipe.config.fields import Group
 from recipe.config.flags import SGLANG_KEY, parse_command_line
-from recipe.config.loading import build_config, read_settings, trace_sources
+from recipe.config.loading import build_config, read_settings, trace_sources, without_flags
 from recipe.config.schema import Config
 
 _WIDEST_VALUE = 40
@@ -28,6 +28,10 @@ class Resolved:
     architecture: Architecture
     sources: Mapping[str, str]
     notes: tuple[str, ...]
+    recipe: str | None = None
+    """The recipe that flags change, as it was named."""
+    instead_of: Mapping[str, object] = field(default_factory=dict)
+    """What the recipe has, or the default is, by the key of each field that a flag set."""
 
     @property
     def max_context_len(self) -> int:
@@ -76,15 +80,15 @@ class Resolved:
 
     def _rows(self, name: str, group: Group) -> Iterator[tuple[str, object, str]]:
         """A group's fields with their sources: SGLang's arguments one by one, no architecture flag nobody gave."""
-        for field, value in group:
-            key = f"{name}.{field}"
+        for of_group, value in group:
+            key = f"{name}.{of_group}"
             if name == "model" and value is None:
                 continue
             if key == SGLANG_KEY:
                 arguments = value | dict.fromkeys(self.sglang_left_out, False)
                 yield from ((f"args.{arg}", item, self.sources[f"{key}.{arg}"]) for arg, item in arguments.items())
             else:
-                yield field, value, self.sources[key]
+                yield of_group, value, self.sources[key]
 
 
 def _table(title: str, rows: Iterable[tuple[Any, ...]]) -> str:
@@ -116,8 +120,16 @@ def resolve(argv: Sequence[str]) -> Resolved:
 
     Raises UserError for anything unknown, missing, out of bounds or contradictory: every problem of a stage at once.
     """
-    settings = read_settings(parse_command_line(argv))
+    command_line = parse_command_line(argv)
+    settings = read_settings(command_line)
     config = build_config(settings)
     architecture = Architecture.from_checkpoint(config.model.hf_checkpoint)
     refuse(problems_of(config, architecture))
-    return Resolved(config, architecture, trace_sources(settings), notes_of(config, architecture))
+    return Resolved(
+        config,
+        architecture,
+        trace_sources(settings),
+        notes_of(config, architecture),
+        command_line.recipe,
+        without_flags(command_line),
+    )

@@ -82,6 +82,13 @@ class Config(Group):
         return self.world_size if self.rollout.engine == "sglang" else self.sglang.rollout_num_gpus_per_engine
 
     @property
+    def paid_for(self) -> int:
+        """GPUs that the run takes; machines, where it takes none."""
+        if self.cluster.device == "cpu":
+            return self.cluster.actor_num_nodes
+        return self.world_size + (self.rollout_gpus if self.needs_engine and not self.cluster.colocate else 0)
+
+    @property
     def num_engines(self) -> int:
         """Rollout servers."""
         return self.rollout_gpus // self.sglang.rollout_num_gpus_per_engine if self.needs_engine else 0

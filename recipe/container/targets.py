@@ -113,8 +113,13 @@ _ALL = (
         Place.IMAGE,
     ),
     Target(
+        "watch",
+        "a page on which the runs in runs/ are watched, at 127.0.0.1, PORT 8642: make watch PORT=8700",
+        ("python", "-m", "recipe.run.watch"),
+    ),
+    Target(
         "report",
-        "what the run NAME achieved, and where its time went",
+        "what the run NAME achieved, and runs/NAME/report.html to send on: make report NAME=run WITH=another",
         ("python", "-m", "recipe.run.report"),
     ),
     Target(

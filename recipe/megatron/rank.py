@@ -158,7 +158,7 @@ class TrainerRank:
         if torch.cuda.is_available():
             of_rank["max_memory_allocated"] = self.peak_bytes = torch.cuda.max_memory_allocated()
             of_rank["max_memory_reserved"] = torch.cuda.max_memory_reserved()
-        return StepReport(metrics, not taken, by_source, of_rank)
+        return StepReport(metrics, not taken, by_source, of_rank, metrics_on_device.shown_log_probs())
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every Hugging Face tensor of the policy, in turn; a collective, see `gathered_weights`."""

@@ -204,6 +204,8 @@ class MetricsOnDevice:
 
     loss: LossMetrics | None
     """None on pipeline stages before the last."""
+    shown: tuple[tuple[Sequence[TrainSample], MicroBatch, Tensor], ...] = ()
+    """This rank's packs with samples that are shown, and the log-probs of their response tokens."""
 
     def read(self) -> tuple[dict[str, float], tuple[SourceDifference, ...]]:
         """Waits for them; every rank has to ask, and is told the same."""
@@ -214,6 +216,15 @@ class MetricsOnDevice:
         assert told[0] is not None
         return told[0]
 
+    def shown_log_probs(self) -> dict[int, FloatArray]:
+        """[R] log-probs of this rank's samples that are shown, by their index."""
+        found: dict[int, FloatArray] = {}
+        for samples, batch, log_probs in self.shown:
+            shown = {sample.index for sample in samples if sample.is_shown}
+            by_sample = _by_sample(samples, batch, log_probs)
+            found |= {index: values for index, values in by_sample.items() if index in shown}
+        return found
+
 
 def forward_backward(
     chunks: Sequence[DistributedDataParallel], microbatches: Microbatches, loss_function: LossFunction
@@ -222,11 +233,20 @@ def forward_backward(
     returns before the GPU has."""
     for chunk in chunks:
         gradients.begin(chunk)
+    shown: list[tuple[Sequence[TrainSample], MicroBatch, Tensor]] = []
+    in_order = iter(microbatches)
+
+    def loss(batch: MicroBatch, output: ModelOutput) -> tuple[Tensor, Tensor, LossMetrics]:
+        samples = next(in_order)
+        if any(sample.is_shown for sample in samples):
+            shown.append((samples, batch, output.log_probs.detach()))
+        return loss_function(batch, output)
+
     with_mtp = loss_function.mtp_scale is not None
-    results = _run(chunks, microbatches, loss_function, forward_only=False, with_mtp=with_mtp)
+    results = _run(chunks, microbatches, loss, forward_only=False, with_mtp=with_mtp)
     if not parallel_state.is_pipeline_last_stage(ignore_virtual=True):
         return MetricsOnDevice(None)
-    return MetricsOnDevice(_over_ranks(results))
+    return MetricsOnDevice(_over_ranks(results), tuple(shown))
 
 
 def _over_ranks(results: list[LossMetrics]) -> LossMetrics:

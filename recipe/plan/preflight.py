@@ -37,14 +37,14 @@ class Finding:
     """Whether the run cannot go well with it."""
 
 
-def preflight(resolved: Resolved, *, force: bool) -> None:
-    """Raises UserError, one sentence for everything that is wrong, if the run cannot fit this machine or will fail on
-    it; with `force` it is only told. Machines of the run are taken to be like this one."""
+def preflight(resolved: Resolved, *, force: bool) -> Plan | None:
+    """The plan of the run on machines like this one; None where this machine is none of the run's. Raises UserError,
+    one sentence for everything that is wrong, if the run cannot fit or will fail here; with `force` it is only told."""
     config = resolved.config
     found = read_machine(config.save_dir)
     if "RAY_ADDRESS" in os.environ and not found.gpus and config.cluster.device != "cpu":
         logger.warning("this machine has no GPU and the cluster's others are not looked at: memory is not planned for")
-        return
+        return None
     plan = plan_here(resolved, found)
     findings = [Finding(refusal(plan, suggestion(plan)), stops=True)] if not plan.fits else []
     findings += [Finding(warning, stops=False) for warning in plan.warnings]
@@ -58,6 +58,7 @@ def preflight(resolved: Resolved, *, force: bool) -> None:
             logger.warning("%s", finding.sentence)
     if stopping and not force:
         raise UserError(f"{'; '.join(stopping)} (--force goes on all the same)")
+    return plan
 
 
 def uses_gpus(config: Config, found: FoundMachine) -> bool:

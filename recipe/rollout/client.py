@@ -18,6 +18,7 @@ from recipe.rollout.routing import RouterShape
 from recipe.rollout.sample import FinishReason, Sample, SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
 from recipe.rollout.sglang_response import read_samples
+from recipe.run.conditions import Course
 from recipe.system.errors import UserError
 
 HEALTH_TIMEOUT_S = 5.0
@@ -105,6 +106,8 @@ class RolloutClient:
         self._idle = asyncio.Event()
         self._retries = 0
         self._retried_tokens = 0
+        self.course = Course()
+        """Of samples under way."""
         self._slots = asyncio.Semaphore(self._options.max_concurrency)
         self._session: aiohttp.ClientSession | None = None
 
@@ -243,11 +246,13 @@ class RolloutClient:
         if routed:
             body["return_routed_experts"] = True
         engine.load += len(todo)
+        self.course.change(len(todo))
         try:
             timeout_s, largest = self._options.request_timeout_s, LARGEST_ROUTED_BODY if routed else LARGEST_BODY
             return await engine.answer(self._post(engine, "/generate", body, timeout_s, largest))
         finally:
             engine.load -= len(todo)
+            self.course.change(-len(todo))
 
     async def _is_healthy(self, engine: EnginePeer, timeout_s: float = HEALTH_TIMEOUT_S) -> bool:
         return await generates(self._connected(), engine.url, timeout_s)

@@ -15,7 +15,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from recipe.config import RolloutConfig
@@ -115,6 +115,7 @@ class RolloutCollector:
         does not hold the weights of `expected_version`, EngineError if one failed for good, and what grading raises.
         After an error nothing is left running."""
         before, started = self._client.counters, time.monotonic()
+        self._client.course.begin()
         selection = Selection(self._plan.groups, in_order=self._plan.in_order)
         groups: list[PendingGroup] = []
         finished: asyncio.Queue[int] = asyncio.Queue()
@@ -142,7 +143,10 @@ class RolloutCollector:
         return Rollout(
             kept,
             expected_version,
-            GenerationMetrics.of(kept, expected_version, seconds, self._client.counters - before),
+            replace(
+                GenerationMetrics.of(kept, expected_version, seconds, self._client.counters - before),
+                course=self._client.course.points(),
+            ),
             SamplingMetrics(len(selection.dropped), len(selection.unused), draws - 1),
         )
 

@@ -49,6 +49,8 @@ class GenerationMetrics:
     """What went wrong with engines meanwhile, and was mended."""
     accepted_drafts: tuple[int, ...] = ()
     """The engines' steps, a sequence, by the number of draft tokens that were accepted, from 0."""
+    course: tuple[tuple[float, int], ...] = ()
+    """How many samples were under way; see `recipe.run.conditions.Course`."""
     stale_tokens: int = 0
     """Response tokens that were made before this generation, under older weights."""
 

@@ -3,6 +3,11 @@
     manifest.json    configuration and its sources, seed, versions, git commit, hashes of checkpoint and data
     metrics.jsonl    a line a step
     rollouts/        a file a rollout, a line a sample
+    samples.jsonl    the numbers of all samples, a line a rollout
+    tokens/          some samples of each rollout token by token
+    conditions.jsonl of each step: when sequences were under way, host memory
+    status.json      what the run is doing, every few seconds
+    plan.json        what `make plan` said of it on this machine
     checkpoints/     written by the trainer
     tensorboard/     the metrics as TensorBoard events
     summary.json     how the run ended, rewards before and after, where the time of its start and of its steps went;
@@ -22,7 +27,7 @@ import json
 import shutil
 import time
 from asyncio import CancelledError
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,14 +37,22 @@ from typing import TYPE_CHECKING, Self
 import psutil
 
 from recipe.config import Resolved
+from recipe.run import conditions, planned, sample_index, shown_tokens
+from recipe.run.advice import Adviser
+from recipe.run.conditions import Conditions
 from recipe.run.journal import Journal, encode, writing
 from recipe.run.kept_steps import FOLDER, KeptStep, path_of, steps_in, write_step
 from recipe.run.manifest import public_config, write_manifest
 from recipe.run.metrics import StepMetrics
 from recipe.run.outputs import Exports, check_outputs
+from recipe.run.planned import Planned
+from recipe.run.sample_index import index_line
+from recipe.run.shown_tokens import ShownTokens, write_tokens
+from recipe.run.status import RunState, StatusWriter
 from recipe.run.summary import summarize
 from recipe.system.errors import UserError
 from recipe.system.files import FileLock, atomic_write_bytes, atomic_write_text
+from recipe.system.shutdown import Stopped
 
 if TYPE_CHECKING:
     from recipe.run.sinks import MetricSink
@@ -85,6 +98,8 @@ class RunDirectory:
         self._metrics = Journal(self.path / "metrics.jsonl")
         self._rollouts = self.path / "rollouts"
         self._sinks: list[MetricSink] = []
+        self._conditions = Journal(self.path / conditions.FILE)
+        self._index = Journal(self.path / sample_index.FILE)
         self._host_memory: list[dict[str, int]] = []
         self._start: Mapping[str, float] = {}
         check_outputs(self._config)
@@ -100,6 +115,8 @@ class RunDirectory:
 
             identity = self.path / "wandb_id"
             self._sinks.append(WandbSink(self._config.misc, public_config(self._config), identity))
+        config = self._config
+        self.status = StatusWriter(self.path, config.rollout.num_rollout, config.paid_for, config.misc.price)
 
     def _refuse_unless_continued(self) -> None:
         """A directory that holds steps is only opened to go on from its own checkpoints; without one it begins anew."""
@@ -115,7 +132,13 @@ class RunDirectory:
 
         events = self.path / "tensorboard"
         self._metrics.keep(lambda line: 0 < steps_done >= line["step"])
+        self._conditions.keep(lambda line: steps_done >= line["step"])
+        self._index.keep(lambda line: steps_done > line["rollout_id"])
+        self.status.count(steps_done)
         with writing(self.path):
+            for file in (self.path / shown_tokens.FOLDER).glob("*.jsonl"):
+                if int(file.stem) >= steps_done:
+                    file.unlink()
             for file in self._rollouts.glob("*.jsonl"):
                 if int(file.stem) >= steps_done:
                     file.unlink()
@@ -138,15 +161,40 @@ class RunDirectory:
         saved: a run that goes on from it then has the line. Raises UserError if the disk is full."""
         line = metrics.as_line()
         self._metrics.append(line)
+        self.status.count(metrics.step)
         with writing(self.path):
             for sink in self._sinks:
                 sink.log(line)
 
-    def record_rollout(self, rollout_id: int, samples: Iterable[SampleRecord]) -> None:
-        """Writes rollouts/ROLLOUT_ID.jsonl, whole or not at all. Raises UserError if the disk is full."""
+    def record_rollout(
+        self, rollout_id: int, samples: Sequence[SampleRecord], shown: Sequence[ShownTokens] = ()
+    ) -> None:
+        """Writes rollouts/ROLLOUT_ID.jsonl, whole or not at all, its line of samples.jsonl, and the tokens of the
+        samples that are `shown`. Raises UserError if the disk is full."""
         path = self._rollouts / f"{rollout_id:06}.jsonl"
         with writing(path):
             atomic_write_bytes(path, b"".join(encode(vars(sample)) for sample in samples))
+            if shown:
+                write_tokens(self.path, rollout_id, shown)
+        self._index.append(index_line(rollout_id, samples))
+
+    def record_conditions(self, of_step: Conditions) -> None:
+        """Adds a line to conditions.jsonl. Raises UserError if the disk is full."""
+        self._conditions.append(of_step.as_line())
+
+    def record_plan(self, plan: str) -> None:
+        """Writes plan.json. Raises UserError if the disk is full."""
+        with writing(self.path):
+            atomic_write_text(self.path / planned.FILE, plan + "\n")
+
+    def adviser(self) -> Adviser:
+        """With the steps that this directory holds."""
+        step_s = Planned.read(self.path).step_s
+        adviser = Adviser(public_config(self._config), None if step_s is None else step_s[1])
+        of_step = {line["step"]: Conditions.from_line(line) for line in self._conditions.read()}
+        for line in self._metrics.read():
+            adviser.take(line, of_step.get(line["step"]))
+        return adviser
 
     def keep_step(self, step: int, kept: KeptStep) -> None:
         """Keeps what a step learned from, if steps are to be kept. Raises UserError if the disk is full."""
@@ -172,11 +220,15 @@ class RunDirectory:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         with self._lock:
-            if error is None:
-                self._close("finished")
-                return
-            with suppress(UserError, OSError):
-                self._close(_outcome(error))
+            state, how = _ending(error)
+            try:
+                if error is None:
+                    self._close("finished")
+                    return
+                with suppress(UserError, OSError):
+                    self._close(f"failed: {how}" if state is RunState.FAILED else state)
+            finally:
+                self.status.close(state, how)
 
     def _close(self, outcome: str) -> None:
         from recipe.run.plots import draw_rewards
@@ -191,11 +243,16 @@ class RunDirectory:
                 sink.close()
 
 
-def _outcome(error: BaseException) -> str:
+def _ending(error: BaseException | None) -> tuple[RunState, str]:
+    """What a run is that ended so, and how that is told."""
     match error:
+        case None:
+            return RunState.FINISHED, "all rollouts are done"
+        case Stopped():
+            return RunState.STOPPED, error.why
         case KeyboardInterrupt() | CancelledError() | SystemExit():
-            return "interrupted"
+            return RunState.INTERRUPTED, "by a signal"
         case UserError():
-            return f"failed: {error}"
+            return RunState.FAILED, str(error)
         case _:
-            return f"failed: {error!r}"
+            return RunState.FAILED, repr(error)

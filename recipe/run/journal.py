@@ -53,6 +53,40 @@ class Journal:
                 raise UserError(f"{self._path} is damaged in line {number}; restore the file or remove it") from error
 
 
+class LineReader:
+    """Reads a journal that another process writes, a part at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = 0
+        self._read = self._lines = 0
+
+    def new_lines(self) -> tuple[list[dict[str, Any]], bool]:
+        """The records since the last call, and whether these are all there are: at first, and where the journal was cut
+        back meanwhile, which makes a new file of it. Raises UserError if a line is damaged."""
+        try:
+            with self._path.open("rb") as file:
+                found = os.fstat(file.fileno()).st_ino
+                file.seek(self._read if found == self._file else 0)
+                data = file.read()
+        except FileNotFoundError:
+            found, data = 0, b""
+        anew = found != self._file
+        if anew:
+            self._file, self._read, self._lines = found, 0, 0
+        whole = data[: data.rfind(b"\n") + 1]
+        self._read += len(whole)
+        return [self._parsed(line) for line in whole.splitlines()], anew
+
+    def _parsed(self, line: bytes) -> dict[str, Any]:
+        self._lines += 1
+        try:
+            record: dict[str, Any] = parse_json(line)
+            return record
+        except ValueError as error:
+            raise UserError(f"{self._path} is damaged in line {self._lines}") from error
+
+
 def encode(record: Mapping[str, Any]) -> bytes:
     """A record as a line of a journal."""
     return json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n"

@@ -20,9 +20,9 @@ _SINGLE_SHARD = "model.safetensors"
 
 
 def write_manifest(path: Path, resolved: Resolved) -> None:
-    """Writes the manifest: configuration and where each value came from, seed, versions, git commit, the image's
-    provenance, hashes of the inputs. A run that goes on keeps the manifests of its earlier commands under `earlier`,
-    oldest first.
+    """Writes the manifest: configuration, where each value came from and what flags replaced, seed, versions, git
+    commit, the image's provenance, hashes of the inputs. A run that goes on keeps the manifests of its earlier commands
+    under `earlier`, oldest first.
 
     The environment is not recorded, and values whose name says that they are secret are masked.
     """
@@ -32,6 +32,8 @@ def write_manifest(path: Path, resolved: Resolved) -> None:
         "began": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": public_config(config),
         "sources": dict(resolved.sources),
+        "recipe": resolved.recipe,
+        "instead_of": _mask(dict(resolved.instead_of)),
         "notes": list(resolved.notes),
         "seed": config.misc.seed,
         "versions": _versions(),

@@ -44,6 +44,8 @@ class StartClock:
     def __init__(self, show: Callable[[str], None]) -> None:
         self.seconds: dict[str, float] = {}
         """By part and moment; what is known so far."""
+        self.on_begin: Callable[[StartPart], None] = lambda _: None
+        """Is told each part as it begins."""
         self._show = show
         self._under_way: dict[StartPart, float] = {}
         self._began = psutil.Process().create_time()
@@ -55,6 +57,7 @@ class StartClock:
     def begin(self, part: StartPart) -> None:
         """The part begins."""
         self._under_way[part] = time.monotonic()
+        self.on_begin(part)
 
     def end(self, part: StartPart, within: Mapping[RankPart, float] | None = None) -> None:
         """The part is done; `within` are the seconds of what it consists of. To be called again does nothing."""

@@ -30,6 +30,14 @@ def atomic_write_text(path: Path, text: str) -> None:
     atomic_write_bytes(path, text.encode())
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Replaces `path` by UTF-8 text, which readers see whole or not at all; what a crash of the machine leaves of it
+    does not matter. Raises OSError if it cannot. One writer at a time."""
+    fresh = path.with_name(f".{path.name}.new")
+    fresh.write_text(text, encoding="utf-8")
+    os.replace(fresh, path)
+
+
 class FileLock:
     """A file that one process holds at a time; the kernel lets go of it with the process. Its directory is there."""
 

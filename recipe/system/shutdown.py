@@ -13,6 +13,18 @@ SAVED_STATUS = 75
 """Exit status of a run that ended on a notice with everything saved: EX_TEMPFAIL of sysexits.h, try again later."""
 
 
+STOPPED_STATUS = 76
+"""Exit status of a run that ended, saved, because a flag of its own said when it is enough."""
+
+
+class Stopped(SystemExit):
+    """The run has done enough: it ends here, saved. Its text says why."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(STOPPED_STATUS)
+        self.why = why
+
+
 async def safe_point() -> None:
     """A place where a notice may end the run: all ranks hold the same step, and nothing is half done."""
     await asyncio.sleep(0)
@@ -22,7 +34,7 @@ async def safe_point() -> None:
 def saving_on_notice(save: Callable[[], None], grace_s: float) -> Iterator[None]:
     """In the block, which must belong to an asyncio task, the first SIGTERM or SIGHUP lets the work go on to the next
     await, and then ends it by `save` and exit status SAVED_STATUS. The second one, and the end of `grace_s` seconds,
-    unwind the program at once, with status 143."""
+    unwind the program at once, with status 143. Stopped ends it by `save` too."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
     noticed = False
@@ -55,6 +67,10 @@ def saving_on_notice(save: Callable[[], None], grace_s: float) -> Iterator[None]
         save()
         _say(f"saved; go on with --load (exit status {SAVED_STATUS})")
         raise SystemExit(SAVED_STATUS) from None
+    except Stopped as enough:
+        save()
+        _say(f"{enough.why}: saved; go on with --load and another limit (exit status {STOPPED_STATUS})")
+        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before:

@@ -1,0 +1,48 @@
+"""When a run has taken enough time and money, or shown what it was to show."""
+
+from collections import deque
+from collections.abc import Callable
+
+from recipe.config import MiscConfig
+from recipe.run.metrics import Values
+from recipe.run.status import Status
+from recipe.system.shutdown import Stopped
+
+_STEPS = 5
+"""The next step is taken to be as long as the longest of so many last ones, and saving as long as it ever was."""
+
+
+class Budget:
+    """What `--max-dollars` and `--max-hours` leave of a run whose time and cost `status` tells."""
+
+    def __init__(self, misc: MiscConfig, status: Callable[[], Status]) -> None:
+        self._misc, self._status = misc, status
+        self._steps: deque[float] = deque(maxlen=_STEPS)
+        self._save = 0.0
+
+    def take(self, line: Values) -> None:
+        """A step is done, of which this is the line in metrics.jsonl."""
+        if line["step"]:
+            self._steps.append(line["seconds_step"] or 0.0)
+        self._save = max(self._save, line.get("seconds_save") or 0.0)
+
+    @property
+    def next_s(self) -> float:
+        """Seconds that the next step and a last checkpoint are expected to take; 0 while nothing is known."""
+        return max(self._steps, default=0.0) + self._save
+
+    def check(self) -> None:
+        """Before a step. Raises Stopped if it would bring the run over a limit."""
+        status = self._status()
+        hours, rate = (status.seconds + self.next_s) / 3600, status.gpus * status.price
+        dollars, longest = self._misc.max_dollars, self._misc.max_hours
+        if dollars is not None and hours * rate > dollars:
+            raise Stopped(
+                f"${status.dollars:.2f} are spent and the next step would make it ${hours * rate:.2f}: "
+                f"--max-dollars is {dollars:g}"
+            )
+        if longest is not None and hours > longest:
+            raise Stopped(
+                f"{status.seconds / 3600:.2f} hours are over and the next step would make it {hours:.2f}: --max-hours "
+                f"is {longest:g}"
+            )
