@@ -14,8 +14,8 @@ from pathlib import Path
 
 from evaluation.grading import Verdict
 from evaluation.result import ProblemResult, Result, read_result
-from evaluation.statistics import Difference, paired_difference
 from recipe.rewards.plain import canonical_integer
+from recipe.run.statistics import Difference, paired_difference
 from recipe.system.errors import UserError, run_main
 
 

@@ -4,12 +4,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from evaluation.grading import Judge, Judgement, Response, aime_label_problem
+from evaluation.grading import Judge, Judgement, Response, Verdict, aime_label_problem
 from evaluation.problems import INSTRUCTION, LabelProblem, ProblemFile, read_problems
 from evaluation.scoring import Judged, score
-from evaluation.statistics import clustered_mean
 from recipe.config import Config, Resolved
 from recipe.data.prompts import Prompt
+from recipe.messages import Evaluated
 from recipe.rewards import REWARD_RULES, RewardType
 from recipe.rewards.extract import answer_after_thinking, answer_line_after_thinking
 from recipe.rollout.client import RolloutClient
@@ -17,6 +17,7 @@ from recipe.rollout.generate import OnGroup, Rollout, SeedStream, generate_rollo
 from recipe.rollout.sample import SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
 from recipe.run.metrics import Values
+from recipe.run.statistics import clustered_mean
 
 
 def read_sets(resolved: Resolved) -> dict[str, list[Prompt]]:
@@ -87,7 +88,7 @@ class InLoopEvaluation:
         if self._judge is not None:
             self._judge.__exit__(*raised)
 
-    async def evaluate(self, client: RolloutClient, grade: OnGroup, *, expected_version: str) -> dict[str, Values]:
+    async def evaluate(self, client: RolloutClient, grade: OnGroup, *, expected_version: str) -> dict[str, Evaluated]:
         """The score of the engines' weights on each set, by its name."""
         return await evaluate(client, self._judge or grade, self._sets, self._config, expected_version=expected_version)
 
@@ -99,7 +100,7 @@ async def evaluate(
     config: Config,
     *,
     expected_version: str,
-) -> dict[str, Values]:
+) -> dict[str, Evaluated]:
     """The score on each set of prompts, by its name, from `--n-samples-per-eval-prompt` samples of each prompt.
 
     With a judge it is the share of right answers, with the verdicts and intervals of `evaluation.aime`; with a custom
@@ -136,15 +137,13 @@ async def judged_group(judge: Judge, group: SampleGroup) -> dict[int, Judgement]
     return {sample.index: judgement for sample, judgement in zip(group.samples, judgements, strict=True)}
 
 
-def _score(rollout: Rollout, judgements: Mapping[int, Judgement], seed: int) -> Values:
-    found = score(
-        [
-            [Judged(judgements[sample.index], sample.response_length, sample.truncated) for sample in group.samples]
-            for group in rollout.groups
-        ],
-        seed,
-    )
-    return {
+def _score(rollout: Rollout, judgements: Mapping[int, Judgement], seed: int) -> Evaluated:
+    judged = [
+        [Judged(judgements[sample.index], sample.response_length, sample.truncated) for sample in group.samples]
+        for group in rollout.groups
+    ]
+    found = score(judged, seed)
+    values = {
         "reward": found.avg_at_n.mean,
         "ci95_low": found.avg_at_n.ci95[0],
         "ci95_high": found.avg_at_n.ci95[1],
@@ -156,14 +155,20 @@ def _score(rollout: Rollout, judgements: Mapping[int, Judgement], seed: int) -> 
         "pass_at_n": found.pass_at[max(found.pass_at)].mean,
         "maj_at_n": found.maj_at[max(found.maj_at)].mean,
     }
+    return _evaluated(values, [[float(one.judgement.verdict is Verdict.CORRECT) for one in group] for group in judged])
 
 
-def _mean_reward(rollout: Rollout) -> Values:
+def _evaluated(values: Values, rewards: Sequence[Sequence[float]]) -> Evaluated:
+    """With the mean of each problem's samples."""
+    return Evaluated(values, tuple(statistics.fmean(of_problem) for of_problem in rewards), len(rewards[0]))
+
+
+def _mean_reward(rollout: Rollout) -> Evaluated:
     rewards = [
         [0.0 if sample.reward is None else sample.reward for sample in group.samples] for group in rollout.groups
     ]
     mean = clustered_mean([statistics.fmean(of_prompt) for of_prompt in rewards])
-    return {
+    values = {
         "reward": mean.mean,
         "ci95_low": mean.low,
         "ci95_high": mean.high,
@@ -171,3 +176,4 @@ def _mean_reward(rollout: Rollout) -> Values:
         "response_length": rollout.metrics.mean_response_length,
         "truncated_share": rollout.metrics.truncated_share,
     }
+    return _evaluated(values, rewards)

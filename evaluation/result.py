@@ -49,7 +49,7 @@ class Score(_Part):
     """Responses to all problems together."""
     avg_at_n: Interval
     """Share of correct samples, every problem counted alike; the interval is closed form, and allows for a
-    problem unlike those seen (`evaluation.statistics.clustered_share`)."""
+    problem unlike those seen (`recipe.run.statistics.clustered_share`)."""
     avg_at_n_bootstrap: Interval
     """The score with the interval of a Bayesian bootstrap over problems, as a check."""
     pass_at: dict[int, Interval]

@@ -19,7 +19,8 @@ from evaluation.result import (
     score_notes,
 )
 from evaluation.sampling import Plan, SampleKey, SampleStore, StoredSample
-from evaluation.statistics import (
+from recipe.data.prompts import Prompt
+from recipe.run.statistics import (
     Estimate,
     bootstrap_share,
     clustered_share,
@@ -27,7 +28,6 @@ from evaluation.statistics import (
     pass_at_k,
     powers_of_two,
 )
-from recipe.data.prompts import Prompt
 
 _RIGHT = "\0"
 """Stands for all spellings of the right answer in a vote."""

@@ -23,7 +23,7 @@ from recipe.experience import (
     train_metrics,
 )
 from recipe.grpo.mismatch import MismatchWatch, StepMismatch
-from recipe.messages import FloatArray, Progress, StepReport, TrainSample
+from recipe.messages import Evaluated, FloatArray, Progress, StepReport, TrainSample
 from recipe.plan.plan import Plan
 from recipe.plan.report import as_json
 from recipe.rewards.functions import REWARD_RULES, CustomReward, Reward, RewardRule, RewardType
@@ -35,14 +35,15 @@ from recipe.rollout.generate import OnGroup, Rollout, SeedStream
 from recipe.rollout.routing import RouterShape
 from recipe.rollout.sample import SampleGroup, grade_group
 from recipe.rollout.sampling_params import SamplingParams
+from recipe.run.comparison import gain
 from recipe.run.conditions import Conditions
 from recipe.run.directory import RunDirectory
 from recipe.run.kept_steps import kept_step
-from recipe.run.metrics import Scalar, StepMetrics, Values
+from recipe.run.metrics import Scalar, StepMetrics
 from recipe.run.phases import Phase, PhaseClock
 from recipe.run.progress import Progress as Display
 from recipe.run.progress import open_progress
-from recipe.run.spending import Budget
+from recipe.run.spending import Budget, check_gain
 from recipe.run.start import StartClock, StartMoment, StartPart
 from recipe.run.status import RunState
 from recipe.system.errors import UserError
@@ -59,9 +60,9 @@ class Evaluation(AbstractContextManager[object], Protocol):
     """What `--eval-function-path` makes of a resolved configuration: held-out sets, read and checked, and whatever
     scores the answers to them, which lives as long as the context."""
 
-    async def evaluate(self, client: RolloutClient, grade: OnGroup, *, expected_version: str) -> dict[str, Values]:
-        """The score of the engines' weights, which must have this version, on each set, by its name: at least
-        `reward`, `ci95_low` and `ci95_high`. `grade` leaves the training reward's grades in a group's samples."""
+    async def evaluate(self, client: RolloutClient, grade: OnGroup, *, expected_version: str) -> dict[str, Evaluated]:
+        """The score of the engines' weights, which must have this version, on each set, by its name. `grade` leaves the
+        training reward's grades in a group's samples."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,7 @@ class Run:
         self._saved_rollouts = progress.rollouts
         self._begins_at_checkpoint = False
         self._start = start
-        self._evals: dict[str, Values] = {}
+        self._evals: dict[str, Evaluated] = {}
         self._mismatch = MismatchWatch(resolved.config.misc.mismatch_warn)
         self._budget = Budget(resolved.config.misc, lambda: directory.status.status)
         self._adviser = directory.adviser()
@@ -271,7 +272,9 @@ class Run:
             values |= train_metrics(samples, self._reports, self.progress.skipped_steps)
         if self._engines is not None:
             values["weight_bytes_per_second"] = self._engines.weight_bytes_per_second
-        metrics = StepMetrics(step=done, values=values, evals=self._evals, seconds=self.clock.lap())
+        self._directory.record_evaluation(done, self._evals)
+        evals = {name: found.values for name, found in self._evals.items()}
+        metrics = StepMetrics(step=done, values=values, evals=evals, seconds=self.clock.lap())
         conditions = Conditions.here(done, () if self._rollout is None else self._rollout.metrics.course)
         self._directory.record_conditions(conditions)
         self._directory.record(metrics)
@@ -292,8 +295,12 @@ class Run:
         return self._reports[0].shown_log_probs if len(self._reports) == 1 else {}
 
     def stop_if_enough(self) -> None:
-        """Before a step: raises Stopped if it would bring the run over a limit of time or money."""
+        """Before a step: raises Stopped if it would bring the run over a limit of time or money, or the last evaluation
+        has shown what was to be shown."""
         self._budget.check()
+        evals, done = self.config.eval.eval_prompt_data, self.progress.rollouts
+        if evals and self._is_due(self.config.eval.eval_interval):
+            check_gain(self.config.misc, gain(self._directory.path, evals[0].name), done)
 
     def save(self) -> None:
         """Writes a checkpoint that a resumed run goes on from, losing nothing, and what `--save-hf` asks for. With

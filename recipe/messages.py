@@ -112,6 +112,17 @@ class StepReport:
 
 
 @dataclass(frozen=True)
+class Evaluated:
+    """What an evaluation found of one set."""
+
+    values: Mapping[str, float | None]
+    """At least `reward`, `ci95_low` and `ci95_high`."""
+    scores: tuple[float, ...]
+    """Of each of the set's problems, in their order: the share of right answers, or the mean reward."""
+    samples_per_problem: int
+
+
+@dataclass(frozen=True)
 class Progress:
     """How far a run has come: what a resumed run needs besides weights and optimizer. Random streams have no state of
     their own (`recipe.system.seeds`): these numbers name them."""

@@ -41,7 +41,7 @@ def write_run(run: Path, steps: int, samples: int, characters: int = 500, state:
     misc = {"name": run.name, "price": 2.5}
     config = {
         "rollout": {"num_rollout": steps, "rollout_max_response_len": 8192, "dynamic_sampling_filter_path": None},
-        "eval": {"eval_prompt_data": [{"name": "aime", "path": "aime.jsonl"}]},
+        "eval": {"eval_prompt_data": [["aime", "aime.jsonl"]]},
         "checkpoint": {"save": None, "save_interval": 20},
         "misc": misc,
     }

@@ -231,6 +231,17 @@ def evaluation_names_differ(config: Config, _: Architecture) -> Iterator[str]:
         yield f"--eval-prompt-data names two files {name}"
 
 
+def target_can_be_judged(config: Config, _: Architecture) -> Iterator[str]:
+    misc, evaluation = config.misc, config.eval
+    if misc.target_gain is None:
+        if misc.target_gain_after is not None:
+            yield "--target-gain-after has no effect without --target-gain"
+    elif not evaluation.eval_prompt_data:
+        yield "--target-gain is a gain on the first set of --eval-prompt-data: give one"
+    elif evaluation.skip_eval_before_train:
+        yield "--target-gain is judged against the evaluation before the first step: drop --skip-eval-before-train"
+
+
 def mtp_layer_exists(config: Config, architecture: Architecture) -> Iterator[str]:
     """MTP layers are loaded from the checkpoint, and trained only where they are loaded."""
     asked, held = config.mtp.mtp_num_layers or 0, architecture.num_nextn_predict_layers
@@ -282,6 +293,7 @@ RULES: tuple[Rule, ...] = (
     schedule_is_ordered,
     offload_flags_belong_together,
     evaluation_names_differ,
+    target_can_be_judged,
     mtp_layer_exists,
     numerics_are_fixed,
     device_has_the_kernels,

@@ -5,6 +5,7 @@
     rollouts/        a file a rollout, a line a sample
     samples.jsonl    the numbers of all samples, a line a rollout
     tokens/          some samples of each rollout token by token
+    evals.jsonl      the score of every problem of an evaluation set, a line a set and evaluation
     conditions.jsonl of each step: when sequences were under way, host memory
     status.json      what the run is doing, every few seconds
     plan.json        what `make plan` said of it on this machine
@@ -37,8 +38,10 @@ from typing import TYPE_CHECKING, Self
 import psutil
 
 from recipe.config import Resolved
-from recipe.run import conditions, planned, sample_index, shown_tokens
+from recipe.messages import Evaluated
+from recipe.run import comparison, conditions, planned, sample_index, shown_tokens
 from recipe.run.advice import Adviser
+from recipe.run.comparison import evaluation_line
 from recipe.run.conditions import Conditions
 from recipe.run.journal import Journal, encode, writing
 from recipe.run.kept_steps import FOLDER, KeptStep, path_of, steps_in, write_step
@@ -99,6 +102,7 @@ class RunDirectory:
         self._rollouts = self.path / "rollouts"
         self._sinks: list[MetricSink] = []
         self._conditions = Journal(self.path / conditions.FILE)
+        self._evals = Journal(self.path / comparison.FILE)
         self._index = Journal(self.path / sample_index.FILE)
         self._host_memory: list[dict[str, int]] = []
         self._start: Mapping[str, float] = {}
@@ -133,6 +137,7 @@ class RunDirectory:
         events = self.path / "tensorboard"
         self._metrics.keep(lambda line: 0 < steps_done >= line["step"])
         self._conditions.keep(lambda line: steps_done >= line["step"])
+        self._evals.keep(lambda line: 0 < steps_done >= line["step"])
         self._index.keep(lambda line: steps_done > line["rollout_id"])
         self.status.count(steps_done)
         with writing(self.path):
@@ -177,6 +182,11 @@ class RunDirectory:
             if shown:
                 write_tokens(self.path, rollout_id, shown)
         self._index.append(index_line(rollout_id, samples))
+
+    def record_evaluation(self, step: int, evals: Mapping[str, Evaluated]) -> None:
+        """Adds a line to evals.jsonl for each set, before the step is recorded. Raises UserError for a full disk."""
+        for name, found in evals.items():
+            self._evals.append(evaluation_line(step, name, found))
 
     def record_conditions(self, of_step: Conditions) -> None:
         """Adds a line to conditions.jsonl. Raises UserError if the disk is full."""

@@ -27,7 +27,7 @@ def write_manifest(path: Path, resolved: Resolved) -> None:
     The environment is not recorded, and values whose name says that they are secret are masked.
     """
     config = resolved.config
-    manifest = {
+    manifest: dict[str, Any] = {
         "name": config.misc.name,
         "began": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": public_config(config),

@@ -1,22 +1,34 @@
-"""What a run achieved and where its time went, on a terminal: python -m recipe.run.report runs/NAME"""
+"""What a run achieved, what it cost and where its time went: python -m recipe.run.report runs/NAME [--with runs/OTHER]
+
+Prints it, and writes report.html into the run's directory: all of it in one file that needs no network, to send on.
+With --with, the two runs' newest evaluations are compared problem by problem.
+"""
 
 import argparse
+import math
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from recipe.run.comparison import Compared, compare_runs, obstacles
+from recipe.run.html_report import FILE, html_report
+from recipe.run.journal import Journal, writing
 from recipe.run.metrics import shown
+from recipe.run.status import read_status
+from recipe.run.summary import summarize
+from recipe.run.watch.files import RunFiles
+from recipe.run.watch.head import eval_sets, state_text
 from recipe.system.errors import UserError, run_main
+from recipe.system.files import atomic_write_text
 from recipe.system.json_text import read_json
 
 
 def report(directory: Path) -> Iterator[str]:
-    """The lines of the report. Raises UserError if there is no run that has ended."""
-    path = directory / "summary.json"
-    if not path.is_file():
-        raise UserError(f"{path} is not there: {directory} is no run, or one that has not ended yet")
-    summary = read_json(path, dict[str, Any], "go on with the run by --load, which writes it anew")
-    yield f"{directory}: {summary['outcome']}, {summary['steps']} steps in {summary['wall_s']:.0f} s"
+    """The lines of the report. Raises UserError if there is no run."""
+    summary, status = _summary(directory), read_status(directory)
+    cost = "" if status is None else f", ${status.dollars:.2f} at ${status.price:g} an hour for each of {status.gpus}"
+    yield f"{directory}: {summary['outcome']}, {summary['steps']} steps in {summary['wall_s']:.0f} s{cost}"
     for name, scores in summary["eval"]["sets"].items():
         yield f"  {name}: {_score(scores, 'before')} before, {_score(scores, 'after')} after"
     if last := summary["last_step"]:
@@ -25,7 +37,24 @@ def report(directory: Path) -> Iterator[str]:
     for phase, seconds in sorted(summary["seconds"].items(), key=lambda item: -item[1]):
         if phase != "step" and total:
             yield f"  {phase:>16} {seconds:9.1f} s {seconds / total:6.1%}"
-    yield f"  pictures and samples: {directory}/reward.png, tensorboard/, rollouts/"
+    run = RunFiles(directory)
+    run.refresh()
+    for advice in run.adviser.standing.values():
+        yield f"  since step {advice.step}: {advice.sentence} ({advice.reason}; {advice.page})"
+
+
+def _summary(directory: Path) -> dict[str, Any]:
+    """summary.json; of a run that is going on, or was killed, what it would be now."""
+    path = directory / "summary.json"
+    if path.is_file():
+        return read_json(path, dict[str, Any], "go on with the run by --load, which writes it anew")
+    status = read_status(directory)
+    if status is None or not (directory / "metrics.jsonl").is_file():
+        raise UserError(f"{path} is not there: {directory} is no run, or one that has not made a step yet")
+    run = RunFiles(directory)
+    run.refresh()
+    lines = Journal(directory / "metrics.jsonl").read()
+    return summarize(lines, eval_sets(run), state_text(status.now()), status.beat - status.began, {})
 
 
 def _score(scores: Mapping[str, Any], moment: str) -> str:
@@ -35,10 +64,65 @@ def _score(scores: Mapping[str, Any], moment: str) -> str:
     return f"{scores[moment]:.4f} [{low:.4f}, {high:.4f}]"
 
 
+def compared_lines(names: tuple[str, str], found: list[Compared], notes: list[str]) -> Iterator[str]:
+    """What two runs differ by, in a few lines."""
+    yield f"{names[0]} - {names[1]}:"
+    for one in found:
+        gained = one.difference.estimate
+        yield (
+            f"  {one.set}: {one.means[0]:.4f} (step {one.steps[0]}) and {one.means[1]:.4f} (step {one.steps[1]}), "
+            f"difference {gained.mean:+.4f}, 95% interval {gained.low:+.4f} to {gained.high:+.4f}, "
+            f"p = {one.difference.p_value:.4f} (paired t), {one.difference.p_value_signs:.4f} (sign flips), "
+            f"{one.problems} problems"
+        )
+    yield from (f"  note: {note}" for note in notes)
+
+
+def as_json(runs: tuple[Path, Path], found: list[Compared], notes: list[str]) -> dict[str, Any]:
+    """The comparison as the page has it."""
+    statuses = [read_status(run) for run in runs]
+    return {
+        "with": runs[1].resolve().name,
+        "difference": [
+            {
+                "set": one.set,
+                "a": one.means[0],
+                "b": one.means[1],
+                "step_a": one.steps[0],
+                "step_b": one.steps[1],
+                "problems": one.problems,
+                **{name: _finite(value) for name, value in asdict(one.difference.estimate).items()},
+                "p_value": one.difference.p_value,
+                "p_value_signs": one.difference.p_value_signs,
+            }
+            for one in found
+        ],
+        "notes": notes,
+        "dollars": [None if status is None else status.dollars for status in statuses],
+        "hours": [None if status is None else status.seconds / 3600 for status in statuses],
+    }
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no infinities, which bounds from a single problem are."""
+    return value if math.isfinite(value) else None
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the run directory")
-    print("\n".join(report(parser.parse_args().run)))
+    parser.add_argument("--with", type=Path, metavar="RUN", dest="other", help="another run, to compare it with")
+    options = parser.parse_args()
+    print("\n".join(report(options.run)))
+    comparison = None
+    if options.other is not None:
+        list(report(options.other))  # its sentence, where it is no run
+        found, notes = compare_runs(options.run, options.other), list(obstacles(options.run, options.other))
+        print("\n".join(compared_lines((options.run.name, options.other.name), found, notes)))
+        comparison = as_json((options.run, options.other), found, notes)
+    with writing(options.run / FILE):
+        atomic_write_text(options.run / FILE, html_report(options.run, options.other, comparison))
+    print(f"  all of it to look at: {options.run / FILE}; live: make watch")
 
 
 if __name__ == "__main__":

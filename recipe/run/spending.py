@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable
 
 from recipe.config import MiscConfig
+from recipe.run.comparison import Compared
 from recipe.run.metrics import Values
 from recipe.run.status import Status
 from recipe.system.shutdown import Stopped
@@ -46,3 +47,19 @@ class Budget:
                 f"{status.seconds / 3600:.2f} hours are over and the next step would make it {hours:.2f}: --max-hours "
                 f"is {longest:g}"
             )
+
+
+def check_gain(misc: MiscConfig, found: Compared | None, rollouts: int) -> None:
+    """After an evaluation, `found` being the gain since before the first step: raises Stopped if its 95% interval lies
+    above `--target-gain` or, from `--target-gain-after` on, below it."""
+    target, after = misc.target_gain, misc.target_gain_after
+    if target is None or found is None:
+        return
+    gained = found.difference.estimate
+    told = f"the gain on {found.set} is {gained.mean:+.3f}, 95% interval {gained.low:+.3f} to {gained.high:+.3f}"
+    if gained.low >= target:
+        raise Stopped(f"{told}: --target-gain {target:g} is reached")
+    if after is not None and rollouts >= after and gained.high < target:
+        raise Stopped(
+            f"{told}: --target-gain {target:g} is not reached after {rollouts} rollouts (--target-gain-after)"
+        )

@@ -9,7 +9,7 @@ from evaluation_support import N_SAMPLES, KnownServer, evaluate, write_questions
 from evaluation.compare import compare, describe, main
 from evaluation.grading import Verdict
 from evaluation.result import Result
-from evaluation.statistics import paired_difference
+from recipe.run.statistics import paired_difference
 from recipe.system.errors import UserError
 
 

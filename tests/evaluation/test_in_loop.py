@@ -14,9 +14,10 @@ from evaluation.problems import INSTRUCTION, ProblemFile, read_problems
 from recipe.config import resolve
 from recipe.config.loading import RECIPES
 from recipe.data.prompts import Prompt
+from recipe.messages import Evaluated
 from recipe.rollout.client import RolloutClient
 from recipe.rollout.sample import SampleGroup
-from recipe.run.metrics import StepMetrics, Values
+from recipe.run.metrics import StepMetrics
 from recipe.run.phases import StepSeconds
 from recipe.run.plots import draw_rewards
 from recipe.system.errors import UserError
@@ -41,11 +42,11 @@ def sets_of(checkpoint: Path, data: Path, *more: str, recipe: Path | str = "tiny
     return read_sets(resolve([*in_loop_words(longer, data, recipe), *more]))[data.stem]
 
 
-async def in_loop(server: KnownServer, data: Path, grader: object) -> Values:
+async def in_loop(server: KnownServer, data: Path, grader: object) -> Evaluated:
     resolved = resolve(in_loop_words(server.checkpoint, data))
     async with RolloutClient([server.url]) as client:
-        metrics = await evaluate_in_loop(client, grader, read_sets(resolved), resolved.config, expected_version="1")
-    return metrics[data.stem]
+        found = await evaluate_in_loop(client, grader, read_sets(resolved), resolved.config, expected_version="1")
+    return found[data.stem]
 
 
 async def test_it_is_the_same_evaluation(server: KnownServer, data: Path, tmp_path: Path) -> None:
@@ -54,9 +55,12 @@ async def test_it_is_the_same_evaluation(server: KnownServer, data: Path, tmp_pa
     result = await asyncio.to_thread(evaluate, "--url", server.url, "--data", data, "--save", tmp_path / "out")
     server.asked.clear()
     with Judge() as judge:
-        metrics = await in_loop(server, data, judge)
+        found = await in_loop(server, data, judge)
     assert set(server.asked) == {sample.seed for problem in result.problems for sample in problem.samples}
     score = result.score
+    metrics = found.values
+    assert found.scores == tuple(problem.correct_share for problem in result.problems)
+    assert found.samples_per_problem == N_SAMPLES
     assert (metrics["reward"], metrics["ci95_low"], metrics["ci95_high"]) == (score.avg_at_n.mean, *score.avg_at_n.ci95)
     assert metrics["samples"] == score.samples
     assert metrics["response_length"] == score.tokens.mean
@@ -76,8 +80,10 @@ async def test_a_custom_reward_is_averaged(server: KnownServer, data: Path) -> N
         async def grade(group: SampleGroup) -> None:
             await grade_group(grader, group)
 
-        metrics = await in_loop(server, data, grade)
+        found = await in_loop(server, data, grade)
+    metrics = found.values
     assert metrics["reward"] == pytest.approx(3.0)
+    assert sum(found.scores) / len(found.scores) == pytest.approx(3.0)
     assert metrics["ci95_low"] < 3 < metrics["ci95_high"]
     assert "pass_at_n" not in metrics
 
@@ -153,7 +159,7 @@ async def test_one_problem_with_a_custom_reward_has_no_interval_and_can_be_drawn
         async def grade(group: SampleGroup) -> None:
             await grade_group(grader, group)
 
-        metrics = await in_loop(server, data, grade)
+        metrics = (await in_loop(server, data, grade)).values
     line = StepMetrics(step=1, evals={"one": metrics}, seconds=StepSeconds(1.0, {})).as_line()
     assert (line["eval/one"], line["eval/one_ci95_low"], line["eval/one_ci95_high"]) == (2.5, None, None)
     others = [line | {"step": 2, "eval/one_ci95_low": 2.0, "eval/one_ci95_high": 3.0}]

@@ -36,7 +36,12 @@ def run_layout(folder: Path, ranks: int, perf: dict) -> tuple[list[StepReport], 
         perf={"use_dynamic_batch_size": True, "max_tokens_per_gpu": 64} | perf,
         mtp=MTP,
     )
-    return on_ranks(train_and_save, config, random_samples(8, seed=3), folder)[0]
+    samples = [replace(sample, is_shown=sample.index % 3 == 0) for sample in random_samples(8, seed=3)]
+    of_ranks = on_ranks(train_and_save, config, samples, folder)
+    steps = zip(*(reports for reports, _ in of_ranks), strict=True)
+    shown = [{key: value for report in step for key, value in report.shown_log_probs.items()} for step in steps]
+    reports, saved = of_ranks[0]
+    return [replace(one, shown_log_probs=told) for one, told in zip(reports, shown, strict=True)], saved
 
 
 @cache
@@ -115,6 +120,9 @@ def test_gradients_and_losses_equal_a_single_process(ranks: int, perf: dict, tmp
         for found_one, expected_one in zip(ours.by_source, single.by_source, strict=True):
             assert found_one.tokens == expected_one.tokens > 0
             np.testing.assert_allclose(found_one.total, expected_one.total, rtol=1e-5)
+        assert ours.shown_log_probs.keys() == single.shown_log_probs.keys() == {0, 3, 6}
+        for index, log_probs in single.shown_log_probs.items():
+            np.testing.assert_allclose(ours.shown_log_probs[index], log_probs, rtol=1e-4, atol=1e-5)
 
 
 def one_step(trainer, samples: list[TrainSample]) -> StepReport:

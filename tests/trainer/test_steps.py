@@ -42,6 +42,20 @@ def test_an_infinite_gradient_of_one_rank_skips_the_step_on_all() -> None:
         assert moved
 
 
+def step_with_shown(trainer, samples: list[TrainSample]) -> tuple[dict, dict]:
+    trainer.load()
+    packs = scheduled(trainer, samples)
+    return trainer.log_probs(packs).log_probs, trainer.train_step(packs).shown_log_probs
+
+
+def test_a_step_tells_the_log_probs_before_it_of_the_samples_that_are_shown() -> None:
+    samples = [replace(sample, is_shown=sample.index in (1, 6)) for sample in random_samples(8, seed=2)]
+    ((before, shown),) = on_ranks(step_with_shown, tiny_config(random_checkpoint()), samples)
+    assert shown.keys() == {1, 6}
+    for index, log_probs in shown.items():
+        np.testing.assert_allclose(log_probs, before[index], rtol=1e-6, atol=1e-6)
+
+
 def three_steps(trainer, samples: list[TrainSample]) -> tuple[list[StepReport], dict[str, torch.Tensor]]:
     trainer.load()
     reports = [trainer.train_step(scheduled(trainer, samples)) for _ in range(3)]

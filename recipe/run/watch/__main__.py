@@ -14,7 +14,7 @@ from pathlib import Path
 
 from aiohttp import web
 
-from recipe.run.watch.server import application
+from recipe.run.watch.server import PageServer
 from recipe.system.errors import UserError, run_main
 
 LOOPBACK = "127.0.0.1"
@@ -26,7 +26,7 @@ async def serve(folder: Path, port: int) -> None:
     ended = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
-    runner = web.AppRunner(application(folder), access_log=None)
+    runner = web.AppRunner(PageServer(folder).application(), access_log=None)
     await runner.setup()
     try:
         site = web.TCPSite(runner, LOOPBACK, port)

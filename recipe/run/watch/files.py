@@ -72,7 +72,8 @@ class RunFiles:
         self._begin()
 
     def _begin(self) -> None:
-        self.table, self.of_step = Table(), {}
+        self.table = Table()
+        self._of_step: dict[int, Conditions] = {}
         self.adviser = Adviser(self.config, self._longest_step())
         self.newest_conditions: Conditions | None = None
 
@@ -118,9 +119,9 @@ class RunFiles:
             self._conditions = LineReader(self.path / conditions.FILE)
         of_step, _ = self._conditions.new_lines()
         for line in of_step:
-            self.of_step[line["step"]] = Conditions.from_line(line)
+            self._of_step[line["step"]] = Conditions.from_line(line)
         for line in lines:
-            found = self.of_step.pop(line["step"], None)
+            found = self._of_step.pop(line["step"], None)
             self.table.add({**line, **_derived(line, found)})
             if self.config:
                 self.adviser.take(line, found)

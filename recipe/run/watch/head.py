@@ -131,12 +131,7 @@ def _memory(measured: float | None, planned: PlannedMemory | None, capacity: int
 
 def eval_sets(run: RunFiles) -> list[str]:
     """The evaluation sets of a run."""
-    return [pair[0] if isinstance(pair, list) else pair["name"] for pair in _eval_pairs(run)]
-
-
-def _eval_pairs(run: RunFiles) -> list[Any]:
-    found: list[Any] = run.config.get("eval", {}).get("eval_prompt_data") or []
-    return found
+    return [name for name, _ in run.config.get("eval", {}).get("eval_prompt_data") or []]
 
 
 def _origin(manifest: Mapping[str, Any]) -> dict[str, Any]:

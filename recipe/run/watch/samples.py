@@ -132,15 +132,16 @@ class SampleFiles:
         if not query.text:
             return Found(places, True, first)
         rollouts, lines = self._index["rollout"][places], self._index["line"][places]
-        deadline, kept = time.monotonic() + SEARCH_S, []
-        marks = _as_written(query.text)
+        deadline = time.monotonic() + SEARCH_S
+        kept: list[int] = []
+        mark = _as_written(query.text)
         for rollout in np.unique(rollouts)[::-1].tolist():
-            if time.monotonic() > deadline:
-                return Found(np.array(sorted(kept), dtype=np.int64), False, rollout + 2)
             wanted = dict(zip(lines[rollouts == rollout].tolist(), places[rollouts == rollout].tolist(), strict=True))
             for number, line in enumerate(self._lines(rollout)):
-                if number in wanted and any(mark in line for mark in marks) and _has(line, query.text):
+                if number in wanted and mark in line and _has(line, query.text):
                     kept.append(wanted[number])
+            if rollout >= first and time.monotonic() > deadline:
+                return Found(np.array(sorted(kept), dtype=np.int64), False, rollout + 1)
         return Found(np.array(sorted(kept), dtype=np.int64), True, first)
 
     def _order(self, query: Query, places: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -196,9 +197,9 @@ class SampleFiles:
 _ROUNDING = 1e-6
 
 
-def _as_written(text: str) -> list[bytes]:
-    """How the file may have a text: as JSON, which leaves other alphabets as they are."""
-    return [json.dumps(text, ensure_ascii=False)[1:-1].encode("utf-8", "surrogatepass")]
+def _as_written(text: str) -> bytes:
+    """How the file has a text: as JSON, which leaves other alphabets as they are."""
+    return json.dumps(text, ensure_ascii=False)[1:-1].encode("utf-8", "surrogatepass")
 
 
 def _has(line: bytes, text: str) -> bool:

@@ -26,60 +26,60 @@ to here."""
 NOT_FOUND, REFUSED = 404, 403
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Question = Callable[[Answers, web.Request], dict[str, Any]]
+
+QUESTIONS: dict[str, Question] = {
+    "/api/runs": lambda answers, _: answers.runs(),
+    "/api/run/{name}/head": lambda answers, request: answers.head(_name(request)),
+    "/api/run/{name}/metrics": lambda answers, request: answers.metrics(
+        _name(request), _number(request, "after"), request.query.get("generation")
+    ),
+    "/api/run/{name}/timeline": lambda answers, request: answers.course(_name(request), _number(request, "rollout")),
+    "/api/run/{name}/samples": lambda answers, request: answers.samples(_name(request), request.query),
+    "/api/run/{name}/sample": lambda answers, request: answers.sample(
+        _name(request), _number(request, "rollout") or 0, _number(request, "line") or 0
+    ),
+}
+"""What may be asked, by path."""
 
 
-def application(folder: Path) -> web.Application:
-    """The server of the runs in a folder. Raises UserError if there is no such folder."""
-    answers, turn = Answers(folder), asyncio.Lock()
+class PageServer:
+    """Answers one question at a time, in a thread: while it reads files, the event loop goes on."""
 
-    def answering(ask: Callable[[web.Request], dict[str, Any]]) -> Handler:
+    def __init__(self, folder: Path) -> None:
+        """Raises UserError if there is no such folder of runs."""
+        self._answers, self._turn = Answers(folder), asyncio.Lock()
+        self._preparing: set[asyncio.Task[None]] = set()
+
+    def application(self) -> web.Application:
+        """What aiohttp serves."""
+        app = web.Application(middlewares=[_guarded])
+        app.router.add_get("/", _index)
+        for path, question in QUESTIONS.items():
+            app.router.add_get(path, self._answering(question))
+        app.router.add_static("/", STATIC)
+        return app
+
+    def _answering(self, question: Question) -> Handler:
         async def handle(request: web.Request) -> web.StreamResponse:
             try:
-                async with turn:  # while it reads, the loop goes on
-                    found = await asyncio.to_thread(ask, request)
+                async with self._turn:
+                    found = await asyncio.to_thread(question, self._answers, request)
             except UserError as error:
                 return web.json_response({"error": str(error)}, status=NOT_FOUND)
+            if "columns" in found:  # whoever looks at curves will look at samples
+                self._preparing.add(task := asyncio.create_task(self._prepare(_name(request))))
+                task.add_done_callback(self._preparing.discard)
             response = web.Response(body=await asyncio.to_thread(_encoded, found), content_type="application/json")
             response.enable_compression()
             return response
 
         return handle
 
-    preparing: set[asyncio.Task[None]] = set()
-
-    async def prepare(name: str) -> None:
+    async def _prepare(self, name: str) -> None:
         with suppress(UserError):
-            async with turn:
-                await asyncio.to_thread(answers.prepare_samples, name)
-
-    async def metrics(request: web.Request) -> web.StreamResponse:
-        response = await answering(
-            lambda request: answers.metrics(_name(request), _number(request, "after"), request.query.get("generation"))
-        )(request)
-        preparing.add(task := asyncio.create_task(prepare(_name(request))))
-        task.add_done_callback(preparing.discard)
-        return response
-
-    app = web.Application(middlewares=[_guarded])
-    app.router.add_get("/", _index)
-    run = "/api/run/{name}"
-    app.router.add_get("/api/runs", answering(lambda _: answers.runs()))
-    app.router.add_get(f"{run}/head", answering(lambda request: answers.head(_name(request))))
-    app.router.add_get(f"{run}/metrics", metrics)
-    app.router.add_get(
-        f"{run}/timeline", answering(lambda request: answers.course(_name(request), _number(request, "rollout")))
-    )
-    app.router.add_get(f"{run}/samples", answering(lambda request: answers.samples(_name(request), request.query)))
-    app.router.add_get(
-        f"{run}/sample",
-        answering(
-            lambda request: answers.sample(
-                _name(request), _number(request, "rollout") or 0, _number(request, "line") or 0
-            )
-        ),
-    )
-    app.router.add_static("/", STATIC)
-    return app
+            async with self._turn:
+                await asyncio.to_thread(self._answers.prepare_samples, name)
 
 
 def _encoded(found: dict[str, Any]) -> bytes:

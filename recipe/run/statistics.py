@@ -101,6 +101,20 @@ def standard_error(values: Sequence[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values))
 
 
+def mean_difference(left: Sequence[float], right: Sequence[float], seed: int) -> Difference:
+    """As `paired_difference`, of [P] values that may be any numbers."""
+    differences = [a - b for a, b in zip(left, right, strict=True)]
+    estimate = clustered_mean(differences)
+    if len(differences) < 2:
+        return Difference(estimate, 1.0, 1.0)
+    error = standard_error(differences)
+    if error:
+        p_value = 2 * float(special.stdtr(len(differences) - 1, -abs(estimate.mean) / error))
+    else:
+        p_value = float(estimate.mean == 0)
+    return Difference(estimate, p_value, _sign_flip_p_value(np.asarray(differences), seed))
+
+
 def paired_difference(left: Sequence[float], right: Sequence[float], samples: tuple[int, int], seed: int) -> Difference:
     """Left less right: [P] shares each, in the same order of problems, of so many `samples` of a problem.
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import betaincinv
 
-from evaluation.statistics import (
+from recipe.run.statistics import (
     Difference,
     Estimate,
     bootstrap_share,
