@@ -138,7 +138,7 @@ lock: install ## resolve requirements/*.in into requirements/*.lock (pinned vers
 	$(UV_LOCK_CPU) --excludes requirements/excludes.txt -o requirements/cpu.lock requirements/cpu.in requirements/dev.in >/dev/null
 	$(UV_LOCK_CPU) --excludes requirements/excludes.txt -o requirements/bench-trl.lock requirements/bench-trl.in >/dev/null
 	$(UV_LOCK_CPU) --excludes requirements/excludes-sglang-cpu.txt -o requirements/sglang-cpu.lock requirements/sglang-cpu.in >/dev/null
-	$(UV_LOCK_GPU) --constraints requirements/cpu.lock --overrides requirements/overrides-gpu.txt -o requirements/gpu.lock requirements/cpu.in requirements/gpu.in requirements/dev.in >/dev/null
+	$(UV_LOCK_GPU) --constraints requirements/cpu.lock --overrides requirements/overrides-gpu.txt --excludes requirements/excludes-gpu.txt -o requirements/gpu.lock requirements/cpu.in requirements/gpu.in requirements/dev.in >/dev/null
 	cd requirements && LC_ALL=C sh -c 'sha256sum *.in *.lock *.txt >SHA256SUMS'
 
 bench-tiny: install $(TINY)/torch_dist.done ## compare with TRL's GRPOTrainer on the tiny model (samples/s, time to held-out reward 0.9)

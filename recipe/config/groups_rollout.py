@@ -234,6 +234,8 @@ class MiscConfig(Group):
     """Weights & Biases project."""
     wandb_group: str | None = None
     """Weights & Biases group."""
+    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """Serve the newest metrics to Prometheus at this port of 127.0.0.1."""
     sigterm_grace_s: PositiveFloat = 100.0
     """Time to finish the step and save after a SIGTERM, in seconds; most spot nodes are taken away after 30 to 120."""
     price: NonNegativeFloat = 2.5

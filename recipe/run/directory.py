@@ -114,13 +114,21 @@ class RunDirectory:
             self._refuse_unless_continued()
         with writing(self.path):
             write_manifest(self.path / "manifest.json", resolved)
-        if self._config.misc.use_wandb:  # before anything else starts: it may want a key, and outlives Ray
-            from recipe.run.sinks import WandbSink
-
-            identity = self.path / "wandb_id"
-            self._sinks.append(WandbSink(self._config.misc, public_config(self._config), identity))
+        self._open_sinks()  # before anything else starts: they may want a key or a port, and outlive Ray
         config = self._config
         self.status = StatusWriter(self.path, config.rollout.num_rollout, config.paid_for, config.misc.price)
+
+    def _open_sinks(self) -> None:
+        """Raises UserError for one that cannot be had."""
+        misc = self._config.misc
+        if misc.use_wandb:
+            from recipe.run.sinks import WandbSink
+
+            self._sinks.append(WandbSink(misc, public_config(self._config), self.path / "wandb_id"))
+        if misc.metrics_port is not None:
+            from recipe.run.sinks import PrometheusSink
+
+            self._sinks.append(PrometheusSink(misc.name, misc.metrics_port))
 
     def _refuse_unless_continued(self) -> None:
         """A directory that holds steps is only opened to go on from its own checkpoints; without one it begins anew."""
@@ -132,7 +140,7 @@ class RunDirectory:
         """Begins to record, after the checkpoint that holds `steps_done` steps was loaded (0: from the beginning).
         Removes what a run wrote after it; TensorBoard's events are made anew from the lines that stay."""
         # Its packages, and matplotlib's, take a second to import, for which Ray need not wait.
-        from recipe.run.sinks import TensorBoardSink
+        from recipe.run.sinks import PrometheusSink, TensorBoardSink
 
         events = self.path / "tensorboard"
         self._metrics.keep(lambda line: 0 < steps_done >= line["step"])
@@ -153,8 +161,12 @@ class RunDirectory:
             if events.exists():
                 shutil.rmtree(events)
             tensorboard = TensorBoardSink(events)
-            for line in self._metrics.read():
+            lines = self._metrics.read()
+            for line in lines:
                 tensorboard.log(line)
+            for sink in self._sinks:
+                if isinstance(sink, PrometheusSink) and lines:
+                    sink.log(lines[-1])
         self._sinks.append(tensorboard)
 
     def record_start(self, seconds: Mapping[str, float]) -> None:

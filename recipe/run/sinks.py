@@ -1,20 +1,24 @@
 """Where metrics go besides metrics.jsonl."""
 
 import logging
+import math
+import re
 import secrets
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
+from prometheus_client import CollectorRegistry, Gauge, start_http_server
 from tensorboard.summary import Writer
 
 from recipe.config import MiscConfig
-from recipe.run.metrics import Values
+from recipe.run.metrics import Values, metric_of
 from recipe.system.errors import UserError
 from recipe.system.files import atomic_write_text
 
 logger = logging.getLogger(__name__)
+LOOPBACK = "127.0.0.1"
 
 
 class MetricSink(Protocol):
@@ -40,6 +44,37 @@ class TensorBoardSink:
 
     def close(self) -> None:
         self._writer.close()
+
+
+class PrometheusSink:
+    """The newest line for Prometheus to scrape, at a port of this machine's own address: each metric under its name,
+    what Prometheus does not take in one replaced by `_`, with the label `run`."""
+
+    def __init__(self, run: str, port: int) -> None:
+        """Raises UserError if the port is taken."""
+        self._run, self._registry = run, CollectorRegistry()
+        self._gauges: dict[str, Gauge] = {}
+        try:
+            self._server, self._thread = start_http_server(port, LOOPBACK, self._registry)
+        except OSError as error:
+            raise UserError(f"--metrics-port {port} cannot be listened at ({error.strerror}): give another") from error
+
+    def log(self, line: Values) -> None:
+        for name, value in line.items():
+            known = prometheus_name(name)
+            if known not in self._gauges:
+                self._gauges[known] = Gauge(known, metric_of(name).sentence, ["run"], registry=self._registry)
+            self._gauges[known].labels(self._run).set(math.nan if value is None else value)
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+def prometheus_name(name: str) -> str:
+    """The name of a metric at Prometheus."""
+    return re.sub(r"[^a-zA-Z0-9_]", "_", name)
 
 
 class WandbSink:
