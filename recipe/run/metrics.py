@@ -169,10 +169,10 @@ def metric_of(name: str) -> Metric:
     """The entry of a metric. Raises UserError if there is none."""
     if name in METRICS:
         return METRICS[name]
-    for general, metric in METRICS.items():
-        if re.fullmatch(_pattern(general), name):
-            return metric
-    raise _not_in_table(name)
+    fitting = [general for general in METRICS if re.fullmatch(_pattern(general), name)]
+    if not fitting:
+        raise _not_in_table(name)
+    return METRICS[max(fitting, key=len)]  # eval/NAME_samples is no set of that name
 
 
 def reduction_of(name: str, *possible: Reduction) -> Reduction:

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import json
 import shutil
 import time
 from collections.abc import AsyncIterator
@@ -46,9 +47,31 @@ class Page:
             await self.call(f"{domain}.enable")
         await self.call("Page.navigate", url=url)
         deadline = time.monotonic() + 60
-        while await self.ask("document.readyState + location.href") != "complete" + url:
+        while not (await self.ask("document.readyState + location.href")).startswith("complete" + url):
             assert time.monotonic() < deadline
             await asyncio.sleep(0.05)
+
+    async def until(self, expression: str, timeout_s: float = 60) -> Any:
+        """The value of an expression, once it is one that counts as true."""
+        deadline = time.monotonic() + timeout_s
+        while not (found := await self.ask(expression)):
+            assert time.monotonic() < deadline, (expression, await self.ask("document.body.innerText"))
+            await asyncio.sleep(0.05)
+        return found
+
+    async def go(self, address: str) -> None:
+        """To another view of the page that is open."""
+        await self.ask(f"location.hash = {json.dumps(address)}")
+
+    async def resize(self, width: int, height: int = 900) -> None:
+        """Another size of the window."""
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
+        await self.call("Emulation.setDeviceMetricsOverride", **size)
+
+    async def dark(self, *, is_dark: bool) -> None:
+        """The colours that the user prefers."""
+        value = "dark" if is_dark else "light"
+        await self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": value}])
 
     async def screenshot(self) -> bytes:
         """What the window shows, as a PNG."""

@@ -58,6 +58,7 @@ def hostile_run(path: Path) -> Path:
     for number, record in enumerate(records):
         record |= dict.fromkeys(("prompt", "response", "label", "answer"), HOSTILE[number % len(HOSTILE)])
     file.write_bytes(b"".join(encode(record) for record in records))
+    (path / "tokens" / "000000.jsonl").unlink()
     return path
 
 

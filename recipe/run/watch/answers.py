@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from recipe.run.metrics import Scalar
+from recipe.run.metrics import METRICS, Scalar, metric_of
 from recipe.run.status import RunState
 from recipe.run.watch.files import RunFiles, RunsFolder, changed_at
 from recipe.run.watch.head import eval_sets, head, metric_table, state_text
@@ -83,9 +83,10 @@ def _parsed(query: Mapping[str, str]) -> Query:
 
 
 def _listed(run: RunFiles) -> dict[str, Any]:
-    """A run in the list, from the last line of its metrics alone."""
-    status, last = run.status, _last_line(run.path / "metrics.jsonl")
-    held_out = [value for name, value in last.items() if name.startswith("eval/") and "_ci95" not in name]
+    """A run in the list, from the last lines of its metrics alone."""
+    status, lines = run.status, _last_lines(run.path / "metrics.jsonl")
+    last = lines[-1] if lines else {}
+    scores = [value for line in lines for name, value in line.items() if _is_score(name)]
     return {
         "name": run.name,
         "state": RunState.DIED if status is None else SHOWN_STATE.get(status.state, status.state),
@@ -93,25 +94,28 @@ def _listed(run: RunFiles) -> dict[str, Any]:
         "step": last.get("step", 0) if status is None else status.step,
         "total_steps": None if status is None else status.total_steps,
         "reward": last.get("reward"),
-        "held_out": held_out[0] if held_out else None,
+        "held_out": scores[-1] if scores else None,
         "dollars": None if status is None else status.dollars,
         "changed": changed_at(run.path),
     }
 
 
-def _last_line(path: Path) -> Mapping[str, Scalar]:
-    """The last whole line of a journal; nothing where there is none."""
+def _is_score(name: str) -> bool:
+    """Whether a metric is the score of an evaluation set: its sentence says what the others of the set are of."""
+    return name.startswith("eval/") and metric_of(name) is METRICS["eval/NAME"]
+
+
+def _last_lines(path: Path) -> list[Mapping[str, Scalar]]:
+    """The last whole lines of a journal, of some steps; none where there is none."""
     with suppress(OSError, ValueError), path.open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - _LONGEST_LINE))
-        lines = file.read().split(b"\n")[:-1]
-        if lines:
-            found: Mapping[str, Scalar] = parse_json(lines[-1])
-            return found
-    return {}
+        start = max(0, file.seek(0, os.SEEK_END) - _LOOKED_AT)
+        file.seek(start)
+        return [parse_json(line) for line in file.read().split(b"\n")[start > 0 : -1]]
+    return []
 
 
-_LONGEST_LINE = 1 << 16
-"""Bytes of a line of metrics.jsonl at most."""
+_LOOKED_AT = 1 << 17
+"""Bytes of metrics.jsonl, its last ones, that the list of runs is made from: some fifty steps."""
 
 
 def metrics_of(run: RunFiles, after: int | None = None, generation: str | None = None) -> dict[str, Any]:

@@ -1,0 +1,138 @@
+"""A run that is watched from its start to its end, and one that ends because it is enough."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from browser import CHROMIUM, open_browser
+from run_support import ONE_OF_EACH, TinyInputs, arguments, leaves_nothing, metrics, run, samples, start
+from test_server import watching
+
+from recipe.run.html_report import FILE as REPORT
+from recipe.run.journal import Journal
+from recipe.run.report import main as report
+from recipe.run.status import RunState, read_status
+from recipe.run.watch.answers import Answers
+from recipe.system.shutdown import STOPPED_STATUS
+from recipe.weights.checkpoints import latest
+
+pytestmark = pytest.mark.slow
+
+
+def test_a_run_ends_when_it_is_enough_saved_and_goes_on_as_if_it_had_not(
+    inputs: TinyInputs, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """First because its gain will not be what was asked for, then because its time is over; then it ends."""
+    command = arguments(inputs, tmp_path, "enough")
+    going_on = [*command, "--load", str(tmp_path / "enough" / "checkpoints")]
+    directory = tmp_path / "enough"
+    status, output = run([*command, "--target-gain", "1", "--target-gain-after", "3", "--save-interval", "1000"])
+    assert status == STOPPED_STATUS, output
+    assert "--target-gain 1 is not reached after 3 rollouts" in output
+    assert "Traceback" not in output
+    newest = latest(directory / "checkpoints")
+    assert newest is not None
+    assert newest.name == "iter_0000003"
+    first = read_status(directory)
+    assert first is not None
+    assert (first.state, first.step) == (RunState.STOPPED, 3)
+    assert json.loads((directory / "summary.json").read_text())["outcome"] == "stopped"
+
+    status, output = run([*going_on, "--max-hours", str(first.seconds / 3600)])
+    assert status == STOPPED_STATUS, output
+    assert "--max-hours is" in output
+    second = read_status(directory)
+    assert second is not None
+    assert second.seconds > first.seconds + 1
+    assert len(metrics(directory)) == 4
+
+    status, output = run(going_on)
+    assert status == 0, output
+    assert metrics(directory) == metrics(uninterrupted)
+    assert samples(directory) == samples(uninterrupted)
+    for name in ("samples.jsonl", "evals.jsonl"):
+        assert Journal(directory / name).read() == Journal(uninterrupted / name).read()
+    assert [line["step"] for line in Journal(directory / "conditions.jsonl").read()] == list(range(7))
+    tokens = [path.read_text() for path in sorted((directory / "tokens").glob("*.jsonl"))]
+    assert tokens == [path.read_text() for path in sorted((uninterrupted / "tokens").glob("*.jsonl"))]
+
+
+def test_what_a_run_leaves_is_what_the_page_shows(
+    uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    name, answers = uninterrupted.name, Answers(uninterrupted)
+    head, table = answers.head(name), answers.metrics(name, None, None)
+    assert (head["state"], head["step"], head["total_steps"]) == ("finished", 6, 6)
+    assert head["checkpoint"]["step"] == 6
+    assert {"flag": "--lr", "recipe": "0.002", "run": "0.001"} in [
+        {**row, "recipe": row["recipe"] if row["flag"] != "--lr" else "0.002"} for row in head["difference_from_recipe"]
+    ]
+    lines = Journal(uninterrupted / "metrics.jsonl").read()
+    assert table["columns"]["reward"] == [line.get("reward") and pytest.approx(line["reward"], 1e-5) for line in lines]
+    found = answers.samples(name, {})
+    assert found["matches"] == len(samples(uninterrupted))
+    for line in (0, 3):
+        sample = answers.sample(name, 5, line)
+        record = samples(uninterrupted)[5 * 16 + line]
+        assert sample["response"] == record["response"]
+        if sample["tokens"] is not None:
+            tokens = sample["tokens"]
+            assert len(tokens["pieces"]) == len(tokens["log_probs"]) == record["response_length"]
+            mean = sum(tokens["log_probs"]) / len(tokens["log_probs"])
+            assert mean == pytest.approx(record["mean_log_prob"], abs=1e-3)
+            # in fp32 trainer and engine agree
+            assert tokens["trainer_log_probs"] == pytest.approx(tokens["log_probs"], abs=2e-3)
+    shown = [answers.sample(name, 5, line)["tokens"] for line in range(16)]
+    assert sum(tokens is not None for tokens in shown) == 4
+    course = answers.course(name, 5)
+    assert max(course["running"]) == 16
+    assert course["running"][-1] == 0
+
+    monkeypatch.setattr("sys.argv", ["report", str(uninterrupted), "--with", str(uninterrupted)])
+    monkeypatch.setattr("recipe.run.report.html_report", lambda *_: "the page")  # two runs of one name
+    report()
+    assert "difference +0.0000" in capsys.readouterr().out
+    (uninterrupted / REPORT).unlink()
+
+
+@pytest.mark.skipif(
+    CHROMIUM is None and not os.environ.get("REQUIRE_CHROMIUM"),
+    reason="no Chromium on this machine (Debian: apt-get install chromium)",
+)
+async def test_a_live_run_is_watched_from_its_start_until_it_is_killed(inputs: TinyInputs, tmp_path: Path) -> None:
+    """Its responses are cut off, of which the page gives advice."""
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    more = ("--num-rollout", "1000", "--rollout-max-response-len", "2", "--custom-rm-path", "run_support:slow_reward")
+    step = "Number(document.querySelector('#step')?.innerText.match(/\\d+/)?.[0])"
+    with leaves_nothing(str(tmp_path)) as take_note, watching(runs) as (_, url):
+        process = start(arguments(inputs, runs, "live", *more, *ONE_OF_EACH))
+        async with open_browser(tmp_path / "profile") as page:
+            await page.open(url)
+            await page.until(
+                "document.querySelector('#state')?.innerText.includes('starting')"
+                " || document.querySelector('#runs')?.innerText.includes('starting')",
+                120,
+            )
+            await page.go("#/run/live")
+            await page.until("document.querySelector('#state')?.innerText.includes('running')", 240)
+            await page.until(f"{step} >= 2", 120)
+            take_note(process)
+            first = await page.until("document.querySelector('#curves .chart[data-metric=reward] .reading')?.innerText")
+            await page.until("!!document.querySelector('#advice li[data-rule=truncated]')", 120)
+            advice = await page.ask("document.querySelector('#advice li[data-rule=truncated]').innerText")
+            assert "raise --rollout-max-response-len (now 2)" in advice
+            last = await page.until("document.querySelector('#curves .chart[data-metric=reward] .reading')?.innerText")
+            assert last != first
+            assert await page.ask(step) >= 5
+            await page.go("#/run/live/samples")
+            await page.until("document.querySelectorAll('#samples-results tr[data-rollout]').length > 4")
+            process.kill()
+            process.wait()
+            await page.until("document.querySelector('#state').innerText.includes('died')", 60)
+            assert [request for request in page.requests() if not request.startswith((url, "data:"))] == []
+            assert page.complaints() == []
+    status = read_status(runs / "live")
+    assert status is not None
+    assert status.now().state is RunState.DIED
