@@ -3,6 +3,7 @@
 Letters: T tokens of the pack on this rank, N sequences, R tokens of a response.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,8 +25,8 @@ class Sequences:
 
     sample_of: Tensor
     """[T] which of them a token is of."""
-    offset_of: Tensor
-    """[T] its place in that one's response."""
+    places: Tensor
+    """[T] its place among the tokens of all responses, one after the other."""
     lengths: tuple[int, ...]
     """[N] R of each, on all ranks."""
     trained: Tensor
@@ -43,17 +44,12 @@ class Sequences:
 
     def whole(self, each: Tensor) -> list[Tensor]:
         """[T] -> [R] of each sequence."""
-        flat = each.new_zeros(sum(self.lengths)).index_copy(0, self._places, each)
+        flat = each.new_zeros(sum(self.lengths)).index_copy(0, self.places, each)
         return list(self.over_ranks(flat).split(self.lengths))
 
     def own(self, of_each: Sequence[Tensor]) -> Tensor:
         """[R] of each sequence -> [T]."""
-        return torch.cat(list(of_each))[self._places]
-
-    @property
-    def _places(self) -> Tensor:
-        starts = torch.tensor([0, *self.lengths[:-1]], device=self.sample_of.device).cumsum(0)
-        return starts[self.sample_of] + self.offset_of
+        return torch.cat(list(of_each))[self.places]
 
 
 def sequence_log_ratio(inputs: PolicyLossInputs, sequences: Sequences) -> Tensor | None:
@@ -81,7 +77,8 @@ def off_policy_kept(inputs: PolicyLossInputs, sequences: Sequences, delta: float
 
 
 def custom_weights(inputs: PolicyLossInputs, sequences: Sequences, function: WeightFunction) -> Tensor:
-    """[T] what a user's function says. Raises UserError if it is not a finite weight for every token."""
+    """[T] what a user's function says. Raises UserError if it is not a weight for every token; whether all are finite
+    the GPU tells later, see `check_custom_weights`."""
     trained = [one > 0 for one in sequences.whole((inputs.weights > 0).float())]
     trainer = sequences.whole(_at_trained(inputs, _before_first_step(inputs)))
     engine = sequences.whole(_at_trained(inputs, _of_engine(inputs)))
@@ -89,10 +86,13 @@ def custom_weights(inputs: PolicyLossInputs, sequences: Sequences, function: Wei
     found, wanted = [tuple(one.shape) for one in weights], [(length,) for length in sequences.lengths]
     if found != wanted:
         raise UserError(f"{CUSTOM_TIS}: it returns weights of shapes {found[:4]} for responses of {wanted[:4]}")
-    own = sequences.own([one.detach().to(inputs.weights) for one in weights])
-    if not bool(own[inputs.weights > 0].isfinite().all()):
+    return sequences.own([one.detach().to(inputs.weights) for one in weights])
+
+
+def check_custom_weights(mean: float) -> None:
+    """Raises UserError if the mean weight of a step's tokens, its metric `tis_weight`, is not finite."""
+    if not math.isfinite(mean):
         raise UserError(f"{CUSTOM_TIS}: it returns weights that are not finite")
-    return own
 
 
 def _before_first_step(inputs: PolicyLossInputs) -> Tensor:

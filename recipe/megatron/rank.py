@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from recipe.config import Architecture, Config
+from recipe.grpo.sequences import check_custom_weights
 from recipe.megatron import checkpoint, layout
 from recipe.megatron.async_save import SaveInFlight
 from recipe.megatron.clipping import clipped_step, gradient_norms
@@ -145,6 +146,8 @@ class TrainerRank:
         heartbeat.beat()
         norms = gradient_norms(self.optimization.optimizer)
         metrics, by_source = metrics_on_device.read()
+        if self.loss_function.custom_tis is not None:
+            check_custom_weights(metrics["tis_weight"])
         if self.config.grpo.replays_routing and (share := routing_disagreement(routing)) is not None:
             metrics["routing_disagreement"] = share
         passed = time.perf_counter()  # the GPU has: its figures were read

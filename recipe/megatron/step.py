@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Self
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -151,10 +152,12 @@ def _sequences(batch: MicroBatch) -> Sequences:
             dist.all_reduce(sums, group=parallel_state.get_context_parallel_group())
         return sums
 
+    lengths = tuple(batch.response_lengths.tolist())
+    starts = np.cumsum([0, *lengths[:-1]])
     return Sequences(
         sample_of=to_training_device(batch.sample_of),
-        offset_of=to_training_device(batch.offset_of),
-        lengths=tuple(batch.response_lengths.tolist()),
+        places=to_training_device(starts[batch.sample_of] + batch.offset_of),
+        lengths=lengths,
         trained=to_training_device(batch.trained_lengths),
         over_ranks=over_ranks,
     )

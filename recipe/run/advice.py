@@ -83,7 +83,7 @@ def _nothing_to_learn(of: Stretch) -> Found | None:
     return (
         f"{share:.0%} of the groups teach nothing, as all their rewards are equal: the prompts are {kind}; take "
         "others, raise --n-samples-per-prompt, or replace such groups with --dynamic-sampling-filter-path "
-        "recipe.rollout.filters:check_reward_nonzero_std",
+        "check_reward_nonzero_std",
         "an advantage is a reward's distance from its group's mean, and that is 0",
     )
 

@@ -21,6 +21,7 @@ from recipe.grpo.advantages import (
 from recipe.grpo.loss import PolicyLossConfig, PolicyLossInputs, Surrogate, policy_loss
 from recipe.grpo.sequences import (
     Sequences,
+    check_custom_weights,
     custom_weights,
     engine_log_ratio,
     off_policy_kept,
@@ -62,7 +63,8 @@ def sequences_of(
     """Those of a pack whose tokens `held` are on this rank."""
     lengths = [int((sample_of == number).sum()) for number in range(len(COUNTS))]
     offset_of = torch.cat([torch.arange(length) for length in lengths])
-    return Sequences(sample_of[held], offset_of[held], tuple(lengths), torch.tensor(COUNTS), over_ranks)
+    places = torch.tensor([0, *lengths[:-1]]).cumsum(0)[sample_of] + offset_of
+    return Sequences(sample_of[held], places[held], tuple(lengths), torch.tensor(COUNTS), over_ranks)
 
 
 def with_sequences(inputs: PolicyLossInputs, sample_of: torch.Tensor) -> PolicyLossInputs:
@@ -202,8 +204,11 @@ def test_a_users_own_weights_are_taken_and_nonsense_is_a_sentence() -> None:
     assert found.metrics.values()["tis_weight"] == pytest.approx(expected.metrics.values()["tis_weight"])
     with pytest.raises(UserError, match="returns weights of shapes"):
         custom_weights(inputs, sequences, lambda trainer, engine, trained: trainer[1:])
+    endless = custom_weights(inputs, sequences, lambda trainer, engine, trained: [one / 0 for one in trainer])
+    measured = policy_loss(replace(inputs, custom_weights=endless), PolicyLossConfig()).metrics.values()
     with pytest.raises(UserError, match="not finite"):
-        custom_weights(inputs, sequences, lambda trainer, engine, trained: [one / 0 for one in trainer])
+        check_custom_weights(measured["tis_weight"])
+    check_custom_weights(found.metrics.values()["tis_weight"])
 
 
 def test_dr_grpo_weighs_a_token_the_same_in_every_batch() -> None:

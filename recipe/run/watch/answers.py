@@ -122,7 +122,7 @@ def metrics_of(run: RunFiles, after: int | None = None, generation: str | None =
     """The columns of a run's steps, with the bands of those that have some."""
     table = run.table
     first = 0
-    if after is not None and generation == str(run.generation):
+    if after is not None and generation == run.generation:
         first = next((place for place, step in enumerate(table.steps) if step > after), len(table.steps))
     columns: dict[str, list[Scalar]] = {name: column[first:] for name, column in table.columns.items()}
     for name, (low, high) in _bands(run).items():
@@ -130,7 +130,7 @@ def metrics_of(run: RunFiles, after: int | None = None, generation: str | None =
             if bound in columns:
                 columns[f"{name}:{end}"] = columns.pop(bound)
     return {
-        "generation": str(run.generation),
+        "generation": run.generation,
         "steps": table.steps[first:],
         "columns": columns,
         "metrics": metric_table([name for name in columns if ":" not in name]),

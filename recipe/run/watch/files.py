@@ -4,6 +4,7 @@ Letters: S steps so far.
 """
 
 import re
+import secrets
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -62,8 +63,8 @@ class RunFiles:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.manifest: dict[str, Any] = {}
-        self.generation = 0
-        """Grows whenever the metrics are others than they were, as after a run was cut back."""
+        self.generation = ""
+        """Another whenever the metrics are others than they were, as after a run was cut back."""
         self.table = Table()
         self.samples = SampleIndex(path)
         self._metrics = LineReader(path / "metrics.jsonl")
@@ -114,7 +115,7 @@ class RunFiles:
         self._refresh_manifest()
         lines, anew = self._metrics.new_lines()
         if anew:
-            self.generation += 1
+            self.generation = secrets.token_hex(4)
             self._begin()
             self._conditions = LineReader(self.path / conditions.FILE)
         of_step, _ = self._conditions.new_lines()
