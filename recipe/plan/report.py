@@ -1,14 +1,17 @@
 """The plan as a page for a terminal, and as JSON."""
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 
+from recipe.plan.generation import prompts_of
 from recipe.plan.hardware import GB, GIB
 from recipe.plan.memory import PhaseMemory, Use
 from recipe.plan.plan import Plan
 from recipe.plan.ranges import Between, range_text
 from recipe.plan.suggest import Change
 from recipe.plan.time_plan import TimePlan, Work
+from recipe.run.statistics import smallest_gain
 
 SCHEMA_VERSION = 2
 SCHEMA = {
@@ -28,6 +31,7 @@ SCHEMA = {
     "cache_tokens": "tokens that the engine's cache holds on a GPU; null without an engine",
     "needed_cache_tokens": "tokens of all that runs at once on a GPU, were it as long as can be",
     "disk": "bytes: checkpoint, needed, free (null: not known); saves and kept are numbers of checkpoints",
+    "gains_shown": "share of right answers more, by evaluation set, that is found with 80% power",
     "time": "null without GPUs; else, each [best, worst]: seconds of a step by phase, step_s, dollars_a_step, tail_s "
     "(of the rollout's, with less than a quarter of the sequences at once), evaluation_s (of one), run_hours and "
     "run_dollars (all steps and evaluations), tokens_per_s by phase; and evaluations, their number",
@@ -68,6 +72,7 @@ def as_json(plan: Plan, changes: Sequence[Change]) -> str:
             "needed": disk.needed,
             "free": disk.free,
         },
+        "gains_shown": gains_shown(plan),
         "time": None if time is None else _time(time),
     }
     return json.dumps(document, indent=2)
@@ -157,9 +162,18 @@ def _rest(plan: Plan) -> Iterator[str]:
     yield f"  disk: {disk.kept} checkpoints at once, {each} each: {needed}{free}"
     if plan.gpu is not None and (engine := plan.gpu.engine) is not None:
         yield f"  cache: {engine.tokens:,} tokens a GPU; what runs at once needs {engine.needed_tokens:,} at most"
-    if time is None:
-        return
-    yield from seconds_and_dollars(time)
+    if time is not None:
+        yield from seconds_and_dollars(time)
+    for name, found in gains_shown(plan).items():
+        yield f"  a gain on {name} shows from {100 * found:.1f} points on, if its problems gain alike (80% power)"
+
+
+def gains_shown(plan: Plan) -> dict[str, float]:
+    """The smallest gain that each evaluation set can show, as a share; see `smallest_gain`."""
+    settings = plan.resolved.config.eval
+    samples = settings.n_samples_per_eval_prompt
+    found = {data.name: smallest_gain(prompts_of(data.path), samples) for data in settings.eval_prompt_data}
+    return {name: gain for name, gain in found.items() if math.isfinite(gain)}
 
 
 def seconds_and_dollars(time: TimePlan) -> Iterator[str]:

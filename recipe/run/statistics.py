@@ -18,6 +18,7 @@ from scipy import special
 from recipe.system.seeds import derive
 
 _TAIL = 0.025
+_POWER = 0.8
 _BOOTSTRAP_DRAWS = 10_000
 _SIGN_DRAWS = 100_000
 _EXACT_SIGNS_UP_TO = 16
@@ -133,6 +134,20 @@ def paired_difference(left: Sequence[float], right: Sequence[float], samples: tu
     estimate = Estimate(mean, max(-1.0, mean - half_width), min(1.0, mean + half_width))
     p_value = 2 * float(special.stdtr(count - 1, -abs(mean) / error))
     return Difference(estimate, p_value, _sign_flip_p_value(np.asarray(differences), seed))
+
+
+def smallest_gain(problems: int, samples: int) -> float:
+    """The smallest true difference of two scores of the same problems, of so many `samples` of each, that the paired t
+    test at 5% finds four times of five (80% power): (t quantile of 97.5% + t quantile of 80%) x standard error, the
+    usual approximation (Miller, "Adding Error Bars to Evals", arXiv:2411.00640, section 5).
+
+    Only the draw of samples is counted, at its largest: every problem is solved half of the time, so a sample's
+    variance is 1/4, and every problem gains alike. Problems that are solved always or never make it smaller, problems
+    that gain differently make it larger. Infinite for one problem."""
+    if problems < 2:
+        return math.inf
+    quantiles = sum(float(special.stdtrit(problems - 1, share)) for share in (1 - _TAIL, _POWER))
+    return quantiles * math.sqrt(2 * 0.25 / (problems * samples))
 
 
 def _variance_of_share(share: float, samples: int) -> float:

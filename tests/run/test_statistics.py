@@ -21,6 +21,7 @@ from recipe.run.statistics import (
     paired_difference,
     pass_at_k,
     powers_of_two,
+    smallest_gain,
     t_quantile,
 )
 
@@ -250,3 +251,19 @@ def test_random_sign_flips_agree_with_all_of_them() -> None:
     # A problem without a difference changes nothing, but makes 17, which are too many to flip in all ways.
     drawn = paired_difference([*differences, 0.0], [0.0] * 17, (8, 8), seed=1).p_value_signs
     assert drawn == pytest.approx(exact, abs=0.01)
+
+
+@pytest.mark.parametrize(("problems", "samples"), [(30, 16), (200, 4), (12, 8)])
+def test_the_smallest_gain_is_found_four_times_of_five(problems: int, samples: int) -> None:
+    """By drawing: every problem is solved half of the time less, and then half of the time more, than the middle."""
+    gain, draws = smallest_gain(problems, samples), 4000
+    draw = np.random.default_rng(7)
+    before, after = (draw.binomial(samples, 0.5 + half, (draws, problems)) / samples for half in (-gain / 2, gain / 2))
+    differences = after - before
+    error = differences.std(axis=1, ddof=1) / problems**0.5
+    found = differences.mean(axis=1) > t_quantile(problems - 1) * error
+    assert found.mean() == pytest.approx(0.8, abs=0.03)
+
+
+def test_one_problem_shows_no_gain() -> None:
+    assert smallest_gain(1, 100) == math.inf
