@@ -24,6 +24,7 @@ from recipe.experience import (
 )
 from recipe.grpo.mismatch import MismatchWatch, StepMismatch
 from recipe.messages import Evaluated, FloatArray, Progress, StepReport, TrainSample
+from recipe.plan.memory import object_store_bytes
 from recipe.plan.plan import Plan
 from recipe.plan.report import as_json
 from recipe.rewards.functions import REWARD_RULES, CustomReward, Reward, RewardRule, RewardType
@@ -397,7 +398,7 @@ async def open_run(resolved: Resolved, plan: Plan | None) -> AsyncIterator[Run]:
         directory.record_start(clock.seconds)
         clock.on_begin = lambda part: directory.status.tell(RunState.STARTING, part)
         with clock.measure(StartPart.RAY):
-            stack.enter_context(ray_session(config))
+            stack.enter_context(ray_session(config, object_store_bytes(resolved)))
         placement = place(config)
         trainer = stack.enter_context(TrainerGroup(config, resolved.architecture, placement))
         group = stack.enter_context(EngineGroup(resolved, placement)) if config.needs_engine else None

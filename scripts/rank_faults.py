@@ -25,6 +25,7 @@ import psutil
 from recipe.cluster import trainer_group as trainer
 from recipe.cluster.rank_actor import ByteArray
 from recipe.messages import StepReport
+from recipe.plan.memory import object_store_bytes
 from recipe.system.errors import USER_ERROR_STATUS, UserError, run_main
 
 FAULTY_RANK, MICROBATCH = 1, 2
@@ -111,7 +112,7 @@ def run_with_fault(flags: str, samples: list) -> None:
     resolved = resolve(flags.split())
     resolved.config.run_dir.mkdir(parents=True)
     with ExitStack() as stack:
-        stack.enter_context(ray_session(resolved.config))
+        stack.enter_context(ray_session(resolved.config, object_store_bytes(resolved)))
         ranks = trainer.TrainerGroup(resolved.config, resolved.architecture, place(resolved.config))
         stack.enter_context(ranks)
         ranks.begin_start()

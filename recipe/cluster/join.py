@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from recipe.cluster.ray_node import RayNode
+from recipe.cluster.ray_node import NodeSize, RayNode
 from recipe.cluster.rendezvous import POLL_S, NodeRendezvous, check_reachable
 from recipe.system.errors import UserError, run_main
 from recipe.system.scratch import scratch_folder
@@ -27,7 +27,8 @@ def main() -> None:
     card = rendezvous.wait_for_head(master_addr, arguments.head_timeout_s)
     address = os.environ.get("NODE_ADDR") or check_reachable(card.address, card.port)
     rendezvous.introduce(address, card)
-    worker = (address, f"{card.address}:{card.port}", rendezvous.token, os.cpu_count() or 1)
+    size = NodeSize(os.cpu_count() or 1, card.object_store)
+    worker = (address, f"{card.address}:{card.port}", rendezvous.token, size)
     with scratch_folder(), RayNode.worker(*worker) as node:
         print(f"{address} has joined the cluster of {card.address}", flush=True)
         signal.signal(signal.SIGTERM, lambda *_: _tell(rendezvous, address))

@@ -18,18 +18,28 @@ import psutil
 import ray
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-from recipe.cluster.ray_node import DASHBOARD_PORT, GCS_PORT, LOOPBACK, TOKEN_PATH, RayNode, keep_logs, logs_kept
+from recipe.cluster.ray_node import (
+    DASHBOARD_PORT,
+    GCS_PORT,
+    LOOPBACK,
+    TOKEN_PATH,
+    NodeSize,
+    RayNode,
+    keep_logs,
+    logs_kept,
+)
 from recipe.cluster.ray_processes import VITAL_TO_RAY_START, RayProcesses
 from recipe.cluster.rendezvous import POLL_S, HeadCard, NodeRendezvous, check_own_address
 from recipe.config import Config, resolve
 from recipe.config.engine_placement import gpus_of_fullest_machine
 from recipe.config.usage import CHECK, FORCE
 from recipe.engines.argument_check import check_arguments
+from recipe.plan.memory import object_store_bytes
 from recipe.system.environment import keep_back
 from recipe.system.errors import UserError, run_main
 from recipe.system.ports import reserve_port
 from recipe.system.scratch import scratch_folder
-from recipe.system.shutdown import SAVED_STATUS
+from recipe.system.shutdown import SAVED_STATUS, STOPPED_STATUS
 
 ROOT = Path(__file__).parents[2]
 JOIN_TIMEOUT_S = 1800
@@ -57,19 +67,21 @@ def main() -> int:
         rendezvous.open()
         stack.callback(rendezvous.close)
         slots = max(os.cpu_count() or 1, gpus_of_fullest_machine(config))
+        size = NodeSize(slots, object_store_bytes(resolved))
         processes = stack.enter_context(RayProcesses(scratch))
         port, dashboard_port = (GCS_PORT, DASHBOARD_PORT) if several else _free_ports()
         own = None if several else (scratch, config.run_dir)
         if own is not None:
             stack.enter_context(logs_kept(*own))
-        stack.enter_context(RayNode.head(address, rendezvous.token, slots, port, dashboard_port, own))
+        stack.enter_context(RayNode.head(address, rendezvous.token, size, port, dashboard_port, own))
         stack.enter_context(processes.watched(VITAL_TO_RAY_START))
         os.environ |= {TOKEN_PATH: str(rendezvous.token)}
         if several:
-            wait_for_nodes(rendezvous, rendezvous.announce(address, port), config.cluster.actor_num_nodes)
+            card = rendezvous.announce(address, port, size.object_store)
+            wait_for_nodes(rendezvous, card, config.cluster.actor_num_nodes)
         keep_back(os.environ, kept := scratch / "environment")
         status = asyncio.run(Job(command, kept, rendezvous, f"http://{LOOPBACK}:{dashboard_port}").run())
-        if own is not None and status not in (0, SAVED_STATUS):
+        if own is not None and status not in (0, SAVED_STATUS, STOPPED_STATUS):
             keep_logs(*own)
         return status
 

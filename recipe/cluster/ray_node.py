@@ -9,11 +9,11 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from recipe.plan.constants import OBJECT_STORE_BYTES
 from recipe.system.environment import handed_on
 from recipe.system.errors import UserError
 from recipe.system.parent_death import die_with
@@ -51,13 +51,23 @@ def logs_kept(scratch: Path, run_dir: Path) -> Iterator[None]:
         raise
 
 
+@dataclass(frozen=True)
+class NodeSize:
+    """What Ray is told that a node has."""
+
+    num_cpus: int
+    object_store: int
+    """Bytes of shared memory for what passes through Ray."""
+
+
 class RayNode:
     """Use as a context manager: leaving it ends Ray on this node. The token is read from a file whose name goes by
     environment. `logs` is where its logs are to be read afterwards."""
 
-    def __init__(self, arguments: Sequence[str], address: str, token: Path, logs: str) -> None:
+    def __init__(self, arguments: Sequence[str], address: str, token: Path, size: NodeSize, logs: str) -> None:
         self._command = [sys.executable, "-m", "ray.scripts.scripts", "start", f"--node-ip-address={address}"]
-        self._command += [f"--object-store-memory={OBJECT_STORE_BYTES}", "--disable-usage-stats", "--block"]
+        self._command += [f"--num-cpus={size.num_cpus}", f"--object-store-memory={size.object_store}"]
+        self._command += ["--disable-usage-stats", "--block"]
         # Its agent, which starts jobs, takes a free port itself, and tells Ray which: without one no job ever starts.
         self._command += ["--dashboard-agent-listen-port=0", *arguments]
         self._logs = logs
@@ -66,19 +76,19 @@ class RayNode:
 
     @classmethod
     def head(
-        cls, address: str, token: Path, num_cpus: int, port: int, dashboard_port: int, own: tuple[Path, Path] | None
+        cls, address: str, token: Path, size: NodeSize, port: int, dashboard_port: int, own: tuple[Path, Path] | None
     ) -> Self:
         """The first node, which others join at `port`. Its dashboard listens on this machine's own loopback only.
         `own`, where there are no others: the program's folder, and the run directory."""
-        arguments = [f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard_port}", f"--num-cpus={num_cpus}"]
+        arguments = [f"--dashboard-host={LOOPBACK}", f"--dashboard-port={dashboard_port}"]
         arguments.append(f"--temp-dir={own[0] / RAY if own else SHARED}")
         logs = str(own[1] / RAY_LOGS) if own else SHARED_LOGS
-        return cls(["--head", f"--port={port}", *arguments], address, token, logs)
+        return cls(["--head", f"--port={port}", *arguments], address, token, size, logs)
 
     @classmethod
-    def worker(cls, address: str, head: str, token: Path, num_cpus: int) -> Self:
+    def worker(cls, address: str, head: str, token: Path, size: NodeSize) -> Self:
         """A node that joins the head at `head` (HOST:PORT)."""
-        return cls([f"--address={head}", f"--num-cpus={num_cpus}"], address, token, SHARED_LOGS)
+        return cls([f"--address={head}"], address, token, size, SHARED_LOGS)
 
     def __enter__(self) -> Self:
         """Returns when Ray has started. Raises UserError with what it says if it does not."""

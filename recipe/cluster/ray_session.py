@@ -21,7 +21,6 @@ from recipe.cluster.ray_processes import VITAL, RayProcesses
 from recipe.cluster.rendezvous import check_own_address, write_token
 from recipe.config import Config
 from recipe.config.engine_placement import gpus_of_fullest_machine
-from recipe.plan.constants import OBJECT_STORE_BYTES
 from recipe.system.environment import handed_on
 from recipe.system.errors import UserError
 from recipe.system.scratch import scratch_folder
@@ -34,10 +33,10 @@ _TIMED_OUT = "timed out during startup"
 
 
 @contextmanager
-def ray_session(config: Config) -> Iterator[None]:
+def ray_session(config: Config, object_store: int) -> Iterator[None]:
     """Ray for this run: the cluster that submitted this job if there is one (RAY_ADDRESS), or a local one of our own,
-    whose processes end with this block and die with this process. The block ends with a UserError if one of them dies
-    that it needs."""
+    with an `object_store` of so many bytes, whose processes end with this block and die with this process. The block
+    ends with a UserError if one of them dies that it needs."""
     if "RAY_ADDRESS" in os.environ:
         try:
             with _own_signals():
@@ -53,7 +52,7 @@ def ray_session(config: Config) -> Iterator[None]:
             write_token(scratch / "token")
             os.environ |= {TOKEN_PATH: str(scratch / "token"), "RAY_USAGE_STATS_ENABLED": "0"}
             with logs_kept(scratch, config.run_dir):
-                _start_local(config, scratch)
+                _start_local(config, scratch, object_store)
                 with processes.watched(VITAL):
                     yield
         finally:
@@ -72,11 +71,11 @@ def _join_cluster(config: Config) -> None:
         ) from error
 
 
-def _start_local(config: Config, scratch: Path) -> None:
+def _start_local(config: Config, scratch: Path, object_store: int) -> None:
     """Starts Ray, again if need be: it picks some ports well before it opens them, and somebody else may be faster."""
     for attempt in range(1, _START_ATTEMPTS + 1):
         try:
-            _init_local(config, scratch)
+            _init_local(config, scratch, object_store)
             return
         except Exception as error:
             timed_out = type(error) is Exception and _TIMED_OUT in str(error)
@@ -91,14 +90,14 @@ def _start_local(config: Config, scratch: Path) -> None:
             logger.warning("Ray did not start (%s): starting it again", error)
 
 
-def _init_local(config: Config, scratch: Path) -> None:
+def _init_local(config: Config, scratch: Path, object_store: int) -> None:
     slots = gpus_of_fullest_machine(config)
     with _own_signals():
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, slots),
             include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
+            object_store_memory=object_store,
             log_to_driver=True,
             logging_level=_level(config),
             _node_ip_address=LOOPBACK,

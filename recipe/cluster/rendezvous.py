@@ -69,6 +69,8 @@ class HeadCard:
     port: int
     nonce: str
     """A random text of this start of the cluster."""
+    object_store: int
+    """Bytes of Ray's object store, on every node."""
     software: Software
 
 
@@ -91,9 +93,9 @@ class NodeRendezvous:
         except OSError as error:
             raise UserError(f"the nodes cannot meet in {self.folder}: {error}; BASE_DIR must be writable") from error
 
-    def announce(self, address: str, port: int) -> HeadCard:
+    def announce(self, address: str, port: int, object_store: int) -> HeadCard:
         """Leaves the card of the head, which answers at `address` and `port`, and returns it."""
-        card = HeadCard(address, port, secrets.token_hex(8), Software.here())
+        card = HeadCard(address, port, secrets.token_hex(8), object_store, Software.here())
         atomic_write_text(self._head, json.dumps(asdict(card)))
         return card
 

@@ -128,6 +128,8 @@ TUNED_MARGIN = 0.06
 SLOT_ELEMENTS = 4 << 20
 """Elements of a pinned staging buffer of CPU Adam: gradients leave and weights return in pieces of this size, small
 enough that a piece is still in the CPU's cache when its weights are rounded, large enough for all threads."""
-OBJECT_STORE_BYTES = 256 << 20
-"""Size of Ray's object store: enough for the samples of a rollout, but for long ones whose routing is replayed, which
-Ray then keeps in files; weights never pass through Ray."""
+LEAST_OBJECT_STORE = 256 << 20
+"""Size of Ray's object store at least, in bytes."""
+TRAIN_SAMPLE_BYTES = 33
+"""Of a token of a sample on its way to the ranks: id and source of 8 bytes, advantage and three log-probs of 4, mask of
+1; where it is replayed, its routing comes besides."""

@@ -9,10 +9,9 @@ from recipe.config import Config, Resolved
 from recipe.config.engine_placement import gpus_of_fullest_machine
 from recipe.config.sglang_machine import problems_on_machine
 from recipe.plan import constants
-from recipe.plan.constants import OBJECT_STORE_BYTES
 from recipe.plan.hardware import DEFAULT_GPU, GB, GIB, GPUS, Machine
 from recipe.plan.machine import FoundMachine, read_machine
-from recipe.plan.memory import GpuModel
+from recipe.plan.memory import GpuModel, object_store_bytes
 from recipe.plan.plan import Plan, make_plan
 from recipe.plan.report import refusal
 from recipe.plan.suggest import suggestion
@@ -48,7 +47,7 @@ def preflight(resolved: Resolved, *, force: bool) -> Plan | None:
     plan = plan_here(resolved, found)
     findings = [Finding(refusal(plan, suggestion(plan)), stops=True)] if not plan.fits else []
     findings += [Finding(warning, stops=False) for warning in plan.warnings]
-    findings += findings_on(config, found)
+    findings += findings_on(resolved, found)
     if config.cluster.device == "auto":  # else they are rules of the configuration
         problems = problems_on_machine(config, resolved.architecture, on_gpus=uses_gpus(config, found))
         findings += [Finding(problem, stops=True) for problem in problems]
@@ -92,13 +91,14 @@ def colocated_cache_tokens(resolved: Resolved) -> int:
     return memory.tokens
 
 
-def findings_on(config: Config, found: FoundMachine) -> Iterator[Finding]:
+def findings_on(resolved: Resolved, found: FoundMachine) -> Iterator[Finding]:
     """What is wrong with the machine itself, apart from what the plan says of memory and disk."""
+    config = resolved.config
     if not uses_gpus(config, found):
         return
     yield from _gpus(config, found)
     ranks = config.cluster.actor_num_gpus_per_node
-    needed = OBJECT_STORE_BYTES + ranks * constants.SHARED_MEMORY_PER_GPU
+    needed = object_store_bytes(resolved) + ranks * constants.SHARED_MEMORY_PER_GPU
     if config.needs_engine and config.sglang.rollout_num_gpus_per_engine > 1:
         needed += constants.SGLANG_QUEUES * max(1, ranks // config.sglang.rollout_num_gpus_per_engine)
     if found.shared_memory < needed:

@@ -95,7 +95,7 @@ class SmokeRun:
         machine = self.measured.machine
         if self._settings.gpus == 1:
             machine = replace(machine, linked=True)  # one GPU needs no links
-        findings = list(findings_on(read_recipe(flags).config, machine))
+        findings = list(findings_on(read_recipe(flags), machine))
         self._add(findings=tuple(finding.sentence for finding in findings))
         return not any(finding.stops for finding in findings)
 

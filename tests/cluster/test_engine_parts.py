@@ -9,8 +9,9 @@ PROGRAM = """
 import os, re, signal, sys, time
 from pathlib import Path
 from recipe.cluster.rendezvous import write_token
-from recipe.cluster.ray_node import LOOPBACK, OBJECT_STORE_BYTES, TOKEN_PATH
+from recipe.cluster.ray_node import LOOPBACK, TOKEN_PATH
 from recipe.cluster.engine_actor import EngineActor
+from recipe.plan.constants import LEAST_OBJECT_STORE
 from recipe.cluster.placement import Seat
 from recipe.config import Architecture, Config, Resolved
 from recipe.system.errors import UserError
@@ -33,7 +34,7 @@ resolved = Resolved(config, Architecture.from_checkpoint(folder / "hf"), {}, ())
 write_token(folder / "token")
 os.environ[TOKEN_PATH] = str(folder / "token")
 options = {"include_dashboard": False, "log_to_driver": False, "_node_ip_address": LOOPBACK}
-ray.init(address="local", num_cpus=2, object_store_memory=OBJECT_STORE_BYTES, **options)
+ray.init(address="local", num_cpus=2, object_store_memory=LEAST_OBJECT_STORE, **options)
 engine = EngineActor(resolved, 0, (), [Seat({"num_cpus": 0}, ())])
 
 def nodes():

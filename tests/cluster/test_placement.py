@@ -18,7 +18,7 @@ import os, sys
 from pathlib import Path
 from recipe.cluster.rendezvous import write_token
 from recipe.cluster.ray_node import LOOPBACK, TOKEN_PATH
-from recipe.plan.constants import OBJECT_STORE_BYTES
+from recipe.plan.constants import LEAST_OBJECT_STORE
 from recipe.cluster.placement import place
 from recipe.config import Config
 import ray
@@ -34,7 +34,7 @@ def config_of(**cluster):
 write_token(Path(sys.argv[1]))
 os.environ[TOKEN_PATH] = sys.argv[1]
 options = {"include_dashboard": False, "log_to_driver": False, "_node_ip_address": LOOPBACK}
-ray.init(address="local", num_cpus=4, num_gpus=4, object_store_memory=OBJECT_STORE_BYTES, **options)
+ray.init(address="local", num_cpus=4, num_gpus=4, object_store_memory=LEAST_OBJECT_STORE, **options)
 shared = place(config_of(actor_num_gpus_per_node=4, colocate=True))
 print([[seat.gpus for seat in shared.seats(engine)] for engine in range(2)])
 remove_placement_group(shared.group)

@@ -33,7 +33,7 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]
                 raise error
 
         monkeypatch.setattr(module, "_init_local", init)
-        module._start_local(SimpleNamespace(run_dir=tmp_path), tmp_path / "scratch")
+        module._start_local(SimpleNamespace(run_dir=tmp_path), tmp_path / "scratch", 1 << 28)
         return len(calls)
 
     return run
@@ -60,7 +60,7 @@ def test_an_address_in_the_shell_where_no_ray_answers_is_named(monkeypatch: pyte
     monkeypatch.setattr(module.ray, "init", lambda **_: (_ for _ in ()).throw(ConnectionError("refused")))
     with (
         pytest.raises(UserError, match=r"joined at RAY_ADDRESS=127\.0\.0\.1:9 \(refused\): unset RAY_ADDRESS"),
-        module.ray_session(config),
+        module.ray_session(config, 1 << 28),
     ):
         pytest.fail("it was connected")
 

@@ -46,7 +46,7 @@ def actor() -> Iterator[Any]:
 
     cluster = SimpleNamespace(colocate=True, actor_num_gpus_per_node=4, master_addr=None)
     config = SimpleNamespace(cluster=cluster, misc=SimpleNamespace(log_level="warning"), run_dir=Path("build"))
-    with ray_session(cast(Config, config)):
+    with ray_session(cast(Config, config), 1 << 28):
         yield ray.remote(concurrency_groups={"answers": 1})(Rank).options(num_cpus=0)
 
 

@@ -2,16 +2,20 @@
 
 import logging
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from trainer_support import random_checkpoint
 
 from recipe.config import Resolved, resolve, sglang_rules
-from recipe.plan import preflight
+from recipe.messages import TrainSample
+from recipe.plan import constants, preflight
 from recipe.plan.machine import FoundGpu, FoundMachine, pairs_are_linked, parse_gpus, read_gpus, read_machine
+from recipe.plan.memory import longest_sample, object_store_bytes
 from recipe.plan.options import PUBLISHED
 from recipe.system.errors import UserError
 
@@ -199,3 +203,29 @@ def test_a_colocated_engine_is_told_the_cache_that_the_plan_counts(
     assert tokens == plan.gpu.engine.tokens > plan.gpu.engine.needed_tokens
     limited = resolve([*RECIPE, "--sglang-max-total-tokens", "1000"])
     assert preflight.colocated_cache_tokens(limited) == 1000
+
+
+@pytest.mark.parametrize("flags", [[], ["--use-rollout-routing-replay"], ["--rollout-batch-size", "64"]])
+def test_the_object_store_holds_a_rollout_of_the_longest_samples(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they go to the ranks: pickled, with all that a sample may have."""
+    monkeypatch.setattr(sglang_rules, "find_sglang_python", lambda named: None)
+    monkeypatch.setattr(constants, "LEAST_OBJECT_STORE", 0)
+    resolved = resolve([*RECIPE, *flags])
+    a, length = resolved.architecture, longest_sample(resolved)
+    routing = np.zeros((length - 1, sum(a.moe_layer_freq), a.num_experts_per_tok), np.uint8)
+    floats = [np.zeros(length, np.float32) for _ in range(4)]
+    sample = TrainSample(
+        index=0,
+        tokens=np.zeros(length, np.int64),
+        loss_mask=np.ones(length, np.bool_),
+        advantages=floats[0],
+        rollout_log_probs=floats[1],
+        sources=np.zeros(length, np.int64),
+        old_log_probs=floats[2],
+        ref_log_probs=floats[3],
+        routed_experts=routing if resolved.config.grpo.replays_routing else None,
+    )
+    total = len(pickle.dumps(sample)) * resolved.config.samples_per_rollout
+    assert total < object_store_bytes(resolved) < 1.5 * total
