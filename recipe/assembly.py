@@ -3,7 +3,7 @@
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol, cast
 
 from rich.console import Console
@@ -36,7 +36,6 @@ from recipe.rollout.generate import OnGroup, Rollout, SeedStream
 from recipe.rollout.routing import RouterShape
 from recipe.rollout.sample import SampleGroup, grade_group
 from recipe.rollout.sampling_params import SamplingParams
-from recipe.run.comparison import gain
 from recipe.run.conditions import Conditions
 from recipe.run.directory import RunDirectory
 from recipe.run.kept_steps import kept_step
@@ -77,10 +76,20 @@ class Data:
     keep: GroupFilter | None
     """The dynamic sampling filter."""
     tokenizer: "PreTrainedTokenizerFast"
+    texts: dict[int, str] = field(default_factory=dict)
+    """Of tokens that were shown."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))
+
+    def decode_pieces(self, ids: Sequence[int]) -> str:
+        """As `decode`; that of a single token is found once."""
+        if len(ids) > 1:
+            return self.decode(ids)
+        if (text := self.texts.get(ids[0])) is None:
+            text = self.texts[ids[0]] = self.decode(ids)
+        return text
 
     @classmethod
     def read(cls, resolved: Resolved) -> "Data":
@@ -151,7 +160,7 @@ class Run:
         self._start = start
         self._evals: dict[str, Evaluated] = {}
         self._mismatch = MismatchWatch(resolved.config.misc.mismatch_warn)
-        self._budget = Budget(resolved.config.misc, lambda: directory.status.status)
+        self._budget = Budget(resolved.config.misc, lambda: directory.status.status, directory.lines())
         self._adviser = directory.adviser()
         if progress.rollouts:
             self.prompts.load_state_dict(cast(SourceState, progress.data))
@@ -263,7 +272,7 @@ class Run:
         if self._rollout is not None:
             assert self._engines is not None
             values |= rollout_metrics(done - 1, self._rollout, self._engines.new_counts())
-            shown = shown_tokens(self._rollout, samples, self._shown_log_probs(), self._data.decode)
+            shown = shown_tokens(self._rollout, samples, self._shown_log_probs(), self._data.decode_pieces)
             self._directory.record_rollout(done - 1, sample_records(self._rollout, self.config), shown)
             if self._begins_at_checkpoint:
                 versions = [sample.weight_versions for sample in samples_of(self._rollout)]
@@ -301,7 +310,7 @@ class Run:
         self._budget.check()
         evals, done = self.config.eval.eval_prompt_data, self.progress.rollouts
         if evals and self._is_due(self.config.eval.eval_interval):
-            check_gain(self.config.misc, gain(self._directory.path, evals[0].name), done)
+            check_gain(self.config.misc, self._directory.path, evals[0].name, done)
 
     def save(self) -> None:
         """Writes a checkpoint that a resumed run goes on from, losing nothing, and what `--save-hf` asks for. With

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """The page of `make watch` on a long run: seconds of each answer and the server's memory, beside plain reads of the
-same files in the same run.
+same files in the same run; and seconds until a browser, where there is one, shows the curves.
 
     scripts/bench_watch.py [--steps 3000] [--samples 256] [--characters 500]
 """
 
 import argparse
+import asyncio
 import json
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+from browser import CHROMIUM, open_browser
 from made_up_run import write_run
 
 from recipe.system.errors import UserError, run_main
@@ -58,6 +60,17 @@ def plain_read(run: Path) -> float:
     return time.perf_counter() - began
 
 
+async def seconds_to_curves(address: str, profile: Path) -> float:
+    """From the address to the last chart of the window."""
+    async with open_browser(profile) as page:
+        await page.resize(1280)
+        await page.open("about:blank")
+        began = time.perf_counter()
+        await page.call("Page.navigate", url=address)
+        await page.until("document.querySelectorAll('#curves .chart canvas').length >= 9")
+        return time.perf_counter() - began
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3000)
@@ -76,6 +89,10 @@ def main() -> None:
                     found = answer.read()
                 took = time.perf_counter() - began
                 print(f"{name:<34}{took:7.3f} s {len(found) / 1e6:8.2f} MB {process.memory_info().rss / 1e6:6.0f} MB")
+        if CHROMIUM is not None:
+            for _, address in serve(Path(folder)):
+                took = asyncio.run(seconds_to_curves(f"{address}#/run/long", Path(folder) / "profile"))
+                print(f"{'a new server, in a browser':<34}{took:7.3f} s")
         print(f"{'the same numbers, read plainly':<34}{plain_read(run):7.3f} s")
 
 

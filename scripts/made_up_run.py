@@ -40,7 +40,12 @@ def write_run(run: Path, steps: int, samples: int, characters: int = 500, state:
     draw = np.random.default_rng(1)
     misc = {"name": run.name, "price": 2.5}
     config = {
-        "rollout": {"num_rollout": steps, "rollout_max_response_len": 8192, "dynamic_sampling_filter_path": None},
+        "rollout": {
+            "num_rollout": steps,
+            "rollout_max_response_len": 8192,
+            "partial_rollout": False,
+            "dynamic_sampling_filter_path": None,
+        },
         "eval": {"eval_prompt_data": [["aime", "aime.jsonl"]]},
         "checkpoint": {"save": None, "save_interval": 20},
         "misc": misc,

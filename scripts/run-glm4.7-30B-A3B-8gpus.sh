@@ -4,7 +4,7 @@
 #
 #   BASE_DIR=/data scripts/run-glm4.7-30B-A3B-8gpus.sh [--recipe glm4.7-flash-8gpu-mtp] [--num-rollout 100] ...
 #
-# Exit status: the run's; 75 when a SIGTERM ended it saved.
+# Exit status: the run's; 75 when a SIGTERM ended it saved, 76 when a limit of its own did (--max-dollars and others).
 set -euo pipefail
 BASE_DIR=$(realpath -- "${BASE_DIR:-/root}")
 export BASE_DIR

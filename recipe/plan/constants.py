@@ -130,6 +130,8 @@ SLOT_ELEMENTS = 4 << 20
 enough that a piece is still in the CPU's cache when its weights are rounded, large enough for all threads."""
 LEAST_OBJECT_STORE = 256 << 20
 """Size of Ray's object store at least, in bytes."""
+LARGEST_OBJECT_STORE = 8 << 30
+"""Above 10 GB Ray does not start where /dev/shm has less."""
 TRAIN_SAMPLE_BYTES = 33
 """Of a token of a sample on its way to the ranks: id and source of 8 bytes, advantage and three log-probs of 4, mask of
 1; where it is replayed, its routing comes besides."""

@@ -76,13 +76,14 @@ def longest_sample(resolved: Resolved) -> int:
 
 def object_store_bytes(resolved: Resolved) -> int:
     """Size of Ray's object store on every machine: the samples of a rollout, all as long as can be, with their routing
-    if it is replayed, and a quarter more. Weights never pass through Ray."""
+    if it is replayed, and a quarter more. What is beyond the largest store goes by files. Weights never pass through
+    Ray."""
     config, a = resolved.config, resolved.architecture
     each = constants.TRAIN_SAMPLE_BYTES
     if config.grpo.replays_routing:
         each += sum(a.moe_layer_freq) * a.num_experts_per_tok
     samples = config.samples_per_rollout * longest_sample(resolved) * each
-    return max(constants.LEAST_OBJECT_STORE, samples + samples // 4)
+    return min(max(constants.LEAST_OBJECT_STORE, samples + samples // 4), constants.LARGEST_OBJECT_STORE)
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,8 @@ def _idle_engines(of: Stretch) -> Found | None:
     rollout, step = of.mean("seconds_rollout"), of.mean("seconds_step")
     if len(of.busy_shares) < WINDOW or rollout is None or step is None or rollout < step / 3:
         return None
+    if of.config["rollout"]["partial_rollout"]:
+        return None
     busy = statistics.fmean(of.busy_shares)
     if busy > 0.4:
         return None
@@ -135,10 +137,14 @@ def _host_memory(of: Stretch) -> Found | None:
 
 
 def _behind_plan(of: Stretch) -> Found | None:
-    seconds = [line["seconds_step"] for line in of.last if line.get("seconds_step") is not None]
+    seconds = [
+        whole - (line.get("seconds_eval") or 0.0) - (line.get("seconds_save") or 0.0)
+        for line in of.last
+        if (whole := line.get("seconds_step")) is not None
+    ]
     if of.planned_step_s is None or len(seconds) < WINDOW:
         return None
-    typical = statistics.median(value for value in seconds if value is not None)
+    typical = statistics.median(seconds)
     if typical < 1.25 * of.planned_step_s:
         return None
     return (

@@ -1,13 +1,21 @@
 """evals.jsonl: the score of every problem of an evaluation set, and what two evaluations differ by."""
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from recipe.messages import Evaluated
 from recipe.run.journal import Journal
-from recipe.run.statistics import Difference, mean_difference, paired_difference
+from recipe.run.statistics import (
+    Difference,
+    Estimate,
+    clustered_mean,
+    mean_difference,
+    paired_difference,
+    paired_estimate,
+)
 from recipe.system.errors import UserError
 from recipe.system.json_text import read_json
 
@@ -45,23 +53,33 @@ class Compared:
     problems: int
 
 
-def paired(a: Mapping[str, Any], b: Mapping[str, Any]) -> Compared:
-    """Two lines of evals.jsonl. Raises UserError if they are not of the same number of problems."""
-    scores = a["scores"], b["scores"]
-    if len(scores[0]) != len(scores[1]):
+def scores_of(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """The scores of two lines of evals.jsonl. Raises UserError if they are not of the same number of problems."""
+    if len(a["scores"]) != len(b["scores"]):
         raise UserError(
-            f"the set {a['set']} had {len(scores[0])} problems at step {a['step']} and {len(scores[1])} at step "
+            f"the set {a['set']} had {len(a['scores'])} problems at step {a['step']} and {len(b['scores'])} at step "
             f"{b['step']}: evaluate on one file"
         )
+    return a["scores"], b["scores"]
+
+
+def are_shares(*scores: Sequence[float]) -> bool:
+    """Whether scores may be shares of right answers; rewards of a user's own may be any numbers."""
+    return all(0 <= score <= 1 for one in scores for score in one)
+
+
+def paired(a: Mapping[str, Any], b: Mapping[str, Any]) -> Compared:
+    """Two lines of evals.jsonl. Raises UserError if they are not of the same number of problems."""
+    left, right = scores_of(a, b)
     samples = a["samples_per_problem"], b["samples_per_problem"]
-    are_shares = all(0 <= score <= 1 for one in scores for score in one)
-    means = tuple(sum(one) / len(one) for one in scores)
     return Compared(
         a["set"],
         (a["step"], b["step"]),
-        (means[0], means[1]),
-        paired_difference(*scores, samples, _SEED) if are_shares else mean_difference(*scores, _SEED),
-        len(scores[0]),
+        (sum(left) / len(left), sum(right) / len(right)),
+        paired_difference(left, right, samples, _SEED)
+        if are_shares(left, right)
+        else mean_difference(left, right, _SEED),
+        len(left),
     )
 
 
@@ -70,11 +88,18 @@ def newest(run: Path) -> dict[str, dict[str, Any]]:
     return {line["set"]: line for line in Journal(run / FILE).read()}
 
 
-def gain(run: Path, name: str) -> Compared | None:
-    """A set's newest score less the one before the first step; None where either is missing."""
+def gain(run: Path, name: str) -> Estimate | None:
+    """A set's newest score less the one before the first step; None where there are not both, or they are too few or
+    too alike to say anything. Raises UserError if the two are not of the same number of problems."""
     lines = [line for line in Journal(run / FILE).read() if line["set"] == name]
     before = next((line for line in lines if line["step"] == 0), None)
-    return None if before is None or lines[-1]["step"] == 0 else paired(lines[-1], before)
+    if before is None or lines[-1]["step"] == 0:
+        return None
+    left, right = scores_of(lines[-1], before)
+    if are_shares(left, right):
+        return paired_estimate(left, right, (lines[-1]["samples_per_problem"], before["samples_per_problem"]))
+    found = clustered_mean([a - b for a, b in zip(left, right, strict=True)])
+    return found if math.isfinite(found.low) and found.low < found.high else None
 
 
 def compare_runs(a: Path, b: Path) -> list[Compared]:

@@ -33,7 +33,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import psutil
 
@@ -116,7 +116,8 @@ class RunDirectory:
             write_manifest(self.path / "manifest.json", resolved)
         self._open_sinks()  # before anything else starts: they may want a key or a port, and outlive Ray
         config = self._config
-        self.status = StatusWriter(self.path, config.rollout.num_rollout, config.paid_for, config.misc.price)
+        least_s = sum(line["seconds_step"] or 0.0 for line in self._metrics.read())
+        self.status = StatusWriter(self.path, config.rollout.num_rollout, config.paid_for, config.misc.price, least_s)
 
     def _open_sinks(self) -> None:
         """Raises UserError for one that cannot be had."""
@@ -144,7 +145,7 @@ class RunDirectory:
 
         events = self.path / "tensorboard"
         self._metrics.keep(lambda line: 0 < steps_done >= line["step"])
-        self._conditions.keep(lambda line: steps_done >= line["step"])
+        self._conditions.keep(lambda line: 0 < steps_done >= line["step"])
         self._evals.keep(lambda line: 0 < steps_done >= line["step"])
         self._index.keep(lambda line: steps_done > line["rollout_id"])
         self.status.count(steps_done)
@@ -208,6 +209,10 @@ class RunDirectory:
         """Writes plan.json. Raises UserError if the disk is full."""
         with writing(self.path):
             atomic_write_text(self.path / planned.FILE, plan + "\n")
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Those of metrics.jsonl."""
+        return self._metrics.read()
 
     def adviser(self) -> Adviser:
         """With the steps that this directory holds."""

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,10 @@ def _answers(run: Path) -> dict[str, Any]:
         f"{at}/metrics": answers.metrics(name, None, None),
         f"{at}/timeline": answers.course(name, None),
     }
-    samples = {
-        f"{at}/sample?rollout={rollout}&line={line}": answers.sample(name, rollout, line)
-        for rollout, line in _with_tokens(run)
-    }
+    samples = {}
+    for rollout, line in _with_tokens(run):
+        with suppress(UserError):  # its rollout's file may be gone
+            samples[f"{at}/sample?rollout={rollout}&line={line}"] = answers.sample(name, rollout, line)
     rows = [row for sample in samples.values() for row in sample["group_rows"] if _is(row, sample)]
     listed = answers.samples(name, {"from_step": "1"})
     return found | samples | {f"{at}/samples": {**listed, "matches": len(rows), "rows": rows}}

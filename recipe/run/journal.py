@@ -58,33 +58,36 @@ class LineReader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = 0
+        self._file = (0, 0, 0)
         self._read = self._lines = 0
 
-    def new_lines(self) -> tuple[list[dict[str, Any]], bool]:
-        """The records since the last call, and whether these are all there are: at first, and where the journal was cut
-        back meanwhile, which makes a new file of it. Raises UserError if a line is damaged."""
+    def new_lines(self, limit: int | None = None) -> tuple[list[dict[str, Any]], bool]:
+        """The records since the last call, of `limit` bytes at most, and whether they are the journal's first ones: at
+        first, and where it was cut back meanwhile, which makes a new file of it. Raises UserError for a damaged
+        line."""
         try:
             with self._path.open("rb") as file:
-                found = os.fstat(file.fileno()).st_ino
-                file.seek(self._read if found == self._file else 0)
-                data = file.read()
+                state = os.fstat(file.fileno())
+                head = file.readline()
+                found = (state.st_dev, state.st_ino, hash(head) if head.endswith(b"\n") else 0)
+                anew = found != self._file or state.st_size < self._read
+                file.seek(0 if anew else self._read)
+                data = file.read(limit or -1)
         except FileNotFoundError:
-            found, data = 0, b""
-        anew = found != self._file
+            found, data, anew = (0, 0, 0), b"", self._read > 0
         if anew:
             self._file, self._read, self._lines = found, 0, 0
         whole = data[: data.rfind(b"\n") + 1]
-        self._read += len(whole)
-        return [self._parsed(line) for line in whole.splitlines()], anew
+        records = [self._parsed(number, line) for number, line in enumerate(whole.splitlines(), self._lines + 1)]
+        self._read, self._lines = self._read + len(whole), self._lines + len(records)
+        return records, anew
 
-    def _parsed(self, line: bytes) -> dict[str, Any]:
-        self._lines += 1
+    def _parsed(self, number: int, line: bytes) -> dict[str, Any]:
         try:
             record: dict[str, Any] = parse_json(line)
             return record
         except ValueError as error:
-            raise UserError(f"{self._path} is damaged in line {self._lines}") from error
+            raise UserError(f"{self._path} is damaged in line {number}") from error
 
 
 def encode(record: Mapping[str, Any]) -> bytes:

@@ -15,7 +15,7 @@ from recipe.run.comparison import Compared, compare_runs, obstacles
 from recipe.run.html_report import FILE, html_report
 from recipe.run.journal import Journal, writing
 from recipe.run.metrics import shown
-from recipe.run.status import read_status
+from recipe.run.status import LIVING, read_status
 from recipe.run.summary import summarize
 from recipe.run.watch.files import RunFiles
 from recipe.run.watch.head import eval_sets, state_text
@@ -45,16 +45,16 @@ def report(directory: Path) -> Iterator[str]:
 
 def _summary(directory: Path) -> dict[str, Any]:
     """summary.json; of a run that is going on, or was killed, what it would be now."""
-    path = directory / "summary.json"
-    if path.is_file():
+    path, status = directory / "summary.json", read_status(directory)
+    has_ended = status is None or status.state not in LIVING
+    if path.is_file() and has_ended:
         return read_json(path, dict[str, Any], "go on with the run by --load, which writes it anew")
-    status = read_status(directory)
     if status is None or not (directory / "metrics.jsonl").is_file():
         raise UserError(f"{path} is not there: {directory} is no run, or one that has not made a step yet")
     run = RunFiles(directory)
     run.refresh()
     lines = Journal(directory / "metrics.jsonl").read()
-    return summarize(lines, eval_sets(run), state_text(status.now()), status.beat - status.began, {})
+    return summarize(lines, eval_sets(run), state_text(status.now()), status.seconds, {})
 
 
 def _score(scores: Mapping[str, Any], moment: str) -> str:

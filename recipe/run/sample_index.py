@@ -50,14 +50,16 @@ class SampleIndex:
         self._blocks: list[dict[str, NDArray[Any]]] = []
         self._joined: dict[str, NDArray[Any]] | None = None
 
-    def refresh(self) -> None:
-        """Reads what was added since the last time; all of it if the file was cut. Raises UserError if it is bad."""
-        lines, anew = self._reader.new_lines()
+    def refresh(self, limit: int | None = None) -> bool:
+        """Reads what was added since the last time, `limit` bytes at most; all of it if the file was cut. Returns
+        whether there was any. Raises UserError if it is damaged."""
+        lines, anew = self._reader.new_lines(limit)
         if anew:
             self._blocks.clear()
         self._blocks += [self._block(line) for line in lines]
         if lines or anew:
             self._joined = None
+        return bool(lines)
 
     def _block(self, line: dict[str, Any]) -> dict[str, NDArray[Any]]:
         count = len(line["reward"])

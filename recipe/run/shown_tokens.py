@@ -1,10 +1,13 @@
 """tokens/ROLLOUT.jsonl: some of a rollout's samples token by token, for `make watch`."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from recipe.system.files import atomic_write_bytes
 from recipe.system.json_text import parse_json
@@ -25,11 +28,11 @@ class ShownTokens:
     """Of the sample in its rollout's file, from 0."""
     pieces: Sequence[str]
     """[R] their text; of tokens that are parts of one character the last has it, and the others have none."""
-    log_probs: Sequence[float]
-    """[R] at generation, by the engine, in nats."""
-    advantages: Sequence[float]
+    log_probs: Sequence[float | None]
+    """[R] at generation, by the engine, in nats; None, once it is read again, for what is not finite."""
+    advantages: Sequence[float | None]
     """[R]"""
-    trainer_log_probs: Sequence[float] | None
+    trainer_log_probs: Sequence[float | None] | None
     """[R] by the trainer before it learned from them; None where that is not known."""
 
 
@@ -47,11 +50,16 @@ def write_tokens(run: Path, rollout_id: int, samples: Sequence[ShownTokens]) -> 
 
 def _rounded(sample: ShownTokens) -> dict[str, Any]:
     return {
-        name: [round(float(number), DIGITS) for number in value]
+        name: _finite(np.round(np.asarray(value, dtype=np.float64), DIGITS).tolist())
         if name.endswith(("log_probs", "advantages")) and value is not None
         else value
         for name, value in asdict(sample).items()
     }
+
+
+def _finite(values: Sequence[float]) -> list[float | None]:
+    """JSON has no other numbers; a run that diverges has."""
+    return [value if math.isfinite(value) else None for value in values]
 
 
 def read_all_tokens(run: Path, rollout_id: int) -> list[ShownTokens]:

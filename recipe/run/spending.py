@@ -1,13 +1,18 @@
 """When a run has taken enough time and money, or shown what it was to show."""
 
+import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 from recipe.config import MiscConfig
-from recipe.run.comparison import Compared
+from recipe.run.comparison import gain
 from recipe.run.metrics import Values
 from recipe.run.status import Status
+from recipe.system.errors import UserError
 from recipe.system.shutdown import Stopped
+
+logger = logging.getLogger(__name__)
 
 _STEPS = 5
 """The next step is taken to be as long as the longest of so many last ones, and saving as long as it ever was."""
@@ -16,10 +21,13 @@ _STEPS = 5
 class Budget:
     """What `--max-dollars` and `--max-hours` leave of a run whose time and cost `status` tells."""
 
-    def __init__(self, misc: MiscConfig, status: Callable[[], Status]) -> None:
+    def __init__(self, misc: MiscConfig, status: Callable[[], Status], done: Iterable[Values] = ()) -> None:
+        """`done` are the lines of the run's earlier commands."""
         self._misc, self._status = misc, status
         self._steps: deque[float] = deque(maxlen=_STEPS)
         self._save = 0.0
+        for line in done:
+            self.take(line)
 
     def take(self, line: Values) -> None:
         """A step is done, of which this is the line in metrics.jsonl."""
@@ -35,11 +43,11 @@ class Budget:
     def check(self) -> None:
         """Before a step. Raises Stopped if it would bring the run over a limit."""
         status = self._status()
-        hours, rate = (status.seconds + self.next_s) / 3600, status.gpus * status.price
+        hours, would_be = (status.seconds + self.next_s) / 3600, status.dollars + self.next_s * status.dollars_a_second
         dollars, longest = self._misc.max_dollars, self._misc.max_hours
-        if dollars is not None and hours * rate > dollars:
+        if dollars is not None and would_be > dollars:
             raise Stopped(
-                f"${status.dollars:.2f} are spent and the next step would make it ${hours * rate:.2f}: "
+                f"${status.dollars:.2f} are spent and the next step would make it ${would_be:.2f}: "
                 f"--max-dollars is {dollars:g}"
             )
         if longest is not None and hours > longest:
@@ -49,17 +57,24 @@ class Budget:
             )
 
 
-def check_gain(misc: MiscConfig, found: Compared | None, rollouts: int) -> None:
-    """After an evaluation, `found` being the gain since before the first step: raises Stopped if its 95% interval lies
-    above `--target-gain` or, from `--target-gain-after` on, below it."""
+def check_gain(misc: MiscConfig, run: Path, name: str, rollouts: int) -> None:
+    """After an evaluation: raises Stopped if the 95% interval of the gain on the set `name` lies above `--target-gain`
+    or, from `--target-gain-after` on, below it. Without that flag nothing is read; what cannot be compared is told and
+    ends nothing."""
     target, after = misc.target_gain, misc.target_gain_after
-    if target is None or found is None:
+    if target is None:
         return
-    gained = found.difference.estimate
-    told = f"the gain on {found.set} is {gained.mean:+.3f}, 95% interval {gained.low:+.3f} to {gained.high:+.3f}"
+    try:
+        gained = gain(run, name)
+    except UserError as error:
+        logger.warning("--target-gain cannot be judged: %s", error)
+        return
+    if gained is None:
+        return
+    told = f"the gain on {name} is {gained.mean:+.3f}, 95% interval {gained.low:+.3f} to {gained.high:+.3f}"
     if gained.low >= target:
         raise Stopped(f"{told}: --target-gain {target:g} is reached")
     if after is not None and rollouts >= after and gained.high < target:
         raise Stopped(
-            f"{told}: --target-gain {target:g} is not reached after {rollouts} rollouts (--target-gain-after)"
+            f"{told}: after {rollouts} rollouts (--target-gain-after) --target-gain {target:g} is not reached"
         )

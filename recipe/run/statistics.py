@@ -21,6 +21,7 @@ _TAIL = 0.025
 _POWER = 0.8
 _BOOTSTRAP_DRAWS = 10_000
 _SIGN_DRAWS = 100_000
+_SIGNS_AT_ONCE = 1_000
 _EXACT_SIGNS_UP_TO = 16
 _ROUNDING = 1e-9
 _UNSEEN_AGAINST, _UNSEEN_FOR = 0.65, 0.35
@@ -102,6 +103,11 @@ def standard_error(values: Sequence[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values))
 
 
+def paired_estimate(left: Sequence[float], right: Sequence[float], samples: tuple[int, int]) -> Estimate:
+    """The estimate of `paired_difference`."""
+    return _paired(left, right, samples)[0]
+
+
 def mean_difference(left: Sequence[float], right: Sequence[float], seed: int) -> Difference:
     """As `paired_difference`, of [P] values that may be any numbers."""
     differences = [a - b for a, b in zip(left, right, strict=True)]
@@ -123,17 +129,25 @@ def paired_difference(left: Sequence[float], right: Sequence[float], samples: tu
     the draw of samples alone makes it (Miller, section 3: variance within problems), with shares shrunk as by
     Jeffreys's prior: chance hardly ever makes it less. One problem alone says nothing of others.
     """
+    estimate, error = _paired(left, right, samples)
+    if not error:
+        return Difference(estimate, 1.0, 1.0)
+    differences = np.asarray(left, dtype=np.float64) - np.asarray(right, dtype=np.float64)
+    p_value = 2 * float(special.stdtr(len(differences) - 1, -abs(estimate.mean) / error))
+    return Difference(estimate, p_value, _sign_flip_p_value(differences, seed))
+
+
+def _paired(left: Sequence[float], right: Sequence[float], samples: tuple[int, int]) -> tuple[Estimate, float]:
+    """The estimate and its standard error; 0 for one problem alone."""
     differences = [a - b for a, b in zip(left, right, strict=True)]
     count, mean = len(differences), statistics.fmean(differences)
     if count < 2:
-        return Difference(Estimate(mean, -1.0, 1.0), 1.0, 1.0)
+        return Estimate(mean, -1.0, 1.0), 0.0
     drawn = sum(_variance_of_share(share, samples[0]) for share in left)
     drawn += sum(_variance_of_share(share, samples[1]) for share in right)
     error = max(standard_error(differences), math.sqrt(drawn) / count / 2)
     half_width = t_quantile(count - 1) * error
-    estimate = Estimate(mean, max(-1.0, mean - half_width), min(1.0, mean + half_width))
-    p_value = 2 * float(special.stdtr(count - 1, -abs(mean) / error))
-    return Difference(estimate, p_value, _sign_flip_p_value(np.asarray(differences), seed))
+    return Estimate(mean, max(-1.0, mean - half_width), min(1.0, mean + half_width)), error
 
 
 def smallest_gain(problems: int, samples: int) -> float:
@@ -207,5 +221,8 @@ def _sign_flip_p_value(differences: np.ndarray, seed: int) -> float:
         signs = np.array(list(product((-1, 1), repeat=count)), dtype=np.int8)
         return float((np.abs(signs @ differences) >= observed).mean())
     draw = np.random.default_rng(derive(seed, "sign flips"))
-    signs = draw.integers(2, size=(_SIGN_DRAWS, count), dtype=np.int8) * 2 - 1
-    return (1 + int((np.abs(signs @ differences) >= observed).sum())) / (1 + _SIGN_DRAWS)
+    beyond = 0
+    for _ in range(0, _SIGN_DRAWS, _SIGNS_AT_ONCE):
+        signs = draw.integers(2, size=(_SIGNS_AT_ONCE, count), dtype=np.int8) * 2 - 1
+        beyond += int((np.abs(signs @ differences) >= observed).sum())
+    return (1 + beyond) / (1 + _SIGN_DRAWS)

@@ -21,8 +21,10 @@ from recipe.system.files import replace_text
 from recipe.system.json_text import parse_json
 
 BEAT_S = 3.0
-SILENT_S = 60.0
-"""A run that has not beaten for so long has died, as far as another machine can tell."""
+SILENT_S = 120.0
+"""A run that has not beaten for so long has died, as far as another machine can tell by its own clock."""
+JOIN_S = 10.0
+"""Longest wait for the thread, which may hang in a file system that does."""
 FILE = "status.json"
 
 
@@ -63,48 +65,53 @@ class Status:
     """This command of the run."""
     beat: float
     """When this was written."""
-    earlier_s: float = 0.0
-    """Seconds of the run's earlier commands."""
+    seconds: float
+    """Wall time of all commands of the run, up to this beat."""
+    dollars: float
+    """What they cost, each by its own GPUs and price."""
     gpus: int
-    """GPUs that are paid for; machines, where the run uses none."""
+    """GPUs that are paid for now; machines, where the run uses none."""
     price: float
     """Dollars of one of them an hour."""
-    process: tuple[str, int, float]
-    """The run's process: machine and namespace of process ids, id, and time of its start."""
+    process: tuple[str, int, int]
+    """The run's process: machine and namespace of process ids, id, and its start in ticks since the machine's."""
 
     @property
-    def seconds(self) -> float:
-        """Wall time of all commands of the run, up to this beat."""
-        return self.earlier_s + self.beat - self.began
-
-    @property
-    def dollars(self) -> float:
-        """What that costs."""
-        return self.seconds / 3600 * self.gpus * self.price
+    def dollars_a_second(self) -> float:
+        """What the run costs now."""
+        return self.gpus * self.price / 3600
 
     def now(self) -> Self:
-        """As it is to be shown: DIED where the run's process is gone, or has been silent for SILENT_S."""
-        if self.state not in LIVING or (is_alive(self.process) and time.time() - self.beat < SILENT_S):
+        """As it is to be shown: DIED where the run's process is gone or, on another machine, has been silent."""
+        if self.state not in LIVING:
             return self
-        return replace(self, state=RunState.DIED)
+        is_here = self.process[0] == _place() != ""
+        lives = is_alive(self.process) if is_here else time.time() - self.beat < SILENT_S
+        return self if lives else replace(self, state=RunState.DIED)
 
 
-def is_alive(process: tuple[str, int, float]) -> bool:
-    """False where the process was on this machine and is there no more; of other machines' nothing is known: True."""
-    place, number, began = process
-    if place != _place():
-        return True
+def is_alive(process: tuple[str, int, int]) -> bool:
+    """Whether a process of this machine is still there."""
+    _, number, ticks = process
     try:
-        found = psutil.Process(number)
-        return abs(found.create_time() - began) < 1 and found.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
+        return _start_ticks(number) == ticks and psutil.Process(number).status() != psutil.STATUS_ZOMBIE
+    except (OSError, psutil.Error):
         return False
 
 
+def _start_ticks(number: int) -> int:
+    """When a process began, in ticks since the machine did: no clock that somebody sets. Raises OSError if there is
+    none of this number."""
+    after_its_name = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2]
+    return int(after_its_name.split()[19])
+
+
 def _place() -> str:
-    """Names this machine, since it was switched on, and this namespace of process ids."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+    """Names this machine, since it was switched on, and this namespace of process ids; nothing where that is hidden."""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+    return ""
 
 
 def read_status(run: Path) -> Status | None:
@@ -117,11 +124,14 @@ def read_status(run: Path) -> Status | None:
 class StatusWriter:
     """Keeps the file fresh until it is closed. Whatever is told is written soon, by the thread."""
 
-    def __init__(self, run: Path, total_steps: int, gpus: int, price: float) -> None:
-        process = psutil.Process()
-        began = process.create_time()
-        before = read_status(run)
+    def __init__(self, run: Path, total_steps: int, gpus: int, price: float, least_s: float = 0.0) -> None:
+        """`least_s` are the seconds that the run has certainly taken, where no file tells more."""
+        began, before = psutil.Process().create_time(), read_status(run)
         self._path = run / FILE
+        self._opened = time.monotonic()
+        earlier = least_s if before is None else max(0.0, before.seconds)
+        own = max(0.0, time.time() - began)
+        rate = gpus * price / 3600
         self._status = Status(
             state=RunState.STARTING,
             doing="command",
@@ -130,10 +140,11 @@ class StatusWriter:
             total_steps=total_steps,
             began=began,
             beat=time.time(),
-            earlier_s=0.0 if before is None else before.seconds,
+            seconds=earlier + own,
+            dollars=(earlier * rate if before is None else before.dollars) + own * rate,
             gpus=gpus,
             price=price,
-            process=(_place(), process.pid, began),
+            process=_this_process(),
         )
         self._news, self._closed = threading.Event(), threading.Event()
         self._write()
@@ -142,8 +153,14 @@ class StatusWriter:
 
     @property
     def status(self) -> Status:
-        """As of now."""
-        return replace(self._status, beat=time.time())
+        """As of now. Time is taken from a clock that nobody sets."""
+        status, since = self._status, time.monotonic() - self._opened
+        return replace(
+            status,
+            beat=time.time(),
+            seconds=status.seconds + since,
+            dollars=status.dollars + since * status.dollars_a_second,
+        )
 
     def tell(self, state: RunState, doing: str) -> None:
         """The run is in this state, at this part of a start or phase of a step."""
@@ -159,8 +176,9 @@ class StatusWriter:
         """The run has ended. Returns when that is written, or cannot be."""
         self._closed.set()
         self._news.set()
-        self._thread.join()
-        self._status = replace(self._status, state=state, doing=how, since=time.time())
+        self._thread.join(JOIN_S)
+        plain = how.encode(errors="backslashreplace").decode()  # a path may have bytes that are no text
+        self._status = replace(self._status, state=state, doing=plain, since=time.time())
         self._write()
 
     def _beat(self) -> None:
@@ -172,6 +190,14 @@ class StatusWriter:
     def _write(self) -> None:
         with suppress(OSError):
             replace_text(self._path, _as_json(self.status))
+
+
+def _this_process() -> tuple[str, int, int]:
+    """What `Status.process` says of this one."""
+    try:
+        return _place(), os.getpid(), _start_ticks(os.getpid())
+    except OSError:
+        return "", os.getpid(), 0
 
 
 def _as_json(status: Status) -> str:

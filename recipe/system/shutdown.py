@@ -37,7 +37,7 @@ def saving_on_notice(save: Callable[[], None], grace_s: float) -> Iterator[None]
     unwind the program at once, with status 143. Stopped ends it by `save` too."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
-    noticed = False
+    noticed = ending = False
 
     def heed(number: int, _: FrameType | None) -> None:
         nonlocal noticed
@@ -48,7 +48,8 @@ def saving_on_notice(save: Callable[[], None], grace_s: float) -> Iterator[None]
             drop_dead_output()
         _say(f"{signal.Signals(number).name} received: saving what is done, for at most {grace_s:g} s")
         signal.setitimer(signal.ITIMER_REAL, grace_s)
-        loop.call_soon_threadsafe(task.cancel)
+        if not ending:  # else it is being saved already
+            loop.call_soon_threadsafe(task.cancel)
 
     def run_out_of_time(*_: object) -> None:
         give_up(f"not saved in {grace_s:g} s (--sigterm-grace-s)")
@@ -68,8 +69,9 @@ def saving_on_notice(save: Callable[[], None], grace_s: float) -> Iterator[None]
         _say(f"saved; go on with --load (exit status {SAVED_STATUS})")
         raise SystemExit(SAVED_STATUS) from None
     except Stopped as enough:
+        ending = True
         save()
-        _say(f"{enough.why}: saved; go on with --load and another limit (exit status {STOPPED_STATUS})")
+        _say(f"{enough.why}: what is done is saved; to go on, --load and another limit (exit status {STOPPED_STATUS})")
         raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

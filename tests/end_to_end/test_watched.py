@@ -29,7 +29,7 @@ def test_a_run_ends_when_it_is_enough_saved_and_goes_on_as_if_it_had_not(
     directory = tmp_path / "enough"
     status, output = run([*command, "--target-gain", "1", "--target-gain-after", "3", "--save-interval", "1000"])
     assert status == STOPPED_STATUS, output
-    assert "--target-gain 1 is not reached after 3 rollouts" in output
+    assert "after 3 rollouts (--target-gain-after) --target-gain 1 is not reached" in output
     assert "Traceback" not in output
     newest = latest(directory / "checkpoints")
     assert newest is not None

@@ -9,7 +9,7 @@ from recipe.run.advice import RULES, WINDOW, Adviser
 from recipe.run.conditions import Conditions
 
 ROOT = Path(__file__).parents[2]
-CONFIG = {"rollout": {"rollout_max_response_len": 8192, "dynamic_sampling_filter_path": None}}
+CONFIG = {"rollout": {"rollout_max_response_len": 8192, "partial_rollout": False, "dynamic_sampling_filter_path": None}}
 GOOD = {
     "reward": 0.5,
     "samples": 256,

@@ -93,8 +93,7 @@ def test_a_gain_is_the_newest_less_the_first(tmp_path: Path) -> None:
     before, after = scores(0.2), scores(0.6, seed=3)
     run = write(tmp_path / "a", (0, "x", before), (20, "x", scores(0.4, seed=2)), (40, "x", after))
     found = gain(run, "x")
-    assert found is not None
-    assert found.difference == paired_difference(after, before, (SAMPLES, SAMPLES), 0)
+    assert found == paired_difference(after, before, (SAMPLES, SAMPLES), 0).estimate
     assert gain(run, "y") is None
     assert gain(write(tmp_path / "b", (0, "x", before)), "x") is None
     assert gain(write(tmp_path / "c", (20, "x", after)), "x") is None
@@ -106,7 +105,7 @@ def test_a_gain_is_the_newest_less_the_first(tmp_path: Path) -> None:
         (0.05, None, 20, "--target-gain 0.05 is reached"),
         (0.95, None, 20, None),
         (0.95, 40, 20, None),
-        (0.95, 20, 20, "--target-gain 0.95 is not reached after 20 rollouts"),
+        (0.95, 20, 20, "after 20 rollouts (--target-gain-after) --target-gain 0.95 is not reached"),
         (0.4, 20, 20, None),
         (None, None, 20, None),
     ],
@@ -118,8 +117,20 @@ def test_a_run_ends_when_its_gain_is_known(
     run = write(tmp_path / "a", (0, "x", scores(0.2)), (20, "x", scores(0.6, seed=2)))
     misc = MiscConfig(target_gain=target, target_gain_after=after)
     if ends is None:
-        check_gain(misc, gain(run, "x"), rollouts)
+        check_gain(misc, run, "x", rollouts)
         return
     with pytest.raises(Stopped) as stopped:
-        check_gain(misc, gain(run, "x"), rollouts)
+        check_gain(misc, run, "x", rollouts)
     assert ends in stopped.value.why
+
+
+def test_a_gain_that_cannot_be_judged_ends_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Another file under the old name; rewards that all differ alike, which have no spread."""
+    other = write(tmp_path / "a", (0, "x", scores(0.2)), (20, "x", scores(0.9, problems=30)))
+    check_gain(MiscConfig(), other, "x", 20)
+    assert not caplog.records
+    check_gain(MiscConfig(target_gain=0.1), other, "x", 20)
+    assert "cannot be judged: the set x had 30 problems" in caplog.text
+    alike = write(tmp_path / "b", (0, "x", (0.0, 1.0)), (20, "x", (2.0, 3.0)))
+    assert gain(alike, "x") is None
+    check_gain(MiscConfig(target_gain=0.1), alike, "x", 20)

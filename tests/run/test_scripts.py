@@ -32,6 +32,7 @@ def script(name: str, flags: str) -> subprocess.CompletedProcess[str]:
         ("bench_convert.py --tiny --rounds 1 --processes 1", [r"cp .*\n", r"convert .*\n", r"export .*\n"]),
         ("bench_grading.py --rounds 1 --characters 1000", [r"480 responses.*'correct': \d+"]),
         ("bench_save.py {folder} --device cpu --tiny", [f"{what} .*GB/s" for what in ("written", "read", "plain")]),
+        ("bench_watch.py --steps 20 --samples 16", [r"curves +[\d.]+ s", r"read plainly +[\d.]+ s"]),
         ("simulate_packing.py --samples-per-rank 2", [r"1024 balanced"]),
     ],
 )

@@ -18,9 +18,11 @@ STATUS = Status(
     total_steps=100,
     began=1000.0,
     beat=1000.0,
+    seconds=0.0,
+    dollars=0.0,
     gpus=8,
     price=2.5,
-    process=("here", 1, 0.0),
+    process=("here", 1, 0),
 )
 """Of a run that costs $20 an hour."""
 
@@ -28,7 +30,12 @@ STATUS = Status(
 def steps_until_it_ends(misc: MiscConfig, seconds: list[float], earlier_s: float = 0.0) -> tuple[int, float, str]:
     """How many steps a run takes, at what time, and why it ends."""
     elapsed = 0.0
-    budget = Budget(misc, lambda: replace(STATUS, beat=STATUS.began + elapsed, earlier_s=earlier_s))
+
+    def status() -> Status:
+        seconds = earlier_s + elapsed
+        return replace(STATUS, seconds=seconds, dollars=seconds * STATUS.dollars_a_second)
+
+    budget = Budget(misc, status)
     for done, step in enumerate(seconds):
         try:
             budget.check()
@@ -39,7 +46,7 @@ def steps_until_it_ends(misc: MiscConfig, seconds: list[float], earlier_s: float
     return len(seconds), elapsed, ""
 
 
-@pytest.mark.parametrize("limits", [{"max_dollars": 20.0}, {"max_hours": 1.0}])
+@pytest.mark.parametrize("limits", [{"max_dollars": 20.01}, {"max_hours": 1.0}])
 @pytest.mark.parametrize("step", [100.0, 700.0, 3600.0])
 def test_it_ends_within_one_step_of_the_limit_and_not_beyond(limits: dict, step: float) -> None:
     done, elapsed, why = steps_until_it_ends(MiscConfig(**limits), [step] * 100)
@@ -50,9 +57,9 @@ def test_it_ends_within_one_step_of_the_limit_and_not_beyond(limits: dict, step:
 
 
 def test_what_earlier_commands_took_counts() -> None:
-    _, total, why = steps_until_it_ends(MiscConfig(max_dollars=20.0), [100.0] * 100, earlier_s=3000.0)
+    _, total, why = steps_until_it_ends(MiscConfig(max_dollars=20.01), [100.0] * 100, earlier_s=3000.0)
     assert HOUR - 100 < total <= HOUR
-    assert "--max-dollars is 20" in why
+    assert "--max-dollars is 20.01" in why
 
 
 def test_a_long_step_among_the_last_and_the_save_are_expected() -> None:
@@ -64,11 +71,19 @@ def test_a_long_step_among_the_last_and_the_save_are_expected() -> None:
     assert budget.next_s == 150
 
 
+def test_what_earlier_commands_steps_took_is_expected_of_the_next() -> None:
+    step = {"step": 1, "seconds_step": 400.0, "seconds_save": 100.0}
+    budget = Budget(MiscConfig(max_hours=1.0), lambda: STATUS, [{"step": 0, "seconds_step": 900.0}, step])
+    assert budget.next_s == 500
+    with pytest.raises(Stopped):
+        Budget(MiscConfig(max_hours=0.1), lambda: STATUS, [step]).check()
+
+
 def test_without_a_limit_it_goes_on() -> None:
     assert steps_until_it_ends(MiscConfig(), [HOUR] * 1000)[0] == 1000
 
 
 def test_the_status_is_its_own() -> None:
     with pytest.raises(Stopped) as stopped:
-        Budget(MiscConfig(max_hours=1e-9), lambda: replace(STATUS, earlier_s=HOUR)).check()
+        Budget(MiscConfig(max_hours=1e-9), lambda: replace(STATUS, seconds=HOUR)).check()
     assert stopped.value.code == STOPPED_STATUS

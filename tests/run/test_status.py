@@ -57,7 +57,7 @@ def test_the_commands_of_a_run_add_up(killed: Path) -> None:
     again = StatusWriter(killed, total_steps=10, gpus=8, price=2.5)
     status = again.status
     assert status.step == 3
-    assert status.seconds == pytest.approx(before.seconds + status.beat - status.began)
+    assert status.seconds == pytest.approx(before.seconds + status.beat - status.began, abs=0.1)
     assert status.dollars == pytest.approx(status.seconds / 3600 * 20)
     again.close(RunState.FINISHED, "all rollouts are done")
     ended = found(killed)
@@ -65,21 +65,57 @@ def test_the_commands_of_a_run_add_up(killed: Path) -> None:
     assert ended.seconds >= status.seconds
 
 
+def test_each_command_is_paid_at_its_own_price(tmp_path: Path) -> None:
+    first = StatusWriter(tmp_path, total_steps=10, gpus=8, price=2.5)
+    first._status = replace(first._status, seconds=36_000.0, dollars=200.0)
+    first.close(RunState.INTERRUPTED, "by a signal")
+    before = found(tmp_path)
+    second = StatusWriter(tmp_path, total_steps=10, gpus=24, price=2.5)
+    status = second.status
+    second.close(RunState.FINISHED, "")
+    own = status.seconds - before.seconds
+    assert 0 < own < 600
+    assert status.dollars == pytest.approx(before.dollars + own / 3600 * 60)
+
+
+def test_a_clock_that_is_set_back_changes_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = StatusWriter(tmp_path, total_steps=10, gpus=1, price=1.0)
+    before = writer.status
+    monkeypatch.setattr("recipe.run.status.time.time", lambda: before.beat - 7200)
+    after = writer.status
+    writer.close(RunState.FINISHED, "")
+    assert 0 <= after.seconds - before.seconds < 10
+    assert 0 <= after.dollars - before.dollars < 0.01
+
+
+def test_what_the_metrics_say_is_counted_where_the_file_is_lost(tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text("")
+    writer = StatusWriter(tmp_path, total_steps=10, gpus=8, price=2.5, least_s=7200.0)
+    assert writer.status.seconds >= 7200
+    assert writer.status.dollars >= 40
+    writer.close(RunState.FINISHED, "")
+
+
+def test_an_error_that_is_no_text_is_told_all_the_same(tmp_path: Path) -> None:
+    writer = StatusWriter(tmp_path, total_steps=10, gpus=1, price=1.0)
+    writer.close(RunState.FAILED, "no file \udcff")
+    assert found(tmp_path).doing == "no file \\udcff"
+
+
 def test_another_machines_run_has_died_when_it_is_silent(tmp_path: Path) -> None:
     writer = StatusWriter(tmp_path, total_steps=10, gpus=1, price=1.0)
-    elsewhere = replace(writer.status, process=("another machine", 1, 0.0))
+    elsewhere = replace(writer.status, process=("another machine", 1, 0))
     writer.close(RunState.FINISHED, "")
-    assert is_alive(elsewhere.process)
     assert elsewhere.now().state is RunState.STARTING
     assert replace(elsewhere, beat=time.time() - 2 * SILENT_S).now().state is RunState.DIED
 
 
 def test_a_number_that_another_process_has_now_is_not_the_run(tmp_path: Path) -> None:
     writer = StatusWriter(tmp_path, total_steps=10, gpus=1, price=1.0)
-    place, number, began = writer.status.process
+    place, number, ticks = writer.status.process
     writer.close(RunState.FINISHED, "")
-    assert is_alive((place, number, began))
-    assert not is_alive((place, number, began - 100))
+    assert is_alive((place, number, ticks))
+    assert not is_alive((place, number, ticks - 100))
 
 
 def test_a_disk_that_takes_nothing_ends_no_run(tmp_path: Path) -> None:

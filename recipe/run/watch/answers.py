@@ -58,9 +58,10 @@ class Answers:
             "restarts": (restarts[place] or 0) if restarts is not None and place is not None else 0,
         }
 
-    def prepare_samples(self, name: str) -> None:
-        """Reads the numbers of samples that are new, so that the next question about them is answered at once."""
-        self._folder.run(name).samples.refresh()
+    def prepare_samples(self, name: str) -> bool:
+        """Reads some of the numbers of samples that are new, so that the next question about them is answered at once.
+        Returns whether there were any."""
+        return self._folder.run(name).samples.refresh(_AT_ONCE)
 
     def samples(self, name: str, query: Mapping[str, str]) -> dict[str, Any]:
         """The samples that a query finds. Raises UserError for one that cannot be read."""
@@ -114,6 +115,8 @@ def _last_lines(path: Path) -> list[Mapping[str, Scalar]]:
     return []
 
 
+_AT_ONCE = 1 << 20
+"""Bytes of samples.jsonl that are read between two questions."""
 _LOOKED_AT = 1 << 17
 """Bytes of metrics.jsonl, its last ones, that the list of runs is made from: some fifty steps."""
 

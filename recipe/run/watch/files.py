@@ -3,6 +3,7 @@
 Letters: S steps so far.
 """
 
+import os
 import re
 import secrets
 from collections.abc import Mapping
@@ -211,8 +212,8 @@ _OPEN_RUNS = 6
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is a run's."""
-    return (path / "manifest.json").is_file() or (path / "metrics.jsonl").is_file()
+    """Whether a folder is a run's, and may be looked into."""
+    return any(os.access(path / name, os.R_OK) for name in ("manifest.json", "metrics.jsonl"))
 
 
 def changed_at(path: Path) -> float:

@@ -100,7 +100,7 @@ def _cost(status: Status | None, to_go: float | None) -> dict[str, Any]:
         return dict.fromkeys(
             ("began", "seconds_so_far", "seconds_to_go", "dollars_so_far", "dollars_to_go", "price", "gpus")
         )
-    rate = status.gpus * status.price / 3600
+    rate = status.dollars_a_second
     return {
         "began": status.began,
         "seconds_so_far": status.seconds,

@@ -78,8 +78,10 @@ class PageServer:
 
     async def _prepare(self, name: str) -> None:
         with suppress(UserError):
-            async with self._turn:
-                await asyncio.to_thread(self._answers.prepare_samples, name)
+            found = True
+            while found:
+                async with self._turn:
+                    found = await asyncio.to_thread(self._answers.prepare_samples, name)
 
 
 def _encoded(found: dict[str, Any]) -> bytes:
@@ -107,6 +109,6 @@ def _name(request: web.Request) -> str:
 def _number(request: web.Request, name: str) -> int | None:
     """A whole number of the query; None where it is not given. Raises UserError for other text."""
     text = request.query.get(name, "")
-    if text and not text.isdecimal():
+    if text and not (text.isdecimal() and len(text) < 10):
         raise UserError(f"{name}={text!r} is no number")
     return int(text) if text else None

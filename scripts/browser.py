@@ -1,4 +1,4 @@
-"""A real browser without a window: Chromium, by its DevTools protocol."""
+"""A real browser without a window, Chromium, by its DevTools protocol: for tests and benchmarks of pages."""
 
 import asyncio
 import base64
