@@ -16,6 +16,7 @@ from recipe.config import MiscConfig
 from recipe.run.metrics import Values, metric_of
 from recipe.system.errors import UserError
 from recipe.system.files import atomic_write_text
+from recipe.system.threads import signals_left_to_the_others
 
 logger = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
@@ -55,7 +56,8 @@ class PrometheusSink:
         self._run, self._registry = run, CollectorRegistry()
         self._gauges: dict[str, Gauge] = {}
         try:
-            self._server, self._thread = start_http_server(port, LOOPBACK, self._registry)
+            with signals_left_to_the_others():
+                self._server, self._thread = start_http_server(port, LOOPBACK, self._registry)
         except OSError as error:
             raise UserError(f"--metrics-port {port} cannot be listened at ({error.strerror}): give another") from error
 

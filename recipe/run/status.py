@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from recipe.system.files import replace_text
 from recipe.system.json_text import parse_json
+from recipe.system.threads import signals_left_to_the_others
 
 BEAT_S = 3.0
 SILENT_S = 120.0
@@ -149,7 +150,8 @@ class StatusWriter:
         self._news, self._closed = threading.Event(), threading.Event()
         self._write()
         self._thread = threading.Thread(target=self._beat, name="status", daemon=True)
-        self._thread.start()
+        with signals_left_to_the_others():
+            self._thread.start()
 
     @property
     def status(self) -> Status:

@@ -2,9 +2,10 @@
 
 import asyncio
 import os
+import signal
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -40,3 +41,14 @@ def threads_each(processes: int, polling: int = 0) -> int:
     Adam takes twice as long (`scripts/bench_adam.py --polling 1`)."""
     cores = len(os.sched_getaffinity(0))
     return max(1, cores // processes - polling)
+
+
+@contextmanager
+def signals_left_to_the_others() -> Iterator[None]:
+    """Threads that are started in the block take no signals. One that did would undo what the main thread does when it
+    blocks one for a while: Python runs its handler then all the same."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

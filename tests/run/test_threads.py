@@ -1,13 +1,16 @@
 """Work beside the event loop: its result and failure come back, and nobody who gives up has to wait for it."""
 
 import asyncio
+import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 
-from recipe.system.threads import in_thread
+from recipe.system.threads import in_thread, signals_left_to_the_others
 
 PROGRAM = """
 import asyncio, time
@@ -50,3 +53,24 @@ async def test_who_is_cancelled_leaves_the_work_alone() -> None:
 def test_a_program_ends_without_waiting_for_it() -> None:
     ended = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=60, check=True)
     assert (ended.stdout, ended.stderr) == ("over\n", "")
+
+
+def test_a_thread_that_takes_no_signals_leaves_them_to_the_others() -> None:
+    """Blocked by the main thread, a signal waits; a thread that is deaf does not take it either."""
+    came: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: came.append(number))
+    ended = threading.Event()
+    try:
+        with signals_left_to_the_others():
+            thread = threading.Thread(target=ended.wait, args=(60,))
+            thread.start()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.2)
+        assert came == []
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        assert came == [signal.SIGUSR1]
+    finally:
+        ended.set()
+        thread.join()
+        signal.signal(signal.SIGUSR1, before)
