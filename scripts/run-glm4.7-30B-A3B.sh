@@ -8,7 +8,8 @@
 #
 #   BASE_DIR=/shared MASTER_ADDR=10.0.0.1 scripts/run-glm4.7-30B-A3B.sh [--recipe glm4.7-flash-24gpu] [flags] ...
 #
-# Exit status: the run's; 75 when a SIGTERM, here or on another node, ended it saved.
+# Exit status: the run's; 75 when a SIGTERM, here or on another node, ended it saved, 76 when a limit of its own
+# did (--max-dollars and others).
 set -euo pipefail
 : "${BASE_DIR:?is not set: storage that all nodes share}" "${MASTER_ADDR:?is not set: an address of this machine that all nodes reach}"
 BASE_DIR=$(realpath -- "$BASE_DIR")
