@@ -1,5 +1,6 @@
 """Rules no single field can state: each is a small function that yields a sentence for what it refuses."""
 
+import re
 from collections.abc import Callable, Iterator
 from itertools import chain
 
@@ -11,6 +12,7 @@ from recipe.config.groups_training import GrpoConfig
 from recipe.config.schema import Config
 from recipe.config.speculation_rules import EAGLE
 
+_NOT_IN_A_NAME = re.compile("[^a-zA-Z0-9_]")
 Rule = Callable[[Config, Architecture], Iterator[str]]
 
 OPSM_DELTA: float = GrpoConfig.model_fields["opsm_delta"].default
@@ -229,6 +231,10 @@ def evaluation_names_differ(config: Config, _: Architecture) -> Iterator[str]:
     names = [prompts.name for prompts in config.eval.eval_prompt_data]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"--eval-prompt-data names two files {name}"
+    if config.misc.metrics_port is not None and len({_NOT_IN_A_NAME.sub("_", name) for name in names}) < len(
+        set(names)
+    ):
+        yield "--metrics-port: Prometheus takes letters, digits and _ in a name, and two evaluation sets would have one"
 
 
 def target_can_be_judged(config: Config, _: Architecture) -> Iterator[str]:

@@ -23,8 +23,15 @@ FILE = "evals.jsonl"
 _SEED = 0
 """Of the sign flips behind a p-value."""
 _MATTERS = {
-    "eval": ("n_samples_per_eval_prompt", "eval_max_response_len", "eval_temperature", "eval_top_p", "eval_top_k"),
-    "rollout": ("rollout_max_response_len", "rollout_temperature", "rollout_top_p", "rollout_top_k"),
+    "eval": (
+        *("n_samples_per_eval_prompt", "eval_max_response_len", "eval_temperature", "eval_top_p", "eval_top_k"),
+        *("eval_instruction", "eval_labels", "eval_input_key", "eval_label_key", "eval_function_path"),
+    ),
+    "rollout": (
+        *("rollout_max_response_len", "rollout_temperature", "rollout_top_p", "rollout_top_k"),
+        *("rollout_stop", "rm_type", "custom_rm_path"),
+    ),
+    "data": ("apply_chat_template", "apply_chat_template_kwargs"),
 }
 """Settings that make two evaluations differ by more than their weights."""
 
@@ -119,7 +126,7 @@ def obstacles(a: Path, b: Path) -> Iterator[str]:
     configs = [manifest["config"] for manifest in manifests]
     for group, names in _MATTERS.items():
         for name in names:
-            values = [config[group].get(name) for config in configs]
+            values = [config.get(group, {}).get(name) for config in configs]
             if values[0] != values[1]:
                 yield f"--{name.replace('_', '-')} is {values[0]} in {a.name} and {values[1]} in {b.name}"
     hashes = [_eval_hashes(manifest) for manifest in manifests]

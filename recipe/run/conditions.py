@@ -2,6 +2,7 @@
 one seed, so they are no metrics."""
 
 import time
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,12 +33,8 @@ class Course:
         self._points.append((time.monotonic() - self._began, self._running))
 
     def points(self) -> tuple[tuple[float, int], ...]:
-        """(seconds since it began, sequences from then on), the end among them, thinned out to POINTS."""
-        points = [*self._points, (time.monotonic() - self._began, self._running)]
-        if len(points) <= POINTS:
-            return tuple(points)
-        kept = [round(number * (len(points) - 1) / (POINTS - 1)) for number in range(POINTS)]
-        return tuple(points[number] for number in kept)
+        """(seconds since it began, sequences from then on), the end among them."""
+        return (*self._points, (time.monotonic() - self._began, self._running))
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class Conditions:
     def here(cls, step: int, course: Sequence[tuple[float, int]]) -> Self:
         """Those of this machine now."""
         memory = psutil.virtual_memory()
-        return cls(step, memory.total - memory.available, memory.total, course, mean_share(course))
+        return cls(step, memory.total - memory.available, memory.total, thinned(course), mean_share(course))
 
     @classmethod
     def from_line(cls, line: Mapping[str, Any]) -> Self:
@@ -75,6 +72,16 @@ class Conditions:
             "seconds": [round(seconds, 3) for seconds, _ in self.course],
             "running": [running for _, running in self.course],
         }
+
+
+def thinned(course: Sequence[tuple[float, int]]) -> Sequence[tuple[float, int]]:
+    """A course by POINTS of its points, as evenly spread over its time as may be; first and last are kept."""
+    if len(course) <= POINTS:
+        return course
+    moments = [seconds for seconds, _ in course]
+    wanted = (number * moments[-1] / (POINTS - 1) for number in range(POINTS - 1))
+    places = sorted({bisect_right(moments, moment) - 1 for moment in wanted} | {0, len(course) - 1})
+    return [course[place] for place in places]
 
 
 def mean_share(course: Sequence[tuple[float, int]]) -> float | None:

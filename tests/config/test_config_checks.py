@@ -60,6 +60,16 @@ TWO_STAGES = ("--pipeline-model-parallel-size", "2", "--expert-model-parallel-si
         (["--lr-decay-style", "cosine", "--lr-warmup-iters", "3000"], "leaves nothing of the 3000 steps to decay in"),
         (["--no-optimizer-cpu-offload"], "--overlap-cpu-optimizer-d2h-h2d needs --optimizer-cpu-offload"),
         (["--eval-prompt-data", "a", "/a", "a", "/b"], "--eval-prompt-data names two files a"),
+        (
+            ["--eval-prompt-data", "a-b", "/a", "a.b", "/b", "--metrics-port", "9100"],
+            "--metrics-port: Prometheus takes letters, digits and _ in a name",
+        ),
+        (["--target-gain-after", "20"], "--target-gain-after has no effect without --target-gain"),
+        (["--target-gain", "0.1"], "--target-gain is a gain on the first set of --eval-prompt-data: give one"),
+        (
+            ["--target-gain", "0.1", "--eval-prompt-data", "a", "/a", "--skip-eval-before-train"],
+            "drop --skip-eval-before-train",
+        ),
         (["--enable-mtp-training"], "--enable-mtp-training needs --mtp-num-layers 1"),
         (["--mtp-num-layers", "2"], "where num_nextn_predict_layers is 1"),
         (["--attention-dropout", "0.1"], "--attention-dropout 0.1 must be 0: with dropout a policy's log-probs are"),

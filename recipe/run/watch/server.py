@@ -97,7 +97,11 @@ async def _index(_: web.Request) -> web.StreamResponse:
 async def _guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
     if request.host.rpartition(":")[0] not in LOCAL and request.host not in LOCAL:
         return web.json_response({"error": f"this page is not at {request.host}"}, status=REFUSED)
-    response = await handler(request)
+    try:
+        response = await handler(request)
+    except web.HTTPException as answer:
+        answer.headers.update(HEADERS)
+        raise
     response.headers.update(HEADERS)
     return response
 
