@@ -231,9 +231,8 @@ def evaluation_names_differ(config: Config, _: Architecture) -> Iterator[str]:
     names = [prompts.name for prompts in config.eval.eval_prompt_data]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield f"--eval-prompt-data names two files {name}"
-    if config.misc.metrics_port is not None and len({_NOT_IN_A_NAME.sub("_", name) for name in names}) < len(
-        set(names)
-    ):
+    at_prometheus = {_NOT_IN_A_NAME.sub("_", name) for name in names}
+    if config.misc.metrics_port is not None and len(at_prometheus) < len(set(names)):
         yield "--metrics-port: Prometheus takes letters, digits and _ in a name, and two evaluation sets would have one"
 
 

@@ -65,7 +65,6 @@ TWO_STAGES = ("--pipeline-model-parallel-size", "2", "--expert-model-parallel-si
             "--metrics-port: Prometheus takes letters, digits and _ in a name",
         ),
         (["--target-gain-after", "20"], "--target-gain-after has no effect without --target-gain"),
-        (["--target-gain", "0.1"], "--target-gain is a gain on the first set of --eval-prompt-data: give one"),
         (
             ["--target-gain", "0.1", "--eval-prompt-data", "a", "/a", "--skip-eval-before-train"],
             "drop --skip-eval-before-train",
