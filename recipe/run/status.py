@@ -22,6 +22,8 @@ from recipe.system.json_text import parse_json
 from recipe.system.threads import signals_left_to_the_others
 
 BEAT_S = 3.0
+PAUSE_S = 0.5
+"""Between two writes, however much there is to tell."""
 SILENT_S = 120.0
 """A run that has not beaten for so long has died, as far as another machine can tell by its own clock."""
 JOIN_S = 10.0
@@ -188,6 +190,7 @@ class StatusWriter:
             self._news.wait(BEAT_S)
             self._news.clear()
             self._write()
+            self._closed.wait(PAUSE_S)
 
     def _write(self) -> None:
         with suppress(OSError):
