@@ -30,7 +30,8 @@ from recipe.weights.checkpoints import latest
 
 pytestmark = pytest.mark.slow
 
-ENDS_WITHIN_S = 15.0
+ENDS_WITHIN_S = 30.0
+"""Twice what is promised: tests share their cores with one another."""
 NEVER_ANSWERS = "#!/bin/sh\nexec sleep 600\n"
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 

@@ -196,6 +196,7 @@ async def test_the_page_says_when_its_server_is_gone_and_recovers(runs: Path, pa
     port = url.rstrip("/").rpartition(":")[2]
     with watching(runs, "--port", port):
         await page.until("!document.querySelector('#connection').innerText")
+        assert await page.ask(SHOWN["curves"])
 
 
 async def test_a_report_needs_nothing_else(runs: Path, tmp_path: Path, page: Page) -> None:
