@@ -17,7 +17,7 @@ from typing import Self
 import psutil
 from pydantic import TypeAdapter, ValidationError
 
-from recipe.system.files import replace_text
+from recipe.system.files import atomic_write_text
 from recipe.system.json_text import parse_json
 from recipe.system.threads import signals_left_to_the_others
 
@@ -194,7 +194,7 @@ class StatusWriter:
 
     def _write(self) -> None:
         with suppress(OSError):
-            replace_text(self._path, _as_json(self.status))
+            atomic_write_text(self._path, _as_json(self.status))
 
 
 def _this_process() -> tuple[str, int, int]:

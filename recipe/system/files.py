@@ -30,17 +30,6 @@ def atomic_write_text(path: Path, text: str) -> None:
     atomic_write_bytes(path, text.encode())
 
 
-def replace_text(path: Path, text: str) -> None:
-    """As `atomic_write_text`, by way of one name beside the file: a writer that is killed again and again leaves one
-    file behind at most. One writer at a time."""
-    fresh = path.with_name(f".{path.name}.new")
-    with fresh.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
-
-
 class FileLock:
     """A file that one process holds at a time; the kernel lets go of it with the process. Its directory is there."""
 

@@ -16,9 +16,6 @@ from recipe.run.watch.samples import Query, SampleFiles
 from recipe.system.errors import UserError
 from recipe.system.json_text import parse_json
 
-SHOWN_STATE = {RunState.STOPPED: "interrupted"}
-"""States that the page does not tell from others."""
-
 
 class Answers:
     """Of all runs of a folder. One question at a time."""
@@ -34,8 +31,7 @@ class Answers:
 
     def head(self, name: str) -> dict[str, Any]:
         """What a run is, does and costs."""
-        found = head(self._folder.run(name))
-        return found | {"state": SHOWN_STATE.get(found["state"], found["state"])}
+        return head(self._folder.run(name))
 
     def metrics(self, name: str, after: int | None, generation: str | None) -> dict[str, Any]:
         """The columns of the steps after one; of all, where the page knows another generation of them."""
@@ -90,7 +86,7 @@ def _listed(run: RunFiles) -> dict[str, Any]:
     scores = [value for line in lines for name, value in line.items() if _is_score(name)]
     return {
         "name": run.name,
-        "state": RunState.DIED if status is None else SHOWN_STATE.get(status.state, status.state),
+        "state": RunState.DIED if status is None else status.state,
         "state_text": "has left no status.json" if status is None else state_text(status),
         "step": last.get("step", 0) if status is None else status.step,
         "total_steps": None if status is None else status.total_steps,

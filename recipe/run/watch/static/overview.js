@@ -10,7 +10,7 @@
   const minor = (text) => h("span", { class: "minor" }, text);
   const line = (...texts) => h("div", { class: "minor" }, texts.filter(Boolean).join(", "));
 
-  const SYMBOLS = { starting: "◔", running: "●", saving: "◍", finished: "✓", interrupted: "❙❙", failed: "✕", died: "✕" };
+  const SYMBOLS = { starting: "◔", running: "●", saving: "◍", finished: "✓", interrupted: "❙❙", stopped: "❙❙", failed: "✕", died: "✕" };
 
   /** A run's state as a symbol and a word. */
   Watch.statePill = (state) =>
