@@ -77,7 +77,7 @@ def _truncated(of: Stretch) -> Found | None:
 
 def _nothing_to_learn(of: Stretch) -> Found | None:
     share, reward = of.mean("zero_std_share"), of.mean("reward")
-    if share is None or reward is None or share < 0.6 or of.config["rollout"]["dynamic_sampling_filter_path"]:
+    if share is None or reward is None or share < 0.7 or of.config["rollout"]["dynamic_sampling_filter_path"]:
         return None
     kind = "too easy" if reward > 0.5 else "too hard"
     return (
@@ -241,11 +241,12 @@ class Adviser:
         self._least: float | None = None
         self._conditions: Conditions | None = None
         self._busy: deque[float] = deque(maxlen=WINDOW)
+        self._told: set[str] = set()
         self.standing: dict[str, Advice] = {}
         """What holds after the newest step, by rule."""
 
     def take(self, line: Values, conditions: Conditions | None) -> list[Advice]:
-        """A step is done. Returns the advice that did not hold before it."""
+        """A step is done. Returns the advice of rules that have said nothing before in this run."""
         if any(name.startswith("eval/") for name in line):
             self._evaluated = line
         if not line["step"]:
@@ -258,7 +259,8 @@ class Adviser:
             if conditions.busy_share is not None:
                 self._busy.append(conditions.busy_share)
         found = {advice.rule: advice for advice in self._found(int(line["step"] or 0))}
-        new = [advice for rule, advice in found.items() if rule not in self.standing]
+        new = [advice for rule, advice in found.items() if rule not in self._told]
+        self._told |= found.keys()
         self.standing = {rule: self.standing.get(rule, advice) for rule, advice in found.items()}
         return new
 

@@ -80,12 +80,20 @@ def test_a_rule_speaks_once_of_a_run_that_goes_wrong(rule: str) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_what_is_mended_is_said_no_more_and_said_again_if_it_returns(rule: str) -> None:
+def test_what_is_mended_stands_no_more_and_is_told_once_though_it_returns(rule: str) -> None:
     adviser, _ = advised(WRONG[rule])
     for step in range(100, 100 + 2 * WINDOW):
         last = {"skipped_steps": 40} if rule == "skipped" else {}
         adviser.take({"step": step, **GOOD, **EVALUATION, **last}, HEALTHY)
     assert not adviser.standing
+    told = []
+    for step in range(200, 200 + 2 * WINDOW):
+        change = {"skipped_steps": step} if rule == "skipped" else WRONG[rule]
+        values = {name: value for name, value in change.items() if name not in vars(HEALTHY)}
+        around = {name: value for name, value in change.items() if name in vars(HEALTHY)}
+        told += adviser.take({"step": step, **GOOD, **values}, Conditions(**{**vars(HEALTHY), **around}))
+    assert told == []
+    assert rule in adviser.standing
 
 
 @pytest.mark.parametrize("rule", RULES)

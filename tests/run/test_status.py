@@ -119,7 +119,7 @@ def test_a_number_that_another_process_has_now_is_not_the_run(tmp_path: Path) ->
 
 
 def test_a_disk_that_takes_nothing_ends_no_run(tmp_path: Path) -> None:
-    (tmp_path / ".status.json.new").mkdir()  # in the way of the file
+    (tmp_path / "status.json").mkdir()  # in the way of the file
     writer = StatusWriter(tmp_path, total_steps=10, gpus=1, price=1.0)
     writer.tell(RunState.RUNNING, "rollout")
     writer.close(RunState.FINISHED, "")
