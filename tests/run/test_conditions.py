@@ -1,5 +1,7 @@
 """Under what conditions a step was made: how many sequences were under way."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,16 +35,16 @@ def test_the_share_of_a_rollout_whose_half_is_done_at_half_time() -> None:
     assert mean_share([]) is None
 
 
-def test_a_course_is_what_was_told() -> None:
+def test_a_course_is_what_was_told_since_it_began(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = itertools.count(100)
+    monkeypatch.setattr("recipe.run.conditions.time.monotonic", lambda: float(next(moments)))
     course = Course()
     course.change(2)  # an evaluation's
     course.change(-2)
     course.begin()
     for change in (3, -1, -2):
         course.change(change)
-    points = course.points()
-    assert [running for _, running in points] == [0, 3, 2, 0, 0]
-    assert points[0][0] == 0
+    assert course.points() == ((0.0, 0), (1.0, 3), (2.0, 2), (3.0, 0), (4.0, 0))
 
 
 def test_a_line_is_read_again_but_for_the_course() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from made_up_run import write_run
 
 from recipe.run.directory import SampleRecord
-from recipe.run.journal import Journal, encode
+from recipe.run.journal import Journal, LineReader, encode
 from recipe.run.sample_index import index_line
 from recipe.run.shown_tokens import ShownTokens, write_tokens
 from recipe.run.watch import samples as watch_samples
@@ -119,6 +119,47 @@ def test_a_query_finds_what_a_plain_filter_of_the_files_does(
     key = {"reward": "reward", "length": "response_length", "advantage": "advantage"}.get(query.get("sort", ""))
     values = [row[key] for row in rows] if key else places
     assert values == sorted(values, reverse=query.get("descending", "1") == "1")
+
+
+@pytest.mark.parametrize(("sort", "field"), [("reward", "reward"), ("length", "response_length")])
+@pytest.mark.parametrize("descending", [True, False])
+def test_rows_come_in_the_order_that_is_asked_for(
+    sort: str, field: str, descending: bool, answers: Answers, records: list[dict]
+) -> None:
+    rows = every_row(answers, {"sort": sort, "descending": str(int(descending))})
+    assert [row[field] for row in rows] == sorted((record[field] for record in records), reverse=descending)
+
+
+@pytest.mark.parametrize("text", ["graded", "prompt_index", "finish_reason"])
+def test_a_search_looks_at_prompt_and_response_alone(text: str, answers: Answers) -> None:
+    """The files' lines have these words everywhere."""
+    assert answers.samples("long", {"text": text})["matches"] == 0
+
+
+def test_a_journal_that_was_cut_and_has_grown_beyond_what_was_read_is_read_anew(tmp_path: Path) -> None:
+    journal, reader = Journal(tmp_path / "x"), LineReader(tmp_path / "x")
+    for number in range(3):
+        journal.append({"n": number})
+    assert reader.new_lines() == ([{"n": 0}, {"n": 1}, {"n": 2}], True)
+    journal.keep(lambda line: line["n"] == 0)
+    for number in range(10, 15):
+        journal.append({"n": number})
+    lines, anew = reader.new_lines()
+    assert anew
+    assert [line["n"] for line in lines] == [0, 10, 11, 12, 13, 14]
+    assert reader.new_lines() == ([], False)
+
+
+def test_a_journal_is_read_in_pieces(tmp_path: Path) -> None:
+    journal, reader = Journal(tmp_path / "x"), LineReader(tmp_path / "x")
+    for number in range(50):
+        journal.append({"n": number})
+    found, pieces = [], 0
+    while lines := reader.new_lines(limit=100)[0]:
+        found += lines
+        pieces += 1
+    assert [line["n"] for line in found] == list(range(50))
+    assert pieces > 4
 
 
 def test_a_search_that_runs_out_of_time_goes_on_where_it_was(

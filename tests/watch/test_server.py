@@ -25,7 +25,7 @@ def watching(folder: Path, *flags: str) -> Iterator[tuple[subprocess.Popen, str]
     try:
         assert process.stdout is not None
         first = process.stdout.readline()
-        assert "http://127.0.0.1:" in first, process.stderr.read() if process.stderr else ""
+        assert "http://127.0.0.1:" in first, first
         yield process, first.split()[-1]
     finally:
         process.kill()
