@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 from made_up import sample_record, step_metrics
 
+from recipe.messages import Evaluated
+from recipe.run.conditions import Conditions
 from recipe.run.directory import RunDirectory
 from recipe.run.outputs import check_outputs
+from recipe.run.shown_tokens import ShownTokens
 from recipe.system.errors import UserError
 
 CHECKPOINTS = "checkpoints"
@@ -346,3 +349,46 @@ def test_wandb_that_does_not_start_is_told_before_anything_starts(resolve, tmp_p
     wandb.failure = RuntimeError("api_key not configured (no-tty)\ncall wandb login")
     with pytest.raises(UserError, match=r"does not start \(api_key not configured \(no-tty\)\): set WANDB_API_KEY, or"):
         RunDirectory(resolve(misc={"name": "run", "runs_dir": tmp_path / "runs", "use_wandb": True}))
+
+
+def do_watched_step(run: RunDirectory, step: int) -> None:
+    """Everything that a step leaves for whoever watches the run."""
+    tokens = ShownTokens(line=0, pieces=["a"], log_probs=[-step], advantages=[0.0], trainer_log_probs=None)
+    if step:
+        run.record_rollout(step - 1, [sample_record(4 * step + i) for i in range(4)], [tokens])
+    run.record_evaluation(step, {"heldout": Evaluated({}, (step / 10, 0.5), 4)})
+    run.record_conditions(Conditions(step, host_memory_used=step, host_memory=100))
+    run.record(step_metrics(step, heldout=0.5))
+
+
+WATCHED = ("samples.jsonl", "evals.jsonl", "conditions.jsonl", "tokens", "rollouts")
+
+
+def left_in(run: Path) -> dict[str, bytes]:
+    """What whoever watches the run reads, by file."""
+    paths = [path for name in WATCHED for path in sorted([run / name, *(run / name).glob("*")])]
+    return {str(path.relative_to(run)): path.read_bytes() for path in paths if path.is_file()}
+
+
+@pytest.mark.parametrize("loaded", [0, 2])
+def test_what_a_watcher_reads_of_a_killed_and_resumed_run_is_the_uninterrupted_ones(
+    loaded: int, resolve, continued, tmp_path: Path
+) -> None:
+    with RunDirectory(resolve()) as whole:
+        whole.start(0)
+        for step in range(6):
+            do_watched_step(whole, step)
+    expected = left_in(whole.path)
+    whole.path.rename(tmp_path / "whole")
+
+    killed = RunDirectory(resolve())
+    killed.start(0)
+    for step in range(4):
+        do_watched_step(killed, step)
+    let_go(killed)
+    with RunDirectory(continued) as again:
+        again.start(loaded)
+        for step in range(loaded + 1 if loaded else 0, 6):
+            do_watched_step(again, step)
+    assert left_in(again.path) == expected
+    assert len(expected) == 3 + 5 + 5
