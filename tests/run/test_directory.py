@@ -376,19 +376,19 @@ def test_what_a_watcher_reads_of_a_killed_and_resumed_run_is_the_uninterrupted_o
 ) -> None:
     with RunDirectory(resolve()) as whole:
         whole.start(0)
-        for step in range(6):
+        for step in range(5):
             do_watched_step(whole, step)
     expected = left_in(whole.path)
     whole.path.rename(tmp_path / "whole")
 
     killed = RunDirectory(resolve())
     killed.start(0)
-    for step in range(4):
+    for step in range(7):
         do_watched_step(killed, step)
     let_go(killed)
     with RunDirectory(continued) as again:
         again.start(loaded)
-        for step in range(loaded + 1 if loaded else 0, 6):
+        for step in range(loaded + 1 if loaded else 0, 5):
             do_watched_step(again, step)
     assert left_in(again.path) == expected
-    assert len(expected) == 3 + 5 + 5
+    assert len(expected) == 3 + 4 + 4

@@ -14,6 +14,7 @@ from test_server import watching
 
 from recipe.run.html_report import html_report
 from recipe.run.journal import Journal
+from recipe.run.shown_tokens import ShownTokens, write_tokens
 from recipe.run.status import RunState, StatusWriter
 
 AXE = Path(axe_playwright_python.__file__).parent / "axe.min.js"
@@ -219,9 +220,18 @@ async def test_a_report_needs_nothing_else(runs: Path, tmp_path: Path, page: Pag
 
 async def test_a_report_of_hostile_samples(tmp_path: Path, page: Page) -> None:
     run = hostile_run(tmp_path / "bad")
+    tokens = [
+        ShownTokens(line=line, pieces=[text], log_probs=[-1.0], advantages=[0.0], trainer_log_probs=None)
+        for line, text in enumerate(HOSTILE)
+    ]
+    write_tokens(run, 0, tokens)
     report = tmp_path / "report.html"
     report.write_text(html_report(run), encoding="utf-8")
     await page.open(report.as_uri())
     await page.until("document.querySelector('#state')?.innerText")
+    for number in (0, 1):
+        await page.go(f"#/run/bad/samples/0/{number}")
+        await page.until(f"document.querySelector('#prompt-text')?.textContent.includes({json.dumps(HOSTILE[number])})")
+    assert await page.ask("document.querySelectorAll('main script, main img').length") == 0
     assert page.requests() == [report.as_uri()]
     assert page.complaints() == []
