@@ -172,7 +172,7 @@ async def test_curves_grow_and_a_cut_back_run_is_drawn_anew(tmp_path: Path, page
     status = StatusWriter(run, total_steps=12, gpus=8, price=2.5)
     status.tell(RunState.RUNNING, "rollout")
     status.count(4)
-    last = "document.querySelector('#curves .chart[data-metric=reward] .reading')?.innerText"
+    last = "document.querySelector('#curves .chart[data-metric=reward] .plot')?.getAttribute('aria-label')"
     with watching(run.parent) as (_, url):
         await page.open(f"{url}#/run/long")
         first = await page.until(last)
