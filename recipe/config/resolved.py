@@ -93,7 +93,7 @@ class Resolved:
 
 def _table(title: str, rows: Iterable[tuple[Any, ...]]) -> str:
     """Aligned lines `name = value  (source)` under a title."""
-    lines = [(name, _shown(value), *source) for name, value, *source in rows]
+    lines = [(name, shown_value(value), *source) for name, value, *source in rows]
     width = max(len(line[0]) for line in lines)
     value_width = max(min(len(line[1]), _WIDEST_VALUE) for line in lines)
     return "\n".join([title, *(_line(width, value_width, *line) for line in lines)])
@@ -104,14 +104,15 @@ def _line(width: int, value_width: int, name: str, value: str, source: str | Non
     return f"{line}  ({source})" if source else line.rstrip()
 
 
-def _shown(value: object) -> str:
+def shown_value(value: object) -> str:
+    """A value of the configuration as tables have it."""
     match value:
         case None:
             return "-"
         case bool():
             return str(value).lower()
-        case tuple():
-            return " ".join(map(_shown, value)) or "-"
+        case tuple() | list():
+            return " ".join(map(shown_value, value)) or "-"
     return str(value)
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from recipe.config.flags import all_flags
+from recipe.config.resolved import shown_value
 from recipe.run.metrics import metric_of
 from recipe.run.planned import PlannedMemory
 from recipe.run.status import LIVING, RunState, Status
@@ -162,24 +163,11 @@ def _difference(manifest: Mapping[str, Any]) -> list[dict[str, str]]:
         rows.append(
             {
                 "flag": flags.get(key, f"--sglang-{name.removeprefix('args.')}"),
-                "recipe": _word(before),
-                "run": _word(now),
+                "recipe": shown_value(before),
+                "run": shown_value(now),
             }
         )
     return rows
-
-
-def _word(value: object) -> str:
-    match value:
-        case None:
-            return "-"
-        case bool():
-            return str(value).lower()
-        case list():
-            return " ".join(map(_word, value))
-        case dict():
-            return " ".join(map(_word, value.values()))
-    return str(value)
 
 
 def metric_table(names: list[str]) -> dict[str, dict[str, str]]:
