@@ -100,6 +100,8 @@ class Watch:
             yield
             return
         command = [NVIDIA_SMI, "--query-gpu=memory.used", "--format=csv,noheader,nounits", f"-lms={SAMPLE_MS}"]
+        if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+            command.append(f"--id={visible}")
         sampler = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         reader = Thread(target=self._take_down, args=(sampler, gpus), daemon=True)
         reader.start()

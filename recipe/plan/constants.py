@@ -12,8 +12,9 @@ CUDA_CONTEXT = int(0.6 * GIB)
 """A process's memory on a GPU outside torch's allocator. Assumed."""
 CUBLAS_WORKSPACE = 32 << 20
 """cuBLAS's default on Hopper, allocated by torch (its documentation of CUBLAS_WORKSPACE_CONFIG)."""
-NCCL_COMMUNICATOR = 192 << 20
-"""Buffers of one NCCL communicator, which a process has for each group that it communicates in. Assumed."""
+NCCL_COMMUNICATOR = 512 << 20
+"""Buffers of one NCCL communicator, which a process has for each group that it communicates in: SGLang's log tells 1.07
+GB for an engine's two, measured on two H200s."""
 EXPERT_IMBALANCE = 1.5
 """Rows that the busiest rank's experts get, over the mean, where experts are spread over ranks. Assumed."""
 FRAGMENTATION = 0.06
@@ -32,8 +33,9 @@ SGLANG_DRAFT = 2 << 30
 """Buffers of a draft worker (SGLang's own reserve for EAGLE). Cited from its server arguments."""
 SGLANG_FRACTION = 0.85
 """mem_fraction_static where --sglang-mem-fraction-static does not say, about what SGLang picks itself. Assumed."""
-RELEASED_ENGINE = int(0.8 * GIB)
-"""What an engine keeps on a GPU, beside its context and communicators, when it has released its memory. Assumed."""
+RELEASED_ENGINE, RELEASED_ENGINE_OF_SEVERAL = 2 * GIB, int(5.6 * GIB)
+"""What an engine of one GPU, and of several, keeps on a GPU beside its context and communicators when it has released
+its memory: measured on an H200, and on two with attention data parallelism in a loop's second and later steps."""
 
 # Bytes of a machine.
 RANK_HOST = 6 * 10**9
@@ -101,6 +103,9 @@ SGLANG_REQUESTS = 2048
 """Requests that SGLang runs at once, where --sglang-max-running-requests does not say, at least."""
 UPDATE_BUCKET_S = 0.02
 """Time of an engine to take one bucket of weights, beside copying it. Assumed."""
+UPDATE_GROUP_S = 1.2
+"""Time to form, use first and leave the group in which weights are broadcast to engines on GPUs of their own: what an
+update took on two H200s, 1.6 s, beside its bytes."""
 MEAN_RESPONSE = 0.5
 """Mean length of a response over the longest allowed. Assumed; --response-len says better."""
 RESPONSE_SPREAD = 0.6

@@ -213,7 +213,18 @@ class GpuModel(MemoryModel):
 
     def engine_process(self) -> dict[Use, int]:
         """An engine's process beside its tensors."""
-        return {Use.COMMUNICATION: 2 * constants.NCCL_COMMUNICATOR, Use.PROCESSES: constants.CUDA_CONTEXT}
+        groups = 2 if self.several else 0
+        return {Use.COMMUNICATION: groups * constants.NCCL_COMMUNICATOR, Use.PROCESSES: constants.CUDA_CONTEXT}
+
+    @property
+    def several(self) -> bool:
+        """Whether an engine has several GPUs."""
+        return self.resolved.config.sglang.rollout_num_gpus_per_engine > 1
+
+    def released(self) -> dict[Use, int]:
+        """What an engine's process keeps although it has released its memory."""
+        kept = constants.RELEASED_ENGINE_OF_SEVERAL if self.several else constants.RELEASED_ENGINE
+        return {Use.PROCESSES: kept}
 
     def phase(self, phase: Phase, shard: StageShard, engine: EngineMemory | None) -> PhaseMemory:
         """One rank's GPU in one phase; on GPUs of its own, an engine's GPU in rollouts."""
@@ -225,9 +236,11 @@ class GpuModel(MemoryModel):
             spare = int(constants.FRAGMENTATION * sum(computing.values()))
             parts += [computing, {Use.ACTIVATIONS: spare}]
             if self.shares:
-                parts += [self.engine_process(), {Use.PROCESSES: constants.RELEASED_ENGINE}]
+                parts += [self.engine_process(), self.released()]
         if phase is Phase.UPDATE_WEIGHTS and self.has_engine:
             parts += [{Use.BUFFERS: self.gathered()}]
+            if self.shares:
+                parts += [self.released()]
         if engine is not None and (self.shares or phase is Phase.ROLLOUT) and phase is not Phase.TRAINING:
             parts += [self.engine_process(), {Use.ENGINE_WEIGHTS: engine.weights}]
             if phase is not Phase.UPDATE_WEIGHTS:

@@ -38,6 +38,9 @@ SCHEMA = {
 }
 """Every field of the JSON."""
 
+OF_TOKENS = Work.ROLLOUT, Work.LOG_PROBS, Work.TRAIN
+"""Kinds of work that go by tokens; the others may take no time at all."""
+
 
 def as_json(plan: Plan, changes: Sequence[Change]) -> str:
     """One object, in the fields of SCHEMA."""
@@ -91,7 +94,7 @@ def _time(time: TimePlan) -> dict[str, object]:
         "evaluations": time.evaluations,
         "run_hours": ends(time.hours),
         "run_dollars": ends(time.dollars),
-        "tokens_per_s": {work: ends(time.tokens_per_s(work)) for work in time.seconds},
+        "tokens_per_s": {work: ends(time.tokens_per_s(work)) for work in OF_TOKENS if work in time.seconds},
     }
 
 
@@ -179,9 +182,7 @@ def gains_shown(plan: Plan) -> dict[str, float]:
 def seconds_and_dollars(time: TimePlan) -> Iterator[str]:
     """A step's time by kind of work, and what the run costs."""
     rates = {
-        work: range_text(time.tokens_per_s(work))
-        for work in (Work.ROLLOUT, Work.LOG_PROBS, Work.TRAIN)
-        if work in time.seconds
+        work: range_text(time.tokens_per_s(work)) for work in OF_TOKENS if work in time.seconds
     }
     price = f"${range_text(time.dollars_a_step)} at ${time.price:g} a GPU hour"
     yield f"  {'seconds of a step':<22}{range_text(time.step_s):>14}   {price}"

@@ -173,7 +173,8 @@ class SpeedModel:
         buckets = -(-size // config.rollout.update_weight_buffer_size)
         spread = 1 if config.cluster.colocate else config.world_size + config.rollout_gpus
         rate = self.link(max(spread, config.world_size)) * constants.LINK_SHARE
-        return 2 * size / rate + buckets * constants.UPDATE_BUCKET_S
+        group = 0.0 if config.cluster.colocate else constants.UPDATE_GROUP_S
+        return 2 * size / rate + buckets * constants.UPDATE_BUCKET_S + group
 
     def save(self) -> float:
         """Writing a checkpoint, spread over the steps between two; nothing where training goes on meanwhile."""

@@ -9,7 +9,7 @@ from recipe.system.errors import UserError
 GPU_COUNTS = (1, 2, 4, 8)
 """Over which the experts of the 8-GPU recipe spread evenly."""
 CPU_RANKS = 2
-REQUESTS_PER_GPU = 32
+REQUESTS_PER_GPU = 64
 """That generate at once: as many as its CUDA graphs take."""
 
 

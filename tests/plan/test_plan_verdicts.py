@@ -109,7 +109,7 @@ def test_the_specifications_layouts_are_refused_with_what_is_valid(
 
 
 SMALL = {
-    "a GPU's memory": ("8gpu", (), {"gpu": "H100=52"}),
+    "a GPU's memory": ("8gpu", (), {"gpu": "H100=54.5"}),
     "no recomputation, no CPU Adam": (
         "8gpu",
         ("--no-optimizer-cpu-offload", "--no-overlap-cpu-optimizer-d2h-h2d", "--recompute-granularity", "selective"),
@@ -159,10 +159,10 @@ def test_a_suggestion_fits_and_nothing_in_it_is_idle(case: str) -> None:
 
 
 def test_the_mildest_change_is_suggested() -> None:
-    [change] = suggestion(plan("16gpu", gpu="A100-40GB"))
+    [change] = suggestion(plan("16gpu", gpu="A100-40GB=44"))
     assert change.flags == "--optimizer-cpu-offload --optimizer-offload-fraction 0.75"
     milder = ("--optimizer-cpu-offload", "--optimizer-offload-fraction", "0.5")
-    assert not plan("16gpu", *milder, gpu="A100-40GB").fits
+    assert not plan("16gpu", *milder, gpu="A100-40GB=44").fits
 
 
 def test_what_nothing_mends_is_said() -> None:
@@ -206,6 +206,23 @@ def test_peaks_on_one_h200_are_planned_within_half_a_hundredth(
     assert total / GIB == pytest.approx(measured_gib, rel=0.005)
 
 
+@pytest.mark.parametrize(
+    ("phase", "measured_gib"), [(Phase.TRAINING, 25.5), (Phase.UPDATE_WEIGHTS, 30.4), (Phase.ROLLOUT, 112.2)]
+)
+def test_a_loop_on_two_gpus_peaks_where_it_was_measured(phase: Phase, measured_gib: float, tmp_path: Path) -> None:
+    """`scripts/check_loop.py glm4.7-flash-8gpu` on two H200s: 1 dense and 5 MoE layers at the true widths."""
+    document = json.loads((PUBLISHED / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(document | {"num_hidden_layers": 6}))
+    words = "--actor-num-gpus-per-node 2 --expert-model-parallel-size 2 --rollout-num-gpus-per-engine 2 "
+    words += "--sglang-dp-size 2 --sglang-ep-size 2 --sglang-max-running-requests 64 "
+    words += "--sglang-cuda-graph-max-bs-decode 32 --rollout-max-response-len 256"
+    one = resolved("8gpu", "--hf-checkpoint", str(tmp_path), *words.split())
+    made = make_plan(one, Machine.described("H200", 2, "256GB", None, 2.5), on_gpu=True)
+    assert made.gpu is not None
+    [planned] = [found for found in made.gpu.phases if found.phase is phase]
+    assert planned.total / GIB == pytest.approx(measured_gib, rel=0.05)
+
+
 def test_pipeline_stages_keep_what_is_in_flight() -> None:
     one = resolved("16gpu")
     model = GpuModel.of(one, Machine.described("H100", 8, "1TB", None, 2.5), on_gpu=True)
@@ -231,6 +248,15 @@ def test_the_json_has_the_documented_fields_and_the_page_ends_with_the_verdict()
         assert time["evaluations"] == 151
         last = page(made, changes).splitlines()[-1]
         assert last.startswith("It fits: " if made.fits else "It does not fit: a machine needs ")
+
+
+@pytest.mark.parametrize("recipe", [*SHIPPED, "8gpu-fast", "16gpu-fast", "24gpu-fast"])
+def test_every_shipped_recipe_is_planned_as_json(recipe: str) -> None:
+    """Every run writes that down, those too whose saves take no time of a step."""
+    time = json.loads(as_json(plan(recipe), ()))["time"]
+    assert {"rollout", "train"} <= time["tokens_per_s"].keys() <= {"rollout", "log-probs", "train"}
+    saves = time["seconds"]["save"]
+    assert (saves == [0.0, 0.0]) == recipe.endswith("-fast")
 
 
 def test_twice_the_price_is_twice_the_money() -> None:

@@ -226,6 +226,13 @@ def slice_of(layers: int, folder: Path, flags: str) -> list[str]:
             (0.32, 0.37),
         ),
         (3, f"{ONE_GPU} --sglang-max-running-requests 32", (2.2, 2.2), (0.16, 0.20)),
+        (
+            3,
+            f"{ONE_GPU} --sglang-max-running-requests 32 --no-colocate --rollout-num-gpus 1 "
+            "--actor-num-gpus-per-node 1 --expert-model-parallel-size 1",
+            (4.5, 6.1),
+            (1.58, 1.60),
+        ),
     ],
 )
 def test_phases_of_loops_on_two_h200s_lie_in_the_planned_range(

@@ -113,6 +113,16 @@ def test_flags_that_are_named_exist() -> None:
             assert flag in FLAGS or flag.startswith("--sglang-") or flag == "--lengths-of", (rule, flag)
 
 
+def test_a_step_of_seconds_is_never_behind_its_plan() -> None:
+    """A tiny model's takes what nobody plans: kernels and requests that start."""
+    adviser = Adviser(CONFIG, planned_step_s=0.2)
+    for step in range(1, 2 * WINDOW):
+        assert adviser.take({"step": step, **GOOD, "seconds_step": 5.0}, HEALTHY) == []
+    for step in range(2 * WINDOW, 4 * WINDOW):
+        adviser.take({"step": step, **GOOD, "seconds_step": 5.5}, HEALTHY)
+    assert [advice.rule for advice in adviser.standing.values()] == ["behind-plan"]
+
+
 def test_too_few_steps_say_nothing() -> None:
     adviser = Adviser(CONFIG, planned_step_s=150.0)
     for step in range(1, WINDOW):
