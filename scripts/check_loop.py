@@ -76,8 +76,8 @@ class Watch:
     interrupt_after: int
     written: dict[int, float] = field(default_factory=dict)
     """Moment at which each step's line was there."""
-    memory: list[tuple[float, int]] = field(default_factory=list)
-    """Bytes of the fullest GPU at each moment."""
+    memory: list[tuple[float, list[int]]] = field(default_factory=list)
+    """Bytes of every GPU at each moment."""
     struck_at: float | None = None
     _size: int = 0
 
@@ -118,25 +118,27 @@ class Watch:
         for line in sampler.stdout:
             here.append(int(line) << 20)
             if len(here) == gpus:
-                self.memory.append((time.monotonic(), max(here)))
+                self.memory.append((time.monotonic(), here))
                 here = []
 
     def keep_samples(self) -> None:
-        """Writes them to gpu_memory.json: seconds, and MiB of the fullest GPU."""
+        """Writes them to gpu_memory.json: seconds, and MiB of every GPU."""
         if self.memory:
             began = self.memory[0][0]
-            samples = [[round(moment - began, 2), size >> 20] for moment, size in self.memory]
+            samples = [[round(moment - began, 2), *(size >> 20 for size in sizes)] for moment, sizes in self.memory]
             atomic_write_text(self.directory / "gpu_memory.json", json.dumps(samples))
 
-    def most_memory(self, lines: Sequence[Mapping[str, float]]) -> dict[Phase, int]:
-        """Bytes of the fullest GPU at the fullest moment of each phase, over these steps."""
+    def most_memory(self, lines: Sequence[Mapping[str, float]], trainers: int | None = None) -> dict[Phase, int]:
+        """Bytes of the fullest GPU at the fullest moment of each phase, over these steps. Where engines have GPUs of
+        their own, the first `trainers` are the trainer's: of rollouts the others count, else these."""
         most: dict[Phase, int] = {}
         for line in lines:
             end = self.written[int(line["step"])]
             for phase in reversed(ORDER):
                 seconds = line.get(f"seconds_{phase}", 0.0)
                 begin, edge = end - seconds, min(EDGE_S, seconds / 4)
-                inside = [size for moment, size in self.memory if begin + edge < moment < end - edge]
+                where = slice(trainers, None) if phase is Phase.ROLLOUT else slice(trainers)
+                inside = [max(sizes[where]) for moment, sizes in self.memory if begin + edge < moment < end - edge]
                 if inside:
                     most[phase] = max(most.get(phase, 0), *inside)
                 end = begin
@@ -241,8 +243,9 @@ def beside_plan(plan: Plan, watch: Watch, lines: Sequence[Mapping[str, float]]) 
     """Memory and seconds of the phases that the plan speaks of."""
     assert plan.gpu is not None
     assert plan.time is not None
-    planned = {one.phase: one for one in plan.gpu.phases}
-    for phase, most in watch.most_memory(lines).items():
+    planned, cluster = {one.phase: one for one in plan.gpu.phases}, plan.resolved.config.cluster
+    trainers = None if cluster.colocate else cluster.actor_num_gpus_per_node
+    for phase, most in watch.most_memory(lines, trainers).items():
         if (name := PLANNED.get(phase)) in planned:
             yield Row(
                 f"memory in {phase}", most / GIB, Between.exactly(planned[name].total / GIB), "GiB", MEMORY_TOLERANCE

@@ -181,9 +181,7 @@ def gains_shown(plan: Plan) -> dict[str, float]:
 
 def seconds_and_dollars(time: TimePlan) -> Iterator[str]:
     """A step's time by kind of work, and what the run costs."""
-    rates = {
-        work: range_text(time.tokens_per_s(work)) for work in OF_TOKENS if work in time.seconds
-    }
+    rates = {work: range_text(time.tokens_per_s(work)) for work in OF_TOKENS if work in time.seconds}
     price = f"${range_text(time.dollars_a_step)} at ${time.price:g} a GPU hour"
     yield f"  {'seconds of a step':<22}{range_text(time.step_s):>14}   {price}"
     for work, seconds in time.seconds.items():

@@ -27,8 +27,10 @@ from recipe.system.json_text import read_json
 def report(directory: Path) -> Iterator[str]:
     """The lines of the report. Raises UserError if there is no run."""
     summary, status = _summary(directory), read_status(directory)
-    cost = "" if status is None else f", ${status.dollars:.2f} at ${status.price:g} an hour for each of {status.gpus}"
-    yield f"{directory}: {summary['outcome']}, {summary['steps']} steps in {summary['wall_s']:.0f} s{cost}"
+    took = f"{summary['wall_s']:.0f} s"
+    if status is not None:  # it counts all commands of the run, the summary the last one
+        took = f"{status.seconds:.0f} s, ${status.dollars:.2f} at ${status.price:g} an hour for each of {status.gpus}"
+    yield f"{directory}: {summary['outcome']}, {summary['steps']} steps in {took}"
     for name, scores in summary["eval"]["sets"].items():
         yield f"  {name}: {_score(scores, 'before')} before, {_score(scores, 'after')} after"
     if last := summary["last_step"]:

@@ -12,6 +12,7 @@ from test_server import watching
 from recipe.run.html_report import FILE as REPORT
 from recipe.run.journal import Journal
 from recipe.run.report import main as report
+from recipe.run.report import report as report_lines
 from recipe.run.status import RunState, read_status
 from recipe.run.watch.answers import Answers
 from recipe.system.shutdown import STOPPED_STATUS
@@ -46,6 +47,7 @@ def test_a_run_ends_when_it_is_enough_saved_and_goes_on_as_if_it_had_not(
     assert second is not None
     assert second.seconds > first.seconds + 1
     assert len(metrics(directory)) == 4
+    assert f"stopped, 3 steps in {second.seconds:.0f} s, " in next(report_lines(directory)), "of both commands"
 
     status, output = run(going_on)
     assert status == 0, output
