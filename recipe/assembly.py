@@ -142,6 +142,7 @@ class Run:
         trainer: TrainerGroup,
         engines: "RolloutEngines | None",
         directory: RunDirectory,
+        budget: Budget,
         display: Display,
         progress: Progress,
         start: StartClock,
@@ -160,7 +161,7 @@ class Run:
         self._start = start
         self._evals: dict[str, Evaluated] = {}
         self._mismatch = MismatchWatch(resolved.config.misc.mismatch_warn)
-        self._budget = Budget(resolved.config.misc, lambda: directory.status.status, directory.lines())
+        self._budget = budget
         self._adviser = directory.adviser()
         if progress.rollouts:
             self.prompts.load_state_dict(cast(SourceState, progress.data))
@@ -405,6 +406,9 @@ async def open_run(resolved: Resolved, plan: Plan | None) -> AsyncIterator[Run]:
         if plan is not None:
             directory.record_plan(as_json(plan, ()))
         directory.record_start(clock.seconds)
+        budget = Budget(config.misc, lambda: directory.status.status, directory.lines())
+        if directory.status.status.step < config.rollout.num_rollout:
+            budget.check_start()
         clock.on_begin = lambda part: directory.status.tell(RunState.STARTING, part)
         with clock.measure(StartPart.RAY):
             stack.enter_context(ray_session(config, object_store_bytes(resolved)))
@@ -438,7 +442,7 @@ async def open_run(resolved: Resolved, plan: Plan | None) -> AsyncIterator[Run]:
             engines = _open_engines(config, data, group, await stack.enter_async_context(client), stack)
             clock.begin(StartPart.FIRST_WEIGHTS)
         display = stack.enter_context(open_progress(config.rollout.num_rollout, progress.rollouts, console))
-        yield Run(resolved, data, trainer, engines, directory, display, progress, clock)
+        yield Run(resolved, data, trainer, engines, directory, budget, display, progress, clock)
 
 
 def _begin_start(trainer: TrainerGroup, group: EngineGroup | None, clock: StartClock) -> None:

@@ -1,13 +1,16 @@
-"""Disk that checkpoints take."""
+"""Disk that checkpoints take, and what a run writes down of itself."""
 
 from dataclasses import dataclass
 
-from recipe.config import Resolved
+from recipe.config import Config, Resolved
+from recipe.plan import constants
 from recipe.plan.hardware import Machine
 from recipe.plan.shards import table_of
 
 OPTIMIZER_BYTES = 12
 """Bytes a parameter of a training checkpoint beside its weight: master weight and two moments."""
+TEXT_BYTES, SHOWN_BYTES = 6, 40
+"""Bytes a response token in rollouts/, assumed (10 were measured of random tokens), and in tokens/, measured (39)."""
 
 
 @dataclass(frozen=True)
@@ -22,12 +25,14 @@ class DiskPlan:
     """Checkpoints that are there at once, at most: a new one is whole before an old one goes."""
     export: int
     """Bytes of all Hugging Face exports."""
+    records: int
+    """Bytes of all samples, and of those that are kept token by token."""
     free: int | None
     """None: not known."""
 
     @property
     def needed(self) -> int:
-        return self.checkpoint * self.kept + self.export
+        return self.checkpoint * self.kept + self.export + self.records
 
     @property
     def fits(self) -> bool:
@@ -56,5 +61,14 @@ def plan_disk(resolved: Resolved, machine: Machine) -> DiskPlan:
         saves=saves,
         kept=kept,
         export=exports * parameters * weight,
+        records=0 if config.is_sft else rollouts * _records(config),
         free=machine.disk,
     )
+
+
+def _records(config: Config) -> int:
+    """Bytes of a rollout's samples, were they of the length that is assumed."""
+    settings = config.rollout
+    tokens = constants.MEAN_RESPONSE * settings.rollout_max_response_len * settings.n_samples_per_prompt
+    shown = min(config.misc.keep_token_groups, settings.rollout_batch_size)
+    return int(tokens * (settings.rollout_batch_size * TEXT_BYTES + shown * SHOWN_BYTES))

@@ -99,8 +99,8 @@ def _problems(plan: Plan) -> list[str]:
     if not plan.disk.fits:
         assert plan.disk.free is not None
         problems.append(
-            f"{plan.disk.kept} checkpoints of {plan.disk.checkpoint / GB:.0f} GB need {plan.disk.needed / GB:,.0f} GB "
-            f"of disk, and {plan.disk.free / GB:,.0f} GB are free"
+            f"{plan.disk.kept} checkpoints of {plan.disk.checkpoint / GB:.0f} GB and {plan.disk.records / GB:,.0f} GB "
+            f"of samples need {plan.disk.needed / GB:,.0f} GB of disk, and {plan.disk.free / GB:,.0f} GB are free"
         )
     return problems
 

@@ -30,7 +30,8 @@ SCHEMA = {
     "host": "the fullest machine by phase, in the same form",
     "cache_tokens": "tokens that the engine's cache holds on a GPU; null without an engine",
     "needed_cache_tokens": "tokens of all that runs at once on a GPU, were it as long as can be",
-    "disk": "bytes: checkpoint, needed, free (null: not known); saves and kept are numbers of checkpoints",
+    "disk": "bytes: checkpoint, records (samples and tokens), needed, free (null: not known); saves and kept are "
+    "numbers of checkpoints",
     "gains_shown": "share of right answers more, by evaluation set, that is found with 80% power",
     "time": "null without GPUs; else, each [best, worst]: seconds of a step by phase, step_s, dollars_a_step, tail_s "
     "(of the rollout's, with less than a quarter of the sequences at once), evaluation_s (of one), run_hours and "
@@ -72,6 +73,7 @@ def as_json(plan: Plan, changes: Sequence[Change]) -> str:
             "checkpoint": disk.checkpoint,
             "saves": disk.saves,
             "kept": disk.kept,
+            "records": disk.records,
             "needed": disk.needed,
             "free": disk.free,
         },
@@ -162,7 +164,8 @@ def _rest(plan: Plan) -> Iterator[str]:
     free = "" if disk.free is None else f"; {disk.free / GB:,.0f} GB free"
     each = f"{disk.checkpoint / GB:,.0f} GB" if disk.checkpoint > GB else f"{disk.checkpoint / 1e6:,.0f} MB"
     needed = f"{disk.needed / GB:,.0f} GB" if disk.needed > GB else f"{disk.needed / 1e6:,.0f} MB"
-    yield f"  disk: {disk.kept} checkpoints at once, {each} each: {needed}{free}"
+    records = f", and {disk.records / GB:,.0f} GB of samples" if disk.records > GB else ""
+    yield f"  disk: {disk.kept} checkpoints at once, {each} each{records}: {needed}{free}"
     if plan.gpu is not None and (engine := plan.gpu.engine) is not None:
         yield f"  cache: {engine.tokens:,} tokens a GPU; what runs at once needs {engine.needed_tokens:,} at most"
     if time is not None:

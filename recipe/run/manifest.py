@@ -31,6 +31,7 @@ def write_manifest(path: Path, resolved: Resolved) -> None:
         "name": config.misc.name,
         "began": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": public_config(config),
+        "checkpoints": str(config.save_dir.absolute()),
         "sources": dict(resolved.sources),
         "recipe": resolved.recipe,
         "instead_of": _mask(dict(resolved.instead_of)),

@@ -1,6 +1,7 @@
 """When a run has taken enough time and money, or shown what it was to show."""
 
 import logging
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,7 +11,7 @@ from recipe.run.comparison import gain
 from recipe.run.metrics import Values
 from recipe.run.status import Status
 from recipe.system.errors import UserError
-from recipe.system.shutdown import Stopped
+from recipe.system.shutdown import STOPPED_STATUS, Stopped
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,18 @@ class Budget:
     def next_s(self) -> float:
         """Seconds that the next step and a last checkpoint are expected to take; 0 while nothing is known."""
         return max(self._steps, default=0.0) + self._save
+
+    def check_start(self) -> None:
+        """Before anything is started: raises Stopped, and says it, if a step would bring the run over a limit."""
+        try:
+            self.check()
+        except Stopped as enough:
+            print(
+                f"{enough.why}: nothing is started; to go on, give another limit (exit status {STOPPED_STATUS})",
+                file=sys.stderr,
+                flush=True,
+            )
+            raise
 
     def check(self) -> None:
         """Before a step. Raises Stopped if it would bring the run over a limit."""

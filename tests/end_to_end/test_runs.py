@@ -33,6 +33,7 @@ from run_support import (
     without_ray,
 )
 
+from recipe.run.journal import Journal
 from recipe.run.metrics import schema
 
 pytestmark = pytest.mark.slow
@@ -114,6 +115,15 @@ def test_a_run_killed_and_resumed_equals_the_uninterrupted_one(
     assert status == 0, output
     assert metrics(tmp_path / "killed") == metrics(uninterrupted)
     assert samples(tmp_path / "killed") == samples(uninterrupted)
+    for name in ("samples.jsonl", "evals.jsonl"):
+        assert Journal(tmp_path / "killed" / name).read() == Journal(uninterrupted / name).read()
+    conditions = Journal(tmp_path / "killed" / "conditions.jsonl").read()
+    assert [line["step"] for line in conditions] == list(range(ROLLOUTS + 1))
+    tokens = [
+        {path.name: path.read_text() for path in (one / "tokens").iterdir()}
+        for one in (tmp_path / "killed", uninterrupted)
+    ]
+    assert tokens[0] == tokens[1] != {}
     assert_start_adds_up(json.loads((tmp_path / "killed" / "summary.json").read_text()))
 
 

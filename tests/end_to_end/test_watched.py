@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, open_browser
-from run_support import ONE_OF_EACH, TinyInputs, arguments, leaves_nothing, metrics, run, samples, start
+from run_support import ONE_OF_EACH, TinyInputs, arguments, leaves_nothing, run, samples, start
 from test_server import watching
 
 from recipe.run.html_report import FILE as REPORT
 from recipe.run.journal import Journal
 from recipe.run.report import main as report
 from recipe.run.report import report as report_lines
-from recipe.run.status import RunState, read_status
+from recipe.run.status import RunState, Status, read_status
 from recipe.run.watch.answers import Answers
 from recipe.system.shutdown import STOPPED_STATUS
 from recipe.weights.checkpoints import latest
@@ -21,43 +21,47 @@ from recipe.weights.checkpoints import latest
 pytestmark = pytest.mark.slow
 
 
-def test_a_run_ends_when_it_is_enough_saved_and_goes_on_as_if_it_had_not(
-    inputs: TinyInputs, uninterrupted: Path, tmp_path: Path
-) -> None:
-    """First because its gain will not be what was asked for, then because its time is over; then it ends."""
-    command = arguments(inputs, tmp_path, "enough")
+def test_a_run_ends_when_it_is_enough_saved_and_goes_on(inputs: TinyInputs, tmp_path: Path) -> None:
+    """First because its gain will not be what was asked for, then in the middle because its money is spent, and then
+    before anything is started."""
+    more = ("--num-rollout", "1000", "--price", "1000", "--custom-rm-path", "run_support:slow_reward")
+    command = arguments(inputs, tmp_path, "enough", *more, "--save-interval", "1000", *ONE_OF_EACH)
     going_on = [*command, "--load", str(tmp_path / "enough" / "checkpoints")]
-    directory = tmp_path / "enough"
-    status, output = run([*command, "--target-gain", "1", "--target-gain-after", "3", "--save-interval", "1000"])
+    status, output = run([*command, "--target-gain", "1", "--target-gain-after", "3"])
     assert status == STOPPED_STATUS, output
     assert "after 3 rollouts (--target-gain-after) --target-gain 1 is not reached" in output
     assert "Traceback" not in output
-    newest = latest(directory / "checkpoints")
-    assert newest is not None
-    assert newest.name == "iter_0000003"
-    first = read_status(directory)
-    assert first is not None
-    assert (first.state, first.step) == (RunState.STOPPED, 3)
-    assert json.loads((directory / "summary.json").read_text())["outcome"] == "stopped"
+    first = ended_saved(tmp_path / "enough")
+    assert first.step == 3
 
-    status, output = run([*going_on, "--max-hours", str(first.seconds / 3600)])
+    limit = 2.5 * first.dollars
+    status, output = run([*going_on, "--max-dollars", str(limit)])
     assert status == STOPPED_STATUS, output
-    assert "--max-hours is" in output
-    second = read_status(directory)
-    assert second is not None
-    assert second.seconds > first.seconds + 1
-    assert len(metrics(directory)) == 4
-    assert f"stopped, 3 steps in {second.seconds:.0f} s, " in next(report_lines(directory)), "of both commands"
+    assert f"--max-dollars is {limit:g}: what is done is saved" in output
+    second = ended_saved(tmp_path / "enough")
+    assert second.step > first.step
+    longest = max(line["seconds_step"] for line in Journal(tmp_path / "enough" / "metrics.jsonl").read())
+    ending = 15  # seconds to save and to end Ray
+    assert abs(second.dollars - limit) < (longest + ending) * second.dollars_a_second
 
-    status, output = run(going_on)
-    assert status == 0, output
-    assert metrics(directory) == metrics(uninterrupted)
-    assert samples(directory) == samples(uninterrupted)
-    for name in ("samples.jsonl", "evals.jsonl"):
-        assert Journal(directory / name).read() == Journal(uninterrupted / name).read()
-    assert [line["step"] for line in Journal(directory / "conditions.jsonl").read()] == list(range(7))
-    tokens = [path.read_text() for path in sorted((directory / "tokens").glob("*.jsonl"))]
-    assert tokens == [path.read_text() for path in sorted((uninterrupted / "tokens").glob("*.jsonl"))]
+    status, output = run([*going_on, "--max-dollars", str(limit)])
+    assert status == STOPPED_STATUS, output
+    assert f"--max-dollars is {limit:g}: nothing is started" in output
+    assert "Ray" not in output
+    third = ended_saved(tmp_path / "enough")
+    assert third.step == second.step
+    assert f"stopped, {third.step} steps in {third.seconds:.0f} s, " in next(report_lines(tmp_path / "enough"))
+
+
+def ended_saved(directory: Path) -> Status:
+    """What a run's directory tells of its end, which is one that it chose."""
+    status, newest = read_status(directory), latest(directory / "checkpoints")
+    assert status is not None
+    assert status.state is RunState.STOPPED
+    assert newest is not None
+    assert newest.name == f"iter_{status.step:07}"
+    assert json.loads((directory / "summary.json").read_text())["outcome"] == "stopped"
+    return status
 
 
 def test_what_a_run_leaves_is_what_the_page_shows(

@@ -259,6 +259,15 @@ def test_every_shipped_recipe_is_planned_as_json(recipe: str) -> None:
     assert (saves == [0.0, 0.0]) == recipe.endswith("-fast")
 
 
+def test_the_samples_that_a_run_writes_down_count() -> None:
+    """256 of 4,096 tokens on average a rollout, and 8 of them token by token."""
+    disk = plan("8gpu").disk
+    assert disk.records == 3000 * 4096 * (256 * 6 + 8 * 40)
+    assert disk.needed == 3 * disk.checkpoint + disk.records
+    without = plan("8gpu", "--keep-token-groups", "0").disk
+    assert without.records == 3000 * 4096 * 256 * 6
+
+
 def test_twice_the_price_is_twice_the_money() -> None:
     machines = [Machine.described("H100", 8, "1TB", None, price) for price in (2.0, 4.0)]
     times = [make_plan(resolved("8gpu"), machine, on_gpu=True).time for machine in machines]

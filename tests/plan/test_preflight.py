@@ -68,7 +68,10 @@ def test_a_machine_as_it_should_be_passes(eight_gpus: Resolved, monkeypatch: pyt
         ({"shared_memory": 64 << 20}, "/dev/shm has 0.07 GB free"),
         ({"open_files": 1024}, "a process may open 1024 files only"),
         ({"host_memory": 3 * 10**11}, "of host memory in resume and has 300 GB"),
-        ({"disk": 10**12}, "need 1,258 GB of disk, and 1,000 GB are free; it does with --save-keep 1"),
+        (
+            {"disk": 10**12},
+            "419 GB and 23 GB of samples need 1,280 GB of disk, and 1,000 GB are free; it does with --s",
+        ),
     ],
 )
 def test_what_is_missing_stops_the_run_in_one_sentence(
@@ -177,7 +180,8 @@ def test_the_tiny_run_passes_without_a_word(
 def test_training_stops_before_it_starts_anything(tmp_path: Path) -> None:
     """A disk that is too small for the checkpoints: no run directory, no Ray, one sentence."""
     flags = ["--recipe", "tiny", "--hf-checkpoint", str(random_checkpoint()), "--runs-dir", str(tmp_path / "runs")]
-    flags += ["--save-interval", "1", "--num-rollout", "1000000000", "--save-keep", "999999999"]
+    flags += ["--save-interval", "1", "--num-rollout", "1000000", "--save-keep", "999999"]
+    flags += ["--rollout-max-response-len", "2"]
     ended = subprocess.run(
         [sys.executable, "-m", "recipe.train", *flags], capture_output=True, text=True, timeout=120, check=False
     )

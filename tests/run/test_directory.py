@@ -14,6 +14,7 @@ from recipe.run.conditions import Conditions
 from recipe.run.directory import RunDirectory
 from recipe.run.outputs import check_outputs
 from recipe.run.shown_tokens import ShownTokens
+from recipe.run.watch.files import RunFiles
 from recipe.system.errors import UserError
 
 CHECKPOINTS = "checkpoints"
@@ -120,6 +121,23 @@ def test_continuing_keeps_earlier_lines_byte_for_byte_and_the_earlier_manifest(r
     manifest = json.loads((again.path / "manifest.json").read_text())
     assert manifest["config"]["checkpoint"]["load"] is not None
     assert [earlier["config"]["checkpoint"]["load"] for earlier in manifest["earlier"]] == [None]
+
+
+def test_checkpoints_in_a_folder_named_from_where_the_run_began_are_found_from_elsewhere(
+    resolve, tmp_path, monkeypatch
+):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with RunDirectory(resolve(checkpoint={"save": Path("saved")})) as run:
+        run.start(0)
+        do_steps(run, range(3))
+    saved = tmp_path / "saved" / "iter_0000002"
+    saved.mkdir(parents=True)
+    (saved / ".metadata").touch()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    files = RunFiles(tmp_path / run.path)
+    files.refresh()
+    assert files.checkpoint().step == 2
 
 
 @pytest.mark.parametrize("load", [None, "elsewhere/checkpoints"])

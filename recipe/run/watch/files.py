@@ -149,8 +149,8 @@ class RunFiles:
 
     def checkpoint(self) -> Checkpoint | None:
         """The newest checkpoint; None where there is none, or where it lies cannot be seen from here."""
-        saved = self.config.get("checkpoint", {}).get("save")
-        folder = Path(saved) if saved else self.path / "checkpoints"
+        apart = self.config.get("checkpoint", {}).get("save")  # else they move with the run
+        folder = Path(self.manifest.get("checkpoints", apart)) if apart else self.path / "checkpoints"
         found = [_checkpoint_at(path) for path in folder.glob("iter_*")] if folder.is_dir() else []
         return max((one for one in found if one is not None), key=lambda one: one.step, default=None)
 
