@@ -113,13 +113,16 @@ def test_flags_that_are_named_exist() -> None:
             assert flag in FLAGS or flag.startswith("--sglang-") or flag == "--lengths-of", (rule, flag)
 
 
-def test_a_step_of_seconds_is_never_behind_its_plan() -> None:
+@pytest.mark.parametrize(("planned_s", "fine_s", "behind_s"), [(0.2, 5.0, 5.5), (150.0, 187.0, 188.0)])
+def test_a_step_is_behind_its_plan_by_a_quarter_and_by_seconds(
+    planned_s: float, fine_s: float, behind_s: float
+) -> None:
     """A tiny model's takes what nobody plans: kernels and requests that start."""
-    adviser = Adviser(CONFIG, planned_step_s=0.2)
+    adviser = Adviser(CONFIG, planned_step_s=planned_s)
     for step in range(1, 2 * WINDOW):
-        assert adviser.take({"step": step, **GOOD, "seconds_step": 5.0}, HEALTHY) == []
+        assert adviser.take({"step": step, **GOOD, "seconds_step": fine_s}, HEALTHY) == []
     for step in range(2 * WINDOW, 4 * WINDOW):
-        adviser.take({"step": step, **GOOD, "seconds_step": 5.5}, HEALTHY)
+        adviser.take({"step": step, **GOOD, "seconds_step": behind_s}, HEALTHY)
     assert [advice.rule for advice in adviser.standing.values()] == ["behind-plan"]
 
 
