@@ -12,11 +12,13 @@ from recipe.system.json_text import parse_json
 FILE = "plan.json"
 TRAINING = "training"
 """The phase of a GPU in which the trainer works, and measures its memory."""
+OUTSIDE_TORCH = "communication", "processes"
+"""Uses of memory that a trainer's own measurement leaves out."""
 
 
 @dataclass(frozen=True)
 class PlannedMemory:
-    """The fullest phase of a GPU, or of a machine, in bytes."""
+    """Of a GPU, or of a machine, in bytes."""
 
     total: int
     capacity: int
@@ -35,8 +37,9 @@ class Planned:
     step_s: tuple[float, float] | None = None
     """Seconds of a step, at best and at worst."""
     gpu: PlannedMemory | None = None
-    """Of the training passes, whose memory the run measures."""
+    """The trainer's tensors in its passes, which the run measures."""
     host: PlannedMemory | None = None
+    """In its fullest phase."""
 
     @classmethod
     def read(cls, run: Path) -> Self:
@@ -46,7 +49,12 @@ class Planned:
             time, gpu = plan["time"], plan["gpu"] or {}
             return cls(
                 step_s=None if time is None else (time["step_s"][0], time["step_s"][1]),
-                gpu=PlannedMemory.of(phase for name, phase in gpu.items() if name == TRAINING),
+                gpu=_tensors(gpu[TRAINING]) if TRAINING in gpu else None,
                 host=PlannedMemory.of(plan["host"].values()),
             )
         return cls()
+
+
+def _tensors(phase: Mapping[str, Any]) -> PlannedMemory:
+    outside = sum(phase["uses"].get(use, 0) for use in OUTSIDE_TORCH)
+    return PlannedMemory(phase["total"] - outside, phase["capacity"])

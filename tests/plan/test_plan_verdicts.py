@@ -17,6 +17,7 @@ from recipe.plan.options import PUBLISHED, resolve_without_weights
 from recipe.plan.plan import Plan, make_plan
 from recipe.plan.report import SCHEMA, as_json, page, refusal
 from recipe.plan.suggest import suggestion
+from recipe.run.planned import Planned
 from recipe.system.errors import UserError
 
 SHIPPED = ("8gpu", "8gpu-eagle", "8gpu-mtp", "16gpu", "24gpu")
@@ -257,6 +258,20 @@ def test_every_shipped_recipe_is_planned_as_json(recipe: str) -> None:
     assert {"rollout", "train"} <= time["tokens_per_s"].keys() <= {"rollout", "log-probs", "train"}
     saves = time["seconds"]["save"]
     assert (saves == [0.0, 0.0]) == recipe.endswith("-fast")
+
+
+def test_a_watched_run_compares_the_memory_that_torch_counts(tmp_path: Path) -> None:
+    made = plan("8gpu")
+    (tmp_path / "plan.json").write_text(as_json(made, ()))
+    planned = Planned.read(tmp_path)
+    assert made.gpu is not None
+    assert planned.gpu is not None
+    assert planned.host is not None
+    [training] = [phase for phase in made.gpu.phases if phase.phase is Phase.TRAINING]
+    tensors = Use.WEIGHTS, Use.GRADIENTS, Use.ACTIVATIONS, Use.LOG_PROBS
+    assert planned.gpu.total == sum(training.uses.get(use, 0) for use in tensors) < training.total
+    assert planned.gpu.capacity == training.capacity
+    assert planned.host.total == max(phase.total for phase in made.host)
 
 
 def test_the_samples_that_a_run_writes_down_count() -> None:

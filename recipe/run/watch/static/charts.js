@@ -91,6 +91,13 @@
     return first === last ? [first - 0.5, last + 0.5] : [first, last];
   }
 
+  /** Of a value axis, where the chart names none; one value alone gets room on its own scale. */
+  function valueRange(unit, low, high) {
+    if (low !== high || low === null) return uPlot.rangeNum(low, high, 0.1, true);
+    const room = Math.abs(low) / 10 || (unit === "share" ? 0.01 : 1);
+    return [low && low - room, low + room];
+  }
+
   function optionsOf(plot, model, width) {
     const steps = (u, splits) => splits.map((value) => (Number.isInteger(value) ? Watch.tick(value) : ""));
     const seconds = (u, splits) => splits.map((value) => `${value} s`);
@@ -103,7 +110,7 @@
       cursor: cursor(plot),
       scales: {
         x: { time: false, range: (u, low, high) => range(plot.model, plot.ofSteps, low, high) },
-        y: { distr: model.log ? 3 : 1, ...model.scale },
+        y: model.log ? { distr: 3, ...model.scale } : { range: (u, low, high) => valueRange(model.unit, low, high), ...model.scale },
       },
       axes: [
         axis(plot.ofSteps ? steps : seconds, { size: 24, gap: 4, space: 60 }),

@@ -47,7 +47,8 @@
     },
     "step-seconds": (head) => {
       const { measured, planned } = head.step_seconds || {};
-      const plan = planned ? `planned ${Math.round(planned[0])} to ${Watch.count(planned[1])} s` : "not planned";
+      const short = (seconds) => (seconds < 10 ? String(Number(seconds.toPrecision(2))) : Watch.count(Math.round(seconds)));
+      const plan = planned ? `planned ${short(planned[0])} to ${short(planned[1])} s` : "not planned";
       return [h("b", {}, Watch.seconds(measured)), line(plan)];
     },
     checkpoint: (head) => {
@@ -67,9 +68,11 @@
   /** What all steps were planned to cost, and the most that the run may. */
   function planOfDollars(head) {
     const { planned } = head.step_seconds || {};
-    const dollars = (seconds) => Watch.dollars((seconds * head.total_steps * head.gpus * head.price) / 3600).replace(/(\d\d)\.\d\d$/, "$1");
+    const cost = (seconds) => (seconds * head.total_steps * head.gpus * head.price) / 3600;
+    const dollars = (seconds) => Watch.dollars(cost(seconds)).replace(/(\d\d)\.\d\d$/, "$1");
+    const text = () => (cost(planned[1]) < 0.01 ? "under $0.01" : `${dollars(planned[0])} to ${dollars(planned[1])}`);
     const known = planned && given(head.price) && given(head.gpus);
-    return [line(known ? `planned ${dollars(planned[0])} to ${dollars(planned[1])}` : "not planned"),
+    return [line(known ? `planned ${text()}` : "not planned"),
       given(head.max_dollars) ? line(`at most ${Watch.dollars(head.max_dollars)}`) : null];
   }
 
