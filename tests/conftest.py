@@ -16,6 +16,9 @@ settings.load_profile("untimed")
 
 # What tests start is as from a terminal, also under nohup, whose children have the signal ignored.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# Nor are the variables of the `make test` that runs the tests those of a make that a test starts.
+for name in ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL"):
+    os.environ.pop(name, None)
 
 MOST_WORKERS = 4
 """A run of two ranks and two engines takes some GB of memory."""
