@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 from run_support import ONE_OF_EACH, TinyInputs, arguments, metrics, run
 
+from recipe.again.step import replay_step
+from recipe.mismatch.__main__ import score
+from recipe.system.errors import UserError
+
 pytestmark = pytest.mark.slow
 
 
@@ -18,14 +22,10 @@ def mismatch(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 
-def replay_step(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "recipe.train", "--replay-step", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
-
-
 def replayed(directory: Path, *flags: str) -> list[dict[str, float]]:
     """What step 3 is once more, and changed."""
-    ended = replay_step(f"{directory}:3", *flags)
+    command = [sys.executable, "-m", "recipe.train", "--replay-step", f"{directory}:3", *flags]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert ended.returncode == 0, ended.stderr
     rows = [re.split(r"  +", row.strip()) for row in ended.stdout.splitlines()[2:-1]]
     return [{name: float(values[column]) for name, *values in rows} for column in (1, 2)]
@@ -64,17 +64,16 @@ def test_the_parts_of_a_runs_difference_are_told_and_add_up(inputs: TinyInputs, 
     once_more, changed = replayed(directory, "--advantage-estimator", "rloo", "--tis-level", "sequence")
     assert changed["tis_weight"] != once_more["tis_weight"]
     assert changed["grad_norm"] != once_more["grad_norm"]
-    for flags, sentence in (
-        (("--use-rollout-routing-replay",), "were not asked where they took tokens"),
-        (("--eps-clip", "2"), "--eps-clip 2"),
+    for words, sentence in (
+        ((f"{directory}:3", "--use-rollout-routing-replay"), "were not asked where they took tokens"),
+        ((f"{directory}:3", "--eps-clip", "2"), "--eps-clip 2"),
+        ((directory,), "is not of the form RUN:N"),
     ):
-        ended = replay_step(f"{directory}:3", *flags)
-        assert (ended.returncode, "Traceback" in ended.stderr) == (2, False)
-        assert sentence in ended.stderr
-    assert "is not of the form RUN:N" in replay_step(directory).stderr
+        with pytest.raises(UserError, match=sentence):
+            list(replay_step(["--replay-step", *map(str, words)]))
     shutil.rmtree(directory / "checkpoints" / "iter_0000002")
-    for words, sentence in (((directory,), "iter_0000002, which is not there"), ((directory, "--step", 2), "not kept")):
-        ended = mismatch(*words)
-        assert (ended.returncode, "Traceback" in ended.stderr) == (2, False)
-        assert sentence in ended.stderr
-    assert mismatch(tmp_path).returncode == 2
+    for step, sentence in ((3, "iter_0000002, which is not there"), (2, "not kept")):
+        with pytest.raises(UserError, match=sentence):
+            score(directory, step, None)
+    ended = mismatch(tmp_path)
+    assert (ended.returncode, "Traceback" in ended.stderr) == (2, False)
