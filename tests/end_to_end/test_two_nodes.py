@@ -30,11 +30,12 @@ class Pair:
     base: Path
     started: list[subprocess.Popen] = field(default_factory=list)
 
-    def begin(self, command: list[str], *flags: str) -> tuple[subprocess.Popen, subprocess.Popen]:
-        """The launcher on the head and a node that joins, which need not come in this order."""
+    def begin(self, command: list[str], *flags: str, **more: str) -> tuple[subprocess.Popen, subprocess.Popen]:
+        """The launcher on the head and a node that joins, which need not come in this order, with `more` variables in
+        the environment of both."""
         words = [word if word != "recipe.train" else "recipe.cluster.launch" for word in command]
         nodes = ["--actor-num-nodes", "2", "--actor-num-gpus-per-node", "1", "--rollout-num-gpus", "1", "--master-addr"]
-        variables = {"BASE_DIR": str(self.base), "MASTER_ADDR": HEAD}
+        variables = {"BASE_DIR": str(self.base), "MASTER_ADDR": HEAD, **more}
         joining = self.worker.start(self.base / "join.log", *python("-m", "recipe.cluster.join"), **variables)
         launched = self.head.start(self.base / "head.log", *words, *nodes, HEAD, *flags, **variables)
         self.started += [launched, joining]
@@ -102,7 +103,8 @@ def assert_strangers_are_refused(pair: Pair) -> None:
 
 
 def test_a_node_that_is_cut_off_is_named(pair: Pair, inputs: TinyInputs) -> None:
-    launched, joining = pair.begin(arguments(inputs, pair.base, "cut", "--num-rollout", "1000"))
+    impatient = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "3000"}  # Ray's own take a minute
+    launched, joining = pair.begin(arguments(inputs, pair.base, "cut", "--num-rollout", "1000"), **impatient)
     pair.wait_for_step("cut", 1, launched)
     assert_own_servers_listen_on_the_nodes_address_only(pair)
     assert_strangers_are_refused(pair)
