@@ -407,8 +407,7 @@ async def open_run(resolved: Resolved, plan: Plan | None) -> AsyncIterator[Run]:
             directory.record_plan(as_json(plan, ()))
         directory.record_start(clock.seconds)
         budget = Budget(config.misc, lambda: directory.status.status, directory.lines())
-        if directory.status.status.step < config.rollout.num_rollout:
-            budget.check_start()
+        budget.check_start()
         clock.on_begin = lambda part: directory.status.tell(RunState.STARTING, part)
         with clock.measure(StartPart.RAY):
             stack.enter_context(ray_session(config, object_store_bytes(resolved)))

@@ -42,7 +42,11 @@ class Budget:
         return max(self._steps, default=0.0) + self._save
 
     def check_start(self) -> None:
-        """Before anything is started: raises Stopped, and says it, if a step would bring the run over a limit."""
+        """Before anything is started: raises Stopped, and says it, if a step would bring the run over a limit. A run
+        that has all of its steps takes none."""
+        status = self._status()
+        if status.step >= status.total_steps:
+            return
         try:
             self.check()
         except Stopped as enough:

@@ -87,3 +87,14 @@ def test_the_status_is_its_own() -> None:
     with pytest.raises(Stopped) as stopped:
         Budget(MiscConfig(max_hours=1e-9), lambda: replace(STATUS, seconds=HOUR)).check()
     assert stopped.value.code == STOPPED_STATUS
+
+
+def test_a_command_beyond_its_limit_starts_nothing_unless_no_step_is_left(capsys: pytest.CaptureFixture[str]) -> None:
+    def budget(step: int) -> Budget:
+        return Budget(MiscConfig(max_hours=0.5), lambda: replace(STATUS, seconds=HOUR, step=step))
+
+    with pytest.raises(Stopped):
+        budget(STATUS.total_steps - 1).check_start()
+    assert "--max-hours is 0.5: nothing is started" in capsys.readouterr().err
+    budget(STATUS.total_steps).check_start()
+    assert capsys.readouterr().err == ""

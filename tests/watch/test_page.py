@@ -169,6 +169,7 @@ async def test_curves_grow_and_a_cut_back_run_is_drawn_anew(tmp_path: Path, page
     write_run(run, 12, 8, characters=20)
     lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     (run / "metrics.jsonl").write_bytes(b"".join(lines[:5]))
+    (run / "plan.json").write_text(json.dumps({"time": {"step_s": [0.011, 0.017]}, "gpu": None, "host": {}}))
     status = StatusWriter(run, total_steps=12, gpus=8, price=2.5)
     status.tell(RunState.RUNNING, "rollout")
     status.count(4)
@@ -176,7 +177,10 @@ async def test_curves_grow_and_a_cut_back_run_is_drawn_anew(tmp_path: Path, page
     with watching(run.parent) as (_, url):
         await page.open(f"{url}#/run/long")
         first = await page.until(f"/[0-9]/.test({last}) && {last}")
-        assert "step 5" in (await page.ask("document.querySelector('#run-header').innerText"))
+        header = await page.ask("document.querySelector('#run-header').innerText")
+        assert "step 5" in header
+        assert "planned 0.011 to 0.017 s" in header
+        assert "planned under $0.01" in header
         with (run / "metrics.jsonl").open("ab") as file:
             file.write(b"".join(lines[5:]))
         status.count(12)
