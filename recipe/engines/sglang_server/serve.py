@@ -16,6 +16,8 @@ import types
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+import preloaded
+
 _SPAWNED = "__mp_main__"
 """This module's name in the processes that multiprocessing spawns."""
 _PR_SET_PDEATHSIG = 1
@@ -147,8 +149,13 @@ def main() -> None:
         kill_process_tree(os.getpid(), include_parent=False)
 
 
-if __name__ == _SPAWNED:
+if __name__ == _SPAWNED or sys.argv[1:2] == [preloaded.COMMAND]:
     end_with_parent()
-prepare()
-if __name__ == "__main__":
+if __name__ == "__main__" and sys.argv[1:2] == [preloaded.COMMAND]:
+    preloaded.serve_as(sys.argv[2:], __file__, prepare)
+elif __name__ == "__main__":
+    preloaded.preload(sys.argv[1:], __file__)
+    prepare()
     main()
+else:
+    prepare()
