@@ -418,11 +418,13 @@ async def open_run(resolved: Resolved, plan: Plan | None) -> AsyncIterator[Run]:
         with clock.measure(StartPart.DATA):
             data = Data.read(resolved)
         arguments.finish()
+        grader = _open_grader(config, data, stack)
         progress, urls = _finish_start(trainer, group, clock)
         directory.start(progress.rollouts)
         directory.record_host_memory(trainer.host_memory())
         engines = None
         if group is not None:
+            assert grader is not None
 
             def on_answer(engine: int) -> None:
                 clock.reach(StartMoment.ANSWER)
@@ -438,7 +440,7 @@ async def open_run(resolved: Resolved, plan: Plan | None) -> AsyncIterator[Run]:
                 on_silent=group.on_silent,
                 on_answer=on_answer,
             )
-            engines = _open_engines(config, data, group, await stack.enter_async_context(client), stack)
+            engines = RolloutEngines(group, await stack.enter_async_context(client), grader, data, config.rollout)
             clock.begin(StartPart.FIRST_WEIGHTS)
         display = stack.enter_context(open_progress(config.rollout.num_rollout, progress.rollouts, console))
         yield Run(resolved, data, trainer, engines, directory, budget, display, progress, clock)
@@ -471,15 +473,16 @@ def _finish_start(
     return started.progress, urls
 
 
-def _open_engines(
-    config: Config, data: Data, group: EngineGroup, client: RolloutClient, stack: AsyncExitStack
-) -> RolloutEngines:
-    """The engines with what grades their answers, which ends with `stack`."""
+def _open_grader(config: Config, data: Data, stack: AsyncExitStack) -> Grader | None:
+    """What grades answers, which ends with `stack`; its processes start beside the engines. None: there are none."""
+    if not config.needs_engine:
+        return None
     assert data.reward is not None
     settings = config.rollout
     grader = stack.enter_context(
         Grader(data.reward, timeout_s=settings.rm_timeout_s, num_workers=settings.rm_num_workers)
     )
+    grader.start()
     if data.evaluation is not None:
         stack.enter_context(data.evaluation)
-    return RolloutEngines(group, client, grader, data, config.rollout)
+    return grader

@@ -80,7 +80,7 @@ class _Question:
 
 class Grader:
     """Grades by a named rule or a custom function. What is rational is decided at once; what takes algebra, and every
-    call of a custom function, goes to `num_workers` processes, started when first needed, and fails after `timeout_s`
+    call of a custom function, goes to `num_workers` processes, started when needed, and fails after `timeout_s`
     seconds. Safe to use from several threads; `close` leaves no process behind."""
 
     def __init__(self, reward: Reward, *, timeout_s: float | None = None, num_workers: int | None = None) -> None:
@@ -91,6 +91,7 @@ class Grader:
         else:
             size, limit_s = num_workers or min(MOST_CUSTOM_WORKERS, os.cpu_count() or 1), timeout_s or CUSTOM_TIMEOUT_S
             self._pool = WorkerPool(reward.path, size=size, timeout_s=limit_s, flag=CUSTOM_FLAG)
+        self._first = min(size, NUM_WORKERS)
         self._lock = threading.Lock()
         self._computed: OrderedDict[Call, Outcome] = OrderedDict()
         self._counts: Counter[GradeStatus] = Counter()
@@ -101,6 +102,10 @@ class Grader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def start(self) -> None:
+        """Starts the first processes, which takes seconds, beside whatever goes on."""
+        self._pool.start(self._first)
 
     def close(self) -> None:
         self._pool.close()

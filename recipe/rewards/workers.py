@@ -10,7 +10,9 @@ import queue
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Pipe
 
@@ -89,8 +91,8 @@ class Worker:
 
 
 class WorkerPool:
-    """At most `size` workers for `target` ("module:function"), started when needed; with the `flag` by which a user
-    named it, for a custom reward."""
+    """At most `size` workers for `target` ("module:function"), started when none is idle; with the `flag` by which a
+    user named it, for a custom reward."""
 
     def __init__(self, target: str, *, size: int, timeout_s: float, flag: str | None = None) -> None:
         self._target, self._flag = target, flag
@@ -98,10 +100,15 @@ class WorkerPool:
         self._lock = threading.Lock()
         self._closed = False
         self._workers: set[Worker] = set()
-        self._idle: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()
+        self._idle: queue.LifoQueue[Worker | None] = queue.LifoQueue()
         for _ in range(size):
             self._idle.put(None)
         self._threads = ThreadPoolExecutor(size, thread_name_prefix="grader")
+
+    def start(self, workers: int) -> None:
+        """Starts so many workers beside whatever goes on, so that the first calls need not wait for their imports."""
+        for _ in range(workers):
+            self._threads.submit(self._start)
 
     def submit(self, *arguments: object) -> Future[Outcome]:
         """Queues a call; its time counts from when a worker takes it up."""
@@ -115,12 +122,22 @@ class WorkerPool:
                 worker.kill()
         self._threads.shutdown(cancel_futures=True)
 
+    def _start(self) -> None:
+        with self._worker() as worker, suppress(UserError, EOFError, OSError):  # the next call will say why
+            worker.wait_until_ready()
+
     def _call(self, arguments: tuple[object, ...]) -> Outcome:
+        with self._worker() as worker:
+            return worker.call(arguments, self._timeout_s)
+
+    @contextmanager
+    def _worker(self) -> Iterator[Worker]:
+        """The one that was idle last, or a new one."""
         worker = self._idle.get()
         try:
             if worker is None or not worker.alive:
                 worker = self._replace(worker)
-            return worker.call(arguments, self._timeout_s)
+            yield worker
         finally:
             self._idle.put(worker)
 

@@ -45,12 +45,19 @@ _FORESEEN = {
     "SGLANG_DISABLE_OUTLINES_DISK_CACHE": "0",
     "SGLANG_ENABLE_DETERMINISTIC_INFERENCE": "0",
     "SGLANG_ENABLE_TORCH_COMPILE": "0",
-    "SGLANG_USE_CUDA_IPC_TRANSPORT": "0",
     "TRTLLM_ENABLE_PDL": "1",
 }
 """What SGLang sets before it spawns, unless its arguments say otherwise."""
-_READ_LATE = frozenset({"CUDA_MODULE_LOADING", "FLASHINFER_CUDA_ARCH_LIST", "SGLANG_RUN_ID"})
-"""What it sets then to what cannot be foreseen, and no module reads when it is imported."""
+_READ_LATE = frozenset(
+    {
+        "CUDA_MODULE_LOADING",
+        "FLASHINFER_CUDA_ARCH_LIST",
+        "SGLANG_OPT_FP8_WO_A_GEMM",
+        "SGLANG_RUN_ID",
+        "SGLANG_USE_CUDA_IPC_TRANSPORT",
+    }
+)
+"""What it sets then by what it finds, and no module of this model reads when it is imported."""
 
 
 @dataclass(frozen=True)
