@@ -28,6 +28,9 @@ import numpy as np
 from glm_flash import write_slice
 from trainer_ranks import alone
 
+from recipe.config.sglang_rules import size_of
+from recipe.config.speculation_rules import DEFAULT_DRAFT_STEPS
+from recipe.plan.constants import DRAFT_ACCEPTANCE
 from recipe.plan.hardware import GB, GIB, Machine
 from recipe.plan.lengths import Lengths
 from recipe.plan.machine import NVIDIA_SMI, read_machine
@@ -130,15 +133,17 @@ class Watch:
 
     def most_memory(self, lines: Sequence[Mapping[str, float]], trainers: int | None = None) -> dict[Phase, int]:
         """Bytes of the fullest GPU at the fullest moment of each phase, over these steps. Where engines have GPUs of
-        their own, the first `trainers` are the trainer's: of rollouts the others count, else these."""
+        their own, the first `trainers` are the trainer's: of rollouts the others count, else these. A weight update
+        ends with the engines' caches in place, as in a rollout: its second half does not count."""
         most: dict[Phase, int] = {}
         for line in lines:
             end = self.written[int(line["step"])]
             for phase in reversed(ORDER):
                 seconds = line.get(f"seconds_{phase}", 0.0)
                 begin, edge = end - seconds, min(EDGE_S, seconds / 4)
+                last = end - (seconds / 2 if phase is Phase.UPDATE_WEIGHTS else edge)
                 where = slice(trainers, None) if phase is Phase.ROLLOUT else slice(trainers)
-                inside = [max(sizes[where]) for moment, sizes in self.memory if begin + edge < moment < end - edge]
+                inside = [max(sizes[where]) for moment, sizes in self.memory if begin + edge < moment < last]
                 if inside:
                     most[phase] = max(most.get(phase, 0), *inside)
                 end = begin
@@ -252,13 +257,26 @@ def beside_plan(plan: Plan, watch: Watch, lines: Sequence[Mapping[str, float]]) 
             )
     seconds = plan.time.seconds
     works = {
-        Phase.ROLLOUT: seconds[Work.ROLLOUT],
+        Phase.ROLLOUT: with_acceptance(seconds[Work.ROLLOUT], plan, lines),
         Phase.TRAIN: seconds[Work.TRAIN] + seconds[Work.OPTIMIZER],
         Phase.UPDATE_WEIGHTS: seconds[Work.UPDATE_WEIGHTS],
     }
     for phase, expected in works.items():
         measured = statistics.median(line[f"seconds_{phase}"] for line in lines)
         yield Row(f"{phase}", measured, expected, "s", SECONDS_TOLERANCE)
+
+
+def with_acceptance(planned: Between, plan: Plan, lines: Sequence[Mapping[str, float]]) -> Between:
+    """Seconds of a rollout with the drafts that these steps accepted: next to none where weights are random."""
+    accepted = [line["draft_accept_length"] for line in lines if "draft_accept_length" in line]
+    if not accepted:
+        return planned
+    steps = size_of(plan.resolved.config, "speculative_num_steps", default=DEFAULT_DRAFT_STEPS)
+    best, worst = (
+        sum(share**step for step in range(steps + 1)) / statistics.fmean(accepted)
+        for share in (DRAFT_ACCEPTANCE.best, DRAFT_ACCEPTANCE.worst)
+    )
+    return Between(planned.best * best, planned.worst * worst)
 
 
 def make_plan_here(options: argparse.Namespace, flags: list[str], response: float) -> Plan:

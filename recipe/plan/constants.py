@@ -36,6 +36,8 @@ SGLANG_FRACTION = 0.85
 RELEASED_ENGINE, RELEASED_ENGINE_OF_SEVERAL = 2 * GIB, int(5.6 * GIB)
 """What an engine of one GPU, and of several, keeps on a GPU beside its context and communicators when it has released
 its memory: measured on an H200, and on two with attention data parallelism in a loop's second and later steps."""
+RELEASED_DRAFTS = int(1.5 * GIB)
+"""What one that drafts keeps besides, the graphs of its draft worker for one: measured on two H100s likewise."""
 
 # Bytes of a machine.
 RANK_HOST = 6 * 10**9

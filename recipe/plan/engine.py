@@ -62,14 +62,16 @@ class EngineEstimate:
     @cached_property
     def weights(self) -> int:
         """Bytes of weights: experts over all GPUs (whole ones over EP, the rest by width), attention, embedding and
-        output head over the GPUs that share sequences, dense MLPs as --sglang-moe-dense-tp-size says."""
+        output head over the GPUs that share sequences, dense MLPs as --sglang-moe-dense-tp-size says. A draft worker
+        loads an embedding and an output head of its own, whose memory it keeps."""
         layout, experts = self.layout, self.architecture.n_routed_experts
         total = 0.0
         for placement in table_of(self.architecture, self.is_speculative).values():
             if placement.is_expert:
                 total += placement.elements * (experts + layout.redundant_experts) / experts / layout.tp
             else:
-                total += placement.elements / self._gpus_that_split(placement)
+                twice = self.is_speculative and part_of(placement.name) in (Part.EMBEDDING, Part.OUTPUT_HEAD)
+                total += (1 + twice) * placement.elements / self._gpus_that_split(placement)
         return int(total / layout.pp) * BF16
 
     def _gpus_that_split(self, placement: Placement) -> int:

@@ -224,7 +224,8 @@ class GpuModel(MemoryModel):
     def released(self) -> dict[Use, int]:
         """What an engine's process keeps although it has released its memory."""
         kept = constants.RELEASED_ENGINE_OF_SEVERAL if self.several else constants.RELEASED_ENGINE
-        return {Use.PROCESSES: kept}
+        drafts = "speculative_algorithm" in self.resolved.config.sglang.args
+        return {Use.PROCESSES: kept + drafts * constants.RELEASED_DRAFTS}
 
     def phase(self, phase: Phase, shard: StageShard, engine: EngineMemory | None) -> PhaseMemory:
         """One rank's GPU in one phase; on GPUs of its own, an engine's GPU in rollouts."""

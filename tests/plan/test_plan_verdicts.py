@@ -208,17 +208,27 @@ def test_peaks_on_one_h200_are_planned_within_half_a_hundredth(
 
 
 @pytest.mark.parametrize(
-    ("phase", "measured_gib"), [(Phase.TRAINING, 25.5), (Phase.UPDATE_WEIGHTS, 30.4), (Phase.ROLLOUT, 112.2)]
+    ("recipe", "gpu", "phase", "measured_gib"),
+    [
+        ("8gpu", "H200", Phase.TRAINING, 25.5),
+        ("8gpu", "H200", Phase.UPDATE_WEIGHTS, 30.4),
+        ("8gpu", "H200", Phase.ROLLOUT, 112.2),
+        ("8gpu-mtp", "H100=79.2", Phase.TRAINING, 31.4),
+        ("8gpu-mtp", "H100=79.2", Phase.UPDATE_WEIGHTS, 35.5),
+        ("8gpu-mtp", "H100=79.2", Phase.ROLLOUT, 74.8),
+    ],
 )
-def test_a_loop_on_two_gpus_peaks_where_it_was_measured(phase: Phase, measured_gib: float, tmp_path: Path) -> None:
-    """`scripts/check_loop.py glm4.7-flash-8gpu` on two H200s: 1 dense and 5 MoE layers at the true widths."""
+def test_a_loop_on_two_gpus_peaks_where_it_was_measured(
+    recipe: str, gpu: str, phase: Phase, measured_gib: float, tmp_path: Path
+) -> None:
+    """`scripts/check_loop.py glm4.7-flash-RECIPE` on two GPUs: 1 dense and 5 MoE layers at the true widths."""
     document = json.loads((PUBLISHED / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(document | {"num_hidden_layers": 6}))
     words = "--actor-num-gpus-per-node 2 --expert-model-parallel-size 2 --rollout-num-gpus-per-engine 2 "
     words += "--sglang-dp-size 2 --sglang-ep-size 2 --sglang-max-running-requests 64 "
     words += "--sglang-cuda-graph-max-bs-decode 32 --rollout-max-response-len 256"
-    one = resolved("8gpu", "--hf-checkpoint", str(tmp_path), *words.split())
-    made = make_plan(one, Machine.described("H200", 2, "256GB", None, 2.5), on_gpu=True)
+    one = resolved(recipe, "--hf-checkpoint", str(tmp_path), *words.split())
+    made = make_plan(one, Machine.described(gpu, 2, "256GB", None, 2.5), on_gpu=True)
     assert made.gpu is not None
     [planned] = [found for found in made.gpu.phases if found.phase is phase]
     assert planned.total / GIB == pytest.approx(measured_gib, rel=0.05)
