@@ -36,10 +36,10 @@ def reward(rule, response, label):
 
 
 async def test_a_response_is_graded_by_the_rule_that_its_request_names():
-    response = "</think>It is so: $\\sqrt{4}$.\n\nAnswer: $\\sqrt{16}$"
+    response = "</think>It is so.\n\nAnswer: $\\sqrt{2}\\sqrt{72}$"
     requests = [
         GradeRequest("?", response, label, rm_type=rm_type)
-        for label in ("4", "5")
+        for label in ("12", "13")
         for rm_type in (None, RewardType.DAPO, RewardType.MATH)
     ]
     with Grader(DEEPSCALER, timeout_s=5) as grader:
