@@ -10,8 +10,9 @@ from rich.console import Console
 
 from recipe.cluster import EngineGroup, TrainerGroup, place, ray_session
 from recipe.config import Config, Resolved, RolloutConfig
+from recipe.data.mixture import PromptFile, open_draws
 from recipe.data.prompts import PromptFormat, read_prompts
-from recipe.data.source import PromptSource, SourceState
+from recipe.data.source import Draws, SourceState
 from recipe.data.tokenizer import load_tokenizer
 from recipe.engines.argument_check import ArgumentCheck
 from recipe.experience import (
@@ -69,7 +70,7 @@ class Evaluation(AbstractContextManager[object], Protocol):
 class Data:
     """The prompts of a run, and what grades the responses to them."""
 
-    source: PromptSource
+    source: Draws
     evaluation: Evaluation | None
     """None where there is no evaluation set."""
     reward: Reward | None
@@ -100,21 +101,33 @@ class Data:
         if (custom := config.grpo.custom_tis_function_path) is not None:
             load_function("--custom-tis-function-path", custom)
         tokenizer = load_tokenizer(config.model.hf_checkpoint)
-        form = PromptFormat(
-            input_key=config.data.input_key,
-            label_key=config.data.label_key,
-            response_key=config.data.response_key if config.is_sft else None,
-            apply_chat_template=config.data.apply_chat_template,
-            template_kwargs=config.data.apply_chat_template_kwargs,
-            tool_key=config.data.tool_key,
-            label_problem=reward.label_problem if isinstance(reward, RewardRule) else None,
-        )
-        prompts = read_prompts(
-            config.data.prompt_data, tokenizer, form, max_tokens=resolved.max_prompt_len, drop_longer=True
-        )
-        source = PromptSource(prompts, shuffle=config.data.rollout_shuffle, seed=config.misc.seed)
+        source = _draws(resolved, tokenizer, reward)
         keep = config.rollout.dynamic_sampling_filter_path
         return cls(source, _evaluation(resolved), reward, load_filter(keep) if keep is not None else None, tokenizer)
+
+
+def _draws(resolved: Resolved, tokenizer: "PreTrainedTokenizerFast", reward: Reward | None) -> Draws:
+    """The prompt files, read. With a reward function of the user's nothing is asked of labels and metadata."""
+    data, rule = resolved.config.data, reward if isinstance(reward, RewardRule) else None
+    form = PromptFormat(
+        input_key=data.input_key,
+        label_key=data.label_key,
+        response_key=data.response_key if resolved.config.is_sft else None,
+        apply_chat_template=data.apply_chat_template,
+        template_kwargs=data.apply_chat_template_kwargs,
+        tool_key=data.tool_key,
+        label_problem=None if rule is None else rule.label_problem,
+        metadata_key=None if rule is None else data.metadata_key,
+        label_problems={name: one.label_problem for name, one in REWARD_RULES.items()},
+    )
+    longest = resolved.max_prompt_len
+    files = [
+        PromptFile(
+            file.name, read_prompts(file.path, tokenizer, form, max_tokens=longest, drop_longer=True), file.weight
+        )
+        for file in data.prompt_data
+    ]
+    return open_draws(files, shuffle=data.rollout_shuffle, seed=resolved.config.misc.seed)
 
 
 def _evaluation(resolved: Resolved) -> Evaluation | None:

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +25,7 @@ from recipe.rollout.continuation import Decode
 from recipe.rollout.generate import Rollout
 from recipe.rollout.sample import Sample, SampleGroup
 from recipe.run.directory import SampleRecord
-from recipe.run.metrics import Values, over_steps
+from recipe.run.metrics import Scalar, Values, over_steps, source_metric
 from recipe.run.shown_tokens import ShownTokens, pieces_of
 
 
@@ -211,7 +212,19 @@ def rollout_metrics(rollout_id: int, rollout: Rollout, engines: ClientCounters) 
         "retried_tokens": engines.retried_tokens,
         "draft_accept_length": rollout.metrics.accept_length,
         **{f"draft_accept_rate_{depth}": rate for depth, rate in accept_rates},
+        **_of_sources(rollout.groups),
     }
+
+
+def _of_sources(groups: Sequence[SampleGroup]) -> dict[str, Scalar]:
+    """What is reported of each prompt file that has groups in a rollout, where a run has several."""
+    values: dict[str, Scalar] = {}
+    for name in sorted({group.prompt.source for group in groups} - {""}):
+        rewards = [rewards_of(group) for group in groups if group.prompt.source == name]
+        values[source_metric(name)] = statistics.fmean(chain.from_iterable(rewards))
+        values[source_metric(name, "samples")] = sum(map(len, rewards))
+        values[source_metric(name, "zero_std_share")] = statistics.fmean(len(set(of_one)) == 1 for of_one in rewards)
+    return values
 
 
 def _interval(means: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
@@ -290,4 +303,5 @@ def _record(sample: Sample, advantage: float) -> SampleRecord:
         advantage=advantage,
         grade=sample.grade.status,
         answer=sample.grade.answer,
+        source=sample.prompt.source,
     )

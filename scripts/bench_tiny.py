@@ -112,7 +112,7 @@ def run_trl(seed: int, arguments: argparse.Namespace, config: Config) -> Run:
     path.unlink(missing_ok=True)
     flags = {
         "model": config.model.hf_checkpoint,
-        "train": config.data.prompt_data,
+        "train": config.data.prompt_data[0].path,
         "heldout": config.eval.eval_prompt_data[0].path,
         "rm-type": config.rollout.rm_type,
         "prompts": config.rollout.rollout_batch_size,

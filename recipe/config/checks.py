@@ -226,14 +226,16 @@ def offload_flags_belong_together(config: Config, _: Architecture) -> Iterator[s
         yield "--optimizer-offload-fraction needs --optimizer-cpu-offload"
 
 
-def evaluation_names_differ(config: Config, _: Architecture) -> Iterator[str]:
+def names_differ(config: Config, _: Architecture) -> Iterator[str]:
     """Names tell the results apart."""
-    names = [prompts.name for prompts in config.eval.eval_prompt_data]
-    for name in sorted({name for name in names if names.count(name) > 1}):
+    sets = [prompts.name for prompts in config.eval.eval_prompt_data]
+    for name in sorted({name for name in sets if sets.count(name) > 1}):
         yield f"--eval-prompt-data names two files {name}"
-    at_prometheus = {_NOT_IN_A_NAME.sub("_", name) for name in names}
-    if config.misc.metrics_port is not None and len(at_prometheus) < len(set(names)):
-        yield "--metrics-port: Prometheus takes letters, digits and _ in a name, and two evaluation sets would have one"
+    files = [file.name for file in config.data.prompt_data]
+    for what, names in (("evaluation sets", sets), ("prompt files", files)):
+        at_prometheus = {_NOT_IN_A_NAME.sub("_", name) for name in names}
+        if config.misc.metrics_port is not None and len(at_prometheus) < len(set(names)):
+            yield f"--metrics-port: Prometheus takes letters, digits and _ in a name, and two {what} would have one"
 
 
 def target_can_be_judged(config: Config, _: Architecture) -> Iterator[str]:
@@ -297,7 +299,7 @@ RULES: tuple[Rule, ...] = (
     routing_can_be_replayed,
     schedule_is_ordered,
     offload_flags_belong_together,
-    evaluation_names_differ,
+    names_differ,
     target_can_be_judged,
     mtp_layer_exists,
     numerics_are_fixed,

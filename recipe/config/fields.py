@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer
 
 from recipe.system.json_text import parse_json
 
@@ -97,6 +97,91 @@ def _pair_up(value: Any) -> Any:
 
 EvalPromptDataPairs = Annotated[tuple[EvalPromptData, ...], BeforeValidator(_pair_up)]
 """Held-out prompt files; on the command line `NAME PATH [NAME PATH ...]`."""
+
+
+class PromptData(NamedTuple):
+    """A prompt file, and its share of the draws where there are several."""
+
+    path: Place
+    weight: float | None = None
+
+    @property
+    def name(self) -> str:
+        """What its metrics are named by."""
+        return self.path.stem
+
+    def __str__(self) -> str:
+        """As the command line has it."""
+        return str(self.path) if self.weight is None else f"{self.path}:{self.weight}"
+
+
+def _read_prompt_data(value: Any) -> Any:
+    """A path or a list -> a list; "/a.jsonl:0.7" in it -> ("/a.jsonl", 0.7)."""
+    match value:
+        case str() | Path():
+            return _read_prompt_data([value])
+        case list() | tuple():
+            return [_read_one(word) for word in value]
+    return value
+
+
+def _read_one(word: Any) -> Any:
+    if isinstance(word, Path):
+        return PromptData(word)
+    return _path_and_weight(word) if isinstance(word, str) else word
+
+
+def _path_and_weight(word: str) -> tuple[str, float | None]:
+    # Paths may hold colons: a word that is a file is all path. Of any other, a number after the last colon is a weight.
+    path, colon, weight = word.rpartition(":")
+    if not colon or os.path.isfile(_read_path(word)):
+        return word, None
+    try:
+        return path, float(weight)
+    except ValueError:
+        if os.path.isfile(_read_path(path)):
+            raise ValueError(f"{weight!r} is no weight for {path}: write a number, as in {path}:0.7") from None
+        return word, None
+
+
+def _check_prompt_data(files: tuple[PromptData, ...]) -> tuple[PromptData, ...]:
+    names = [file.name for file in files]
+    if not files:
+        raise ValueError("there is no file: name at least one")
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"two files have the name {twice}, by which metrics tell them apart: rename or link one")
+    without = [file.path for file in files if file.weight is None]
+    if len(without) == len(files):
+        return files
+    if without:
+        raise ValueError(f"{without[0]} has no weight, and others have: give every file one, or none")
+    weights = [file.weight or 0.0 for file in files]
+    if min(weights) <= 0:
+        lowest = files[weights.index(min(weights))]
+        raise ValueError(f"the weight of {lowest.path} is not above 0: give it a share of the draws, or leave it out")
+    if abs((total := sum(weights)) - 1) > _WEIGHTS_WITHIN:
+        raise ValueError(
+            f"the weights add up to {total:.7g}, and shares of the draws add up to 1: change them, or give none, and "
+            "each file counts by its number of prompts"
+        )
+    return files
+
+
+_WEIGHTS_WITHIN = 1e-6
+
+
+def _as_json(files: tuple[PromptData, ...]) -> list[list[str | float]]:
+    return [[str(path)] if weight is None else [str(path), weight] for path, weight in files]
+
+
+PromptDataFiles = Annotated[
+    tuple[PromptData, ...],
+    BeforeValidator(_read_prompt_data),
+    AfterValidator(_check_prompt_data),
+    PlainSerializer(_as_json, when_used="json"),
+]
+"""Prompt files; on the command line `PATH[:WEIGHT] [PATH[:WEIGHT] ...]`."""
 
 
 _LONGEST_PATTERN = 10_000

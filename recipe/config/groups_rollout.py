@@ -14,6 +14,7 @@ from recipe.config.fields import (
     Key,
     Place,
     PositiveShare,
+    PromptDataFiles,
     SglangValue,
     Spelling,
     Temperature,
@@ -45,14 +46,18 @@ class ClusterConfig(Group):
 
 
 class DataConfig(Group):
-    """The prompt file."""
+    """The prompt files."""
 
-    prompt_data: Place
-    """Training prompts, a JSON object a line."""
+    prompt_data: PromptDataFiles
+    """Training prompts, as PATH or PATH:WEIGHT, files of jsonl or parquet. Of several, weights are their shares of the
+    draws, which add up to 1; without, each counts by its number of prompts."""
     input_key: Key = "prompt"
     """Key of the prompt: chat messages or a string."""
     label_key: Key = "label"
-    """Key of the right answer."""
+    """Key of the right answer; dots lead into tables, as in reward_model.ground_truth."""
+    metadata_key: Key = "metadata"
+    """Key of a table in a line, whose `rm_type` is the built-in reward of that line's responses in place of the
+    run's."""
     response_key: Key = "response"
     """Key of the response to learn (sft only)."""
     apply_chat_template: bool = False
@@ -112,7 +117,7 @@ class RolloutConfig(Group):
     rollout_stop_token_ids: tuple[NonNegativeInt, ...] = ()
     """Tokens that end a response besides the model's own."""
     rm_type: Literal["deepscaler", "math", "dapo"] | None = None
-    """Built-in reward."""
+    """Built-in reward, where a prompt's line names none (`metadata_key`)."""
     custom_rm_path: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
     """Reward function of your own, as module:function, fn(prompt, response, label) -> float, which may be a coroutine;
     it takes the place of `rm_type`."""

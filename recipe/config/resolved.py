@@ -8,7 +8,7 @@ from recipe.config.advice import notes_of
 from recipe.config.architecture import Architecture
 from recipe.config.checks import problems_of
 from recipe.config.error_text import refuse
-from recipe.config.fields import Group
+from recipe.config.fields import Group, PromptData
 from recipe.config.flags import SGLANG_KEY, parse_command_line
 from recipe.config.loading import build_config, read_settings, trace_sources, without_flags
 from recipe.config.schema import Config
@@ -111,6 +111,8 @@ def shown_value(value: object) -> str:
             return "-"
         case bool():
             return str(value).lower()
+        case PromptData():
+            return str(value)
         case tuple() | list():
             return " ".join(map(shown_value, value)) or "-"
     return str(value)

@@ -35,7 +35,7 @@ class Config(Group):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     """Where training starts, and what is kept."""
     data: DataConfig
-    """The prompt file."""
+    """The prompt files."""
     rollout: RolloutConfig
     """Generation and grading."""
     grpo: GrpoConfig = Field(default_factory=GrpoConfig)

@@ -19,7 +19,7 @@ from typing import Self
 
 from recipe.rewards.comparing import readings_equal, spelled
 from recipe.rewards.extract import THINKING_START, opens_thinking
-from recipe.rewards.functions import Reward, RewardRule, answer_in_label, read_label
+from recipe.rewards.functions import REWARD_RULES, Reward, RewardRule, RewardType, answer_in_label, read_label
 from recipe.rewards.reading import read
 from recipe.rewards.values import Reading
 from recipe.rewards.workers import Outcome, Worker, WorkerPool
@@ -52,6 +52,8 @@ class GradeRequest:
     response: str
     label: str
     truncated: bool = False
+    rm_type: RewardType | None = None
+    """A named rule for this response, in place of the grader's; a custom function grades all."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,9 @@ class _Question:
 
 
 class Grader:
-    """Grades by a named rule or a custom function. What is rational is decided at once; what takes algebra, and every
-    call of a custom function, goes to `num_workers` processes, started when needed, and fails after `timeout_s`
-    seconds. Safe to use from several threads; `close` leaves no process behind."""
+    """Grades by a named rule, of which a request may name another, or by a custom function. What is rational is decided
+    at once; what takes algebra, and every call of a custom function, goes to `num_workers` processes, started when
+    needed, and fails after `timeout_s` seconds. Safe to use from several threads; `close` leaves no process behind."""
 
     def __init__(self, reward: Reward, *, timeout_s: float | None = None, num_workers: int | None = None) -> None:
         self._reward = reward
@@ -115,21 +117,22 @@ class Grader:
         if not isinstance(self._reward, RewardRule):
             calls = self._submit_custom(requests)
             return self._counted([_custom_grade(call.result()) for call in calls])
-        decided = [self._decide(self._reward, request) for request in requests]
+        rules = _rules_of(requests, self._reward)
+        decided = list(map(self._decide, rules, requests))
         pending = self._submit(decided)
         outcomes = {call: future.result() for call, future in pending.items()}
-        return self._counted([self._settle(self._reward, item, outcomes) for item in decided])
+        return self._settled(rules, decided, outcomes)
 
     async def grade_async(self, requests: Sequence[GradeRequest]) -> list[Grade]:
         """As `grade`, without blocking the event loop."""
         if not isinstance(self._reward, RewardRule):
             calls = self._submit_custom(requests)
             return self._counted(list(map(_custom_grade, await asyncio.gather(*map(asyncio.wrap_future, calls)))))
-        decided = [self._decide(self._reward, request) for request in requests]
+        rules = _rules_of(requests, self._reward)
+        decided = list(map(self._decide, rules, requests))
         pending = self._submit(decided)
         values = await asyncio.gather(*map(asyncio.wrap_future, pending.values()))
-        outcomes = dict(zip(pending, values, strict=True))
-        return self._counted([self._settle(self._reward, item, outcomes) for item in decided])
+        return self._settled(rules, decided, dict(zip(pending, values, strict=True)))
 
     def collect_counts(self) -> Mapping[GradeStatus, int]:
         """How many grades had each status since the last call (a rollout's, if called after each).
@@ -163,6 +166,11 @@ class Grader:
     def _submit(self, decided: Sequence[Grade | _Question]) -> dict[Call, Future[Outcome]]:
         calls = dict.fromkeys(item.call for item in decided if isinstance(item, _Question))
         return {call: self._known(call) or self._pool.submit(*call) for call in calls}
+
+    def _settled(
+        self, rules: Sequence[RewardRule], decided: Sequence[Grade | _Question], outcomes: Mapping[Call, Outcome]
+    ) -> list[Grade]:
+        return self._counted([self._settle(rule, item, outcomes) for rule, item in zip(rules, decided, strict=True)])
 
     def _settle(self, rule: RewardRule, item: Grade | _Question, outcomes: Mapping[Call, Outcome]) -> Grade:
         if isinstance(item, Grade):
@@ -198,6 +206,11 @@ class Grader:
                 if grade.status is GradeStatus.GRADER_FAILED:
                     self._last_failure = grade.reason
         return grades
+
+
+def _rules_of(requests: Sequence[GradeRequest], general: RewardRule) -> list[RewardRule]:
+    """The rule of each request."""
+    return [general if request.rm_type is None else REWARD_RULES[request.rm_type] for request in requests]
 
 
 def _graded(rule: RewardRule, answer: str, equal: bool, value: str) -> Grade:

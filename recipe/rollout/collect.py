@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from recipe.config import RolloutConfig
-from recipe.data.source import PromptSource
+from recipe.data.source import Draws
 from recipe.rollout.client import RolloutClient
 from recipe.rollout.continuation import Decode, rejoin
 from recipe.rollout.filters import FLAG as FILTER_FLAG
@@ -81,7 +81,7 @@ class RolloutCollector:
     def __init__(
         self,
         client: RolloutClient,
-        source: PromptSource,
+        source: Draws,
         plan: CollectionPlan,
         sampling: SamplingParams,
         *,

@@ -7,7 +7,7 @@ from itertools import zip_longest
 
 from recipe.data.prompts import Prompt
 from recipe.messages import RoutedExperts
-from recipe.rewards import Grade, Grader, GradeRequest
+from recipe.rewards import Grade, Grader, GradeRequest, RewardType
 
 
 class FinishReason(StrEnum):
@@ -153,9 +153,10 @@ class SampleGroup:
 
 async def grade_group(grader: Grader, group: SampleGroup) -> None:
     """Grades every sample of a complete group."""
+    prompt = group.prompt
+    rm_type = RewardType(prompt.rm_type) if prompt.rm_type else None
     requests = [
-        GradeRequest(group.prompt.text, sample.response, group.prompt.label, sample.truncated)
-        for sample in group.samples
+        GradeRequest(prompt.text, sample.response, prompt.label, sample.truncated, rm_type) for sample in group.samples
     ]
     for sample, grade in zip(group.samples, await grader.grade_async(requests), strict=True):
         sample.grade = grade

@@ -88,6 +88,8 @@ class SampleRecord:
     """The grader's status."""
     answer: str | None
     """What the grader took for the answer."""
+    source: str = ""
+    """Name of the prompt's file, where the run has several."""
 
 
 class RunDirectory:

@@ -92,5 +92,6 @@ def _hashes(config: Config) -> dict[str, str]:
     files = [checkpoint / name for name in _CHECKPOINT_FILES]
     if not (checkpoint / "model.safetensors.index.json").exists():
         files.append(checkpoint / _SINGLE_SHARD)
-    files += [config.data.prompt_data, *(data.path for data in config.eval.eval_prompt_data)]
+    files += [data.path for data in config.data.prompt_data]
+    files += [data.path for data in config.eval.eval_prompt_data]
     return {str(path): sha256_file(path) for path in files if path.is_file()}

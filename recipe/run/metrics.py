@@ -91,6 +91,10 @@ METRICS: dict[str, Metric] = {
     "retried_tokens": Metric(
         "tokens", SUM, "Tokens of the answers to repeated requests: at most so many were made twice."
     ),
+    # Of each prompt file, where there are several.
+    "source/NAME": Metric("reward", MEAN, "Mean reward of a prompt file's samples, if `--prompt-data` has several."),
+    "source/NAME_samples": Metric("samples", SUM, "Samples of the file in the rollout."),
+    "source/NAME_zero_std_share": Metric("share", MEAN, "Groups of the file whose rewards are all equal."),
     # Of the optimizer steps on it.
     "loss": Metric("1", MEAN, "The loss whose gradient is taken, without the MTP layer's.", "loss {:.4f}"),
     "grad_norm": Metric("1", LAST, "Norm of the policy's gradient before clipping.", "grad norm {:.3f}"),
@@ -159,7 +163,7 @@ METRICS: dict[str, Metric] = {
     "seconds_eval": Metric("s", SUM, "Time of answering held-out prompts."),
     "seconds_save": Metric("s", SUM, "Time in which the checkpoint of the step before is written."),
 }
-"""Capitals in a name stand for what differs: an evaluation set's name, a number."""
+"""Capitals in a name stand for what differs: the name of an evaluation set or a prompt file, a number."""
 
 _CAPITALS = {"NAME": ".+", "DEPTH": "[1-9][0-9]*"}
 """Regular expressions of what a line has instead of the capitals in a name of METRICS."""
@@ -196,10 +200,19 @@ def over_steps(steps: Sequence[Mapping[str, float]]) -> dict[str, float]:
 def eval_metric(of_set: str, value: str = "reward") -> str:
     """The name of a value of an evaluation set: `eval/NAME` for its mean reward, `eval/NAME_VALUE` for another. Raises
     UserError if it is in no table."""
-    general = "eval/NAME" if value == "reward" else f"eval/NAME_{value}"
+    return _named("eval", of_set, value)
+
+
+def source_metric(of_file: str, value: str = "reward") -> str:
+    """As `eval_metric`, of a prompt file: `source/NAME` and `source/NAME_VALUE`."""
+    return _named("source", of_file, value)
+
+
+def _named(kind: str, name: str, value: str) -> str:
+    general = f"{kind}/NAME" if value == "reward" else f"{kind}/NAME_{value}"
     if general not in METRICS:
         raise _not_in_table(general)
-    return general.replace("NAME", of_set)
+    return general.replace("NAME", name)
 
 
 def _not_in_table(name: str) -> UserError:

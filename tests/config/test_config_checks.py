@@ -64,6 +64,10 @@ TWO_STAGES = ("--pipeline-model-parallel-size", "2", "--expert-model-parallel-si
             ["--eval-prompt-data", "a-b", "/a", "a.b", "/b", "--metrics-port", "9100"],
             "--metrics-port: Prometheus takes letters, digits and _ in a name",
         ),
+        (
+            ["--prompt-data", "/a-b.jsonl", "/a.b.jsonl", "--metrics-port", "9100"],
+            "a name, and two prompt files would have one",
+        ),
         (["--target-gain-after", "20"], "--target-gain-after has no effect without --target-gain"),
         (
             ["--target-gain", "0.1", "--eval-prompt-data", "a", "/a", "--skip-eval-before-train"],

@@ -340,7 +340,7 @@ def test_mtp_block(launch) -> None:
 def test_rollout_block(launch) -> None:
     config: Config = launch(ONE_NODE, ROLLOUT, OPTIMIZER, PERF, SGLANG).config
 
-    assert config.data.prompt_data == Path("/root/dapo-math-17k/dapo-math-17k.jsonl")
+    assert config.data.prompt_data == ((Path("/root/dapo-math-17k/dapo-math-17k.jsonl"), None),)
     assert (config.data.input_key, config.data.label_key) == ("prompt", "label")
     assert config.data.apply_chat_template
     assert config.data.rollout_shuffle

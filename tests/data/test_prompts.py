@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -114,16 +115,57 @@ def test_a_byte_order_mark_is_skipped_and_other_formats_are_named(tmp_path, toke
     path = tmp_path / "train.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
     assert len(read_prompts(path, tokenizer, CHAT, max_tokens=20)) == 1
-    for content, name in ((b"PAR1\x15", "parquet"), (b"\x1f\x8b\x08", "gzip")):
-        path.write_bytes(content)
-        with pytest.raises(UserError, match=f"is a {name} file: unpack or convert it to jsonl"):
-            read_prompts(path, tokenizer, CHAT, max_tokens=20)
+    path.write_bytes(b"\x1f\x8b\x08")
+    with pytest.raises(UserError, match="is a gzip file: unpack or convert it to jsonl"):
+        read_prompts(path, tokenizer, CHAT, max_tokens=20)
 
 
 def test_dapo_wants_integers(write, tokenizer):
     layout = PromptFormat(label_problem=REWARD_RULES[RewardType.DAPO].label_problem)
     with pytest.raises(UserError, match=r"line 1: the label '1/2' is no answer: it is no integer"):
         read_prompts(write({"prompt": "x", "label": "1/2"}), tokenizer, layout, max_tokens=20)
+
+
+REWARDS = PromptFormat(
+    label_problem=REWARD_RULES[RewardType.DEEPSCALER].label_problem,
+    metadata_key="metadata",
+    label_problems={kind: rule.label_problem for kind, rule in REWARD_RULES.items()},
+)
+
+
+def test_a_line_may_name_its_reward_whose_check_its_label_then_passes(write, tokenizer):
+    half = {"prompt": "x", "label": "1/2"}
+    lines = [half, half | {"metadata": {"rm_type": "math"}}, half | {"metadata": {}}, half | {"metadata": "of a crawl"}]
+    found = read_prompts(write(*lines), tokenizer, REWARDS, max_tokens=20)
+    assert [prompt.rm_type for prompt in found] == ["", "math", "", ""]
+    path = write(half, half | {"metadata": {"rm_type": "dapo"}})
+    with pytest.raises(UserError, match=r"line 2: the label '1/2' is no answer: it is no integer"):
+        read_prompts(path, tokenizer, REWARDS, max_tokens=20)
+    assert read_prompts(path, tokenizer, PromptFormat(), max_tokens=20)[1].rm_type == "", "nobody asked for it"
+    elsewhere = replace(REWARDS, metadata_key="extra.info")
+    [prompt] = read_prompts(write(half | {"extra": {"info": {"rm_type": "math"}}}), tokenizer, elsewhere, max_tokens=20)
+    assert prompt.rm_type == "math"
+
+
+@pytest.mark.parametrize("named", ["gpqa", 7, ["math"]])
+def test_a_reward_that_there_is_not_is_named(write, tokenizer, named):
+    path = write({"prompt": "x", "label": "1", "metadata": {"rm_type": named}})
+    with pytest.raises(UserError) as raised:
+        read_prompts(path, tokenizer, REWARDS, max_tokens=20)
+    assert str(raised.value) == (
+        f"{path}, line 1: the rm_type {json.dumps(named)} in 'metadata' (--metadata-key) is no reward type: those are "
+        "deepscaler, math, dapo"
+    )
+
+
+def test_dots_in_a_key_lead_into_tables_where_no_field_has_that_name(write, tokenizer):
+    layout = PromptFormat(label_key="reward_model.ground_truth")
+    inner = {"prompt": "x", "reward_model": {"ground_truth": "3"}}
+    found = read_prompts(write(inner, inner | {"reward_model.ground_truth": "4"}), tokenizer, layout, max_tokens=20)
+    assert [prompt.label for prompt in found] == ["3", "4"]
+    for reward_model in ({}, "3", None):
+        with pytest.raises(UserError, match=r"line 1: there is no field 'reward_model.ground_truth' \(--label-key\)"):
+            read_prompts(write(inner | {"reward_model": reward_model}), tokenizer, layout, max_tokens=20)
 
 
 def test_messages_need_the_chat_template(write, tokenizer):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from run_support import (
+    ONE_OF_EACH,
     TinyInputs,
     arguments,
     engine_counts,
@@ -119,6 +120,32 @@ def test_aborted_samples_go_on_in_the_next_rollout_and_after_a_resume(inputs: Ti
     assert set(Counter(sample["index"] for sample in again).values()) == {1}
     gone_on = {sample["group_index"] for sample in again if sample["weight_versions"][0] < step}
     assert waiting[step] & gone_on
+
+
+def test_files_are_mixed_by_weight_graded_by_their_lines_and_gone_on_with(inputs: TinyInputs, tmp_path: Path) -> None:
+    questions = list(map(json.loads, inputs.train.read_text().splitlines()))
+    by_lines = {"sums": questions[::2], "others": [one | {"metadata": {"rm_type": "dapo"}} for one in questions[1::2]]}
+    for name, lines in by_lines.items():
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    files = [f"{tmp_path}/sums.jsonl:0.75", f"{tmp_path}/others.jsonl:0.25"]
+    more = "--num-rollout 3 --save-interval 1 --eval-prompt-data none --rm-type math --custom-rm-path none"
+    command = arguments(inputs, tmp_path, "mixed", *more.split(), *ONE_OF_EACH, "--prompt-data", *files)
+    status, output = run(command)
+    assert status == 0, output
+    steps, made = metrics(tmp_path / "mixed"), samples(tmp_path / "mixed")
+    assert [(line["source/sums_samples"], line["source/others_samples"]) for line in steps] == [(12, 4)] * 3
+    for sample in made:
+        question = by_lines[sample["source"]][sample["prompt_index"]]
+        assert question["prompt"][0]["content"] in sample["prompt"]
+        assert sample["reward"] in ({0.0, 1.0} if sample["source"] == "sums" else {-1.0, 1.0})
+    rewind(tmp_path / "mixed", 2)
+    command += ["--load", str(tmp_path / "mixed" / "checkpoints")]
+    status, output = run(command)
+    assert status == 0, output
+    assert (metrics(tmp_path / "mixed"), samples(tmp_path / "mixed")) == (steps, made)
+    status, output = run([*command, "--num-rollout", "4", "--prompt-data", *(file.split(":")[0] for file in files)])
+    assert status == 2, output
+    assert "the prompts of --prompt-data, or their weights, are not those that the checkpoint was written" in output
 
 
 def waiting_groups(folder: Path, step: int) -> set[int]:

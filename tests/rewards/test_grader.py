@@ -35,6 +35,22 @@ def reward(rule, response, label):
         return grader.grade([GradeRequest("?", response, label)])[0].reward
 
 
+async def test_a_response_is_graded_by_the_rule_that_its_request_names():
+    response = "</think>It is so.\n\nAnswer: $\\sqrt{2}\\sqrt{72}$"
+    requests = [
+        GradeRequest("?", response, label, rm_type=rm_type)
+        for label in ("12", "13")
+        for rm_type in (None, RewardType.DAPO, RewardType.MATH)
+    ]
+    with Grader(DEEPSCALER, timeout_s=5) as grader:
+        found = grader.grade(requests)
+        assert await grader.grade_async(requests) == found
+    assert [grade.reward for grade in found] == [0.0, 1.0, 0.0, 0.0, -1.0, 0.0]
+    assert [grade.status for grade in found[:2]] == [GradeStatus.NO_ANSWER, GradeStatus.GRADED]
+    with Grader(DAPO, timeout_s=5) as grader:
+        assert [grade.reward for grade in grader.grade(requests[:2])] == [1.0, 1.0]
+
+
 @pytest.mark.parametrize(
     ("answer", "label", "expected"),
     [

@@ -8,13 +8,13 @@ import pytest
 from recipe.config import Config
 from recipe.config.groups_training import GrpoConfig
 from recipe.data.prompts import Prompt
-from recipe.experience import rollout_metrics, with_advantages
+from recipe.experience import rollout_metrics, sample_records, with_advantages
 from recipe.messages import OLDER_TOKENS
-from recipe.rewards import Grade
+from recipe.rewards import REWARD_RULES, Grade, Grader, RewardType
 from recipe.rewards.grader import GradeStatus
 from recipe.rollout.client import ClientCounters
 from recipe.rollout.generate import GenerationMetrics, Rollout
-from recipe.rollout.sample import SampleGroup
+from recipe.rollout.sample import FinishReason, SampleGroup, grade_group
 from recipe.run.metrics import Scalar, StepMetrics
 from recipe.run.phases import StepSeconds
 
@@ -77,3 +77,49 @@ def test_the_acceptance_of_drafts_is_told_by_depth_where_there_are_drafts() -> N
         "draft_accept_rate_1": 0.6,
         "draft_accept_rate_2": 0.3,
     }
+
+
+def of_files(*rewards: tuple[str, Sequence[float]]) -> Rollout:
+    """A group of each file's name, with these rewards."""
+    groups = []
+    for number, (source, of_samples) in enumerate(rewards):
+        group = SampleGroup.of(Prompt(7, (), "", (1, 2), "0", source=source), number, len(of_samples))
+        for sample, reward in zip(group.samples, of_samples, strict=True):
+            sample.append([7], [-1.0], ["4"])
+            sample.finish_reason = FinishReason.STOP
+            sample.grade = Grade(reward, GradeStatus.GRADED, None, "")
+        groups.append(group)
+    return Rollout(groups, "4", GenerationMetrics.of(groups, "4", 1.0, ClientCounters()))
+
+
+def test_rewards_are_told_of_each_prompt_file_where_there_are_several() -> None:
+    def of_sources(rollout: Rollout) -> dict[str, Scalar]:
+        values = rollout_metrics(4, rollout, ClientCounters())
+        line = StepMetrics(step=5, values=values, seconds=StepSeconds(1.0, {})).as_line()
+        return {name: value for name, value in line.items() if name.startswith("source/")}
+
+    several = of_files(("gsm8k", [0, 1]), ("dapo-math", [-1, -1]), ("gsm8k", [1, 1]))
+    assert of_sources(several) == {
+        "source/gsm8k": 0.75,
+        "source/gsm8k_samples": 4,
+        "source/gsm8k_zero_std_share": 0.5,
+        "source/dapo-math": -1.0,
+        "source/dapo-math_samples": 2,
+        "source/dapo-math_zero_std_share": 1.0,
+    }
+    assert [record.source for record in sample_records(several, CONFIG)] == 2 * ["gsm8k"] + 2 * ["dapo-math"] + 2 * [
+        "gsm8k"
+    ]
+    assert of_sources(of_files(("", [0, 1]), ("", [1, 1]))) == {}
+
+
+async def test_each_group_is_graded_by_the_reward_of_its_prompts_line() -> None:
+    found = {}
+    with Grader(REWARD_RULES[RewardType.MATH]) as grader:
+        for rm_type in ("", "math", "dapo"):
+            group = SampleGroup.of(Prompt(0, (), "", (1,), "12", rm_type=rm_type), 0, 2)
+            for sample, response in zip(group.samples, (r"\boxed{12}", r"\boxed{13}"), strict=True):
+                sample.response = response
+            await grade_group(grader, group)
+            found[rm_type] = [sample.reward for sample in group.samples]
+    assert found == {"": [1.0, 0.0], "math": [1.0, 0.0], "dapo": [1.0, -1.0]}

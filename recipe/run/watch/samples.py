@@ -218,6 +218,7 @@ def _record(lines: Sequence[bytes], number: int) -> Mapping[str, Any]:
 
 def _row(rollout: int, line: int, record: Mapping[str, Any]) -> dict[str, Any]:
     names = (
+        "source",
         "prompt_index",
         "prompt_length",
         "response_length",

@@ -321,7 +321,8 @@
         ["Answer", foreign(Watch.beginning(sample.answer ?? "–"))], ["Label", foreign(Watch.beginning(sample.label ?? "–"))],
         ["Length", `${Watch.count(sample.response_length)} tokens after ${Watch.count(sample.prompt_length)}`],
         ["Finish", foreign(words(sample.finish_reason))], ["Mean log-prob", Watch.value(sample.mean_log_prob)],
-        ["Weights", (sample.weight_versions || []).join(", ") || "–"], ["Prompt", Watch.count(sample.prompt_index)],
+        ["Weights", (sample.weight_versions || []).join(", ") || "–"],
+        ["Prompt", foreign([sample.source, Watch.count(sample.prompt_index)].filter(Boolean).join(" "))],
         ["Group", Watch.count(sample.group)],
       ];
       return h("dl", { class: "facts sample-facts" }, rows.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
