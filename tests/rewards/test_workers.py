@@ -46,6 +46,22 @@ def test_starts_nothing_before_it_is_needed(pool):
     assert len(worker_processes()) == 1
 
 
+def test_workers_that_were_started_early_take_the_calls(pool):
+    pool.start(2)
+    deadline = time.monotonic() + 30
+    while len(early := worker_processes()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert [pool.submit("nothing", "").result() for _ in range(3)] == [Outcome(True)] * 3
+    assert sorted(worker_processes()) == sorted(early)
+    assert len(early) == 2
+
+
+def test_a_worker_that_is_idle_takes_a_call_before_another_is_started(pool):
+    for _ in range(3):
+        pool.submit("nothing", "").result()
+    assert len(worker_processes()) == 1
+
+
 @pytest.mark.parametrize("hang", [("sleep", "60"), ("compute", "10")])
 def test_a_call_that_hangs_is_killed_and_the_next_one_works(pool, hang):
     pool.submit("nothing", "").result()
@@ -101,6 +117,7 @@ def test_closing_does_not_wait_for_a_hung_call():
 def test_a_function_that_is_not_there_is_a_clear_error():
     for target, problem in [("no_such_module:f", "No module named"), ("functions_for_workers:missing", "missing")]:
         pool = WorkerPool(target, size=1, timeout_s=1)
+        pool.start(1)
         with pytest.raises(UserError, match=f"the grading process cannot start: .*{problem}"):
             pool.submit("a", "b").result()
         pool.close()

@@ -355,6 +355,14 @@ def test_sglang_is_one_group_and_speaks_locally(shared_sglang: EngineUnderTest) 
 
 
 @pytest.mark.sglang
+def test_sglang_takes_the_processes_that_imported_beside_it(shared_sglang: EngineUnderTest) -> None:
+    """It sets no variables besides those that are foreseen; its log would name them."""
+    [log] = {Path(os.readlink(f"/proc/{shared_sglang.process.pid}/fd/1"))}
+    assert "fired up" in log.read_text()
+    assert "have changed" not in log.read_text()
+
+
+@pytest.mark.sglang
 def test_idle_sglang_leaves_the_cores_to_others(shared_sglang: EngineUnderTest) -> None:
     server = psutil.Process(shared_sglang.process.pid)
     processes = [server, *server.children(recursive=True)]
