@@ -139,7 +139,7 @@ async def judged_group(judge: Judge, group: SampleGroup) -> dict[int, Judgement]
 
 def _score(rollout: Rollout, judgements: Mapping[int, Judgement], seed: int) -> Evaluated:
     judged = [
-        [Judged(judgements[sample.index], sample.response_length, sample.truncated) for sample in group.samples]
+        [Judged(judgements[sample.index], sample.generated_length, sample.truncated) for sample in group.samples]
         for group in rollout.groups
     ]
     found = score(judged, seed)

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import compress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ from recipe.rewards.grader import GradeStatus
 from recipe.rollout.client import ClientCounters
 from recipe.rollout.continuation import Decode
 from recipe.rollout.generate import Rollout
-from recipe.rollout.sample import Sample, SampleGroup
+from recipe.rollout.sample import NO_WEIGHTS, Sample, SampleGroup
 from recipe.run.directory import SampleRecord
 from recipe.run.metrics import Values, over_steps
 from recipe.run.shown_tokens import ShownTokens, pieces_of
@@ -120,14 +121,15 @@ def with_log_probs(
 
 
 def _with_penalty(sample: TrainSample, grpo: GrpoConfig) -> FloatArray:
-    """[R] the advantages less the KL in the reward, if there is one."""
+    """[R] the advantages less the KL in the reward, if there is one; only trained tokens are penalised."""
     assert sample.advantages is not None
     if grpo.kl_coef == 0:
         return sample.advantages
     assert sample.old_log_probs is not None
     assert sample.ref_log_probs is not None
     to_go = grpo.advantage_estimator == "reinforce_plus_plus"
-    return penalise_kl(sample.advantages, sample.old_log_probs, sample.ref_log_probs, grpo.kl_coef, to_go=to_go)
+    old = np.where(sample.loss_mask, sample.old_log_probs, sample.ref_log_probs)
+    return penalise_kl(sample.advantages, old, sample.ref_log_probs, grpo.kl_coef, to_go=to_go)
 
 
 def optimizer_batches(samples: Sequence[TrainSample], config: Config) -> list[list[TrainSample]]:
@@ -181,7 +183,7 @@ def rollout_metrics(rollout_id: int, rollout: Rollout, engines: ClientCounters) 
     wrong with `engines` since the one before it."""
     samples = samples_of(rollout)
     rewards = [reward_of(sample) for sample in samples]
-    lengths = [sample.response_length for sample in samples]
+    lengths = [sample.generated_length for sample in samples]
     shortest, longest = np.percentile(lengths, (10, 90), method="nearest").tolist()
     low, high = _interval([statistics.fmean(rewards_of(group)) for group in rollout.groups])
     accept_rates = enumerate(rollout.metrics.accept_rates, start=1)
@@ -255,7 +257,10 @@ def shown_tokens(
             ShownTokens(
                 line=line,
                 pieces=pieces_of(sample.response_ids, decode),
-                log_probs=sample.rollout_log_probs,
+                log_probs=[
+                    log_prob if generated else None
+                    for log_prob, generated in zip(sample.rollout_log_probs, sample.is_generated, strict=True)
+                ],
                 advantages=trained.advantages.tolist(),
                 trainer_log_probs=None if known is None else known.tolist(),
             )
@@ -282,10 +287,11 @@ def _record(sample: Sample, advantage: float) -> SampleRecord:
         response=sample.response,
         label=sample.prompt.label,
         prompt_length=len(sample.prompt_ids),
-        response_length=sample.response_length,
+        response_length=sample.generated_length,
+        environment_length=sample.response_length - sample.generated_length,
         finish_reason=sample.finish_reason,
-        weight_versions=[int(version) for version in dict.fromkeys(sample.weight_versions)],
-        mean_log_prob=statistics.fmean(sample.rollout_log_probs),
+        weight_versions=[int(version) for version in dict.fromkeys(sample.weight_versions) if version != NO_WEIGHTS],
+        mean_log_prob=statistics.fmean(compress(sample.rollout_log_probs, sample.is_generated)),
         reward=reward_of(sample),
         advantage=advantage,
         grade=sample.grade.status,

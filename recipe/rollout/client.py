@@ -204,7 +204,7 @@ class RolloutClient:
             if self._on_answer is not None:
                 self._on_answer(engine.number)
             for (sample, _), result in zip(todo, results, strict=True):
-                sample.append(result.ids, result.log_probs, result.versions, routed_experts=result.routed_experts)
+                sample.append_model(result.ids, result.log_probs, result.versions, routed_experts=result.routed_experts)
                 sample.finish_reason, sample.matched = result.finish_reason, result.matched
                 sample.response += result.text
                 sample.count_drafts(result.accepted_drafts)

@@ -21,9 +21,14 @@ class FinishReason(StrEnum):
     """The engine was told to stop; the response may be continued later."""
 
 
+NO_WEIGHTS = ""
+"""In the place of a version: no weights made the token."""
+
+
 @dataclass(slots=True)
 class Sample:
-    """One response to a prompt. The four per-token lists grow together, by `append` and nothing else."""
+    """One response to a prompt: what the model said and, between its turns, what an environment did. The four per-token
+    lists grow together, by `append_model` and `append_environment` and nothing else."""
 
     index: int
     """Unique in the run."""
@@ -34,9 +39,9 @@ class Sample:
     loss_mask: list[int] = field(default_factory=list)
     """1: the token is trained on."""
     rollout_log_probs: list[float] = field(default_factory=list)
-    """Log-prob of each response token under the engine's weights and sampling temperature."""
+    """Log-prob of each response token under the engine's weights and sampling temperature; 0 of the environment's."""
     weight_versions: list[str] = field(default_factory=list)
-    """Version of the weights that made each response token."""
+    """Version of the weights that made each response token; NO_WEIGHTS of the environment's."""
     finish_reason: FinishReason | None = None
     matched: int | str | None = None
     """The end token or stop string that ended it."""
@@ -51,18 +56,17 @@ class Sample:
     where nobody asked, [fewer, M, K] where it did not tell."""
     grade: Grade | None = None
 
-    def append(
+    def append_model(
         self,
         ids: Sequence[int],
         log_probs: Sequence[float],
         versions: Sequence[str],
         *,
         routed_experts: RoutedExperts | None = None,
-        trainable: bool = True,
     ) -> None:
-        """Adds response tokens. `routed_experts` [length - 1, M, K] is that of the whole sample: an engine that goes on
-        with it reads all of it again, under the newest weights. Raises ValueError, and adds nothing, if the three do
-        not have one length, or it has another."""
+        """Adds tokens that the model generated. `routed_experts` [length - 1, M, K] is that of the whole sample: an
+        engine that goes on with it reads all of it again, under the newest weights. Raises ValueError, and adds
+        nothing, if the three do not have one length, or it has another."""
         if not len(ids) == len(log_probs) == len(versions):
             raise ValueError(
                 f"sample {self.index}: {len(ids)} tokens, {len(log_probs)} log-probs and {len(versions)} versions"
@@ -72,8 +76,19 @@ class Sample:
             raise ValueError(f"sample {self.index}: {len(routed_experts)} tokens of {length} are routed, not all but 1")
         if routed_experts is not None:
             self.routed_experts = routed_experts
+        self._extend(ids, log_probs, versions, trained=True)
+
+    def append_environment(self, ids: Sequence[int]) -> None:
+        """Adds tokens that the model reads and did not generate, a tool's output or a template between two turns: they
+        are not trained on, and the response goes on."""
+        self._extend(ids, [0.0] * len(ids), [NO_WEIGHTS] * len(ids), trained=False)
+        self.finish_reason = self.matched = None
+
+    def _extend(
+        self, ids: Sequence[int], log_probs: Sequence[float], versions: Sequence[str], *, trained: bool
+    ) -> None:
         self.response_ids.extend(ids)
-        self.loss_mask.extend([int(trainable)] * len(ids))
+        self.loss_mask.extend([int(trained)] * len(ids))
         self.rollout_log_probs.extend(log_probs)
         self.weight_versions.extend(versions)
 
@@ -109,6 +124,16 @@ class Sample:
     @property
     def response_length(self) -> int:
         return len(self.response_ids)
+
+    @property
+    def is_generated(self) -> list[bool]:
+        """Of each response token, whether the model made it."""
+        return [version != NO_WEIGHTS for version in self.weight_versions]
+
+    @property
+    def generated_length(self) -> int:
+        """Response tokens that the model made."""
+        return self.response_length - self.weight_versions.count(NO_WEIGHTS)
 
     @property
     def is_finished(self) -> bool:

@@ -317,7 +317,7 @@ async def test_a_stop_string_over_the_border_ends_a_continued_response(collector
     sampling = replace(LONG, stop=(stop,))
     await collectors.client.generate(expected, sampling, [seed])
     [sample] = part.samples
-    sample.append(ids[:border], source.rollout_log_probs[:border], ["0"] * border)
+    sample.append_model(ids[:border], source.rollout_log_probs[:border], ["0"] * border)
     sample.finish_reason = FinishReason.ABORT
     collector = collectors.make(replace(FIRST_OF_FOUR, draw_size=1, n_samples=1), sampling, keep=None)
     collector.load_state([json.loads(json.dumps(PendingGroup(part, (seed,)).as_json()))])

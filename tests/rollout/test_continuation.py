@@ -17,7 +17,7 @@ def decode(ids: Sequence[int]) -> str:
 def sample_of(text: str) -> Sample:
     sample = Sample(0, 0, make_prompt(0, (1,)))
     ids = list(text.encode())
-    sample.append(ids, [-1.0] * len(ids), ["1"] * len(ids))
+    sample.append_model(ids, [-1.0] * len(ids), ["1"] * len(ids))
     sample.finish_reason = FinishReason.LENGTH
     return sample
 
