@@ -31,11 +31,13 @@ from recipe.rewards.functions import REWARD_RULES, CustomReward, Reward, RewardR
 from recipe.rewards.grader import Grader, check_custom_reward
 from recipe.rollout.client import ClientCounters, ClientOptions, RolloutClient
 from recipe.rollout.collect import CollectionPlan, NothingToLearn, RolloutCollector
+from recipe.rollout.custom_generate import Generation
 from recipe.rollout.filters import GroupFilter, load_filter
 from recipe.rollout.generate import OnGroup, Rollout, SeedStream
 from recipe.rollout.routing import RouterShape
 from recipe.rollout.sample import SampleGroup, grade_group
 from recipe.rollout.sampling_params import SamplingParams
+from recipe.rollout.turns import Codec
 from recipe.run.conditions import Conditions
 from recipe.run.directory import RunDirectory
 from recipe.run.kept_steps import kept_step
@@ -75,13 +77,15 @@ class Data:
     reward: Reward | None
     keep: GroupFilter | None
     """The dynamic sampling filter."""
+    generation: Generation
+    """How samples are generated."""
     tokenizer: "PreTrainedTokenizerFast"
     texts: dict[int, str] = field(default_factory=dict)
     """Of tokens that were shown."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
+        return Codec(self.tokenizer).decode(ids)
 
     def decode_pieces(self, ids: Sequence[int]) -> str:
         """As `decode`; that of a single token is found once."""
@@ -114,7 +118,9 @@ class Data:
         )
         source = PromptSource(prompts, shuffle=config.data.rollout_shuffle, seed=config.misc.seed)
         keep = config.rollout.dynamic_sampling_filter_path
-        return cls(source, _evaluation(resolved), reward, load_filter(keep) if keep is not None else None, tokenizer)
+        generation = Generation.of(config.rollout, tokenizer, resolved.architecture.vocab_size)
+        chooses = load_filter(keep) if keep is not None else None
+        return cls(source, _evaluation(resolved), reward, chooses, generation, tokenizer)
 
 
 def _evaluation(resolved: Resolved) -> Evaluation | None:
@@ -361,7 +367,6 @@ class RolloutEngines:
             CollectionPlan.of(rollout),
             SamplingParams.for_rollout(rollout),
             grade=self.grade,
-            decode=data.decode,
             keep=data.keep,
         )
 
@@ -434,6 +439,7 @@ async def open_run(resolved: Resolved, plan: Plan | None) -> AsyncIterator[Run]:
                     config.rollout,
                     resolved.architecture.vocab_size,
                     RouterShape.of(resolved.architecture) if config.grpo.use_rollout_routing_replay else None,
+                    data.generation,
                 ),
                 on_silent=group.on_silent,
                 on_answer=on_answer,

@@ -8,6 +8,7 @@ from recipe.config import layout_rules, sglang_machine, sglang_rules, speculatio
 from recipe.config.architecture import Architecture, contradictions
 from recipe.config.error_text import nearest
 from recipe.config.flags import SGLANG_KEY, spell
+from recipe.config.groups_rollout import RolloutConfig
 from recipe.config.groups_training import GrpoConfig
 from recipe.config.schema import Config
 from recipe.config.speculation_rules import EAGLE
@@ -122,6 +123,15 @@ def sampling_is_enough(config: Config, _: Architecture) -> Iterator[str]:
         )
     if rollout.mask_offpolicy_in_partial_rollout and not rollout.partial_rollout:
         yield "--mask-offpolicy-in-partial-rollout needs --partial-rollout: without it no token is off-policy"
+
+
+def generation_is_custom(config: Config, _: Architecture) -> Iterator[str]:
+    """Limits of a function need the function, and a rollout to make."""
+    rollout, fields = config.rollout, RolloutConfig.model_fields
+    names = ("custom_generate_timeout_s", "custom_generate_max_turns", "custom_generate_on_failure")
+    for name in (name for name in names if getattr(rollout, name) != fields[name].default):
+        if rollout.custom_generate_function_path is None:
+            yield f"--{name.replace('_', '-')} has no effect without --custom-generate-function-path"
 
 
 def clipping_is_ordered(config: Config, _: Architecture) -> Iterator[str]:
@@ -291,6 +301,7 @@ RULES: tuple[Rule, ...] = (
     responses_fit,
     reward_is_named,
     sampling_is_enough,
+    generation_is_custom,
     clipping_is_ordered,
     corrections_belong_together,
     kl_is_asked_for_once,

@@ -44,6 +44,8 @@ class GradeStatus(StrEnum):
     TRUNCATED = "truncated"
     """No answer, because the response was cut off."""
     GRADER_FAILED = "grader_failed"
+    LEFT_OUT = "left_out"
+    """Nothing was graded, and nothing is learned from it."""
 
 
 @dataclass(frozen=True)

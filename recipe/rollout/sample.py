@@ -1,13 +1,15 @@
 """Samples: what the engines made of a prompt, and all that is known of every token of it."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import zip_longest
+from itertools import groupby, zip_longest
 
 from recipe.data.prompts import Prompt
 from recipe.messages import RoutedExperts
-from recipe.rewards import Grade, Grader, GradeRequest
+from recipe.rewards import Grade, Grader, GradeRequest, GradeStatus
+from recipe.system.errors import shortened
 
 
 class FinishReason(StrEnum):
@@ -19,6 +21,8 @@ class FinishReason(StrEnum):
     """The longest response allowed: the text is cut."""
     ABORT = "abort"
     """The engine was told to stop; the response may be continued later."""
+    FAILED = "failed"
+    """The custom generate function failed at it: there is no response, and nothing is learned from it."""
 
 
 NO_WEIGHTS = ""
@@ -45,6 +49,8 @@ class Sample:
     finish_reason: FinishReason | None = None
     matched: int | str | None = None
     """The end token or stop string that ended it."""
+    turn_end: FinishReason | None = None
+    """Why the model's last turn is over; None while it is not, and when the environment has spoken since."""
     response: str = ""
     """The response as text, without what ended it."""
     accepted_drafts: list[int] = field(default_factory=list)
@@ -82,7 +88,7 @@ class Sample:
         """Adds tokens that the model reads and did not generate, a tool's output or a template between two turns: they
         are not trained on, and the response goes on."""
         self._extend(ids, [0.0] * len(ids), [NO_WEIGHTS] * len(ids), trained=False)
-        self.finish_reason = self.matched = None
+        self.finish_reason = self.matched = self.turn_end = None
 
     def _extend(
         self, ids: Sequence[int], log_probs: Sequence[float], versions: Sequence[str], *, trained: bool
@@ -106,6 +112,28 @@ class Sample:
     def mask_response(self) -> None:
         """Takes the tokens that are there out of training."""
         self.loss_mask = [0] * len(self.loss_mask)
+
+    def fail(self) -> None:
+        """Leaves it out of training: drops all that was said."""
+        self.cut(0)
+        self.response, self.routed_experts, self.grade = "", None, None
+        self.finish_reason, self.matched, self.turn_end = FinishReason.FAILED, None, None
+
+    def misalignment(self, vocab_size: int | None) -> str | None:
+        """What is wrong with the lists, which somebody may have changed by hand, or with an id outside the vocabulary
+        (None: of any size); None if nothing is."""
+        ids, log_probs = self.response_ids, self.rollout_log_probs
+        lengths = len(ids), len(log_probs), len(self.weight_versions), len(self.loss_mask)
+        if len(set(lengths)) > 1:
+            named = "the sample has {} response tokens, {} log-probs, {} versions and a loss mask of {}"
+            return named.format(*lengths) + ": append_model and append_environment keep them aligned"
+        if strange := [one for one in ids if type(one) is not int or one < 0 or (vocab_size and one >= vocab_size)]:
+            return f"{shortened(strange[0])} is no token of the vocabulary of {vocab_size}"
+        if wrong := [one for one in log_probs if not isinstance(one, float) or not math.isfinite(one)]:
+            return f"{shortened(wrong[0])} is no log-prob"
+        if any(mask and not made for mask, made in zip(self.loss_mask, self.is_generated, strict=True)):
+            return "the loss mask trains on tokens that the model did not generate"
+        return None
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:
@@ -136,9 +164,25 @@ class Sample:
         return self.response_length - self.weight_versions.count(NO_WEIGHTS)
 
     @property
+    def turn_start(self) -> int:
+        """Where the model's last turn begins in the response: behind what the environment said last."""
+        versions = self.weight_versions
+        return next((place + 1 for place in reversed(range(len(versions))) if versions[place] == NO_WEIGHTS), 0)
+
+    @property
+    def turns(self) -> int:
+        """Times that the model has spoken."""
+        return sum(is_generated for is_generated, _ in groupby(self.is_generated))
+
+    @property
     def is_finished(self) -> bool:
         """Whether there is nothing to continue."""
-        return self.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+        return self.finish_reason in (FinishReason.STOP, FinishReason.LENGTH, FinishReason.FAILED)
+
+    @property
+    def is_left_out(self) -> bool:
+        """Whether nothing is learned from it, and no other sample is compared with it."""
+        return self.finish_reason is FinishReason.FAILED
 
     @property
     def truncated(self) -> bool:
@@ -148,6 +192,9 @@ class Sample:
     def reward(self) -> float | None:
         """The grade's reward; None before grading."""
         return None if self.grade is None else self.grade.reward
+
+
+LEFT_OUT = Grade(0.0, GradeStatus.LEFT_OUT, None, "there is no response: the custom generate function failed")
 
 
 def added(left: Sequence[int], right: Sequence[int]) -> list[int]:
@@ -177,10 +224,12 @@ class SampleGroup:
 
 
 async def grade_group(grader: Grader, group: SampleGroup) -> None:
-    """Grades every sample of a complete group."""
+    """Grades every sample of a complete group; one that is left out is worth nothing."""
+    samples = [sample for sample in group.samples if not sample.is_left_out]
     requests = [
-        GradeRequest(group.prompt.text, sample.response, group.prompt.label, sample.truncated)
-        for sample in group.samples
+        GradeRequest(group.prompt.text, sample.response, group.prompt.label, sample.truncated) for sample in samples
     ]
-    for sample, grade in zip(group.samples, await grader.grade_async(requests), strict=True):
+    for sample in group.samples:
+        sample.grade = LEFT_OUT
+    for sample, grade in zip(samples, await grader.grade_async(requests), strict=True):
         sample.grade = grade

@@ -82,8 +82,8 @@ class SampleRecord:
     finish_reason: str
     weight_versions: Sequence[int]
     """The versions that generated its tokens, in order, without repetitions."""
-    mean_log_prob: float
-    """Mean log-probability of the generated tokens, at generation, in nats."""
+    mean_log_prob: float | None
+    """Mean log-probability of the generated tokens, at generation, in nats; None where there are none."""
     reward: float
     advantage: float
     grade: str

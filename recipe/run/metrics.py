@@ -75,6 +75,13 @@ METRICS: dict[str, Metric] = {
     "response_length_p90": Metric("tokens", None, "`response_length` that a tenth of the samples exceeds."),
     "truncated_share": Metric("share", MEAN, "Responses cut at the length limit.", "truncated {:.1%}", hides_zero=True),
     "grader_failed": Metric("samples", SUM, "Samples whose grader failed.", "grader failed {}", hides_zero=True),
+    "custom_generate_failed": Metric(
+        "samples",
+        SUM,
+        "Samples that `--custom-generate-function-path` failed at since the end of the last rollout.",
+        "generate failed {}",
+        hides_zero=True,
+    ),
     "dropped_groups": Metric("groups", SUM, "Groups that the dynamic sampling filter dropped."),
     "unused_groups": Metric("groups", SUM, "Groups that were not needed: aborted, or finished too late."),
     "refills": Metric("times", SUM, "Times that prompts had to be drawn again."),
