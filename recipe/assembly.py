@@ -134,7 +134,7 @@ def _evaluation(resolved: Resolved) -> Evaluation | None:
 def _reward(config: Config) -> Reward | None:
     if config.rollout.custom_rm_path is not None:
         check_custom_reward(config.rollout.custom_rm_path)
-        return CustomReward(config.rollout.custom_rm_path)
+        return CustomReward(config.rollout.custom_rm_path, config.rollout.group_rm)
     return None if config.rollout.rm_type is None else REWARD_RULES[RewardType(config.rollout.rm_type)]
 
 
@@ -194,9 +194,9 @@ class Run:
                 await engines.release_memory()
             except NothingToLearn:
                 # A grader that always fails gives equal rewards too, and says so better.
-                engines.grader.collect_counts()
+                engines.check_grades()
                 raise
-        engines.grader.collect_counts()
+        engines.check_grades()
         return self._rollout
 
     async def update_weights(self) -> None:
@@ -354,12 +354,12 @@ class RolloutEngines:
         self,
         group: EngineGroup,
         client: RolloutClient,
-        grader: Grader,
+        grader: Grader | None,
         data: Data,
         rollout: RolloutConfig,
     ) -> None:
-        self.client, self.grader = client, grader
-        self._group = group
+        self.client = client
+        self._group, self._grader = group, grader
         self._told = client.counters
         self.collector = RolloutCollector(
             client,
@@ -372,7 +372,12 @@ class RolloutEngines:
 
     async def grade(self, group: SampleGroup) -> None:
         """Grades every sample of a complete group."""
-        await grade_group(self.grader, group)
+        await grade_group(self._grader, group)
+
+    def check_grades(self) -> None:
+        """Raises UserError if the grader has failed at every response since the last call."""
+        if self._grader is not None:
+            self._grader.collect_counts()
 
     async def release_memory(self) -> None:
         """Nothing is generated until the next `update_weights`: engines on the trainer's GPUs make room for it."""
@@ -481,11 +486,10 @@ def _open_engines(
     config: Config, data: Data, group: EngineGroup, client: RolloutClient, stack: AsyncExitStack
 ) -> RolloutEngines:
     """The engines with what grades their answers, which ends with `stack`."""
-    assert data.reward is not None
-    settings = config.rollout
-    grader = stack.enter_context(
-        Grader(data.reward, timeout_s=settings.rm_timeout_s, num_workers=settings.rm_num_workers)
-    )
+    settings, grader = config.rollout, None
+    if data.reward is not None:
+        grader = Grader(data.reward, timeout_s=settings.rm_timeout_s, num_workers=settings.rm_num_workers)
+        stack.enter_context(grader)
     if data.evaluation is not None:
         stack.enter_context(data.evaluation)
     return RolloutEngines(group, client, grader, data, config.rollout)

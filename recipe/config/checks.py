@@ -106,7 +106,10 @@ def responses_fit(config: Config, architecture: Architecture) -> Iterator[str]:
 
 def reward_is_named(config: Config, _: Architecture) -> Iterator[str]:
     """Something grades what is generated."""
-    if config.rollout.rm_type is None and config.rollout.custom_rm_path is None:
+    rollout = config.rollout
+    if rollout.group_rm and rollout.custom_rm_path is None:
+        yield "--group-rm is about --custom-rm-path: give one, or drop it"
+    if not (rollout.rm_type or rollout.custom_rm_path or rollout.custom_generate_function_path):
         if not config.is_sft:
             yield "no reward: give --rm-type (deepscaler, math or dapo) or --custom-rm-path module:function"
         elif config.eval.eval_prompt_data:

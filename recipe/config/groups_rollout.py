@@ -115,7 +115,9 @@ class RolloutConfig(Group):
     """Built-in reward."""
     custom_rm_path: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
     """Reward function of your own, as module:function, fn(prompt, response, label) -> float, which may be a coroutine;
-    it takes the place of `rm_type`."""
+    it takes the place of `rm_type`. A reward that `custom_generate_function_path` gives takes the place of both."""
+    group_rm: bool = False
+    """`custom_rm_path` sees all responses to a prompt at once: fn(prompt, responses, label) -> a number for each."""
     rm_timeout_s: Annotated[float, Field(gt=0.0, le=86400.0)] | None = None
     """Longest time to grade one response, in seconds; default: 5, and 60 for a function of your own."""
     rm_num_workers: PositiveInt | None = None

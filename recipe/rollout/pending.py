@@ -51,6 +51,7 @@ def _as_json(sample: Sample) -> dict[str, Any]:
         "matched": sample.matched,
         "turn_end": sample.turn_end,
         "response": sample.response,
+        "reward": sample.reward if sample.is_rewarded else None,
         "routed_experts": _routing(sample),
     }
 
@@ -71,6 +72,8 @@ def _restore(sample: Sample, state: dict[str, Any]) -> None:
     sample.matched = state["matched"]
     sample.turn_end = state["turn_end"] and FinishReason(state["turn_end"])
     sample.response = state["response"]
+    if state["reward"] is not None:
+        sample.reward = state["reward"]
     if (routing := state.get("routed_experts")) is not None:
         experts = np.frombuffer(base64.b64decode(routing["experts"]), dtype=np.uint8)
         sample.routed_experts = experts.reshape(routing["shape"])

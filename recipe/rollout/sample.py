@@ -9,7 +9,7 @@ from itertools import groupby, zip_longest
 from recipe.data.prompts import Prompt
 from recipe.messages import RoutedExperts
 from recipe.rewards import Grade, Grader, GradeRequest, GradeStatus
-from recipe.system.errors import shortened
+from recipe.system.errors import UserError, shortened
 
 
 class FinishReason(StrEnum):
@@ -190,8 +190,19 @@ class Sample:
 
     @property
     def reward(self) -> float | None:
-        """The grade's reward; None before grading."""
+        """The grade's reward; None before grading. A custom generate function may set it: no grader is asked then."""
         return None if self.grade is None else self.grade.reward
+
+    @reward.setter
+    def reward(self, value: float) -> None:
+        if not math.isfinite(value):
+            raise ValueError(f"the reward of sample {self.index} is {value}")
+        self.grade = Grade(float(value), GradeStatus.ENVIRONMENT, None, "")
+
+    @property
+    def is_rewarded(self) -> bool:
+        """Whether the environment has given its reward."""
+        return self.grade is not None and self.grade.status is GradeStatus.ENVIRONMENT
 
 
 LEFT_OUT = Grade(0.0, GradeStatus.LEFT_OUT, None, "there is no response: the custom generate function failed")
@@ -223,13 +234,22 @@ class SampleGroup:
         return all(sample.is_finished for sample in self.samples)
 
 
-async def grade_group(grader: Grader, group: SampleGroup) -> None:
-    """Grades every sample of a complete group; one that is left out is worth nothing."""
-    samples = [sample for sample in group.samples if not sample.is_left_out]
+async def grade_group(grader: Grader | None, group: SampleGroup) -> None:
+    """Grades every sample of a complete group that has no reward yet; one that is left out is worth nothing. Raises
+    UserError if there is one to grade, and no grader."""
+    for sample in group.samples:
+        if sample.is_left_out:
+            sample.grade = LEFT_OUT
+    samples = [sample for sample in group.samples if not (sample.is_left_out or sample.is_rewarded)]
+    if not samples:
+        return
+    if grader is None:
+        raise UserError(
+            f"--custom-generate-function-path has given sample {samples[0].index} no reward: let it set sample.reward, "
+            "or give --rm-type or --custom-rm-path"
+        )
     requests = [
         GradeRequest(group.prompt.text, sample.response, group.prompt.label, sample.truncated) for sample in samples
     ]
-    for sample in group.samples:
-        sample.grade = LEFT_OUT
     for sample, grade in zip(samples, await grader.grade_async(requests), strict=True):
         sample.grade = grade

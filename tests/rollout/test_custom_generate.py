@@ -309,6 +309,28 @@ async def test_the_others_of_its_group_are_compared_without_it(embedded: EngineU
     assert records[1].mean_log_prob is None
 
 
+async def test_a_reward_of_the_environment_is_the_reward(embedded: EngineUnderTest) -> None:
+    """The grader is asked for the others alone, and a checkpoint keeps it."""
+
+    async def rewards(sample: Sample, engine: Any, settings: Any) -> None:
+        await engine.generate()
+        if sample.index % 2:
+            sample.reward = 0.25 * sample.index
+
+    async with generating(embedded, rewards) as client:
+        group = restored(await made(client))
+    with Grader(REWARD_RULES[RewardType.DAPO]) as grader:
+        await grade_group(grader, group)
+        assert sum(grader.collect_counts().values()) == 2
+    assert [sample.reward for sample in group.samples] == [-1.0, 0.25, -1.0, 0.75]
+    for sample in group.samples:
+        sample.reward = 1.0
+    await grade_group(None, group)
+    group.samples[2].grade = None
+    with pytest.raises(UserError, match=r"has given sample 2 no reward: let it set sample\.reward, or give --rm-type"):
+        await grade_group(None, group)
+
+
 async def test_a_function_that_always_fails_ends_the_run(embedded: EngineUnderTest) -> None:
     async with generating(embedded, generate_functions.raises) as client:
         with pytest.raises(UserError, match=r"no sample of a rollout could be generated, .* ZeroDivisionError"):
