@@ -124,7 +124,7 @@ def _judgement(grade: Grade, response: Response) -> Judgement:
             return Judgement(Verdict.NO_ANSWER, None, grade.reason)
         case GradeStatus.TRUNCATED:
             return Judgement(Verdict.TRUNCATED, None, f"cut off, and {grade.reason}")
-        case GradeStatus.GRADER_FAILED:
+        case GradeStatus.GRADER_FAILED | GradeStatus.ENVIRONMENT | GradeStatus.LEFT_OUT:
             return Judgement(Verdict.GRADER_FAILED, grade.answer, grade.reason, grade.value)
 
 

@@ -44,9 +44,9 @@ def read_sets(resolved: Resolved) -> dict[str, list[Prompt]]:
 
 def _label_problem(config: Config) -> LabelProblem | None:
     rollout = config.rollout
-    if rollout.custom_rm_path is not None:
+    if rollout.custom_rm_path is not None or rollout.rm_type is None:
         return None
-    if config.eval.eval_labels == "aime" or rollout.rm_type is None:
+    if config.eval.eval_labels == "aime":
         return aime_label_problem
     return REWARD_RULES[RewardType(rollout.rm_type)].label_problem
 
@@ -54,8 +54,13 @@ def _label_problem(config: Config) -> LabelProblem | None:
 def _instruction(config: Config) -> str:
     if config.eval.eval_instruction is not None:
         return config.eval.eval_instruction
-    asks_for_a_box = config.rollout.custom_rm_path is None and not _answers_in_lines(config)
+    asks_for_a_box = _is_judged(config) and not _answers_in_lines(config)
     return INSTRUCTION if asks_for_a_box else ""
+
+
+def _is_judged(config: Config) -> bool:
+    """Whether answers are right or wrong by a named rule; else a function of the user's says what they are worth."""
+    return config.rollout.custom_rm_path is None and config.rollout.rm_type is not None
 
 
 def _answers_in_lines(config: Config) -> bool:
@@ -71,13 +76,13 @@ def open_judge(config: Config) -> Judge:
 class InLoopEvaluation:
     """The evaluation sets of a run, with what judges the answers to them. Raises UserError for what is wrong in them.
 
-    A custom reward function says by itself what is good; else a judge does, which lives as long as the context.
+    A function of the user's says by itself what is good; else a judge does, which lives as long as the context.
     """
 
     def __init__(self, resolved: Resolved) -> None:
         self._config = resolved.config
         self._sets = read_sets(resolved)
-        self._judge = open_judge(self._config) if self._config.rollout.custom_rm_path is None else None
+        self._judge = open_judge(self._config) if _is_judged(self._config) else None
 
     def __enter__(self) -> Self:
         if self._judge is not None:
@@ -104,8 +109,8 @@ async def evaluate(
     """The score on each set of prompts, by its name, from `--n-samples-per-eval-prompt` samples of each prompt.
 
     With a judge it is the share of right answers, with the verdicts and intervals of `evaluation.aime`; with a custom
-    reward function, which leaves its grades in the samples, the mean reward. The same samples' seeds are used at every
-    evaluation, so that two of them differ by the weights alone.
+    reward function or environment, which leaves its grades in the samples, the mean reward. The same samples' seeds are
+    used at every evaluation, so that two of them differ by the weights alone.
     """
     sampling = SamplingParams.for_evaluation(config.eval, config.rollout)
     results = {}
@@ -139,7 +144,7 @@ async def judged_group(judge: Judge, group: SampleGroup) -> dict[int, Judgement]
 
 def _score(rollout: Rollout, judgements: Mapping[int, Judgement], seed: int) -> Evaluated:
     judged = [
-        [Judged(judgements[sample.index], sample.response_length, sample.truncated) for sample in group.samples]
+        [Judged(judgements[sample.index], sample.generated_length, sample.truncated) for sample in group.samples]
         for group in rollout.groups
     ]
     found = score(judged, seed)

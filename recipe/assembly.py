@@ -32,11 +32,13 @@ from recipe.rewards.functions import REWARD_RULES, CustomReward, Reward, RewardR
 from recipe.rewards.grader import Grader, check_custom_reward
 from recipe.rollout.client import ClientCounters, ClientOptions, RolloutClient
 from recipe.rollout.collect import CollectionPlan, NothingToLearn, RolloutCollector
+from recipe.rollout.custom_generate import Generation
 from recipe.rollout.filters import GroupFilter, load_filter
 from recipe.rollout.generate import OnGroup, Rollout, SeedStream
 from recipe.rollout.routing import RouterShape
 from recipe.rollout.sample import SampleGroup, grade_group
 from recipe.rollout.sampling_params import SamplingParams
+from recipe.rollout.turns import Codec
 from recipe.run.conditions import Conditions
 from recipe.run.directory import RunDirectory
 from recipe.run.kept_steps import kept_step
@@ -76,13 +78,15 @@ class Data:
     reward: Reward | None
     keep: GroupFilter | None
     """The dynamic sampling filter."""
+    generation: Generation
+    """How samples are generated."""
     tokenizer: "PreTrainedTokenizerFast"
     texts: dict[int, str] = field(default_factory=dict)
     """Of tokens that were shown."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens."""
-        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
+        return Codec(self.tokenizer).decode(ids)
 
     def decode_pieces(self, ids: Sequence[int]) -> str:
         """As `decode`; that of a single token is found once."""
@@ -103,7 +107,9 @@ class Data:
         tokenizer = load_tokenizer(config.model.hf_checkpoint)
         source = _draws(resolved, tokenizer, reward)
         keep = config.rollout.dynamic_sampling_filter_path
-        return cls(source, _evaluation(resolved), reward, load_filter(keep) if keep is not None else None, tokenizer)
+        generation = Generation.of(config.rollout, tokenizer, resolved.architecture.vocab_size)
+        chooses = load_filter(keep) if keep is not None else None
+        return cls(source, _evaluation(resolved), reward, chooses, generation, tokenizer)
 
 
 def _draws(resolved: Resolved, tokenizer: "PreTrainedTokenizerFast", reward: Reward | None) -> Draws:
@@ -141,7 +147,7 @@ def _evaluation(resolved: Resolved) -> Evaluation | None:
 def _reward(config: Config) -> Reward | None:
     if config.rollout.custom_rm_path is not None:
         check_custom_reward(config.rollout.custom_rm_path)
-        return CustomReward(config.rollout.custom_rm_path)
+        return CustomReward(config.rollout.custom_rm_path, config.rollout.group_rm)
     return None if config.rollout.rm_type is None else REWARD_RULES[RewardType(config.rollout.rm_type)]
 
 
@@ -201,9 +207,9 @@ class Run:
                 await engines.release_memory()
             except NothingToLearn:
                 # A grader that always fails gives equal rewards too, and says so better.
-                engines.grader.collect_counts()
+                engines.check_grades()
                 raise
-        engines.grader.collect_counts()
+        engines.check_grades()
         return self._rollout
 
     async def update_weights(self) -> None:
@@ -361,12 +367,12 @@ class RolloutEngines:
         self,
         group: EngineGroup,
         client: RolloutClient,
-        grader: Grader,
+        grader: Grader | None,
         data: Data,
         rollout: RolloutConfig,
     ) -> None:
-        self.client, self.grader = client, grader
-        self._group = group
+        self.client = client
+        self._group, self._grader = group, grader
         self._told = client.counters
         self.collector = RolloutCollector(
             client,
@@ -374,13 +380,17 @@ class RolloutEngines:
             CollectionPlan.of(rollout),
             SamplingParams.for_rollout(rollout),
             grade=self.grade,
-            decode=data.decode,
             keep=data.keep,
         )
 
     async def grade(self, group: SampleGroup) -> None:
         """Grades every sample of a complete group."""
-        await grade_group(self.grader, group)
+        await grade_group(self._grader, group)
+
+    def check_grades(self) -> None:
+        """Raises UserError if the grader has failed at every response since the last call."""
+        if self._grader is not None:
+            self._grader.collect_counts()
 
     async def release_memory(self) -> None:
         """Nothing is generated until the next `update_weights`: engines on the trainer's GPUs make room for it."""
@@ -437,7 +447,6 @@ async def open_run(resolved: Resolved, plan: Plan | None) -> AsyncIterator[Run]:
         directory.record_host_memory(trainer.host_memory())
         engines = None
         if group is not None:
-            assert grader is not None
 
             def on_answer(engine: int) -> None:
                 clock.reach(StartMoment.ANSWER)
@@ -449,6 +458,7 @@ async def open_run(resolved: Resolved, plan: Plan | None) -> AsyncIterator[Run]:
                     config.rollout,
                     resolved.architecture.vocab_size,
                     RouterShape.of(resolved.architecture) if config.grpo.use_rollout_routing_replay else None,
+                    data.generation,
                 ),
                 on_silent=group.on_silent,
                 on_answer=on_answer,
@@ -487,15 +497,14 @@ def _finish_start(
 
 
 def _open_grader(config: Config, data: Data, stack: AsyncExitStack) -> Grader | None:
-    """What grades answers, which ends with `stack`; its processes start beside the engines. None: there are none."""
+    """What grades answers, which ends with `stack`; its processes start beside the engines. None: whoever generates
+    gives the rewards, or nothing is generated."""
     if not config.needs_engine:
         return None
-    assert data.reward is not None
-    settings = config.rollout
-    grader = stack.enter_context(
-        Grader(data.reward, timeout_s=settings.rm_timeout_s, num_workers=settings.rm_num_workers)
-    )
-    grader.start()
+    settings, grader = config.rollout, None
+    if data.reward is not None:
+        grader = Grader(data.reward, timeout_s=settings.rm_timeout_s, num_workers=settings.rm_num_workers)
+        stack.enter_context(grader).start()
     if data.evaluation is not None:
         stack.enter_context(data.evaluation)
     return grader

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, compress
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ from recipe.rewards.grader import GradeStatus
 from recipe.rollout.client import ClientCounters
 from recipe.rollout.continuation import Decode
 from recipe.rollout.generate import Rollout
-from recipe.rollout.sample import Sample, SampleGroup
+from recipe.rollout.sample import NO_WEIGHTS, Sample, SampleGroup
 from recipe.run.directory import SampleRecord
 from recipe.run.metrics import Scalar, Values, over_steps, source_metric
 from recipe.run.shown_tokens import ShownTokens, pieces_of
@@ -51,7 +51,7 @@ def _sources(sample: Sample, version: str) -> NDArray[np.int64]:
     """[R] see `TrainSample.sources`. The tokens of one rollout are all from one engine; a sample that has none may be
     from a checkpoint, which does not say from which engine."""
     newest = OLDER_TOKENS if sample.engine is None else 1 + sample.engine
-    current = np.array([made_under == version for made_under in sample.weight_versions])
+    current = np.array([made_under == version for made_under in sample.weight_versions], dtype=np.bool_)
     return np.where(current, newest, OLDER_TOKENS)
 
 
@@ -67,13 +67,17 @@ def advantages(rollout: Rollout, config: Config) -> list[float]:
     return [
         advantage
         for group in rollout.groups
-        for advantage in response_advantages(rewards_of(group), grpo.advantage_estimator, std_normalization=normalise)
+        for advantage in response_advantages(
+            [None if sample.is_left_out else reward_of(sample) for sample in group.samples],
+            grpo.advantage_estimator,
+            std_normalization=normalise,
+        )
     ]
 
 
 def rewards_of(group: SampleGroup) -> list[float]:
-    """The rewards of a graded group."""
-    return [reward_of(sample) for sample in group.samples]
+    """The rewards of a graded group, without the samples that are left out."""
+    return [reward_of(sample) for sample in group.samples if not sample.is_left_out]
 
 
 def reward_of(sample: Sample) -> float:
@@ -121,14 +125,15 @@ def with_log_probs(
 
 
 def _with_penalty(sample: TrainSample, grpo: GrpoConfig) -> FloatArray:
-    """[R] the advantages less the KL in the reward, if there is one."""
+    """[R] the advantages less the KL in the reward, if there is one; only trained tokens are penalised."""
     assert sample.advantages is not None
     if grpo.kl_coef == 0:
         return sample.advantages
     assert sample.old_log_probs is not None
     assert sample.ref_log_probs is not None
     to_go = grpo.advantage_estimator == "reinforce_plus_plus"
-    return penalise_kl(sample.advantages, sample.old_log_probs, sample.ref_log_probs, grpo.kl_coef, to_go=to_go)
+    old = np.where(sample.loss_mask, sample.old_log_probs, sample.ref_log_probs)
+    return penalise_kl(sample.advantages, old, sample.ref_log_probs, grpo.kl_coef, to_go=to_go)
 
 
 def optimizer_batches(samples: Sequence[TrainSample], config: Config) -> list[list[TrainSample]]:
@@ -181,10 +186,11 @@ def rollout_metrics(rollout_id: int, rollout: Rollout, engines: ClientCounters) 
     """What is reported of a graded rollout, which was made under the weights of version `rollout_id`, and of what went
     wrong with `engines` since the one before it."""
     samples = samples_of(rollout)
-    rewards = [reward_of(sample) for sample in samples]
-    lengths = [sample.response_length for sample in samples]
+    by_group = [rewards for group in rollout.groups if (rewards := rewards_of(group))]
+    rewards = [*chain.from_iterable(by_group)]
+    lengths = [sample.generated_length for sample in samples]
     shortest, longest = np.percentile(lengths, (10, 90), method="nearest").tolist()
-    low, high = _interval([statistics.fmean(rewards_of(group)) for group in rollout.groups])
+    low, high = _interval([statistics.fmean(of_group) for of_group in by_group])
     accept_rates = enumerate(rollout.metrics.accept_rates, start=1)
     return {
         "rollout_id": rollout_id,
@@ -194,7 +200,7 @@ def rollout_metrics(rollout_id: int, rollout: Rollout, engines: ClientCounters) 
         "reward_ci95_low": low,
         "reward_ci95_high": high,
         "reward_std": statistics.pstdev(rewards),
-        "zero_std_share": statistics.fmean(len(set(rewards_of(group))) == 1 for group in rollout.groups),
+        "zero_std_share": statistics.fmean(len(set(rewards_of(group))) <= 1 for group in rollout.groups),
         "response_length": rollout.metrics.mean_response_length,
         "response_length_p10": shortest,
         "response_length_p90": longest,
@@ -202,6 +208,7 @@ def rollout_metrics(rollout_id: int, rollout: Rollout, engines: ClientCounters) 
         "grader_failed": sum(
             sample.grade is not None and sample.grade.status is GradeStatus.GRADER_FAILED for sample in samples
         ),
+        "custom_generate_failed": engines.failed_samples,
         "dropped_groups": rollout.sampling.dropped_groups,
         "unused_groups": rollout.sampling.unused_groups,
         "refills": rollout.sampling.refills,
@@ -249,7 +256,7 @@ def train_metrics(samples: Sequence[TrainSample], reports: Sequence[StepReport],
 
 def shown_groups(rollout: Rollout, count: int) -> set[int]:
     """The numbers of the samples of `count` groups that are worth a look: those that teach something first."""
-    groups = sorted(rollout.groups, key=lambda group: len(set(rewards_of(group))) == 1)
+    groups = sorted(rollout.groups, key=lambda group: len(set(rewards_of(group))) <= 1)
     return {sample.index for group in groups[:count] for sample in group.samples}
 
 
@@ -268,7 +275,10 @@ def shown_tokens(
             ShownTokens(
                 line=line,
                 pieces=pieces_of(sample.response_ids, decode),
-                log_probs=sample.rollout_log_probs,
+                log_probs=[
+                    log_prob if generated else None
+                    for log_prob, generated in zip(sample.rollout_log_probs, sample.is_generated, strict=True)
+                ],
                 advantages=trained.advantages.tolist(),
                 trainer_log_probs=None if known is None else known.tolist(),
             )
@@ -287,6 +297,7 @@ def sample_records(rollout: Rollout, config: Config) -> list[SampleRecord]:
 def _record(sample: Sample, advantage: float) -> SampleRecord:
     assert sample.grade is not None
     assert sample.finish_reason is not None
+    generated = [*compress(sample.rollout_log_probs, sample.is_generated)]
     return SampleRecord(
         index=sample.index,
         group_index=sample.group_index,
@@ -295,10 +306,11 @@ def _record(sample: Sample, advantage: float) -> SampleRecord:
         response=sample.response,
         label=sample.prompt.label,
         prompt_length=len(sample.prompt_ids),
-        response_length=sample.response_length,
+        response_length=sample.generated_length,
+        environment_length=sample.response_length - sample.generated_length,
         finish_reason=sample.finish_reason,
-        weight_versions=[int(version) for version in dict.fromkeys(sample.weight_versions)],
-        mean_log_prob=statistics.fmean(sample.rollout_log_probs),
+        weight_versions=[int(version) for version in dict.fromkeys(sample.weight_versions) if version != NO_WEIGHTS],
+        mean_log_prob=statistics.fmean(generated) if generated else None,
         reward=reward_of(sample),
         advantage=advantage,
         grade=sample.grade.status,

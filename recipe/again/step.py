@@ -107,9 +107,9 @@ def with_advantages(samples: Sequence[tuple[TrainSample, int, float]], config: C
     """The samples, each given with its group and reward, with their advantages by the configured estimator."""
     grpo = config.grpo
     normalise = not (grpo.disable_grpo_std_normalization or grpo.dr_grpo)
-    rewards: dict[int, list[float]] = {}
-    for _, group, reward in samples:
-        rewards.setdefault(group, []).append(reward)
+    rewards: dict[int, list[float | None]] = {}
+    for sample, group, reward in samples:
+        rewards.setdefault(group, []).append(reward if sample.response_length else None)
     of_group = {
         group: iter(response_advantages(of_all, grpo.advantage_estimator, std_normalization=normalise))
         for group, of_all in rewards.items()

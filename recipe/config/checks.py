@@ -8,6 +8,7 @@ from recipe.config import layout_rules, sglang_machine, sglang_rules, speculatio
 from recipe.config.architecture import Architecture, contradictions
 from recipe.config.error_text import nearest
 from recipe.config.flags import SGLANG_KEY, spell
+from recipe.config.groups_rollout import RolloutConfig
 from recipe.config.groups_training import GrpoConfig
 from recipe.config.schema import Config
 from recipe.config.speculation_rules import EAGLE
@@ -105,7 +106,10 @@ def responses_fit(config: Config, architecture: Architecture) -> Iterator[str]:
 
 def reward_is_named(config: Config, _: Architecture) -> Iterator[str]:
     """Something grades what is generated."""
-    if config.rollout.rm_type is None and config.rollout.custom_rm_path is None:
+    rollout = config.rollout
+    if rollout.group_rm and rollout.custom_rm_path is None:
+        yield "--group-rm is about --custom-rm-path: give one, or drop it"
+    if not (rollout.rm_type or rollout.custom_rm_path or rollout.custom_generate_function_path):
         if not config.is_sft:
             yield "no reward: give --rm-type (deepscaler, math or dapo) or --custom-rm-path module:function"
         elif config.eval.eval_prompt_data:
@@ -122,6 +126,15 @@ def sampling_is_enough(config: Config, _: Architecture) -> Iterator[str]:
         )
     if rollout.mask_offpolicy_in_partial_rollout and not rollout.partial_rollout:
         yield "--mask-offpolicy-in-partial-rollout needs --partial-rollout: without it no token is off-policy"
+
+
+def generation_is_custom(config: Config, _: Architecture) -> Iterator[str]:
+    """Limits of a function need the function, and a rollout to make."""
+    rollout, fields = config.rollout, RolloutConfig.model_fields
+    names = ("custom_generate_timeout_s", "custom_generate_max_turns", "custom_generate_on_failure")
+    for name in (name for name in names if getattr(rollout, name) != fields[name].default):
+        if rollout.custom_generate_function_path is None:
+            yield f"--{name.replace('_', '-')} has no effect without --custom-generate-function-path"
 
 
 def clipping_is_ordered(config: Config, _: Architecture) -> Iterator[str]:
@@ -293,6 +306,7 @@ RULES: tuple[Rule, ...] = (
     responses_fit,
     reward_is_named,
     sampling_is_enough,
+    generation_is_custom,
     clipping_is_ordered,
     corrections_belong_together,
     kl_is_asked_for_once,

@@ -120,11 +120,24 @@ class RolloutConfig(Group):
     """Built-in reward, where a prompt's line names none (`metadata_key`)."""
     custom_rm_path: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
     """Reward function of your own, as module:function, fn(prompt, response, label) -> float, which may be a coroutine;
-    it takes the place of `rm_type`."""
+    it takes the place of `rm_type`. A reward that `custom_generate_function_path` gives takes the place of both."""
+    group_rm: bool = False
+    """`custom_rm_path` sees all responses to a prompt at once: fn(prompt, responses, label) -> a number for each."""
     rm_timeout_s: Annotated[float, Field(gt=0.0, le=86400.0)] | None = None
     """Longest time to grade one response, in seconds; default: 5, and 60 for a function of your own."""
     rm_num_workers: PositiveInt | None = None
     """Grading processes; default: 2, and for a function of your own as many as there are cores, up to 32."""
+    custom_generate_function_path: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] | None = None
+    """How a sample is generated, in several turns with tools or an environment between them: an async function of your
+    own, as module:function, fn(sample, engine, settings); for evaluations too; default: one turn."""
+    custom_generate_timeout_s: Annotated[float, Field(gt=0.0, le=86400.0)] = 600.0
+    """Longest time that it may take for a sample, in seconds, besides waiting for engines."""
+    custom_generate_max_turns: PositiveInt | None = None
+    """Turns of the model in a sample at most; default: as many as `rollout_max_response_len` has room for, in which
+    what the model reads between them counts too."""
+    custom_generate_on_failure: Literal["leave_out", "stop"] = "leave_out"
+    """What becomes of a sample at which it fails: leave_out (nothing is learned from it, its group is compared without
+    it, and `custom_generate_failed` counts it), or stop (the run ends)."""
     rollout_max_concurrency: PositiveInt = 256
     """Requests in flight at most."""
     rollout_request_timeout_s: PositiveFloat | None = None

@@ -16,9 +16,22 @@ from recipe.system.errors import UserError
 STD_EPSILON = 1e-6
 
 
-def response_advantages(rewards: Sequence[float], estimator: Estimator, *, std_normalization: bool) -> list[float]:
-    """The advantage of each response to one prompt, before any normalisation over the batch. Raises UserError for a
-    group that is too small for the estimator."""
+def response_advantages(
+    rewards: Sequence[float | None], estimator: Estimator, *, std_normalization: bool
+) -> list[float]:
+    """The advantage of each response to one prompt, before any normalisation over the batch. A reward that is None
+    counts nowhere, and has the advantage 0, as has one that is left alone by others. Raises UserError for a group that
+    is too small for the estimator."""
+    counted = [reward for reward in rewards if reward is not None]
+    if len(counted) == len(rewards):
+        return _advantages(counted, estimator, std_normalization)
+    compares = estimator != "reinforce_plus_plus"
+    known = [0.0] if compares and len(counted) < 2 else _advantages(counted, estimator, std_normalization)
+    found = iter(known)
+    return [0.0 if reward is None else next(found) for reward in rewards]
+
+
+def _advantages(rewards: Sequence[float], estimator: Estimator, std_normalization: bool) -> list[float]:
     match estimator:
         case "rloo":
             return leave_one_out_advantages(rewards)

@@ -122,8 +122,8 @@ def _share_prompts(samples: Sequence[TrainSample], layout: TokenLayout) -> _Pack
         for number in members:
             inner = samples[number].tokens[len(prompt) : -1]
             rows = add(inner, len(prompt), prompt_rows) if len(inner) else nothing
-            predicting[number] = np.concatenate([prompt_rows[-1:], rows])
-            sequences[number] = np.concatenate([prompt_rows, rows, [-1]])
+            predicting[number] = np.concatenate([prompt_rows[-1:], rows])[: samples[number].response_length]
+            sequences[number] = np.concatenate([prompt_rows, rows, [-1]])[: samples[number].length]
     if missing := -end % layout.token_multiple:
         add(np.zeros(missing, dtype=np.int64), 0, nothing)
     return _Pack(

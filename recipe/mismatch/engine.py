@@ -49,7 +49,7 @@ def scores(resolved: Resolved, weights: Path, samples: Sequence[TrainSample], lo
 
 
 def _read(sample: TrainSample, meta: dict[str, Any], shape: RouterShape) -> Scores:
-    told = [entry[0] for entry in meta["input_token_logprobs"]][-sample.response_length :]
+    told = [entry[0] for entry in meta["input_token_logprobs"]][len(sample.prompt) :]
     if len(told) != sample.response_length or any(type(one) not in (float, int) for one in told):
         raise EngineAnswerError(f"the engine tells {len(told)} log-probs of a response of {sample.response_length}")
     log_probs: FloatArray = np.array(told, dtype=np.float32)

@@ -48,6 +48,8 @@ class CustomReward:
 
     path: str
     """module:function"""
+    sees_group: bool = False
+    """It is fn(prompt, responses, label) with all responses to a prompt, and returns a number for each."""
 
 
 Reward = RewardRule | CustomReward

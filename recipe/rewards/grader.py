@@ -19,7 +19,15 @@ from typing import Self
 
 from recipe.rewards.comparing import readings_equal, spelled
 from recipe.rewards.extract import THINKING_START, opens_thinking
-from recipe.rewards.functions import REWARD_RULES, Reward, RewardRule, RewardType, answer_in_label, read_label
+from recipe.rewards.functions import (
+    REWARD_RULES,
+    CustomReward,
+    Reward,
+    RewardRule,
+    RewardType,
+    answer_in_label,
+    read_label,
+)
 from recipe.rewards.reading import read
 from recipe.rewards.values import Reading
 from recipe.rewards.workers import Outcome, Worker, WorkerPool
@@ -44,6 +52,10 @@ class GradeStatus(StrEnum):
     TRUNCATED = "truncated"
     """No answer, because the response was cut off."""
     GRADER_FAILED = "grader_failed"
+    ENVIRONMENT = "environment"
+    """The custom generate function has given the reward."""
+    LEFT_OUT = "left_out"
+    """Nothing was graded, and nothing is learned from it."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +125,11 @@ class Grader:
         self._pool.close()
 
     def grade(self, requests: Sequence[GradeRequest]) -> list[Grade]:
-        """The grade of every request, in their order; blocks while processes compute."""
+        """The grade of every request, in their order; blocks while processes compute. To a custom function that sees
+        groups, the requests are one."""
         if not isinstance(self._reward, RewardRule):
-            calls = self._submit_custom(requests)
-            return self._counted([_custom_grade(call.result()) for call in calls])
+            outcomes_of_calls = [call.result() for call in self._submit_custom(requests)]
+            return self._counted(_custom_grades(outcomes_of_calls, len(requests)))
         rules = _rules_of(requests, self._reward)
         decided = list(map(self._decide, rules, requests))
         pending = self._submit(decided)
@@ -127,7 +140,8 @@ class Grader:
         """As `grade`, without blocking the event loop."""
         if not isinstance(self._reward, RewardRule):
             calls = self._submit_custom(requests)
-            return self._counted(list(map(_custom_grade, await asyncio.gather(*map(asyncio.wrap_future, calls)))))
+            outcomes_of_calls = await asyncio.gather(*map(asyncio.wrap_future, calls))
+            return self._counted(_custom_grades(outcomes_of_calls, len(requests)))
         rules = _rules_of(requests, self._reward)
         decided = list(map(self._decide, rules, requests))
         pending = self._submit(decided)
@@ -161,6 +175,10 @@ class Grader:
         return _Question(answer, (reading, label)) if equal is None else _graded(rule, answer, equal, spelled(reading))
 
     def _submit_custom(self, requests: Sequence[GradeRequest]) -> list[Future[Outcome]]:
+        assert isinstance(self._reward, CustomReward)
+        if self._reward.sees_group and requests:
+            prompt, label = requests[0].prompt, requests[0].label
+            return [self._pool.submit(prompt, [request.response for request in requests], label)]
         return [self._pool.submit(request.prompt, request.response, request.label) for request in requests]
 
     def _submit(self, decided: Sequence[Grade | _Question]) -> dict[Call, Future[Outcome]]:
@@ -226,6 +244,15 @@ def check_custom_reward(path: str) -> None:
         raise UserError(f"{CUSTOM_FLAG} {path}: the process that imports it ends") from error
     finally:
         worker.kill()
+
+
+def _custom_grades(outcomes: Sequence[Outcome], count: int) -> list[Grade]:
+    """Of so many responses, from a call for each, or one for all."""
+    if len(outcomes) == 1:
+        [(value, failure)] = [(outcome.value, outcome.failure) for outcome in outcomes]
+        values = value if isinstance(value, list) else [value] * count
+        return [_custom_grade(Outcome(one, failure)) for one in values]
+    return list(map(_custom_grade, outcomes))
 
 
 def _custom_grade(outcome: Outcome) -> Grade:

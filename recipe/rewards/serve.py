@@ -49,15 +49,20 @@ def main(descriptor: int, target: str, flag: str | None = None) -> None:
         connection.send(reply)
 
 
-def _rewarding(function: Callable[..., Any]) -> Callable[..., float]:
-    """The function, waited for if it is a coroutine, its value as a float."""
+def _rewarding(function: Callable[..., Any]) -> Callable[..., float | list[float]]:
+    """The function, waited for if it is a coroutine, its value as a float, or a list of them for several responses."""
     loop = asyncio.new_event_loop()  # one for all calls: what a function keeps between them may belong to it
 
-    def reward(*arguments: str) -> float:
-        value = function(*arguments)
+    def reward(prompt: str, response: str | list[str], label: str) -> float | list[float]:
+        value = function(prompt, response, label)
         if inspect.isawaitable(value):
             value = loop.run_until_complete(_waited_for(value))
-        return float(value)
+        if isinstance(response, str):
+            return float(value)
+        rewards = [float(one) for one in value]
+        if len(rewards) != len(response):
+            raise ValueError(f"{len(rewards)} rewards for {len(response)} responses")
+        return rewards
 
     return reward
 

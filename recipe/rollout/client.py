@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -11,13 +12,15 @@ import aiohttp
 
 from recipe.config import RolloutConfig
 from recipe.data.prompts import Prompt
-from recipe.rollout.errors import EngineUnreachable
+from recipe.rollout.custom_generate import Generation, GroupRun
+from recipe.rollout.errors import EngineUnreachable, first_failure
 from recipe.rollout.fleet import EnginePeer, Fleet, HealthOptions, OnSilent
 from recipe.rollout.http import LARGEST_BODY, ask, generates, open_session
 from recipe.rollout.routing import RouterShape
-from recipe.rollout.sample import FinishReason, Sample, SampleGroup
+from recipe.rollout.sample import FinishReason, SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
 from recipe.rollout.sglang_response import read_samples
+from recipe.rollout.turns import Request
 from recipe.run.conditions import Course
 from recipe.system.errors import UserError
 
@@ -31,7 +34,7 @@ ABORT_AGAIN_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class ClientOptions:
-    """Limits of the client."""
+    """What the client asks for, and its limits."""
 
     max_concurrency: int = 256
     """Generation requests in flight at most."""
@@ -46,10 +49,19 @@ class ClientOptions:
     """Token ids beyond it are refused here, for SGLang ends at one; None: whatever comes is sent."""
     routers: RouterShape | None = None
     """Of the model, whose engines are asked where they took the tokens of rollouts; None: they are not."""
+    generation: Generation = field(default_factory=Generation)
+    """How samples are generated."""
 
     @classmethod
-    def of(cls, rollout: RolloutConfig, vocab_size: int, routers: RouterShape | None = None) -> Self:
+    def of(
+        cls,
+        rollout: RolloutConfig,
+        vocab_size: int,
+        routers: RouterShape | None = None,
+        generation: Generation | None = None,
+    ) -> Self:
         return cls(
+            generation=generation or Generation(),
             vocab_size=vocab_size,
             routers=routers,
             max_concurrency=rollout.rollout_max_concurrency,
@@ -69,6 +81,8 @@ class ClientCounters:
     """Engines that were replaced."""
     retried_tokens: int = 0
     """Tokens of the answers to requests that were sent again: at most so many were made twice."""
+    failed_samples: int = 0
+    """At which the custom generate function failed, and which were left out."""
 
     def __sub__(self, before: "ClientCounters") -> "ClientCounters":
         """What has happened since they were `before`."""
@@ -76,6 +90,7 @@ class ClientCounters:
             self.retries - before.retries,
             self.restarts - before.restarts,
             self.retried_tokens - before.retried_tokens,
+            self.failed_samples - before.failed_samples,
         )
 
 
@@ -102,10 +117,12 @@ class RolloutClient:
         self._fleet = Fleet(urls, self._is_healthy, on_silent, self._options.health)
         self._engines = self._fleet.engines
         self._draining = False
-        self._generating = 0
+        self._runs: set[GroupRun] = set()
         self._idle = asyncio.Event()
         self._retries = 0
-        self._retried_tokens = 0
+        self._retried_tokens = self._failed_samples = 0
+        self.last_failure = ""
+        """Of the custom generate function."""
         self.course = Course()
         """Of samples under way."""
         self._slots = asyncio.Semaphore(self._options.max_concurrency)
@@ -127,7 +144,7 @@ class RolloutClient:
     def counters(self) -> ClientCounters:
         """Since the client was made."""
         restarts = sum(engine.restarts for engine in self._engines)
-        return ClientCounters(self._retries, restarts, self._retried_tokens)
+        return ClientCounters(self._retries, restarts, self._retried_tokens, self._failed_samples)
 
     def move(self, urls: Sequence[str]) -> None:
         """Takes note of engines that somebody else has replaced meanwhile: `urls` are the addresses of all."""
@@ -147,49 +164,48 @@ class RolloutClient:
                 await self._fleet.settle()
                 watch.cancel()
         except ExceptionGroup as failures:
-            failure: Exception = failures
-            while isinstance(failure, ExceptionGroup):
-                failure = failure.exceptions[0]
-            raise failure from None
+            raise first_failure(failures) from None
 
     async def generate(
         self, group: SampleGroup, sampling: SamplingParams, seeds: Sequence[int], *, routed: bool = False
     ) -> None:
-        """Continues every unfinished sample of the group to its end, in one request; `seeds` has one seed a sample.
-        While the client is drained they may also be aborted, with or without new tokens. `routed`: the engine is asked
-        where it takes them, if the `routers` of the options are known.
+        """Continues every unfinished sample of the group to its end, by the function of the options; `seeds` has one
+        seed a sample. While the client is drained they may also be aborted, with or without new tokens. `routed`: the
+        engine is asked where it takes them, if the `routers` of the options are known.
 
-        Raises EngineRefused if the engine finds the request wrong, EngineUnreachable if it never answers,
-        EngineAnswerError if its answer is not SGLang's, UserError for a prompt that no engine may be sent.
+        Raises EngineRefused if the engine finds a request wrong, EngineUnreachable if it never answers,
+        EngineAnswerError if its answer is not SGLang's, UserError for a prompt that no engine may be sent, or where a
+        failure of the function is to end the run.
         """
         check_prompt(group.prompt, self._options.vocab_size)
-        todo: list[tuple[Sample, int]] = []
-        for sample, seed in zip(group.samples, seeds, strict=True):
-            if not sample.is_finished and sample.response_length >= sampling.max_new_tokens:
-                sample.finish_reason = FinishReason.LENGTH
-            if not sample.is_finished:
-                todo.append((sample, seed))
-        if todo:
-            self._generating += 1
-            self._idle.clear()
-            try:
-                async with self._slots:
-                    await self._generate(todo, sampling, self._options.routers if routed else None)
-            finally:
-                self._generating -= 1
-                if not self._generating:
-                    self._idle.set()
+        todo = [pair for pair in zip(group.samples, seeds, strict=True) if not pair[0].is_finished]
+        routers = self._options.routers if routed else None
+        if not todo:
+            return
+        run = GroupRun(todo, sampling, self._options.generation, partial(self._continue, routers=routers))
+        self._runs.add(run)
+        self._idle.clear()
+        try:
+            failures = await run.complete()
+            self._failed_samples += len(failures)
+            self.last_failure = failures[-1] if failures else self.last_failure
+        finally:
+            self._runs.discard(run)
+            if not self._runs:
+                self._idle.set()
 
-    async def _generate(
-        self, todo: Sequence[tuple[Sample, int]], sampling: SamplingParams, routers: RouterShape | None
-    ) -> None:
+    async def _continue(self, todo: Sequence[Request], routers: RouterShape | None) -> None:
+        async with self._slots:
+            await self._generate(todo, routers)
+
+    async def _generate(self, todo: Sequence[Request], routers: RouterShape | None) -> None:
         for attempt in range(self._options.max_retries + 1):
             engine = await self._fleet.least_loaded()
             restarts = engine.restarts
             if self._draining:
                 break
             try:
-                answers = await self._send(engine, todo, sampling, routed=routers is not None)
+                answers = await self._send(engine, todo, routed=routers is not None)
             except EngineUnreachable as error:
                 if self._draining:
                     break
@@ -199,27 +215,26 @@ class RolloutClient:
                 if await self._fleet.examine(engine, restarts):
                     await asyncio.sleep(self._options.backoff_s * 2**attempt)
                 continue
-            lengths = [sample.length for sample, _ in todo]
+            lengths = [len(request.sample.prompt_ids) + request.border for request in todo]
             results = read_samples(answers, lengths, self._options.vocab_size, routers)
             if self._on_answer is not None:
                 self._on_answer(engine.number)
-            for (sample, _), result in zip(todo, results, strict=True):
-                sample.append(result.ids, result.log_probs, result.versions, routed_experts=result.routed_experts)
-                sample.finish_reason, sample.matched = result.finish_reason, result.matched
-                sample.response += result.text
-                sample.count_drafts(result.accepted_drafts)
-                sample.engine = engine.number
+            for request, result in zip(todo, results, strict=True):
+                request.take(result, engine.number)
                 self._retried_tokens += len(result.ids) if attempt else 0
             return
-        for sample, _ in todo:
-            sample.finish_reason = FinishReason.ABORT
+        for request in todo:
+            if not request.is_withdrawn:
+                request.sample.finish_reason = FinishReason.ABORT
 
     async def drain(self) -> None:
         """Aborts what is under way, and what waits for its turn. Returns when every `generate` has what its engine
         made of it."""
         self._draining = True
         try:
-            while self._generating:
+            while self._runs:
+                for run in self._runs:
+                    run.abort()
                 await asyncio.gather(*(self._abort(engine) for engine in self._engines))
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._idle.wait(), ABORT_AGAIN_S)
@@ -235,12 +250,10 @@ class RolloutClient:
         """Whether each engine answers."""
         return list(await asyncio.gather(*(self._is_healthy(engine) for engine in self._engines)))
 
-    async def _send(
-        self, engine: EnginePeer, todo: Sequence[tuple[Sample, int]], sampling: SamplingParams, *, routed: bool
-    ) -> object:
+    async def _send(self, engine: EnginePeer, todo: Sequence[Request], *, routed: bool) -> object:
         body: dict[str, Any] = {
-            "input_ids": [sample.tokens for sample, _ in todo],
-            "sampling_params": [sampling.request(seed, sample.response_length) for sample, seed in todo],
+            "input_ids": [request.sample.tokens for request in todo],
+            "sampling_params": [request.sampling.request(request.seed, request.border) for request in todo],
             "return_logprob": True,
         }
         if routed:

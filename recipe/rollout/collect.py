@@ -21,7 +21,6 @@ from typing import Any, Self
 from recipe.config import RolloutConfig
 from recipe.data.source import Draws
 from recipe.rollout.client import RolloutClient
-from recipe.rollout.continuation import Decode, rejoin
 from recipe.rollout.filters import FLAG as FILTER_FLAG
 from recipe.rollout.filters import GroupFilter
 from recipe.rollout.generate import (
@@ -86,11 +85,10 @@ class RolloutCollector:
         sampling: SamplingParams,
         *,
         grade: OnGroup,
-        decode: Decode,
         keep: GroupFilter | None = None,
     ) -> None:
         self._client, self._source, self._plan, self._sampling = client, source, plan, sampling
-        self._grade, self._decode = grade, decode
+        self._grade = grade
         self._keep: GroupFilter = keep or (lambda _: True)
         self._waiting: list[PendingGroup] = []
 
@@ -139,6 +137,7 @@ class RolloutCollector:
             await self._client.drain()
         self._put_aside([groups[number] for number in selection.unused])
         kept = sorted((groups[number].group for number in selection.kept), key=lambda group: group.index)
+        self._check_failures(kept)
         seconds = time.monotonic() - started
         return Rollout(
             kept,
@@ -168,14 +167,11 @@ class RolloutCollector:
         is not graded."""
         group = pending.group
         borders = [sample.response_length for sample in group.samples]
-        continued = [(s, s.response_length) for s in group.samples if s.response_ids and not s.is_finished]
         if self._plan.mask_older:
             for sample in group.samples:
                 sample.mask_response()
         await self._client.generate(group, self._sampling, pending.seeds, routed=True)
         check_versions(group, expected_version, borders)
-        for sample, border in continued:
-            rejoin(sample, border, self._sampling.stop, self._decode)
         if selection.is_complete:
             return False
         check_finished(group)
@@ -192,10 +188,16 @@ class RolloutCollector:
         self._waiting += [pending for pending, wait in zip(unused, waits, strict=True) if wait]
         self._waiting.sort(key=lambda pending: pending.group.index)
 
+    def _check_failures(self, groups: Sequence[SampleGroup]) -> None:
+        """Raises UserError if the custom generate function failed at every sample."""
+        if groups and all(sample.is_left_out for group in groups for sample in group.samples):
+            raise UserError(f"no sample of a rollout could be generated, the last one: {self._client.last_failure}")
+
     def _check_refills(self, draws: int, selection: Selection, groups: Sequence[PendingGroup]) -> None:
         if draws <= self._plan.max_refills:
             return
         dropped = [groups[number].group for number in selection.dropped]
+        self._check_failures(dropped)
         rewards = [{sample.reward for sample in group.samples} for group in dropped]
         equal = Counter(of_group.pop() for of_group in rewards if len(of_group) == 1)
         alike = ", ".join(f"{count} with reward {reward} throughout" for reward, count in equal.most_common(3))

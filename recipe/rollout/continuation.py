@@ -10,15 +10,14 @@ Decode = Callable[[Sequence[int]], str]
 
 
 def rejoin(sample: Sample, border: int, stop: Sequence[str], decode: Decode) -> None:
-    """Makes a response that was continued after its first `border` tokens what it is in one piece: it ends with the
-    first token that completes a stop string, and when it is finished its text is that of all its tokens."""
-    found = _spanning_stop(sample.response_ids, border, stop, decode)
+    """Makes the last turn of a response, which was continued after its first `border` tokens, what it is in one piece:
+    it ends with the first token that completes a stop string."""
+    start = sample.turn_start
+    found = _spanning_stop(sample.response_ids[start:], border - start, stop, decode)
     if found is not None:
         length, sample.matched = found
-        sample.cut(length)
+        sample.cut(start + length)
         sample.finish_reason = FinishReason.STOP
-    if sample.is_finished:
-        sample.response = _text(sample, decode)
 
 
 def stop_window(stop: Sequence[str]) -> int:
@@ -40,8 +39,10 @@ def _spanning_stop(ids: Sequence[int], border: int, stop: Sequence[str], decode:
     return None
 
 
-def _text(sample: Sample, decode: Decode) -> str:
+def text_of_turn(sample: Sample, decode: Decode) -> str:
+    """The text of the last turn without what ended it."""
+    ids = sample.response_ids[sample.turn_start :]
     if isinstance(sample.matched, int):
-        return decode(sample.response_ids[:-1])
-    text = decode(sample.response_ids)
+        return decode(ids[:-1])
+    text = decode(ids)
     return text if sample.matched is None else text.partition(sample.matched)[0]

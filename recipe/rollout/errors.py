@@ -28,6 +28,14 @@ class StaleWeights(EngineError):
     """Tokens that were made under other weights than the rollout is for."""
 
 
+def first_failure(failures: ExceptionGroup) -> Exception:
+    """Of tasks, the one that ended the others."""
+    failure: Exception = failures
+    while isinstance(failure, ExceptionGroup):
+        failure = failure.exceptions[0]
+    return failure
+
+
 def _message(body: str) -> str:
     """The sentence in SGLang's error shapes, or the body itself."""
     try:

@@ -16,7 +16,7 @@ GroupFilter = Callable[[SampleGroup], bool]
 
 def check_reward_nonzero_std(group: SampleGroup) -> bool:
     """Keeps a group whose rewards differ: where all are equal every advantage is 0."""
-    return len({sample.reward for sample in group.samples}) > 1
+    return len({sample.reward for sample in group.samples if not sample.is_left_out}) > 1
 
 
 BUILT_IN: Mapping[str, GroupFilter] = {"check_reward_nonzero_std": check_reward_nonzero_std}

@@ -8,7 +8,7 @@ from typing import Self
 from recipe.data.prompts import Prompt
 from recipe.rollout.client import ClientCounters, RolloutClient
 from recipe.rollout.errors import EngineError, StaleWeights
-from recipe.rollout.sample import Sample, SampleGroup, added
+from recipe.rollout.sample import NO_WEIGHTS, Sample, SampleGroup, added
 from recipe.rollout.sampling_params import SamplingParams
 from recipe.system.seeds import derive
 
@@ -42,6 +42,7 @@ class GenerationMetrics:
     samples: int
     prompt_tokens: int
     response_tokens: int
+    """Generated; what environments said is not counted."""
     seconds: float
     truncated: int
     """Samples cut at the longest response."""
@@ -61,12 +62,14 @@ class GenerationMetrics:
         return cls(
             samples=len(samples),
             prompt_tokens=sum(len(group.prompt.ids) for group in groups),
-            response_tokens=sum(sample.response_length for sample in samples),
+            response_tokens=sum(sample.generated_length for sample in samples),
             seconds=seconds,
             truncated=sum(sample.truncated for sample in samples),
             counters=counters,
             accepted_drafts=_all_drafts(samples),
-            stale_tokens=sum(made_under != version for sample in samples for made_under in sample.weight_versions),
+            stale_tokens=sum(
+                made_under not in (version, NO_WEIGHTS) for sample in samples for made_under in sample.weight_versions
+            ),
         )
 
     @property
@@ -176,10 +179,10 @@ def check_finished(group: SampleGroup) -> None:
 
 
 def check_versions(group: SampleGroup, expected_version: str, lengths_before: Sequence[int] | None = None) -> None:
-    """Raises StaleWeights if a token was made under other weights than those of `expected_version`. The first tokens
-    of each sample, `lengths_before` many (default: none), are of an earlier rollout."""
+    """Raises StaleWeights if the model made a token under other weights than those of `expected_version`. The first
+    tokens of each sample, `lengths_before` many (default: none), are of an earlier rollout."""
     for sample, length in zip(group.samples, lengths_before or [0] * len(group.samples), strict=True):
-        stale = set(sample.weight_versions[length:]) - {expected_version}
+        stale = set(sample.weight_versions[length:]) - {expected_version, NO_WEIGHTS}
         if stale:
             raise StaleWeights(
                 f"sample {sample.index} was made under weight version {', '.join(sorted(stale))}, but this rollout "

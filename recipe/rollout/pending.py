@@ -49,7 +49,9 @@ def _as_json(sample: Sample) -> dict[str, Any]:
         "weight_versions": _runs(sample.weight_versions),
         "finish_reason": sample.finish_reason,
         "matched": sample.matched,
+        "turn_end": sample.turn_end,
         "response": sample.response,
+        "reward": sample.reward if sample.is_rewarded else None,
         "routed_experts": _routing(sample),
     }
 
@@ -68,7 +70,10 @@ def _restore(sample: Sample, state: dict[str, Any]) -> None:
     sample.weight_versions = _unrolled(state["weight_versions"])
     sample.finish_reason = state["finish_reason"] and FinishReason(state["finish_reason"])
     sample.matched = state["matched"]
+    sample.turn_end = state["turn_end"] and FinishReason(state["turn_end"])
     sample.response = state["response"]
+    if state["reward"] is not None:
+        sample.reward = state["reward"]
     if (routing := state.get("routed_experts")) is not None:
         experts = np.frombuffer(base64.b64decode(routing["experts"]), dtype=np.uint8)
         sample.routed_experts = experts.reshape(routing["shape"])

@@ -76,12 +76,14 @@ class SampleRecord:
     prompt_length: int
     """In tokens."""
     response_length: int
-    """In tokens."""
+    """Tokens that the model generated."""
+    environment_length: int = 0
+    """Tokens between them that it only read: of tools and templates."""
     finish_reason: str
     weight_versions: Sequence[int]
     """The versions that generated its tokens, in order, without repetitions."""
-    mean_log_prob: float
-    """Mean log-probability of the response tokens, at generation, in nats."""
+    mean_log_prob: float | None
+    """Mean log-probability of the generated tokens, at generation, in nats; None where there are none."""
     reward: float
     advantage: float
     grade: str

@@ -18,6 +18,7 @@ from recipe.system.errors import UserError
 from recipe.system.files import atomic_write_bytes
 
 FOLDER = "kept_steps"
+NO_VERSION = -1
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class KeptStep:
     samples: tuple[TrainSample, ...]
     """With tokens, mask, the engine's log-probs and, if they were replayed, its experts."""
     versions: tuple[NDArray[np.int32], ...]
-    """[R] of each."""
+    """[R] of each; NO_VERSION of tokens that no weights made."""
 
 
 def path_of(run: Path, step: int) -> Path:
@@ -115,4 +116,6 @@ def kept_step(samples: Sequence[TrainSample], versions: Sequence[Sequence[str]],
     """What is kept of a rollout's samples, with the version of each of their response tokens. `of_engine`: their
     experts are the engine's; those of the trainer's own passes are not kept."""
     kept = tuple(samples) if of_engine else tuple(replace(sample, routed_experts=None) for sample in samples)
-    return KeptStep(kept, tuple(np.array([int(one) for one in made], dtype=np.int32) for made in versions))
+    return KeptStep(
+        kept, tuple(np.array([int(one or NO_VERSION) for one in made], dtype=np.int32) for made in versions)
+    )

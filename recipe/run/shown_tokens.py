@@ -29,7 +29,8 @@ class ShownTokens:
     pieces: Sequence[str]
     """[R] their text; of tokens that are parts of one character the last has it, and the others have none."""
     log_probs: Sequence[float | None]
-    """[R] at generation, by the engine, in nats; None, once it is read again, for what is not finite."""
+    """[R] at generation, by the engine, in nats; None for what the model did not generate and, once it is read again,
+    for what is not finite."""
     advantages: Sequence[float | None]
     """[R]"""
     trainer_log_probs: Sequence[float | None] | None

@@ -50,6 +50,11 @@ TWO_STAGES = ("--pipeline-model-parallel-size", "2", "--expert-model-parallel-si
         (["--eval-max-response-len", "202752"], "leaves no room for a prompt in the model's 202752"),
         (["--over-sampling-batch-size", "31"], "--over-sampling-batch-size 31 is below --rollout-batch-size 32"),
         (["--mask-offpolicy-in-partial-rollout"], "--mask-offpolicy-in-partial-rollout needs --partial-rollout"),
+        (["--group-rm"], "--group-rm is about --custom-rm-path: give one, or drop it"),
+        (
+            ["--custom-generate-max-turns", "3"],
+            "--custom-generate-max-turns has no effect without",
+        ),
         (["--dynamic-sampling-filter-path", "nonzero_std"], "--dynamic-sampling-filter-path nonzero_std (flag)"),
         (["--rollout-health-check-interval", "0"], "--rollout-health-check-interval 0 (flag)"),
         (["--eps-clip-high", "0.1"], "--eps-clip-high 0.1 is below --eps-clip 0.2"),

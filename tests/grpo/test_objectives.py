@@ -316,7 +316,13 @@ def test_reinforce_plus_plus_compares_the_tokens_of_a_whole_rollout(estimator: s
     assert trained.mean() == pytest.approx(0, abs=1e-6)
     assert trained.std() == pytest.approx(1, rel=1e-4)
     raw = [
-        penalise_kl(s.advantages, old[s.index], reference[s.index], 0.3, to_go=estimator == "reinforce_plus_plus")
+        penalise_kl(
+            s.advantages,
+            np.where(s.loss_mask, old[s.index], reference[s.index]),
+            reference[s.index],
+            0.3,
+            to_go=estimator == "reinforce_plus_plus",
+        )
         for s in samples
         if s.advantages is not None
     ]

@@ -53,3 +53,10 @@ async def later(prompt: str, response: str, label: str) -> float:
     """A custom reward that is a coroutine."""
     await asyncio.sleep(float(response))
     return len(label)
+
+
+async def longest(prompt: str, responses: list[str], label: str) -> list[float]:
+    """A custom reward that sees the group: 1 for its longest response; one too few where a response says so."""
+    await asyncio.sleep(0)
+    most = max(map(len, responses))
+    return [float(len(response) == most) for response in responses if response != "drop"]

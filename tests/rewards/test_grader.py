@@ -284,3 +284,16 @@ def test_of_several_boxes_in_a_label_all_count():
 )
 def test_labels_are_checked_by_the_reward(kind, label, good):
     assert (REWARD_RULES[kind].label_problem(label) is None) is good
+
+
+async def test_a_custom_reward_may_see_the_whole_group() -> None:
+    reward = CustomReward("functions_for_workers:longest", sees_group=True)
+    with Grader(reward, timeout_s=5, num_workers=1) as grader:
+        requests = [GradeRequest("q", response, "a") for response in ("one", "three", "two")]
+        assert [grade.reward for grade in grader.grade(requests)] == [0.0, 1.0, 0.0]
+        assert [grade.reward for grade in await grader.grade_async(requests)] == [0.0, 1.0, 0.0]
+        assert [grade.reward for grade in grader.grade(requests[:1])] == [1.0]
+        grades = grader.grade([*requests, GradeRequest("q", "drop", "a")])
+    assert {grade.status for grade in grades} == {GradeStatus.GRADER_FAILED}
+    assert grades[0].reason == "ValueError: 3 rewards for 4 responses"
+    assert len(grades) == 4

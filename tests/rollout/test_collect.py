@@ -16,14 +16,16 @@ from recipe.data.source import PromptSource
 from recipe.data.tokenizer import load_tokenizer
 from recipe.rewards import Grade
 from recipe.rewards.grader import GradeStatus
-from recipe.rollout.client import RolloutClient
+from recipe.rollout.client import ClientOptions, RolloutClient
 from recipe.rollout.collect import CollectionPlan, NothingToLearn, RolloutCollector
+from recipe.rollout.custom_generate import Generation
 from recipe.rollout.errors import StaleWeights
 from recipe.rollout.filters import check_reward_nonzero_std
 from recipe.rollout.generate import Rollout, SeedStream
 from recipe.rollout.pending import PendingGroup
 from recipe.rollout.sample import FinishReason, Sample, SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
+from recipe.rollout.turns import Codec
 from recipe.system.errors import UserError
 
 PROMPTS = [make_prompt(number, (number + 1, 2, 3)) for number in range(40)]
@@ -46,18 +48,18 @@ class Collectors:
 
     def __init__(self, client: RolloutClient, checkpoint: Path) -> None:
         self.client = client
-        tokenizer = load_tokenizer(checkpoint)
-        self.decode: Callable = lambda ids: str(tokenizer.decode(ids, skip_special_tokens=False))
+        self.decode: Callable = Codec(load_tokenizer(checkpoint)).decode
 
     def make(self, plan: CollectionPlan = PLAN, sampling: SamplingParams = SAMPLING, **others) -> RolloutCollector:
         self.source = PromptSource(PROMPTS, shuffle=True, seed=2)
         options = {"grade": grade, "keep": check_reward_nonzero_std, **others}
-        return RolloutCollector(self.client, self.source, plan, sampling, decode=self.decode, **options)
+        return RolloutCollector(self.client, self.source, plan, sampling, **options)
 
 
 @pytest.fixture
 async def collectors(embedded: EngineUnderTest) -> AsyncIterator[Collectors]:
-    async with RolloutClient([embedded.url]) as client:
+    generation = Generation(codec=Codec(load_tokenizer(embedded.checkpoint)))
+    async with RolloutClient([embedded.url], ClientOptions(generation=generation)) as client:
         yield Collectors(client, embedded.checkpoint)
 
 
@@ -317,7 +319,7 @@ async def test_a_stop_string_over_the_border_ends_a_continued_response(collector
     sampling = replace(LONG, stop=(stop,))
     await collectors.client.generate(expected, sampling, [seed])
     [sample] = part.samples
-    sample.append(ids[:border], source.rollout_log_probs[:border], ["0"] * border)
+    sample.append_model(ids[:border], source.rollout_log_probs[:border], ["0"] * border)
     sample.finish_reason = FinishReason.ABORT
     collector = collectors.make(replace(FIRST_OF_FOUR, draw_size=1, n_samples=1), sampling, keep=None)
     collector.load_state([json.loads(json.dumps(PendingGroup(part, (seed,)).as_json()))])

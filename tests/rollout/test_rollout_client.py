@@ -47,7 +47,7 @@ async def test_a_sample_goes_on_from_its_response() -> None:
     engine = FakeEngine()
     async with serving(engine) as urls, RolloutClient(urls, QUICK) as client:
         group = group_of(n_samples=1)
-        group.samples[0].append([9, 8], [-1.0, -1.0], ["0", "0"])
+        group.samples[0].append_model([9, 8], [-1.0, -1.0], ["0", "0"])
         await client.generate(group, SAMPLING, [1])
     assert engine.bodies[0]["input_ids"] == [[5, 6, 7, 9, 8]]
     assert engine.bodies[0]["sampling_params"][0]["max_new_tokens"] == 2

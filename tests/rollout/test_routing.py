@@ -94,14 +94,14 @@ def test_an_aborted_sample_may_tell_nothing() -> None:
 def test_a_sample_that_goes_on_is_routed_anew() -> None:
     """By the newest weights, all of it; and no more of it than there are tokens."""
     sample = Sample(0, 0, make_prompt(0, (1, 2)))
-    sample.append([5, 6], [-0.1] * 2, ["1"] * 2, routed_experts=told(3)[1])
+    sample.append_model([5, 6], [-0.1] * 2, ["1"] * 2, routed_experts=told(3)[1])
     with pytest.raises(ValueError, match="3 tokens of 5 are routed"):
-        sample.append([7], [-0.1], ["2"], routed_experts=told(3)[1])
+        sample.append_model([7], [-0.1], ["2"], routed_experts=told(3)[1])
     assert sample.response_ids == [5, 6]
     newest = told(4, first=2)[1]
-    sample.append([7], [-0.1], ["2"], routed_experts=newest)
+    sample.append_model([7], [-0.1], ["2"], routed_experts=newest)
     np.testing.assert_array_equal(sample.routed_experts, newest)
-    sample.append([8], [-0.1], ["2"])
+    sample.append_model([8], [-0.1], ["2"])
     np.testing.assert_array_equal(sample.routed_experts, newest)
     sample.cut(1)
     np.testing.assert_array_equal(sample.routed_experts, newest[:2])
@@ -134,7 +134,7 @@ def test_a_checkpoint_keeps_the_routing_of_finished_samples() -> None:
     """One that goes on is read again, by the engine that goes on with it."""
     group = SampleGroup.of(make_prompt(0, (1, 2)), 3, 2)
     for sample, reason in zip(group.samples, (FinishReason.STOP, FinishReason.ABORT), strict=True):
-        sample.append([5, 6], [-0.1] * 2, ["1"] * 2, routed_experts=told(3)[1])
+        sample.append_model([5, 6], [-0.1] * 2, ["1"] * 2, routed_experts=told(3)[1])
         sample.finish_reason = reason
     kept = json.loads(json.dumps(PendingGroup(group, (1, 2)).as_json()))
     finished, aborted = PendingGroup.from_json(kept, lambda _: group.prompt).group.samples

@@ -6,26 +6,29 @@ from rollout_support import make_prompt
 from recipe.rollout.client import ClientCounters
 from recipe.rollout.errors import EngineAnswerError
 from recipe.rollout.generate import GenerationMetrics
-from recipe.rollout.sample import FinishReason, Sample, SampleGroup
+from recipe.rollout.sample import NO_WEIGHTS, FinishReason, Sample, SampleGroup
 from recipe.rollout.sglang_response import read_sample, read_samples
 
 
 def test_append_keeps_the_lists_aligned() -> None:
     sample = Sample(0, 0, make_prompt(0, (1, 2)))
-    sample.append([5, 6], [-0.1, -0.2], ["1", "1"])
-    sample.append([7], [-0.3], ["2"], trainable=False)
-    assert sample.tokens == [1, 2, 5, 6, 7]
-    assert sample.loss_mask == [1, 1, 0]
-    assert sample.rollout_log_probs == [-0.1, -0.2, -0.3]
-    assert sample.weight_versions == ["1", "1", "2"]
-    assert (sample.length, sample.response_length) == (5, 3)
+    sample.append_model([5, 6], [-0.1, -0.2], ["1", "1"])
+    sample.finish_reason, sample.matched = FinishReason.STOP, 6
+    sample.append_environment([7])
+    assert (sample.finish_reason, sample.matched) == (None, None), "the response goes on"
+    sample.append_model([8], [-0.3], ["2"])
+    assert sample.tokens == [1, 2, 5, 6, 7, 8]
+    assert sample.loss_mask == [1, 1, 0, 1]
+    assert sample.rollout_log_probs == [-0.1, -0.2, 0.0, -0.3]
+    assert sample.weight_versions == ["1", "1", NO_WEIGHTS, "2"]
+    assert (sample.length, sample.response_length, sample.generated_length) == (6, 4, 3)
 
 
 @pytest.mark.parametrize(("ids", "log_probs", "versions"), [([1], [], ["1"]), ([], [0.0], []), ([1], [0.0], [])])
 def test_append_of_unequal_lists_changes_nothing(ids: list[int], log_probs: list[float], versions: list[str]) -> None:
     sample = Sample(0, 0, make_prompt(0, (1,)))
     with pytest.raises(ValueError, match="sample 0"):
-        sample.append(ids, log_probs, versions)
+        sample.append_model(ids, log_probs, versions)
     assert (sample.response_ids, sample.loss_mask, sample.rollout_log_probs, sample.weight_versions) == ([], [], [], [])
 
 
@@ -117,7 +120,7 @@ def test_accepted_drafts_are_counted_over_pieces_samples_and_depths() -> None:
     for sample, pieces in zip(samples.samples, ([[2, 1], [1, 1, 1]], [[1, 1, 2]]), strict=True):
         for piece in pieces:
             answer = read_sample(_answer(spec_correct_drafts_histogram=piece))
-            sample.append(answer.ids, answer.log_probs, answer.versions)
+            sample.append_model(answer.ids, answer.log_probs, answer.versions)
             sample.count_drafts(answer.accepted_drafts)
     metrics = GenerationMetrics.of([samples], "2", 1.0, ClientCounters())
     assert metrics.accepted_drafts == (4, 3, 3)

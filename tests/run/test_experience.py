@@ -57,7 +57,7 @@ def graded(versions: list[str], engine: int | None = 0, drafts: Sequence[int] = 
     """Two responses to one prompt, both with these tokens."""
     group = SampleGroup.of(Prompt(0, (), "", (1, 2), "0"), 0, 2)
     for number, sample in enumerate(group.samples):
-        sample.append([7] * len(versions), [-1.0] * len(versions), versions)
+        sample.append_model([7] * len(versions), [-1.0] * len(versions), versions)
         sample.engine = engine
         sample.accepted_drafts = list(drafts)
         sample.grade = Grade(float(number), GradeStatus.GRADED, None, "")

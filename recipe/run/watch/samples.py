@@ -33,6 +33,8 @@ GRADE_TEXT = {
     "no_answer": "The grader found no answer in the response; the label is {label}.",
     "truncated": "The response was cut off before it gave an answer; the label is {label}.",
     "grader_failed": "The grader failed or ran out of time (--rm-timeout-s); the sample counts as wrong.",
+    "environment": "--custom-generate-function-path has given the reward, {reward:g}.",
+    "left_out": "There is no response: --custom-generate-function-path failed, as the log says; nothing is learned.",
 }
 """Why a sample has its reward, by its grade."""
 

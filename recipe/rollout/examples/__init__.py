@@ -1,0 +1,1 @@
+"""Worked examples of `--custom-generate-function-path`."""
