@@ -85,7 +85,7 @@ def of_files(*rewards: tuple[str, Sequence[float]]) -> Rollout:
     for number, (source, of_samples) in enumerate(rewards):
         group = SampleGroup.of(Prompt(7, (), "", (1, 2), "0", source=source), number, len(of_samples))
         for sample, reward in zip(group.samples, of_samples, strict=True):
-            sample.append([7], [-1.0], ["4"])
+            sample.append_model([7], [-1.0], ["4"])
             sample.finish_reason = FinishReason.STOP
             sample.grade = Grade(reward, GradeStatus.GRADED, None, "")
         groups.append(group)
