@@ -34,7 +34,7 @@ SET_BY_SGLANG = {
 }
 """Before it starts a process, by SGLang 0.5.21 on a GPU."""
 SERVER = """
-import json, multiprocessing, os
+import json, multiprocessing, os, psutil
 from sglang.srt.managers.data_parallel_controller import control, schedule
 from sglang.srt.managers.detokenizer_manager import detokenize
 from sglang.told import tell
@@ -52,11 +52,14 @@ def run_server(arguments):
     process.start()
     if library:
         del os.environ["LD_PRELOAD"]
-    other = multiprocessing.Process(target=detokenize)
-    other.start()
+    processes = [process]
+    if "--node-rank" not in arguments:
+        processes.append(multiprocessing.Process(target=detokenize))
+        processes[-1].start()
     assert ours.recv() == "scheduled 0"
-    process.join(), other.join()
-    tell("ends", codes=[process.exitcode, other.exitcode])
+    for process in processes:
+        process.join()
+    tell("ends", codes=[process.exitcode for process in processes], children=len(psutil.Process().children()))
 """
 CONTROLLER = """
 import multiprocessing, sys, sglang.imported
@@ -177,6 +180,14 @@ def test_so_have_those_that_the_controller_of_dp_attention_asks_for(sglang: Fake
     assert told["controller"]["parent"] == told["server"]["pid"]
     assert told["scheduler0"]["parent"] == told["scheduler1"]["parent"] == told["controller"]["pid"]
     assert told["ends"]["codes"] == [7, 5]
+
+
+def test_of_an_engine_over_two_machines_each_starts_its_own(sglang: FakeSglang) -> None:
+    """The second has no detokenizer."""
+    sglang.run("--tp-size", "2", "--nnodes", "2", "--node-rank", "1")
+    told = sglang.told()
+    assert imported_before(told, "scheduler0")
+    assert told["ends"]["children"] == 1  # multiprocessing's own tracker
 
 
 def test_a_variable_that_imports_may_depend_on_is_imported_with(sglang: FakeSglang) -> None:

@@ -94,6 +94,7 @@ def preload(arguments: Sequence[str], program: str) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for flag in ("--tp-size", "--dp-size", "--pp-size", "--nnodes"):
         parser.add_argument(flag, type=int, default=1)
+    parser.add_argument("--node-rank", type=int, default=0)
     parser.add_argument("--enable-memory-saver", action="store_true")
     told, _ = parser.parse_known_args(arguments)
     schedulers = told.tp_size * told.pp_size // told.nnodes
@@ -102,7 +103,8 @@ def preload(arguments: Sequence[str], program: str) -> None:
         first = [_start(program, schedulers, saver)]
     else:
         first = [_start(program, 0, "", saver, models=True) for _ in range(schedulers)]
-    _give_to_multiprocessing([*first, _start(program, 0, "")])
+    detokenizer = [_start(program, 0, "")] if told.node_rank == 0 else []
+    _give_to_multiprocessing([*first, *detokenizer])
 
 
 def _start(program: str, children: int, their_library: str, library: str = "", *, models: bool = False) -> _Preloaded:
