@@ -141,9 +141,11 @@ class Watch:
             for phase in reversed(ORDER):
                 seconds = line.get(f"seconds_{phase}", 0.0)
                 begin, edge = end - seconds, min(EDGE_S, seconds / 4)
-                last = end - (seconds / 2 if phase is Phase.UPDATE_WEIGHTS else edge)
+                first, last = begin + edge, end - edge
+                if phase is Phase.UPDATE_WEIGHTS:
+                    first, last = begin, end - seconds / 2
                 where = slice(trainers, None) if phase is Phase.ROLLOUT else slice(trainers)
-                inside = [max(sizes[where]) for moment, sizes in self.memory if begin + edge < moment < last]
+                inside = [max(sizes[where]) for moment, sizes in self.memory if first < moment < last]
                 if inside:
                     most[phase] = max(most.get(phase, 0), *inside)
                 end = begin

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
@@ -182,11 +182,14 @@ class RolloutClient:
         routers = self._options.routers if routed else None
         if not todo:
             return
-        run = GroupRun(todo, sampling, self._options.generation, partial(self._continue, routers=routers))
+        of_failed = ExitStack()
+        send = partial(self._continue, routers=routers, of_failed=of_failed)
+        run = GroupRun(todo, sampling, self._options.generation, send)
         self._runs.add(run)
         self._idle.clear()
         try:
-            failures = await run.complete()
+            with of_failed:
+                failures = await run.complete()
             self._failed_samples += len(failures)
             self.last_failure = failures[-1] if failures else self.last_failure
         finally:
@@ -194,9 +197,15 @@ class RolloutClient:
             if not self._runs:
                 self._idle.set()
 
-    async def _continue(self, todo: Sequence[Request], routers: RouterShape | None) -> None:
-        async with self._slots:
+    async def _continue(self, todo: Sequence[Request], routers: RouterShape | None, of_failed: ExitStack) -> None:
+        """The slot of a request that fails is free when whoever asked for the samples is told, and may end the rest."""
+        await self._slots.acquire()
+        try:
             await self._generate(todo, routers)
+        except BaseException:
+            of_failed.callback(self._slots.release)
+            raise
+        self._slots.release()
 
     async def _generate(self, todo: Sequence[Request], routers: RouterShape | None) -> None:
         for attempt in range(self._options.max_retries + 1):

@@ -113,6 +113,7 @@ def test_memory_is_told_by_phase(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     watch = Watch(tmp_path, interrupt_after=0, written={1: 9.4, 2: 18.8})
     rollout, train, update = (range(94, 154), range(154, 184), range(184, 188))
     sizes = dict.fromkeys(rollout, 100) | dict.fromkeys(train, 20) | dict.fromkeys(update, 30)
+    sizes[187] = 90  # the engine's cache is back
     watch.memory = [(tenth / 10, [sizes.get(tenth, 999), 25]) for tenth in range(250)]
     assert watch.most_memory(settled(lines, 0)) == {"rollout": 100, "train": 25, "update_weights": 30}
     apart = watch.most_memory(settled(lines, 0), trainers=1)
