@@ -4,9 +4,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
+
+from recipe.plan.constants import DRAFT_ACCEPTANCE
+from recipe.plan.ranges import Between
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -101,6 +105,26 @@ def test_every_script_can_be_imported() -> None:
     program = f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); [__import__(name) for name in {names}]"
     ended = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=240)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_a_rollout_is_planned_with_the_drafts_that_were_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from check_loop import with_acceptance
+
+    planned = Between(2.0, 6.0)
+    plan = resolved_with(speculative_num_steps=2)
+    shares = DRAFT_ACCEPTANCE.best, DRAFT_ACCEPTANCE.worst
+    in_plan = [1 + share + share**2 for share in shares]
+    none = with_acceptance(planned, plan, [{"draft_accept_length": 1.0}] * 2)
+    assert (none.best, none.worst) == pytest.approx((2.0 * in_plan[0], 6.0 * in_plan[1]))
+    half = with_acceptance(planned, plan, [{"draft_accept_length": 1.0}, {"draft_accept_length": 3.0}])
+    assert (half.best, half.worst) == pytest.approx((none.best / 2, none.worst / 2))
+    assert with_acceptance(planned, plan, [{}]) == planned
+
+
+def resolved_with(**arguments: int) -> Any:
+    """As much of a plan as tells SGLang's arguments."""
+    return SimpleNamespace(resolved=SimpleNamespace(config=SimpleNamespace(sglang=SimpleNamespace(args=arguments))))
 
 
 def test_memory_is_told_by_phase(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
