@@ -224,13 +224,16 @@ def rollout_metrics(rollout_id: int, rollout: Rollout, engines: ClientCounters) 
 
 
 def _of_sources(groups: Sequence[SampleGroup]) -> dict[str, Scalar]:
-    """What is reported of each prompt file that has groups in a rollout, where a run has several."""
+    """What is reported of each prompt file that has rewards in a rollout, where a run has several."""
+    by_source: dict[str, list[list[float]]] = {}
+    for group in groups:
+        if group.prompt.source and (rewards := rewards_of(group)):
+            by_source.setdefault(group.prompt.source, []).append(rewards)
     values: dict[str, Scalar] = {}
-    for name in sorted({group.prompt.source for group in groups} - {""}):
-        rewards = [rewards_of(group) for group in groups if group.prompt.source == name]
-        values[source_metric(name)] = statistics.fmean(chain.from_iterable(rewards))
-        values[source_metric(name, "samples")] = sum(map(len, rewards))
-        values[source_metric(name, "zero_std_share")] = statistics.fmean(len(set(of_one)) == 1 for of_one in rewards)
+    for name, of_groups in sorted(by_source.items()):
+        values[source_metric(name)] = statistics.fmean(chain.from_iterable(of_groups))
+        values[source_metric(name, "samples")] = sum(map(len, of_groups))
+        values[source_metric(name, "zero_std_share")] = statistics.fmean(len(set(of_one)) == 1 for of_one in of_groups)
     return values
 
 

@@ -107,10 +107,15 @@ def test_rewards_are_told_of_each_prompt_file_where_there_are_several() -> None:
         "source/dapo-math_samples": 2,
         "source/dapo-math_zero_std_share": 1.0,
     }
-    assert [record.source for record in sample_records(several, CONFIG)] == 2 * ["gsm8k"] + 2 * ["dapo-math"] + 2 * [
-        "gsm8k"
-    ]
     assert of_sources(of_files(("", [0, 1]), ("", [1, 1]))) == {}
+    for sample in several.groups[1].samples:
+        sample.fail()
+    assert of_sources(several).keys() == {"source/gsm8k", "source/gsm8k_samples", "source/gsm8k_zero_std_share"}
+
+
+def test_records_tell_the_prompt_file() -> None:
+    records = sample_records(of_files(("gsm8k", [0, 1]), ("dapo-math", [-1, -1])), CONFIG)
+    assert [record.source for record in records] == ["gsm8k", "gsm8k", "dapo-math", "dapo-math"]
 
 
 async def test_each_group_is_graded_by_the_reward_of_its_prompts_line() -> None:
