@@ -5,7 +5,7 @@ For the 8-GPU recipe and for other ways of training: what the trainer holds at r
 pass, of the log-prob pass and of an optimizer step, and what the process takes outside torch's allocator. Ends with 1
 if the plan's peak is more than 5% off.
 
-    scripts/check_plan.py [--tokens 8192] [--sequences 4] [--moe-layers 5]
+    scripts/check_plan.py [--tokens 8192] [--sequences 4] [--moe-layers 5] [--way MTP]
 """
 
 import argparse
@@ -118,6 +118,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--sequences", type=int, default=4)
     parser.add_argument("--moe-layers", type=int, default=5)
+    parser.add_argument("--way", action="append", help="only ways of training with this in their name; default: all")
     options = parser.parse_args()
     alone(show_environment)
     worst = 0.0
@@ -127,6 +128,8 @@ def main() -> int:
         vocabulary = Architecture.from_checkpoint(folder).vocab_size
         samples = Load(options.tokens, options.sequences, 1, vocabulary).pack(0)
         for way, config in ways(folder, options.tokens).items():
+            if options.way and not any(asked in way for asked in options.way):
+                continue
             print(way, flush=True)
             for row in alone(measure, config, samples):
                 figures = f"measured {row.measured / GIB:6.2f} GiB, planned {row.planned / GIB:6.2f} ({row.error:+.1%})"

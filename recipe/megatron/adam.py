@@ -183,12 +183,12 @@ class MasterAdam(Adam):
         self._stage: _Stage | None = None
 
     def offload(self, fraction: float) -> None:
-        """Keeps this share of the elements in host memory, evenly over the parameters. To be called before
-        `allocate`."""
+        """Keeps this share of the elements in host memory, as closely as whole parameters make it up: of each size, from
+        the largest to the smallest, as many as bring it nearest. To be called before `allocate`."""
         seen = offloaded = 0
-        for parameter in self._parameters:
+        for parameter in sorted(self._parameters, key=Tensor.numel, reverse=True):
             seen += parameter.numel()
-            if offloaded < fraction * seen:
+            if offloaded + parameter.numel() / 2 <= fraction * seen:
                 offloaded += parameter.numel()
                 self._in_host.add(parameter)
 

@@ -29,7 +29,8 @@ class RowGather:
     repeated: Tensor
     """Rows that were taken more than once."""
     places: Tensor
-    """[repeated, most] all the places that each of these went to, then -1."""
+    """[repeated, W] all the places that each of these went to, then -1. W is a power of two: what is compiled for one
+    width serves packs in which other numbers of samples share a prompt."""
 
     @classmethod
     def of(cls, index: IntArray, rows: int) -> "RowGather | None":
@@ -44,7 +45,7 @@ class RowGather:
         place = np.full(rows, -1)
         place[counts > 0] = taken[starts[counts > 0]]
         repeated = np.flatnonzero(counts > 1)
-        column = np.arange(counts.max(initial=0))
+        column = np.arange(1 << int(counts.max(initial=1) - 1).bit_length())
         inside = column < counts[repeated, None]
         places = np.where(inside, taken[np.where(inside, starts[repeated, None] + column, 0)], -1)
         arrays = (np.maximum(index, 0), place, repeated, places)
@@ -80,6 +81,6 @@ def _present(rows: Tensor, place: Tensor) -> Tensor:
 
 @fused
 def _sum_of_present(rows: Tensor, places: Tensor) -> Tensor:
-    """rows [G, D], places [N, M] -> [N, D]: sums in fp32, without the places -1."""
+    """rows [G, D], places [N, W] -> [N, D]: sums in fp32, without the places -1."""
     present = torch.where(places[..., None] >= 0, rows[places.clamp(min=0)], 0)
     return present.sum(1, dtype=torch.float32).to(rows.dtype)

@@ -86,6 +86,16 @@ def test_rows_taken_by_index_have_index_selects_gradient(index: list[int]) -> No
     torch.testing.assert_close(found.float(), expected.float())
 
 
+def test_sums_over_few_widths_are_compiled() -> None:
+    """A compilation takes seconds, and each pack may share its prompts among another number of samples."""
+    widths = set()
+    for shares in range(2, 17):
+        gather = RowGather.of(np.zeros(shares, dtype=np.int64), 2)
+        assert gather is not None
+        widths.add(gather.places.shape[1])
+    assert widths == {2, 4, 8, 16}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_product_overwrites_whatever_was_there(dtype: torch.dtype) -> None:
     left, right = torch.randn(4, 6, dtype=dtype), torch.randn(6, 5, dtype=dtype)
