@@ -183,8 +183,8 @@ class MasterAdam(Adam):
         self._stage: _Stage | None = None
 
     def offload(self, fraction: float) -> None:
-        """Keeps this share of the elements in host memory, as closely as whole parameters make it up: of each size, from
-        the largest to the smallest, as many as bring it nearest. To be called before `allocate`."""
+        """Keeps this share of the elements in host memory, as closely as whole parameters make it up: from the largest
+        to the smallest, each that brings it nearer. To be called before `allocate`."""
         seen = offloaded = 0
         for parameter in sorted(self._parameters, key=Tensor.numel, reverse=True):
             seen += parameter.numel()
