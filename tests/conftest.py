@@ -5,9 +5,13 @@ import os
 import signal
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from xdist.scheduler import LoadFileScheduling
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,12 +28,29 @@ MOST_WORKERS = 4
 """A run of two ranks and two engines takes some GB of memory."""
 DEAREST = ("image", "end_to_end", "smoke", "rollout", "weights", "trainer", "evaluation", "config", "cluster")
 """Folders whose tests take longest: they come first, so that no worker is left alone with one of them at the end."""
+SHARE_SGLANG = ("decode_speed", "engine_contract", "engine_control", "engine_process", "engine_weights")
+"""Files of tests/rollout whose tests speak to one real SGLang, which takes more than a minute of a core to start."""
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Of `-n auto`."""
     return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> "LoadFileScheduling | None":
+    """A file's tests go to one worker, and those of all files that share SGLang."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class FilesOrSglang(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "SGLang" if Path(file).stem.removeprefix("test_") in SHARE_SGLANG else file
+
+    return FilesOrSglang(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

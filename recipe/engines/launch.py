@@ -18,8 +18,9 @@ from recipe.system.ports import DERIVED_FROM_PORT
 
 SERVE = Path(__file__).parent / "sglang_server" / "serve.py"
 """Starts SGLang; it is run by path, in SGLang's own environment."""
-USE_CPU = {"SGLANG_USE_CPU_ENGINE": "1"}
-"""For SGLang, and for `SERVE`."""
+USE_CPU = {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1"}
+"""For SGLang, and for `SERVE`: plain torch, of which nothing is compiled. That would take half a minute of a core at
+each start, for models that a CPU runs in milliseconds."""
 
 INITIAL_VERSION = "initial"
 """Version of the weights that an engine starts with, before anybody has sent any."""

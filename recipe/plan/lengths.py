@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-from scipy.optimize import brentq
 from scipy.special import ndtr, ndtri
 
 from recipe.system.errors import UserError
@@ -34,6 +33,8 @@ class Lengths:
                 f"responses cannot have a mean of {mean:g} tokens and a spread of {spread:g}: the mean lies between 0 "
                 f"and the longest response, {cap}, and the spread is not negative"
             )
+        from scipy.optimize import brentq  # for half a second, which every process of a run would wait
+
         sigma = math.sqrt(math.log1p(spread**2))
         shares = (np.arange(SHARES) + 0.5) / SHARES
         if sigma == 0 or mean > 0.999 * cap:

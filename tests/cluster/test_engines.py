@@ -246,6 +246,7 @@ async def test_an_engine_that_works_in_between_may_die_as_often_as_it_will(fakes
     for _ in range(2 * STARTS_IN_A_ROW):
         await fakes.on_silent(0)
         fakes.on_answer(0)
+    assert starts(fakes) == [1 + 2 * STARTS_IN_A_ROW, 1, 1]
 
 
 async def test_an_engine_that_takes_weights_and_never_answers_is_given_up(fakes: EngineGroup) -> None:

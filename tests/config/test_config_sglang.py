@@ -135,7 +135,7 @@ def test_tp_size_may_be_said_if_it_is_right(resolve_8gpu: Try) -> None:
 
 @pytest.mark.parametrize("flags", [["--device", "auto", "--fp32", "--attention-backend", "auto"], ["--device", "cuda"]])
 def test_what_depends_on_the_machine_is_refused_where_that_is_known(resolve_8gpu: Try, flags: list[str]) -> None:
-    resolve_8gpu(*flags)
+    assert resolve_8gpu(*flags).config.cluster.device == flags[1]
 
 
 def test_small_latent_attention_is_refused_on_gpus(write_checkpoint: WriteCheckpoint) -> None:

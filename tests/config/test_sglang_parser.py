@@ -1,6 +1,8 @@
 """SGLang's own parser has the say over `--sglang-*` arguments, and the run need not wait while it is asked."""
 
+import json
 import os
+import subprocess
 import sys
 import textwrap
 import time
@@ -14,10 +16,16 @@ from config_support import Try
 from recipe.config import resolve
 from recipe.config.loading import shipped_recipes
 from recipe.engines import argument_check
-from recipe.engines.argument_check import ArgumentCheck, check_arguments
+from recipe.engines.argument_check import ArgumentCheck, _of_given, _of_left_out, check_arguments
 from recipe.system.errors import UserError
 
 Install = Callable[[Path], None]
+ASK_ABOUT_ALL = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from ask_sglang import ask
+print(json.dumps([ask(words) for words in json.load(sys.stdin)]))
+"""
 
 
 @pytest.fixture
@@ -48,11 +56,26 @@ class TestRealSglang:
 
     @pytest.mark.sglang
     @pytest.mark.slow
-    @pytest.mark.parametrize("name", [name for name in shipped_recipes() if name.startswith("glm")])
-    def test_it_accepts_the_shipped_recipes(self, name: str, checkpoint: Path) -> None:
-        resolved = resolve(["--recipe", name, "--hf-checkpoint", str(checkpoint)])
-        assert resolved.config.rollout.engine == "sglang"  # the only one that SGLang's parser is asked about
-        check_arguments(resolved)
+    def test_it_accepts_the_shipped_recipes(self, sglang_python: Path, checkpoint: Path) -> None:
+        """One process is asked about all of them: it imports SGLang for seconds."""
+        names = [name for name in shipped_recipes() if name.startswith("glm")]
+        recipes = [resolve(["--recipe", name, "--hf-checkpoint", str(checkpoint)]) for name in names]
+        assert {recipe.config.rollout.engine for recipe in recipes} == {"sglang"}
+        words = [["--model-path", str(checkpoint), *recipe.config.sglang.command_line()] for recipe in recipes]
+        ended = subprocess.run(
+            [sglang_python, "-c", ASK_ABOUT_ALL, argument_check._ASK.parent],
+            input=json.dumps(words),
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert ended.returncode == 0, ended.stderr
+        answers = json.loads(ended.stdout.splitlines()[-1])
+        assert len(answers) == len(names) > 5
+        for name, recipe, answer in zip(names, recipes, answers, strict=True):
+            known = [f"--sglang-{flag.removeprefix('--')}" for flag in answer["known"]]
+            problems = [*_of_given(answer, known), *_of_left_out(recipe.sglang_left_out, known)]
+            assert not problems, name
 
     @pytest.mark.sglang
     def test_it_knows_its_arguments(self, refusal: Callable[..., str]) -> None:
@@ -108,7 +131,10 @@ class TestParser:
 
     def test_known_arguments_pass(self, resolve_8gpu: Try) -> None:
         flags = ["--sglang-enable-dp-lm-head", "false", "--sglang-no-dllm-fdfo", "--sglang-cuda-graph-bs", "1", "2"]
-        check_arguments(resolve_8gpu("--sglang-sampling-backend", "pytorch", *flags))
+        with ArgumentCheck(resolve_8gpu("--sglang-sampling-backend", "pytorch", *flags)) as check:
+            check.finish()
+            assert check._process is not None
+            assert check._process.returncode == 0
 
     @pytest.mark.parametrize(
         ("flags", "sentence"),
@@ -134,7 +160,9 @@ class TestParser:
 
     def test_the_embedded_engine_does_not_ask_it(self, resolve_tiny: Try, install: Install) -> None:
         install(Path("/nowhere/python"))
-        check_arguments(resolve_tiny())
+        with ArgumentCheck(resolve_tiny()) as check:
+            assert check._process is None
+            check.finish()
 
     def test_nobody_waits_until_the_answer_is_needed(self, resolve_8gpu: Try, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("SLOW", "1")

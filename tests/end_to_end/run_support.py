@@ -17,10 +17,9 @@ import psutil
 HERE = Path(__file__).parent
 SHARED_MEMORY = Path("/dev/shm")
 ROLLOUTS = 6
-ONE_ENGINE = ("--rollout-num-gpus", "1")
-ONE_OF_EACH = ("--actor-num-gpus-per-node", "1", *ONE_ENGINE)
-"""Flags of runs in which the number of engines, or of ranks and engines, does not matter: each takes seconds to
-start."""
+ONE_RANK = ("--actor-num-gpus-per-node", "1")
+ONE_ENGINE, TWO_ENGINES = ("--rollout-num-gpus", "1"), ("--rollout-num-gpus", "2")
+"""Flags of runs in which the number of ranks does not matter, or that of engines does: each takes seconds to start."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def failing_reward(prompt: str, response: str, label: str) -> float:
 
 
 def arguments(inputs: TinyInputs, runs: Path, name: str, *more: str) -> list[str]:
-    """The command line of a run of ROLLOUTS small rollouts."""
+    """The command line of a run of ROLLOUTS small rollouts, of two ranks and one engine."""
     flags = (
         f"--recipe tiny --hf-checkpoint {inputs.checkpoint} --prompt-data {inputs.train} --runs-dir {runs} "
         f"--name {name} "
@@ -94,7 +93,7 @@ def arguments(inputs: TinyInputs, runs: Path, name: str, *more: str) -> list[str
         "--num-cpus-per-rank 1 --num-cpus-per-engine 1 "
         "--custom-rm-path run_support:digits_reward"
     )
-    return [sys.executable, "-m", "recipe.train", *flags.split(), *more]
+    return [sys.executable, "-m", "recipe.train", *flags.split(), *ONE_ENGINE, *more]
 
 
 def without_ray() -> dict[str, str]:
@@ -235,6 +234,11 @@ def lives(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def first_of(processes: Iterable[psutil.Process], mark: str) -> psutil.Process:
+    """The first one that lives and has `mark` in its command line."""
+    return next(process for process in processes if lives(process) and mark in " ".join(process.cmdline()))
 
 
 def kill_hard(process: subprocess.Popen) -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from run_support import (
-    ONE_OF_EACH,
+    ONE_RANK,
+    TWO_ENGINES,
     TinyInputs,
     arguments,
     engine_counts,
@@ -38,7 +39,7 @@ def test_one_engine_stopped_and_one_killed_in_mid_rollout_change_nothing(
     )
     before = 8 * 4 + 2 * 16
     with leaves_no_process(str(tmp_path)):
-        command = arguments(inputs, tmp_path, "struck", *more.split())
+        command = arguments(inputs, tmp_path, "struck", *TWO_ENGINES, *more.split())
         status, output = finish(start(command, STRIKE_AT_CALL=str(before + 1)))
     assert status == 0, output
     lines, expected = metrics(tmp_path / "struck"), metrics(uninterrupted)
@@ -59,7 +60,7 @@ def test_one_engine_stopped_and_one_killed_while_weights_are_sent_change_nothing
     inputs: TinyInputs, uninterrupted: Path, tmp_path: Path
 ) -> None:
     more = "--num-rollout 3 --update-weight-timeout 2 --update-weight-transfer distributed"
-    command = arguments(inputs, tmp_path, "struck", *more.split())
+    command = arguments(inputs, tmp_path, "struck", *TWO_ENGINES, *more.split())
     command[command.index("recipe.train")] = "struck_update"
     with leaves_no_process(str(tmp_path)):
         status, output = finish(start(command))
@@ -75,16 +76,24 @@ def test_one_engine_stopped_and_one_killed_while_weights_are_sent_change_nothing
     assert steps[2]["seconds_update_weights"] < BOUND_S
 
 
-def test_dropped_groups_are_replaced_and_a_resumed_run_repeats_them(inputs: TinyInputs, tmp_path: Path) -> None:
-    command = arguments(inputs, tmp_path, "filtered", "--skip-eval-before-train", "--save-interval", "1")
+def test_a_run_that_drops_groups_and_takes_two_steps_a_rollout_is_repeated_when_it_is_resumed(
+    inputs: TinyInputs, tmp_path: Path
+) -> None:
+    """With a KL term: each rollout takes the passes of the old and of the reference model."""
+    command = arguments(inputs, tmp_path, "filtered", "--skip-eval-before-train", "--save-interval", "1", *ONE_RANK)
     more = (
         "--num-rollout 3 --n-samples-per-prompt 2 --custom-rm-path run_support:parity_reward "
-        "--dynamic-sampling-filter-path check_reward_nonzero_std"
+        "--dynamic-sampling-filter-path check_reward_nonzero_std "
+        "--use-kl-loss --kl-loss-coef 0.1 --global-batch-size 4 --use-tis"
     )
     command += more.split()
     status, output = run(command)
     assert status == 0, output
+    assert "the reference model is not run" not in output
+    assert "no old-log-prob pass" not in output
     lines, made = metrics(tmp_path / "filtered"), samples(tmp_path / "filtered")
+    assert lines[0]["logprob_diff_mean"] < 1e-4
+    assert 0 < lines[0]["kl"] < lines[-1]["kl"]
     assert sum(line.get("dropped_groups", 0) for line in lines) > 0
     rewards: dict[int, set[float]] = {}
     for sample in made:
@@ -97,7 +106,7 @@ def test_dropped_groups_are_replaced_and_a_resumed_run_repeats_them(inputs: Tiny
 
 
 def test_aborted_samples_go_on_in_the_next_rollout_and_after_a_resume(inputs: TinyInputs, tmp_path: Path) -> None:
-    command = arguments(inputs, tmp_path, "partial", "--skip-eval-before-train", "--save-interval", "1")
+    command = arguments(inputs, tmp_path, "partial", "--skip-eval-before-train", "--save-interval", "1", *ONE_RANK)
     more = (
         "--num-rollout 4 --rollout-max-response-len 40 --rollout-max-concurrency 3 --save-keep 4 "
         "--over-sampling-batch-size 8 --partial-rollout --use-tis --use-rollout-routing-replay"
@@ -122,15 +131,14 @@ def test_aborted_samples_go_on_in_the_next_rollout_and_after_a_resume(inputs: Ti
     assert waiting[step] & gone_on
 
 
-def test_files_are_mixed_by_weight_graded_by_their_lines_and_gone_on_with(inputs: TinyInputs, tmp_path: Path) -> None:
+def test_files_are_mixed_by_weight_and_graded_by_their_lines(inputs: TinyInputs, tmp_path: Path) -> None:
     questions = list(map(json.loads, inputs.train.read_text().splitlines()))
     by_lines = {"sums": questions[::2], "others": [one | {"metadata": {"rm_type": "dapo"}} for one in questions[1::2]]}
     for name, lines in by_lines.items():
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
     files = [f"{tmp_path}/sums.jsonl:0.75", f"{tmp_path}/others.jsonl:0.25"]
-    more = "--num-rollout 3 --save-interval 1 --eval-prompt-data none --rm-type math --custom-rm-path none"
-    command = arguments(inputs, tmp_path, "mixed", *more.split(), *ONE_OF_EACH, "--prompt-data", *files)
-    status, output = run(command)
+    more = "--num-rollout 3 --eval-prompt-data none --rm-type math --custom-rm-path none"
+    status, output = run(arguments(inputs, tmp_path, "mixed", *more.split(), *ONE_RANK, "--prompt-data", *files))
     assert status == 0, output
     steps, made = metrics(tmp_path / "mixed"), samples(tmp_path / "mixed")
     assert [(line["source/sums_samples"], line["source/others_samples"]) for line in steps] == [(12, 4)] * 3
@@ -138,14 +146,6 @@ def test_files_are_mixed_by_weight_graded_by_their_lines_and_gone_on_with(inputs
         question = by_lines[sample["source"]][sample["prompt_index"]]
         assert question["prompt"][0]["content"] in sample["prompt"]
         assert sample["reward"] in ({0.0, 1.0} if sample["source"] == "sums" else {-1.0, 1.0})
-    rewind(tmp_path / "mixed", 2)
-    command += ["--load", str(tmp_path / "mixed" / "checkpoints")]
-    status, output = run(command)
-    assert status == 0, output
-    assert (metrics(tmp_path / "mixed"), samples(tmp_path / "mixed")) == (steps, made)
-    status, output = run([*command, "--num-rollout", "4", "--prompt-data", *(file.split(":")[0] for file in files)])
-    assert status == 2, output
-    assert "the prompts of --prompt-data, or their weights, are not those that the checkpoint was written" in output
 
 
 def waiting_groups(folder: Path, step: int) -> set[int]:

@@ -4,7 +4,17 @@ from pathlib import Path
 
 import psutil
 import pytest
-from run_support import TinyInputs, arguments, family, finish, leaves_no_process, metrics, start, wait_for_step
+from run_support import (
+    TWO_ENGINES,
+    TinyInputs,
+    arguments,
+    family,
+    finish,
+    leaves_no_process,
+    metrics,
+    start,
+    wait_for_step,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.sglang]
 
@@ -14,7 +24,9 @@ ROLLOUTS = 3
 def test_a_run_on_sglang_samples_from_the_weights_it_trains(
     inputs: TinyInputs, tmp_path: Path, sglang_python: Path
 ) -> None:
-    command = arguments(inputs, tmp_path, "sglang", "--rollout-engine", "sglang", "--num-rollout", str(ROLLOUTS))
+    command = arguments(
+        inputs, tmp_path, "sglang", "--rollout-engine", "sglang", "--num-rollout", str(ROLLOUTS), *TWO_ENGINES
+    )
     more = (
         f"--rollout-engine-python {sglang_python} --update-weight-transfer distributed --check-weight-update-equal "
         "--use-rollout-routing-replay"

@@ -1,7 +1,7 @@
-"""Signals to a run, and to each of its processes: nothing stays behind, and the last checkpoint is whole."""
+"""Signals to a run, and to each of its processes: nothing stays behind, and the last checkpoint is whole. Meanwhile it
+keeps its doors shut."""
 
-import json
-import os
+import re
 import shutil
 import signal
 import sys
@@ -10,94 +10,89 @@ from pathlib import Path
 
 import psutil
 import pytest
+from doors import assert_doors_are_shut
 from run_support import (
+    ONE_ENGINE,
+    ONE_RANK,
     TinyInputs,
     arguments,
     finish,
+    first_of,
     leaves_nothing,
     lives,
-    metrics,
-    run,
-    samples,
     start,
     wait_for_step,
     words_of,
 )
 from torch.distributed.checkpoint import FileSystemReader
 
+from recipe.cluster.ray_processes import VITAL, _kind
 from recipe.system.shutdown import SAVED_STATUS
 from recipe.weights.checkpoints import latest
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-HELPERS = ("dashboard/dashboard.py", "log_monitor.py")
-"""Processes of Ray's that a run goes on without."""
-
 KEY = "a key of the user's"
 
 
-def first_of(processes: list[psutil.Process], mark: str) -> psutil.Process:
-    """The first one whose command line has `mark`."""
-    return next(process for process in processes if lives(process) and mark in " ".join(process.cmdline()))
-
-
-def test_a_notice_saves_and_the_run_goes_on_as_if_it_had_never_come(
-    inputs: TinyInputs, uninterrupted: Path, tmp_path: Path
-) -> None:
-    command = arguments(inputs, tmp_path, "noticed", "--save-interval", "1000")
-    with leaves_nothing(str(tmp_path)) as take_note:
-        process = start([*command, "--custom-rm-path", "run_support:slow_reward"])
-        wait_for_step(process, tmp_path / "noticed", 1)
-        processes = take_note(process)
-        for helper in HELPERS:
-            first_of(processes, helper).kill()
-        os.killpg(process.pid, signal.SIGHUP)  # as a terminal that is closed; `timeout` and Slurm send SIGTERM so
-        status, output = finish(process, 90)
-    assert status == SAVED_STATUS, output
-    assert "SIGHUP received: saving what is done" in output
-    assert "Traceback" not in output
-    summary = json.loads((tmp_path / "noticed" / "summary.json").read_text())
-    assert summary["outcome"] == "interrupted"
-    newest = latest(tmp_path / "noticed" / "checkpoints")
-    assert newest is not None
-    assert int(newest.name.removeprefix("iter_")) in (1, 2), "it was to end in mid rollout"
-    status, output = run([*command, "--load", str(tmp_path / "noticed" / "checkpoints")])
-    assert status == 0, output
-    assert metrics(tmp_path / "noticed") == metrics(uninterrupted)
-    assert samples(tmp_path / "noticed") == samples(uninterrupted)
-
-
 VICTIMS = {
-    "rank": ("ray::RankActor", "error: training rank"),
     "control-service": ("gcs_server", "error: Ray's control service (gcs_server)"),
     # Ray may end the program where it stands: there may be time for one sentence only.
     "raylet": ("raylet/raylet", "stopping: Ray's node manager (raylet)"),
-    "agent": ("ray::RuntimeEnvAgent", "stopping: Ray's runtime-environment agent"),
 }
 """Kinds of process that a run cannot do without, by what their command line has, and what is said of their loss.
 `test_runs` kills an engine, its owner, and the run itself."""
+WATCHED = ("gcs_server", "raylet", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+"""All processes of Ray's whose death ends a run, as `test_ray_session` kills one."""
+
+
+def test_a_run_that_loses_a_rank_names_it_and_leaves_its_checkpoint_whole(inputs: TinyInputs, tmp_path: Path) -> None:
+    """In mid step: what the other rank says of it is not what is told."""
+    command = until_struck(inputs, tmp_path)
+    at = command.index("recipe.train")
+    command[at : at + 1] = ["faulty_run", "1", "kill"]
+    with leaves_nothing(str(tmp_path)) as take_note:
+        process = start(command)
+        wait_for_step(process, tmp_path / "struck", 2)
+        take_note(process)
+        status, output = finish(process, 120)
+    assert status == 2
+    assert re.search(r"^error: training rank 1 died \(", output, re.MULTILINE), output
+    assert "training rank 0" not in output
+    assert_left_whole(tmp_path / "struck", output)
+
+
+def until_struck(inputs: TinyInputs, runs: Path) -> list[str]:
+    """The command line of a run that saves every step and is far from its end."""
+    return arguments(inputs, runs, "struck", "--num-rollout", "1000", "--save-interval", "1", "--save-keep", "2")
+
+
+def assert_left_whole(directory: Path, output: str) -> None:
+    """It says in sentences what ended it, and has a checkpoint."""
+    assert "Traceback" not in output, output
+    newest = latest(directory / "checkpoints")
+    assert newest is not None
+    assert_whole(newest)
 
 
 @pytest.mark.parametrize("victim", VICTIMS)
 def test_a_run_that_loses_a_process_leaves_nothing_behind_and_its_checkpoint_is_whole(
     victim: str, inputs: TinyInputs, tmp_path: Path
 ) -> None:
-    directory = tmp_path / "struck"
-    command = arguments(inputs, tmp_path, "struck", "--num-rollout", "1000", "--save-interval", "1", "--save-keep", "2")
     mark, sentence = VICTIMS[victim]
     with leaves_nothing(str(tmp_path)) as take_note:
-        process = start(command)
-        wait_for_step(process, directory, 2)
+        process = start([*until_struck(inputs, tmp_path), *ONE_RANK])
+        wait_for_step(process, tmp_path / "struck", 2)
         processes = take_note(process)
+        if victim == "raylet":
+            assert_doors_are_shut(processes)
+            assert {_kind(process, VITAL) for process in processes if lives(process)} == {None, *WATCHED}
         first_of(processes, mark).kill()
         status, output = finish(process, 120)
     assert status != 0
     assert sentence in output, output
-    assert "Traceback" not in output, output
-    newest = latest(directory / "checkpoints")
-    assert newest is not None
-    assert_whole(newest)
+    assert_left_whole(tmp_path / "struck", output)
 
 
 def test_the_launch_script_follows_its_job_and_passes_a_notice_on(inputs: TinyInputs, tmp_path: Path) -> None:
@@ -105,7 +100,7 @@ def test_the_launch_script_follows_its_job_and_passes_a_notice_on(inputs: TinyIn
     flags = "--recipe tiny --name launched --num-rollout 1000 --rollout-batch-size 4 --n-samples-per-prompt 4"
     more = "--rollout-max-response-len 8 --skip-eval-before-train --custom-rm-path run_support:slow_reward"
     with leaves_nothing(str(tmp_path)) as take_note:
-        words = [str(script), "--runs-dir", str(tmp_path), *flags.split(), *more.split()]
+        words = [str(script), "--runs-dir", str(tmp_path), *flags.split(), *more.split(), *ONE_RANK, *ONE_ENGINE]
         process = start(words, WANDB_API_KEY=KEY, **environment)
         wait_for_step(process, tmp_path / "launched", 1)
         processes = take_note(process)
@@ -117,10 +112,7 @@ def test_the_launch_script_follows_its_job_and_passes_a_notice_on(inputs: TinyIn
     assert "+ ray job submit --address http://127.0.0.1:" in output
     assert "step 1/1000" in output
     assert "SIGTERM received: saving what is done" in output
-    assert "Traceback" not in output
-    newest = latest(tmp_path / "launched" / "checkpoints")
-    assert newest is not None
-    assert_whole(newest)
+    assert_left_whole(tmp_path / "launched", output)
 
 
 def script_for_the_tiny_model(inputs: TinyInputs, folder: Path) -> tuple[Path, dict[str, str]]:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from run_support import ONE_OF_EACH, TinyInputs, arguments, metrics, run
+from run_support import ONE_RANK, TinyInputs, arguments, metrics, run
 
 from recipe.again.step import replay_step
 from recipe.mismatch.__main__ import score
@@ -38,7 +38,7 @@ def test_the_parts_of_a_runs_difference_are_told_and_add_up(inputs: TinyInputs, 
         "--bf16 --num-rollout 3 --save-interval 1 --skip-eval-before-train --over-sampling-batch-size 8 "
         "--partial-rollout --rollout-max-response-len 40 --rollout-max-concurrency 3 --use-tis"
     )
-    status, output = run(arguments(inputs, tmp_path, "bf16", *ONE_OF_EACH, *flags.split()))
+    status, output = run(arguments(inputs, tmp_path, "bf16", *ONE_RANK, *flags.split()))
     assert status == 0, output
     directory = tmp_path / "bf16"
     assert [path.name for path in (directory / "kept_steps").iterdir()] == ["000003.npz"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from browser import CHROMIUM, open_browser
-from run_support import ONE_OF_EACH, TinyInputs, arguments, leaves_nothing, run, samples, start
+from run_support import ONE_RANK, TinyInputs, arguments, leaves_nothing, run, samples, start
 from test_server import watching
 
 from recipe.run.html_report import FILE as REPORT
@@ -25,7 +25,7 @@ def test_a_run_ends_when_it_is_enough_saved_and_goes_on(inputs: TinyInputs, tmp_
     """First because its gain will not be what was asked for, then in the middle because its money is spent, and then
     before anything is started."""
     more = ("--num-rollout", "1000", "--price", "1000", "--custom-rm-path", "run_support:slow_reward")
-    command = arguments(inputs, tmp_path, "enough", *more, "--save-interval", "1000", *ONE_OF_EACH)
+    command = arguments(inputs, tmp_path, "enough", *more, "--save-interval", "1000", *ONE_RANK)
     going_on = [*command, "--load", str(tmp_path / "enough" / "checkpoints")]
     status, output = run([*command, "--target-gain", "1", "--target-gain-after", "3"])
     assert status == STOPPED_STATUS, output
@@ -113,7 +113,7 @@ async def test_a_live_run_is_watched_from_its_start_until_it_is_killed(inputs: T
     more = ("--num-rollout", "1000", "--rollout-max-response-len", "2", "--custom-rm-path", "run_support:slow_reward")
     step = "Number(document.querySelector('#step')?.innerText.match(/\\d+/)?.[0])"
     with leaves_nothing(str(tmp_path)) as take_note, watching(runs) as (_, url):
-        process = start(arguments(inputs, runs, "live", *more, *ONE_OF_EACH))
+        process = start(arguments(inputs, runs, "live", *more, *ONE_RANK))
         async with open_browser(tmp_path / "profile") as page:
             await page.open(url)
             await page.until(

@@ -79,8 +79,8 @@ def test_a_gpu_target_asks_for_gpus_and_shared_memory(engine: Engine, image: str
 
 
 def test_train_tiny_runs_inside(engine: Engine, image: str, tmp_path: Path) -> None:
-    steps = "--num-rollout 2 --skip-eval-before-train"
-    train = f"make train-tiny WARMUP_ARGS='{steps}' ARGS='{steps}'"
+    few = "--num-rollout 2 --skip-eval-before-train --actor-num-gpus-per-node 1 --rollout-num-gpus 1"
+    train = f"make train-tiny WARMUP_ARGS='{few}' ARGS='{few}'"
     status, output = in_image(engine, image, train, "--work-dir", str(tmp_path))
     assert status == 0, output[-5000:]
     summary = json.loads((tmp_path / "runs" / "tiny" / "summary.json").read_text())

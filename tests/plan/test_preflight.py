@@ -55,7 +55,9 @@ def refusal_on(found: FoundMachine, resolved: Resolved, monkeypatch: pytest.Monk
 
 def test_a_machine_as_it_should_be_passes(eight_gpus: Resolved, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "read_machine", lambda folder: RENTED)
-    preflight.preflight(eight_gpus, force=False)
+    plan = preflight.preflight(eight_gpus, force=False)
+    assert plan is not None
+    assert plan.fits
 
 
 @pytest.mark.parametrize(
