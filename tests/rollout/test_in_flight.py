@@ -1,7 +1,7 @@
 """Weights are replaced while responses are under way: between two tokens, each of which tells whose weights made it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from recipe.rollout.sampling_params import SamplingParams
 from recipe.rollout.sglang_response import SampleAnswer, read_sample
 
 Prompts = list[list[int]]
+held_weights = cache(weights_of)
 
 
 @dataclass
@@ -49,7 +50,7 @@ class Steps:
     def update(self, checkpoint: Path, version: str, *, recompute: bool) -> None:
         if recompute:
             self.generation.retract()
-        self.table.replace(weights_of(checkpoint).items())
+        self.table.replace(held_weights(checkpoint).items())
         self.generation.change_version(version)
 
     def results(self) -> list[SampleAnswer]:
@@ -73,7 +74,9 @@ LENGTH = 24
 
 
 @settings(max_examples=12, deadline=None)
-@given(prompts=PROMPTS, copies=st.integers(1, 3), border=st.integers(1, LENGTH - 1), temperature=st.sampled_from([0, 1]))
+@given(
+    prompts=PROMPTS, copies=st.integers(1, 3), border=st.integers(1, LENGTH - 1), temperature=st.sampled_from([0, 1])
+)
 def test_a_recomputed_response_goes_on_as_if_new_weights_were_given_the_tokens(
     steps: Steps,
     checkpoint: Path,

@@ -244,7 +244,7 @@ class EmbeddedEngine:
     def _check_none_running(self) -> None:
         if self._generation.running:
             raise RequestError(
-                f"there are {self._generation.running} running requests, whose cache cannot be flushed: pause by retract"
+                f"the cache of {self._generation.running} running requests cannot be flushed: pause by retract"
             )
 
     def _check_idle(self) -> None:
