@@ -25,12 +25,16 @@ class StillEngine(FakeEngine):
 
     def __init__(self) -> None:
         super().__init__(self._wait)
-        self.goes_on = asyncio.Event()
+        self.goes_on, self.is_asked = asyncio.Event(), asyncio.Event()
         self.healthy = False
 
     def go_on(self) -> None:
         self.healthy = True
         self.goes_on.set()
+
+    async def verb(self, request: web.Request) -> web.StreamResponse:
+        self.is_asked.set()
+        return await super().verb(request)
 
     async def _wait(self, body: dict[str, Any]) -> web.Response:
         await self.goes_on.wait()
@@ -44,11 +48,10 @@ async def not_dead(_: int) -> str:
 async def test_an_engine_that_stands_still_is_not_taken_for_dead_and_no_requests_time_runs() -> None:
     engine, group = StillEngine(), group_of()
     async with serving(engine) as urls, RolloutClient(urls, OPTIONS, not_dead) as client, asyncio.timeout(BOUND_S):
-        async with client.watched() as tasks:
-            async with client.updating("2"):
-                tasks.create_task(client.generate(group, SAMPLING, [1, 2]))
-                await asyncio.sleep(1.5)
-                engine.go_on()
+        async with client.watched() as tasks, client.updating("2"):
+            tasks.create_task(client.generate(group, SAMPLING, [1, 2]))
+            await asyncio.sleep(1.5)
+            engine.go_on()
         assert client.counters == ClientCounters()
     assert [sample.response_ids for sample in group.samples] == [[1], [2]]
     assert len(engine.bodies) == 1
@@ -60,8 +63,7 @@ async def test_a_check_that_was_under_way_when_weights_came_counts_for_nothing()
     async with serving(engine) as urls, RolloutClient(urls, options, not_dead) as client, asyncio.timeout(BOUND_S):
 
         async def update_when_asked() -> None:
-            while not engine.calls:
-                await asyncio.sleep(0.001)
+            await engine.is_asked.wait()
             async with client.updating("2"):
                 await asyncio.sleep(0.5)
                 engine.go_on()
@@ -85,7 +87,7 @@ async def test_waits_have_what_was_left_of_them_when_time_runs_again() -> None:
     assert not any(one.done() for one in waits)
     deadlines.go_on()
     assert await asyncio.gather(*waits) == ["too long"] * 2
-    async with deadlines.within(None), asyncio.timeout(BOUND_S):
+    async with deadlines.within(None):
         deadlines.stop()
 
 

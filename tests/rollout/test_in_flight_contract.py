@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -19,7 +19,6 @@ from rollout_support import (
     load_reference,
     log_probs_of,
     routed_by,
-    tensor_update,
     weights_of,
 )
 from safetensors.torch import save_file
@@ -27,10 +26,14 @@ from torch import Tensor
 from transformers import Glm4MoeLiteForCausalLM
 
 from recipe.config import Architecture
+from recipe.config.groups_rollout import InFlight
 from recipe.messages import RoutedExperts
 from recipe.rollout.routing import RouterShape, read_routed_experts
 from recipe.rollout.sglang_response import SampleAnswer, read_sample
-from recipe.weight_sync.tensor import Bucket
+from recipe.weight_sync.result import UpdateResult
+from recipe.weight_sync.sync import WeightSync
+
+Transfer = Literal["tensor", "distributed", "disk"]
 
 LONG = replace(GREEDY, max_new_tokens=48)
 REQUEST = generation([PROMPT, PROMPT, [5, 6, 12, 3]], LONG) | {"return_routed_experts": True, "extra_key": "1"}
@@ -57,21 +60,24 @@ class Row:
         return torch.tensor(self.sample.log_probs)
 
 
-def update_in_flight(engine: EngineUnderTest, weights: dict[str, Tensor], mode: str) -> list[Row]:
+def update_in_flight(engine: EngineUnderTest, checkpoint: Path, in_flight: InFlight, transfer: Transfer) -> list[Row]:
     """With every attempt the engine has made a little more when it is to stand still, until it is in the midst of the
     responses. A request that comes while it stands still waits."""
-    shape, bucket = RouterShape.of(Architecture.from_checkpoint(engine.checkpoint)), Bucket.of(list(weights.items()))
+    shape, weights = RouterShape.of(Architecture.from_checkpoint(engine.checkpoint)), weights_of(checkpoint)
+    sync = WeightSync(transfer, 1 << 20, 1, "127.0.0.1", in_flight=in_flight)
     for attempt in range(ATTEMPTS):
         engine.load(engine.checkpoint, "1")
         with ThreadPoolExecutor(2) as pool:
             under_way = pool.submit(engine.post, "/generate", REQUEST)
             time.sleep(0.02 * 1.4**attempt)
-            engine.post("/pause_generation", {"mode": mode})
+            if transfer == "disk":
+                result = sync.load_from_disk(checkpoint, {0: engine.url}, "2")
+            else:
+                result = sync.send(weights.items(), {0: engine.url}, "2")
+            assert result == UpdateResult()
+            assert result.paused_s is not None
             late = pool.submit(engine.generate_one, PROMPT, replace(GREEDY, max_new_tokens=2))
-            engine.post("/begin_weight_update")
-            body = tensor_update(bucket.payload(), "2") | {"flush_cache": mode == "retract"}
-            engine.post("/update_weights_from_tensor", body)
-            engine.post("/end_weight_update")
+            time.sleep(0.05)
             assert not late.done()
             engine.post("/continue_generation")
             assert set(read_sample(late.result(30)).versions) == {"2"}
@@ -100,9 +106,13 @@ def with_cache_of(old: Glm4MoeLiteForCausalLM, new: Glm4MoeLiteForCausalLM, row:
     return torch.log_softmax(logits, -1).gather(1, torch.tensor(row.ids[row.border :])[:, None])[:, 0]
 
 
-def test_a_recomputed_cache_is_that_of_the_new_weights(engine: EngineUnderTest, other_checkpoint: Path) -> None:
+@pytest.mark.parametrize("transfer", ["distributed", "disk"])
+def test_a_recomputed_cache_is_that_of_the_new_weights(
+    engine: EngineUnderTest, other_checkpoint: Path, transfer: Transfer
+) -> None:
+    """And what follows is what an engine with these makes of prompt and tokens so far; the embedded one to the bit."""
     new = load_reference(other_checkpoint)
-    rows = update_in_flight(engine, weights_of(other_checkpoint), "retract")
+    rows = update_in_flight(engine, other_checkpoint, "recompute", transfer)
     engine.flush()
     for row in rows:
         older = row.border - row.start
@@ -132,7 +142,7 @@ def test_a_kept_cache_stays_that_of_the_older_weights(
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     (tmp_path / "config.json").write_bytes((engine.checkpoint / "config.json").read_bytes())
     new = load_reference(tmp_path)
-    for row in update_in_flight(engine, weights, "in_place"):
+    for row in update_in_flight(engine, tmp_path, "keep", "tensor"):
         newer = with_cache_of(engine.reference, new, row)
         expected = torch.cat([log_probs_of(engine.reference, row.ids)[row.start - 1 : row.border - 1], newer])
         assert torch.allclose(row.log_probs, expected, atol=engine.tolerance, rtol=0)
