@@ -25,7 +25,7 @@ class StillEngine(FakeEngine):
 
     def __init__(self) -> None:
         super().__init__(self._wait)
-        self.goes_on, self.is_asked = asyncio.Event(), asyncio.Event()
+        self.goes_on, self.is_asked_again = asyncio.Event(), asyncio.Event()
         self.healthy = False
 
     def go_on(self) -> None:
@@ -33,7 +33,8 @@ class StillEngine(FakeEngine):
         self.goes_on.set()
 
     async def verb(self, request: web.Request) -> web.StreamResponse:
-        self.is_asked.set()
+        if self.calls:
+            self.is_asked_again.set()
         return await super().verb(request)
 
     async def _wait(self, body: dict[str, Any]) -> web.Response:
@@ -58,19 +59,20 @@ async def test_an_engine_that_stands_still_is_not_taken_for_dead_and_no_requests
 
 
 async def test_a_check_that_was_under_way_when_weights_came_counts_for_nothing() -> None:
+    """The second one that fails, after which the engine would be dead."""
     engine = StillEngine()
     options = replace(OPTIONS, health=replace(OPTIONS.health, interval_s=0.0))
     async with serving(engine) as urls, RolloutClient(urls, options, not_dead) as client, asyncio.timeout(BOUND_S):
 
         async def update_when_asked() -> None:
-            await engine.is_asked.wait()
+            await engine.is_asked_again.wait()
             async with client.updating("2"):
                 await asyncio.sleep(0.5)
                 engine.go_on()
 
         async with client.watched() as tasks:
             tasks.create_task(update_when_asked())
-            tasks.create_task(asyncio.sleep(0.8))
+            tasks.create_task(asyncio.sleep(1.5))
     assert engine.calls.count("/health_generate") > 2
 
 
