@@ -10,7 +10,7 @@ from fake_engines import FakeEngine, answers, group_of, serving
 
 from recipe.rollout.client import ClientCounters, ClientOptions, RolloutClient
 from recipe.rollout.deadlines import Deadlines
-from recipe.rollout.fleet import HealthOptions
+from recipe.rollout.fleet import EnginePeer, Fleet, HealthOptions
 from recipe.rollout.sampling_params import SamplingParams
 
 SAMPLING = SamplingParams(max_new_tokens=4)
@@ -74,6 +74,21 @@ async def test_a_check_that_was_under_way_when_weights_came_counts_for_nothing()
             tasks.create_task(update_when_asked())
             tasks.create_task(asyncio.sleep(1.5))
     assert engine.calls.count("/health_generate") > 2
+
+
+async def test_weights_wait_for_an_engine_that_is_being_replaced() -> None:
+    async def replaced(_: int) -> str:
+        await asyncio.sleep(0.1)
+        return "http://new"
+
+    async def is_healthy(engine: EnginePeer, timeout_s: float) -> bool:
+        return engine.url == "http://new"
+
+    fleet = Fleet(["http://old"], is_healthy, replaced, OPTIONS.health)
+    [engine] = fleet.engines
+    assert not await fleet.examine(engine, 0)
+    async with fleet.updating():
+        assert engine.url == "http://new"
 
 
 async def test_waits_have_what_was_left_of_them_when_time_runs_again() -> None:
