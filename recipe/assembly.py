@@ -302,6 +302,7 @@ class Run:
             values |= train_metrics(samples, self._reports, self.progress.skipped_steps)
         if self._engines is not None:
             values["weight_bytes_per_second"] = self._engines.weight_bytes_per_second
+            values["seconds_paused"] = self._engines.seconds_paused
         self._directory.record_evaluation(done, self._evals)
         evals = {name: found.values for name, found in self._evals.items()}
         metrics = StepMetrics(step=done, values=values, evals=evals, seconds=self.clock.lap())
@@ -399,7 +400,8 @@ class RolloutEngines:
     async def update_weights(self, trainer: TrainerGroup, version: int) -> None:
         """Sends the policy to all engines; those that do not generate any more are started again for it."""
         trainer.make_room()
-        self.client.move(await in_thread(self._group.update_weights, trainer, version))
+        async with self.client.updating(str(version)):
+            self.client.move(await in_thread(self._group.update_weights, trainer, version))
 
     def begin_end(self) -> None:
         """Nothing is generated any more, and nobody waits for an engine."""
@@ -409,6 +411,11 @@ class RolloutEngines:
     def weight_bytes_per_second(self) -> float | None:
         """Speed of the last update; see `EngineGroup`."""
         return self._group.weight_bytes_per_second
+
+    @property
+    def seconds_paused(self) -> float | None:
+        """Time that generation stood still for the last update; see `EngineGroup`."""
+        return self._group.seconds_paused
 
     def new_counts(self) -> ClientCounters:
         """What went wrong with engines and was mended since the last call."""

@@ -67,6 +67,11 @@ class EngineActor:
         asks = self.process.answers if self.released else self.process.generates
         return asks(self.resolved.config.rollout.rollout_health_check_timeout)
 
+    def continue_generation(self) -> bool:
+        """Has the server go on after it took weights in flight. Whether it does."""
+        timeout_s = self.resolved.config.rollout.rollout_health_check_timeout
+        return self.process is not None and self.process.continue_generation(timeout_s)
+
     def release_memory(self) -> bool:
         """Has the server give back all its memory. Whether it did."""
         tags = (*WEIGHTS, *THE_REST)

@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -59,6 +60,8 @@ class EngineGroup:
         self._weights: tuple[TrainerGroup, str] | None = None
         self.weight_bytes_per_second: float | None = None
         """Speed of the last update, to each GPU of the slowest engine; None where it went by the disk."""
+        self.seconds_paused: float | None = None
+        """Time that generation stood still for the last update, at most; None where nothing was under way."""
         self._sending = asyncio.Lock()
         self._ending: dict[ray.ObjectRef, ActorHandle] = {}
         self._ended = threading.Event()
@@ -125,7 +128,8 @@ class EngineGroup:
         self._weights = trainer, str(version)
         self._replace_dead()
         self._resume_memory(WEIGHTS)
-        self.weight_bytes_per_second = self._deliver(range(len(self._engines))).bytes_per_second
+        result = self._deliver(range(len(self._engines)))
+        self.weight_bytes_per_second, self.seconds_paused = result.bytes_per_second, result.paused_s
         self._deliver(self._resume_memory(THE_REST))
         return self.urls
 
@@ -155,22 +159,49 @@ class EngineGroup:
 
     def _deliver(self, numbers: Collection[int]) -> UpdateResult:
         """Sends the current weights to these engines, and again to those that failed over it, once they are started
-        again, and those that have not got all. Returns what became of the last time."""
+        again. Returns what became of the last time, and how long they stood still the first time."""
+        rounds = [UpdateResult()]
+        while numbers:
+            rounds.append(self._send_and_continue(numbers))
+            failed = rounds[-1].failed
+            self._replace({n: f"failed while it was sent weights ({why})" for n, why in failed.items()})
+            numbers = sorted(failed)
+        return replace(rounds[-1], paused_s=rounds[:2][-1].paused_s)
+
+    def _send_and_continue(self, numbers: Collection[int]) -> UpdateResult:
+        """As `_send`. Engines that stand still for it go on then, also if the trainer fails."""
+        if self._resolved.config.rollout.update_weight_in_flight is None:
+            return self._send(numbers)
+        result = UpdateResult()
+        try:
+            result = self._send(numbers)
+        finally:
+            sent = time.monotonic()
+            present = [number for number in numbers if number not in result.failed]
+            silent = self._failing("continue_generation", of=present)
+        result += UpdateResult(dict.fromkeys(silent, "it did not go on"))
+        return replace(result, paused_s=(result.paused_s or 0.0) + time.monotonic() - sent)
+
+    def _send(self, numbers: Collection[int]) -> UpdateResult:
+        """Sends the current weights to these engines, and again to those that lost them when another one failed."""
         assert self._weights is not None
         trainer, version = self._weights
-        result = UpdateResult()
-        while numbers:
-            result = trainer.update_weights({number: self._url(number) for number in numbers}, version)
-            self._replace({n: f"failed while it was sent weights ({why})" for n, why in result.failed.items()})
-            numbers = sorted({*result.failed, *result.incomplete})
-        return result
+        result = trainer.update_weights({number: self._url(number) for number in numbers}, version)
+        sent = time.monotonic()
+        while again := result.incomplete:
+            more = trainer.update_weights({number: self._url(number) for number in again}, version)
+            result = replace(more, failed={**result.failed, **more.failed}, paused_s=result.paused_s)
+        if result.paused_s is None:
+            return result
+        return replace(result, paused_s=result.paused_s + time.monotonic() - sent)
 
-    def _failing(self, verb: str, *arguments: Any) -> list[int]:
-        """The engines whose actors answer a verb with False, or are dead and now replaced by others without a
-        server."""
-        references = [getattr(engine.actor, verb).remote(*arguments) for engine in self._engines]
+    def _failing(self, verb: str, *arguments: Any, of: Collection[int] | None = None) -> list[int]:
+        """The engines (of these numbers; default: all) whose actors answer a verb with False, or are dead and now
+        replaced by others without a server."""
+        asked = self._engines if of is None else [self._engines[number] for number in of]
+        references = [getattr(engine.actor, verb).remote(*arguments) for engine in asked]
         failing = []
-        for engine, reference in zip(self._engines, references, strict=True):
+        for engine, reference in zip(asked, references, strict=True):
             try:
                 [works] = get([reference], [engine.name])
             except ActorDied:

@@ -21,6 +21,9 @@ from recipe.config.fields import (
     TopK,
 )
 
+InFlight = Literal["keep", "recompute"]
+"""What becomes of the cache of requests that are under way when weights are replaced."""
+
 
 class ClusterConfig(Group):
     """The machines."""
@@ -160,6 +163,10 @@ class RolloutConfig(Group):
     """Bytes of weights that are on their way to the engines at once."""
     update_weight_timeout: PositiveFloat = 120.0
     """Seconds an engine has to take a bucket of weights; one that does not is ended, started again, and gets them."""
+    update_weight_in_flight: InFlight | None = None
+    """New weights reach engines while responses are under way: engines stand still between two tokens, take the weights
+    and go on, with their cache kept (what it has of older tokens stays that of older weights) or recomputed under the
+    new ones; every token carries its version; default: weights are sent when nothing is under way."""
     check_weight_update_equal: bool = False
     """After each update, compare the checksum of every tensor in the engines with the trainer's."""
 

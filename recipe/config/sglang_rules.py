@@ -322,6 +322,24 @@ def transfer_fits_the_engines(config: Config, _: Architecture) -> Iterator[str]:
         yield "--update-weight-transfer distributed needs engines with GPUs of their own; with --colocate use tensor"
 
 
+def weights_arrive_in_flight(config: Config, _: Architecture) -> Iterator[str]:
+    """Engines stand still and go on: SGLang's pipeline stages do not look whether they are to, and engines that share
+    the trainer's GPUs have nothing under way when weights come."""
+    if (cache := config.rollout.update_weight_in_flight) is None:
+        return
+    flag = f"--update-weight-in-flight {cache}"
+    if config.cluster.colocate:
+        yield (
+            f"{flag} and --colocate do not go together: engines give their memory to the trainer, so nothing is under "
+            "way when weights come; give the engines GPUs of their own (--rollout-num-gpus), or leave it out"
+        )
+    if config.rollout.engine == "sglang" and (pp := size_of(config, "pp_size", default=1)) > 1:
+        yield (
+            f"{flag} and --sglang-pp-size {pp} do not go together: SGLang's pipeline stages do not stand still between "
+            "two tokens; leave one of the two out"
+        )
+
+
 RULES = (
     engines_have_gpus,
     engines_lie_on_whole_machines,
@@ -334,4 +352,5 @@ RULES = (
     experts_stay_where_they_are,
     checksums_are_comparable,
     transfer_fits_the_engines,
+    weights_arrive_in_flight,
 )

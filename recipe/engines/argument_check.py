@@ -34,7 +34,8 @@ class ArgumentCheck:
 
     def __enter__(self) -> Self:
         words = self._config.sglang.command_line()
-        if self._config.rollout.engine == "embedded" or not (words or self._left_out) or self._python is None:
+        asks = words or self._left_out or self._config.rollout.update_weight_in_flight
+        if self._config.rollout.engine == "embedded" or not asks or self._python is None:
             return self
         self._deadline = time.monotonic() + TIMEOUT_S
         self._answer, self._errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()
@@ -76,7 +77,15 @@ class ArgumentCheck:
             raise self._unanswered(_read(self._errors).strip() or f"it ended with status {status}")
         answer = json.loads(_read(self._answer).splitlines()[-1])
         known = [SGLANG_PREFIX + flag.removeprefix("--") for flag in answer["known"]]
-        refuse([*_of_given(answer, known), *_of_left_out(self._left_out, known)])
+        refuse([*_of_given(answer, known), *_of_left_out(self._left_out, known), *self._of_versions(answer)])
+
+    def _of_versions(self, answer: dict[str, object]) -> Iterator[str]:
+        in_flight = self._config.rollout.update_weight_in_flight
+        if in_flight is not None and not answer["tells_versions"]:
+            yield (
+                f"--update-weight-in-flight {in_flight}: the SGLang of {self._python} does not tell the weight version "
+                "of each token, only one of a whole response; use SGLang 0.5.21, or leave it out"
+            )
 
     def _unanswered(self, reason: str) -> UserError:
         return UserError(

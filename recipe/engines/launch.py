@@ -36,6 +36,9 @@ COLOCATED_FRACTION = 0.97
 """SGLang's --mem-fraction-static where its cache is told its size: it lessens the cache by what is not free when it
 looks, beyond this share of what was free when it began, and meanwhile the trainer takes its own."""
 
+NO_OVERLAP = "--disable-overlap-schedule"
+"""With it SGLang counts a batch's tokens before it does anything else."""
+
 RETURN_ROUTED_EXPERTS = "--enable-return-routed-experts"
 """With it a server tells where it took tokens, if a request asks."""
 
@@ -122,6 +125,9 @@ class SglangServer:
     """Whether its tensors are to be those that `weight_sync.checksum` knows."""
     returns_routed_experts: bool = False
     """Whether it tells where it took tokens, if a request asks."""
+    keeps_cache: bool = False
+    """Whether it takes weights with requests and their cache in place: no batch may then be under way on the GPU whose
+    tokens are not counted yet."""
     speculation: Mapping[str, Mapping[str, Sequence[int]]] = field(default_factory=dict)
     """SGLang's `speculative_adaptive_config`, by the least batch size that each part is for; empty: it always
     speculates as its arguments say."""
@@ -145,6 +151,7 @@ class SglangServer:
             keeps_draft="speculative_algorithm" in config.sglang.args and not config.mtp.mtp_num_layers,
             names_tensors=config.rollout.check_weight_update_equal,
             returns_routed_experts=config.grpo.use_rollout_routing_replay,
+            keeps_cache=config.rollout.update_weight_in_flight == "keep",
             speculation=_speculation(config.sglang),
             node=node,
             health_timeout_s=config.rollout.rollout_health_check_timeout,
@@ -208,7 +215,7 @@ def launch_sglang(
         *("--sampling-backend", "pytorch"),
         *("--max-running-requests", str(CPU_RUNNING_REQUESTS)),
         *("--max-total-tokens", str(tokens)),
-        "--disable-overlap-schedule",
+        NO_OVERLAP,
         "--disable-cuda-graph",
         "--sleep-on-idle",  # a core each, which the trainer needs
     ]
@@ -240,6 +247,8 @@ def _on_gpus(server: SglangServer) -> list[str]:
             arguments.append("--enable-draft-weights-cpu-backup")
     if server.names_tensors:
         arguments.append("--disable-shared-experts-fusion")
+    if server.keeps_cache:
+        arguments.append(NO_OVERLAP)
     if server.speculation:
         arguments += ["--speculative-adaptive", "--speculative-adaptive-config", f"{SCRATCH}/speculation.json"]
     return arguments

@@ -158,6 +158,10 @@ class EngineProcess:
         """Has the server take it again. Whether it did in time."""
         return self.alive and self._asks("POST", "/resume_memory_occupation", timeout_s, {"tags": list(tags)})
 
+    def continue_generation(self, timeout_s: float) -> bool:
+        """Has the server go on that was told to stand still. Whether it does."""
+        return self.alive and self._asks("POST", "/continue_generation", timeout_s, {})
+
     def _mapped_segments(self) -> set[Path]:
         """Files of shared memory that the server's processes have mapped. Until it has just become healthy, they are
         its own: weights come later."""

@@ -13,6 +13,7 @@ import aiohttp
 from recipe.config import RolloutConfig
 from recipe.data.prompts import Prompt
 from recipe.rollout.custom_generate import Generation, GroupRun
+from recipe.rollout.deadlines import Deadlines
 from recipe.rollout.errors import EngineUnreachable, first_failure
 from recipe.rollout.fleet import EnginePeer, Fleet, HealthOptions, OnSilent
 from recipe.rollout.http import LARGEST_BODY, ask, generates, open_session
@@ -51,6 +52,8 @@ class ClientOptions:
     """Of the model, whose engines are asked where they took the tokens of rollouts; None: they are not."""
     generation: Generation = field(default_factory=Generation)
     """How samples are generated."""
+    keeps_cache: bool = False
+    """Whether engines keep their cache when they take weights: what it has of older ones is then not found again."""
 
     @classmethod
     def of(
@@ -68,6 +71,7 @@ class ClientOptions:
             request_timeout_s=rollout.rollout_request_timeout_s,
             max_retries=rollout.rollout_max_retries,
             health=HealthOptions.of(rollout),
+            keeps_cache=rollout.update_weight_in_flight == "keep",
         )
 
 
@@ -117,6 +121,9 @@ class RolloutClient:
         self._fleet = Fleet(urls, self._is_healthy, on_silent, self._options.health)
         self._engines = self._fleet.engines
         self._draining = False
+        self._deadlines = Deadlines()
+        self._version = ""
+        """Of the weights that all engines have taken."""
         self._runs: set[GroupRun] = set()
         self._idle = asyncio.Event()
         self._retries = 0
@@ -151,6 +158,18 @@ class RolloutClient:
         for engine, url in zip(self._engines, urls, strict=True):
             if engine.url != url.rstrip("/"):
                 engine.move(url)
+
+    @asynccontextmanager
+    async def updating(self, version: str) -> AsyncIterator[None]:
+        """Weights of this version go to all engines, which may stand still meanwhile: none is taken for dead, and no
+        request's time runs. Raises what a replacement under way before it failed with."""
+        async with self._fleet.updating():
+            self._deadlines.stop()
+            try:
+                yield
+            finally:
+                self._deadlines.go_on()
+        self._version = version
 
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[asyncio.TaskGroup]:
@@ -267,14 +286,22 @@ class RolloutClient:
         }
         if routed:
             body["return_routed_experts"] = True
+        if self._options.keeps_cache:
+            body["extra_key"] = self._version
         engine.load += len(todo)
         self.course.change(len(todo))
         try:
-            timeout_s, largest = self._options.request_timeout_s, LARGEST_ROUTED_BODY if routed else LARGEST_BODY
-            return await engine.answer(self._post(engine, "/generate", body, timeout_s, largest))
+            return await engine.answer(self._samples(engine, body, LARGEST_ROUTED_BODY if routed else LARGEST_BODY))
         finally:
             engine.load -= len(todo)
             self.course.change(-len(todo))
+
+    async def _samples(self, engine: EnginePeer, body: dict[str, Any], largest: int) -> Any:
+        try:
+            async with self._deadlines.within(self._options.request_timeout_s):
+                return await self._post(engine, "/generate", body, None, largest)
+        except TimeoutError:
+            raise EngineUnreachable(f"{engine.url}/generate did not answer in time") from None
 
     async def _is_healthy(self, engine: EnginePeer, timeout_s: float = HEALTH_TIMEOUT_S) -> bool:
         return await generates(self._connected(), engine.url, timeout_s)

@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -95,6 +95,21 @@ class Fleet:
         self._is_healthy = is_healthy
         self._on_silent = on_silent
         self._options = options
+        self._may_be_examined = asyncio.Event()
+        self._may_be_examined.set()
+        self._updates = 0
+
+    @asynccontextmanager
+    async def updating(self) -> AsyncIterator[None]:
+        """Engines may stand still to take weights: whoever sends these finds out which are dead, and nobody else. Waits
+        for replacements under way before. Raises what one failed with."""
+        await self.settle()
+        self._updates += 1
+        self._may_be_examined.clear()
+        try:
+            yield
+        finally:
+            self._may_be_examined.set()
 
     async def least_loaded(self) -> EnginePeer:
         """The engine with the fewest samples under way (the first of several), once there is one. Raises what a
@@ -116,12 +131,22 @@ class Fleet:
             return True
         await asyncio.sleep(engine.started + self._options.first_wait_s - time.monotonic())
         for pause in (ASK_AGAIN_S, 0.0):
-            if not engine.is_as_after(restarts) or await self._is_healthy(engine, self._options.timeout_s):
+            if not engine.is_as_after(restarts) or await self._generates(engine):
                 return engine.is_as_after(restarts)
             await asyncio.sleep(pause)
         if engine.is_as_after(restarts):
             self._report(engine)
         return False
+
+    async def _generates(self, engine: EnginePeer) -> bool:
+        """Asked when no weights are on their way to it; an answer that these delayed counts for nothing."""
+        while True:
+            await self._may_be_examined.wait()
+            updates = self._updates
+            if await self._is_healthy(engine, self._options.timeout_s):
+                return True
+            if updates == self._updates:
+                return False
 
     async def watch(self) -> None:
         """Asks every engine again and again, for ever, and reports those that do not generate. Raises what a

@@ -167,6 +167,9 @@ METRICS: dict[str, Metric] = {
         "s", SUM, "Of `seconds_train`: AdamW in host memory on the first rank; on a GPU, until it is under way."
     ),
     "seconds_update_weights": Metric("s", SUM, "Time in which new weights go to the engines."),
+    "seconds_paused": Metric(
+        "s", None, "Of `seconds_update_weights`: generation stood still (`--update-weight-in-flight`)."
+    ),
     "seconds_eval": Metric("s", SUM, "Time of answering held-out prompts."),
     "seconds_save": Metric("s", SUM, "Time in which the checkpoint of the step before is written."),
 }

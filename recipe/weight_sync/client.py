@@ -5,10 +5,14 @@ from http import HTTPStatus
 from types import TracebackType
 from typing import Any, Self
 
+from recipe.config.groups_rollout import InFlight
 from recipe.rollout.errors import EngineRefused
 from recipe.rollout.http import ask, open_session
 from recipe.weight_sync.broadcast import TensorHeader, UpdateGroup
 from recipe.weight_sync.checksum import RankChecksums
+
+_PAUSE_MODES: dict[InFlight, str] = {"keep": "in_place", "recompute": "retract"}
+"""SGLang's names."""
 
 
 class WeightsClient:
@@ -18,8 +22,10 @@ class WeightsClient:
     `timeout_s`.
     """
 
-    def __init__(self, number: int, url: str, timeout_s: float) -> None:
+    def __init__(self, number: int, url: str, timeout_s: float, in_flight: InFlight | None = None) -> None:
+        """`in_flight`: what becomes of the cache of requests that are under way; None: there are none."""
         self.number = number
+        self._in_flight = in_flight
         self._url = url
         self._timeout_s = timeout_s
 
@@ -31,6 +37,15 @@ class WeightsClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._session.close()
+
+    async def pause_generation(self) -> None:
+        """Has it stand still between two tokens, with what is under way, until `/continue_generation`."""
+        if self._in_flight is not None:
+            await self._post("/pause_generation", {"mode": _PAUSE_MODES[self._in_flight]})
+
+    @property
+    def _flush_cache(self) -> bool:
+        return self._in_flight != "keep"
 
     async def begin_weight_update(self) -> None:
         """Opens the session in which SGLang 0.5.19 and later take `update_weights_from_tensor`."""
@@ -45,14 +60,14 @@ class WeightsClient:
         body = {
             "serialized_named_tensors": list(payloads),
             "load_format": "flattened_bucket",
-            "flush_cache": True,
+            "flush_cache": self._flush_cache,
             "weight_version": weight_version,
         }
         await self._post("/update_weights_from_tensor", body)
 
     async def update_weights_from_disk(self, model_path: str, *, weight_version: str) -> None:
         """Has it read the Hugging Face checkpoint in `model_path`."""
-        body = {"model_path": model_path, "flush_cache": True, "weight_version": weight_version}
+        body = {"model_path": model_path, "flush_cache": self._flush_cache, "weight_version": weight_version}
         await self._post("/update_weights_from_disk", body)
 
     async def init_weights_update_group(self, update_group: UpdateGroup, first_rank: int) -> None:
@@ -77,7 +92,7 @@ class WeightsClient:
             "shapes": [list(header.shape) for header in headers],
             "group_name": group_name,
             "load_format": "flattened_bucket",
-            "flush_cache": True,
+            "flush_cache": self._flush_cache,
             "weight_version": weight_version,
         }
         await self._post("/update_weights_from_distributed", body)

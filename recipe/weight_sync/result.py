@@ -16,10 +16,16 @@ class UpdateResult:
     bytes_per_second: float | None = field(default=None, compare=False)
     """Speed of the whole model's weights to each GPU of the slowest of the engines; None: they were not sent from
     here."""
+    paused_s: float | None = field(default=None, compare=False)
+    """Seconds from when the engines were to stand still until all was sent; None: they were not told to."""
 
     def __add__(self, other: "UpdateResult") -> "UpdateResult":
         """To different engines."""
         rates = [one.bytes_per_second for one in (self, other) if one.bytes_per_second is not None]
+        pauses = [one.paused_s for one in (self, other) if one.paused_s is not None]
         return UpdateResult(
-            {**self.failed, **other.failed}, (*self.incomplete, *other.incomplete), min(rates, default=None)
+            {**self.failed, **other.failed},
+            (*self.incomplete, *other.incomplete),
+            min(rates, default=None),
+            max(pauses, default=None),
         )

@@ -14,6 +14,7 @@ from typing import Any, Literal, Self, TypeVar
 import torch
 
 from recipe.config import Architecture, Config
+from recipe.config.groups_rollout import InFlight
 from recipe.config.sglang_rules import ONE_GPU, EngineLayout
 from recipe.rollout.errors import EngineUnreachable
 from recipe.system.errors import UserError
@@ -50,6 +51,9 @@ class WeightSync:
     """An engine that has not taken a bucket by then has failed."""
     disk_timeout_s: float = 600.0
     """Time that an engine may take to read a whole checkpoint from the disk."""
+    in_flight: InFlight | None = None
+    """What becomes of the cache of requests that are under way; None: there are none. Engines are told to stand still;
+    whoever has the weights sent lets them go on."""
 
     @classmethod
     def of(cls, config: Config, architecture: Architecture, address: str) -> Self:
@@ -75,6 +79,7 @@ class WeightSync:
             checksums=checksums if rollout.check_weight_update_equal else None,
             timeout_s=rollout.update_weight_timeout,
             disk_timeout_s=rollout.rollout_engine_start_timeout_s,
+            in_flight=rollout.update_weight_in_flight,
         )
 
     def send(
@@ -91,7 +96,9 @@ class WeightSync:
         checksums = self.checksums() if self.checksums is not None and engines else None
         counted = _Counted(checksums.watch(weights) if checksums is not None else weights)
         passing = iter(counted)
-        with _Receivers(engines, self.timeout_s) as receivers:
+        with self._receivers(engines, self.timeout_s) as receivers:
+            paused_at = time.monotonic()
+            receivers.ask(WeightsClient.pause_generation)
             receivers.ask(WeightsClient.begin_weight_update)
             began, whole = time.monotonic(), True
             if self.transfer == "distributed":
@@ -104,13 +111,22 @@ class WeightSync:
                 pass
             if whole and checksums is not None:
                 receivers.ask(lambda engine: _compare(engine, checksums, version))
-            return replace(receivers.result(whole=whole), bytes_per_second=rate)
+            paused_s = self._seconds_since(paused_at) if engines else None
+            return replace(receivers.result(whole=whole), bytes_per_second=rate, paused_s=paused_s)
 
     def load_from_disk(self, folder: Path, engines: Mapping[int, str], version: str) -> UpdateResult:
         """Has every engine read the Hugging Face checkpoint in `folder`, as `version`."""
-        with _Receivers(engines, self.disk_timeout_s) as receivers:
+        with self._receivers(engines, self.disk_timeout_s) as receivers:
+            paused_at = time.monotonic()
+            receivers.ask(WeightsClient.pause_generation)
             receivers.ask(lambda engine: engine.update_weights_from_disk(str(folder), weight_version=version))
-            return receivers.result()
+            return replace(receivers.result(), paused_s=self._seconds_since(paused_at))
+
+    def _receivers(self, engines: Mapping[int, str], timeout_s: float) -> "_Receivers":
+        return _Receivers(WeightsClient(number, url, timeout_s, self.in_flight) for number, url in engines.items())
+
+    def _seconds_since(self, paused_at: float) -> float | None:
+        return None if self.in_flight is None else time.monotonic() - paused_at
 
     def _hand_over(
         self, receivers: "_Receivers", weights: Iterator[NamedTensor], version: str, relay: Relay | None
@@ -189,8 +205,8 @@ class _Receivers:
     """The engines that take an update, spoken to from a thread of its own. One that does not answer is left out from
     then on."""
 
-    def __init__(self, engines: Mapping[int, str], timeout_s: float) -> None:
-        self.present = [WeightsClient(number, url, timeout_s) for number, url in engines.items()]
+    def __init__(self, engines: Iterable[WeightsClient]) -> None:
+        self.present = list(engines)
         self._failed: dict[int, str] = {}
         self._stack = AsyncExitStack()
         self._loop = asyncio.new_event_loop()

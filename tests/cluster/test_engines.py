@@ -194,9 +194,15 @@ class FakeEngine:
         self.number, self.starts = number, 0
         self.failures: list[str] = []
         self.works: Callable[[], bool] = lambda: True
+        self.continued, self.continues = 0, True
+
+    def continue_generation(self) -> bool:
+        self.continued += 1
+        return self.continues
 
     def start(self) -> str:
         self.starts += 1
+        self.continues = True
         if self.failures:
             raise UserError(self.failures.pop(0))
         return f"engine-{self.number}-start-{self.starts}"
@@ -267,10 +273,62 @@ def test_an_engine_that_fails_over_an_update_is_started_again_and_gets_the_weigh
     assert urls == ["engine-0-start-1", "engine-1-start-3", "engine-2-start-1"]
 
 
-def test_engines_that_lost_a_broadcast_get_it_again_with_the_one_that_failed(fakes: EngineGroup) -> None:
-    trainer = FakeTrainer(UpdateResult({2: "it died"}, incomplete=(0,)))
+def test_engines_that_lost_a_broadcast_get_it_again_before_the_one_that_failed(fakes: EngineGroup) -> None:
+    trainer = FakeTrainer(UpdateResult({2: "it died"}, incomplete=(0, 1)), UpdateResult({1: "too"}, incomplete=(0,)))
     update(fakes, trainer)
-    assert trainer.sent[1:] == [{0: "engine-0-start-1", 2: "engine-2-start-2"}]
+    assert trainer.sent[1:] == [
+        {0: "engine-0-start-1", 1: "engine-1-start-1"},
+        {0: "engine-0-start-1"},
+        {1: "engine-1-start-2", 2: "engine-2-start-2"},
+    ]
+
+
+@pytest.fixture
+def in_flight(fakes: EngineGroup) -> EngineGroup:
+    """They generate while weights come."""
+    config = fakes._resolved.config
+    rollout = config.rollout.model_copy(update={"update_weight_in_flight": "recompute"})
+    fakes._resolved = replace(fakes._resolved, config=config.model_copy(update={"rollout": rollout}))
+    return fakes
+
+
+def continued(group: EngineGroup) -> list[int]:
+    return [engine.actor.carried.continued for engine in group._engines]
+
+
+def test_engines_that_stood_still_go_on_when_all_have_everything_and_tell_how_long_it_was(
+    in_flight: EngineGroup,
+) -> None:
+    trainer = FakeTrainer(UpdateResult({2: "it died"}, incomplete=(0,), paused_s=5.0), UpdateResult(paused_s=3.0))
+    update(in_flight, trainer)
+    assert len(trainer.sent) == 3
+    assert continued(in_flight) == [1, 1, 1]  # the last one when it was started again, and had them
+    assert in_flight.seconds_paused is not None
+    assert 5 <= in_flight.seconds_paused < 6
+
+
+def test_an_engine_that_does_not_go_on_is_started_again_and_gets_the_weights(in_flight: EngineGroup) -> None:
+    in_flight._engines[1].actor.carried.continues = False
+    trainer = FakeTrainer()
+    assert update(in_flight, trainer) == ["engine-0-start-1", "engine-1-start-2", "engine-2-start-1"]
+    assert trainer.sent[1:] == [{1: "engine-1-start-2"}]
+    assert continued(in_flight) == [1, 2, 1]
+
+
+def test_engines_go_on_though_the_trainer_fails_in_the_midst_of_an_update(in_flight: EngineGroup) -> None:
+    class FailingTrainer(FakeTrainer):
+        def update_weights(self, engines: Mapping[int, str], version: str) -> UpdateResult:
+            raise ActorDied("training rank 0 died")
+
+    with pytest.raises(ActorDied):
+        update(in_flight, FailingTrainer())
+    assert continued(in_flight) == [1, 1, 1]
+
+
+def test_engines_with_nothing_under_way_are_not_told_to_go_on(fakes: EngineGroup) -> None:
+    update(fakes)
+    assert continued(fakes) == [0, 0, 0]
+    assert fakes.seconds_paused is None
 
 
 def test_an_engine_that_fails_over_every_update_ends_the_run_with_the_reason(fakes: EngineGroup) -> None:

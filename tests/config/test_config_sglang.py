@@ -8,10 +8,20 @@ from recipe.config.loading import shipped_recipes
 from recipe.config.sglang_rules import EngineLayout
 from recipe.system.errors import UserError
 
+PIPELINE = ("--sglang-pp-size", "2", "--sglang-dp-size", "4", "--sglang-ep-size", "4")
+
 
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
+        (
+            ["--update-weight-in-flight", "keep"],
+            "--update-weight-in-flight keep and --colocate do not go together: engines give their memory to the ",
+        ),
+        (
+            [*("--update-weight-in-flight", "recompute", "--no-colocate", "--rollout-num-gpus", "8"), *PIPELINE],
+            "--update-weight-in-flight recompute and --sglang-pp-size 2 do not go together: SGLang's pipeline stages",
+        ),
         (["--rollout-num-gpus", "16"], "--colocate shares the trainer's 8 GPUs, but --rollout-num-gpus says 16"),
         (
             ["--no-colocate", "--rollout-num-gpus", "12"],

@@ -103,9 +103,9 @@ class TestParser:
     def sglang(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, install: Install) -> None:
         """A package that answers to SGLang's name with a parser of a few arguments."""
         folder = tmp_path / "site" / "sglang" / "srt"
-        folder.mkdir(parents=True)
-        (folder.parent / "__init__.py").touch()
-        (folder / "__init__.py").touch()
+        (folder / "utils").mkdir(parents=True)
+        for package in (folder.parent, folder, folder / "utils"):
+            (package / "__init__.py").touch()
         (folder / "server_args.py").write_text(
             textwrap.dedent("""
                 import argparse, os, time
@@ -157,6 +157,17 @@ class TestParser:
     )
     def test_unknown_ones_do_not(self, refusal: Callable[..., str], flags: list[str], sentence: str) -> None:
         assert sentence in refusal(*flags)
+
+    def test_a_sglang_without_token_versions_is_refused_for_updates_in_flight(
+        self, refusal: Callable[..., str], resolve_8gpu: Try, tmp_path: Path
+    ) -> None:
+        flags = ["--update-weight-in-flight", "keep", "--no-colocate", "--rollout-num-gpus", "8"]
+        told = refusal(*flags)
+        assert told.startswith(
+            f"--update-weight-in-flight keep: the SGLang of {sys.executable} does not tell the weight"
+        )
+        (tmp_path / "site" / "sglang" / "srt" / "utils" / "weight_versions.py").touch()
+        check_arguments(resolve_8gpu(*flags))
 
     def test_the_embedded_engine_does_not_ask_it(self, resolve_tiny: Try, install: Install) -> None:
         install(Path("/nowhere/python"))

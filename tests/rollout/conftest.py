@@ -73,6 +73,7 @@ def embedded(shared_embedded: EngineUnderTest) -> Iterator[EngineUnderTest]:
 
 def _restored(engine: EngineUnderTest) -> Iterator[EngineUnderTest]:
     yield engine
+    engine.post("/continue_generation")
     engine.post("/abort_request", {"abort_all": True})
     if engine.request("GET", "/model_info")[1]["weight_version"] != "1":
         engine.load(engine.checkpoint, "1")

@@ -233,6 +233,8 @@ GROUP = {"group_name": "one"}
         ("/weights_checker", {"action": "checksum"}),
         ("/begin_weight_update", {}),
         ("/end_weight_update", {}),
+        ("/pause_generation", {"mode": "in_place"}),
+        ("/continue_generation", {}),
         ("/abort_request", {"abort_all": True}),
         ("/flush_cache", {}),
         ("/release_memory_occupation", {"tags": ["weights"]}),
@@ -249,8 +251,6 @@ def test_no_verb_takes_more_or_less_than_it_knows(embedded: EngineUnderTest, pat
     ("method", "path", "status"),
     [
         ("GET", "/health", 404),
-        ("POST", "/pause_generation", 404),
-        ("POST", "/continue_generation", 404),
         ("PUT", "/generate", 405),
         ("GET", "/flush_cache", 405),
         ("GET", "/weights_checker", 405),

@@ -230,6 +230,19 @@ def test_an_engine_speculates_up_to_a_number_of_sequences(checkpoint: Path, tmp_
     assert not Path((tmp_path / "log").read_text().split()[0]).exists()
 
 
+@pytest.mark.parametrize(("in_flight", "overlaps"), [(None, True), ("recompute", True), ("keep", False)])
+def test_sglang_runs_no_batch_ahead_where_it_takes_weights_with_requests_in_place(
+    checkpoint: Path, in_flight: str | None, overlaps: bool
+) -> None:
+    """Else the batch on the GPU would run into the new weights, and its tokens be told as theirs."""
+    flags = ["--rollout-engine", "sglang", "--rollout-engine-python", sys.executable, "--rollout-num-gpus", "1"]
+    flags += [] if in_flight is None else ["--update-weight-in-flight", in_flight]
+    config = resolve(["--recipe", "tiny", "--hf-checkpoint", str(checkpoint), *flags]).config
+    server = SglangServer.of(config, gpus=(0,))
+    started = launch_sglang(Path("/model"), server, weight_version="7", threads=1, context_length=64)
+    assert ("--disable-overlap-schedule" not in started.arguments) is overlaps
+
+
 def test_without_sglang_the_user_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "find_sglang_python", lambda named: None)
     with pytest.raises(UserError, match="`make install-sglang`"):

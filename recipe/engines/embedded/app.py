@@ -18,7 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 
-from recipe.engines.embedded.engine import EmbeddedEngine
+from recipe.engines.embedded.engine import EmbeddedEngine, PauseMode
 from recipe.engines.embedded.protocol import Body, GenerateBody, Limits, RequestError, answer, read_sequences
 from recipe.engines.embedded.running_sequence import RunningSequence
 from recipe.engines.embedded.weights import WeightError
@@ -47,13 +47,13 @@ class TensorUpdateBody(Body):
     serialized_named_tensors: list[str]
     """One for each tensor-parallel rank; this engine is one rank."""
     load_format: Literal["flattened_bucket"]
-    flush_cache: Literal[True]
+    flush_cache: bool
     weight_version: str
 
 
 class DiskUpdateBody(Body):
     model_path: Path
-    flush_cache: Literal[True]
+    flush_cache: bool
     weight_version: str
 
 
@@ -76,12 +76,16 @@ class DistributedUpdateBody(Body):
     shapes: list[tuple[int, ...]]
     group_name: str
     load_format: Literal["flattened_bucket"]
-    flush_cache: Literal[True]
+    flush_cache: bool
     weight_version: str
 
 
 class CheckBody(Body):
     action: Literal["checksum"]
+
+
+class PauseBody(Body):
+    mode: PauseMode
 
 
 class AbortBody(Body):
@@ -122,6 +126,8 @@ def build_app() -> FastAPI:
     app.post("/weights_checker")(check_weights)
     app.post("/begin_weight_update")(begin_weight_update)
     app.post("/end_weight_update")(end_weight_update)
+    app.post("/pause_generation")(pause_generation)
+    app.post("/continue_generation")(continue_generation)
     app.post("/abort_request")(abort_request)
     app.post("/flush_cache")(flush_cache)
     app.post("/release_memory_occupation")(release_memory_occupation)
@@ -155,11 +161,11 @@ async def update_weights_from_tensor(body: TensorUpdateBody, service: Ready) -> 
     if len(body.serialized_named_tensors) != 1:
         raise RequestError(f"{len(body.serialized_named_tensors)} payloads for 1 tensor-parallel rank")
     weights = read_payload(body.serialized_named_tensors[0])
-    await service.engine.update_weights(weights, body.weight_version)
+    await service.engine.update_weights(weights, body.weight_version, flush_cache=body.flush_cache)
 
 
 async def update_weights_from_disk(body: DiskUpdateBody, service: Ready) -> None:
-    await service.engine.load_weights(body.model_path, body.weight_version)
+    await service.engine.load_weights(body.model_path, body.weight_version, flush_cache=body.flush_cache)
 
 
 async def init_weights_update_group(body: GroupBody, service: Ready) -> None:
@@ -179,7 +185,7 @@ async def update_weights_from_distributed(body: DistributedUpdateBody, service: 
         weights = await asyncio.to_thread(group.receive, headers)
     except RuntimeError as error:
         raise RequestError(f"the weights did not come: {error}") from error
-    await service.engine.update_weights(weights, body.weight_version)
+    await service.engine.update_weights(weights, body.weight_version, flush_cache=body.flush_cache)
 
 
 async def destroy_weights_update_group(body: LeaveGroupBody, service: Ready) -> None:
@@ -202,6 +208,14 @@ async def begin_weight_update(_: EmptyBody, service: Ready) -> None:
 async def end_weight_update(_: EmptyBody, service: Ready) -> None:
     if not await service.engine.close_session():
         raise RequestError("no weight-update session is open; call begin_weight_update() first")
+
+
+async def pause_generation(body: PauseBody, service: Ready) -> None:
+    await service.engine.pause(body.mode)
+
+
+async def continue_generation(_: EmptyBody, service: Ready) -> None:
+    await service.engine.resume()
 
 
 async def abort_request(_: AbortBody, service: Ready) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -23,6 +23,7 @@ from recipe.weight_sync.tensor import NamedTensor
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+PauseMode = Literal["in_place", "retract"]
 
 GATHER_S = 0.001
 """An idle engine begins when no further request has come for this long,"""
@@ -64,6 +65,7 @@ class EmbeddedEngine:
         self._stopped = False
         self._session_open = False
         self._released: set[str] = set()
+        self._paused = False
         torch.set_num_threads(threads)
         self._generation = Generation(model, rows, version, decode, self._finish)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -99,13 +101,43 @@ class EmbeddedEngine:
         """Raises RequestError unless the engine is idle; there is no prefix cache to forget."""
         await self._call(self._check_idle)
 
-    async def update_weights(self, weights: Iterable[NamedTensor], version: str) -> None:
-        """Takes weights when the running requests are done. Raises WeightError, and takes none, if one does not fit."""
-        await self._call(lambda: self._update(lambda: self._weights.replace(weights), version), exclusive=True)
+    async def pause(self, mode: PauseMode) -> None:
+        """Between two tokens, until `resume`: requests wait where they are, with their part of the cache (in_place), or
+        are read again when they go on (retract). New ones wait too."""
 
-    async def load_weights(self, folder: Path, version: str) -> None:
+        def pause() -> None:
+            self._paused = True
+            if mode == "retract":
+                self._generation.retract()
+
+        await self._call(pause)
+
+    async def resume(self) -> None:
+        """Goes on after `pause`, if there was one."""
+
+        def resume() -> None:
+            self._paused = False
+
+        await self._call(resume)
+
+    async def update_weights(self, weights: Iterable[NamedTensor], version: str, *, flush_cache: bool) -> None:
+        """Takes weights when the running requests are done, or at once while the engine is paused. Raises WeightError,
+        and takes none, if one does not fit; RequestError if the cache of requests that are under way is to be
+        flushed."""
+        await self._update(lambda: self._weights.replace(weights), version, flush_cache)
+
+    async def load_weights(self, folder: Path, version: str, *, flush_cache: bool) -> None:
         """`update_weights` with those of a checkpoint, which must be complete."""
-        await self._call(lambda: self._update(lambda: self._weights.replace_all(folder), version), exclusive=True)
+        await self._update(lambda: self._weights.replace_all(folder), version, flush_cache)
+
+    async def _update(self, replace: Callable[[], None], version: str, flush_cache: bool) -> None:
+        def update() -> None:
+            if flush_cache:
+                self._check_none_running()
+            replace()
+            self._generation.change_version(version)
+
+        await self._call(update, exclusive=True)
 
     async def weight_checksums(self) -> dict[str, str]:
         """Checksum of every tensor, by SGLang's name."""
@@ -146,7 +178,7 @@ class EmbeddedEngine:
 
     async def generates(self) -> bool:
         """Whether it can: answered by the thread that does, between two batches."""
-        return await self._call(lambda: not self._released)
+        return await self._call(lambda: not (self._released or self._paused))
 
     async def _call(self, run: Callable[[], T], *, exclusive: bool = False) -> T:
         return await asyncio.wrap_future(self._tell(run, exclusive=exclusive))
@@ -164,9 +196,10 @@ class EmbeddedEngine:
         try:
             while not self._stopped:
                 self._read_inbox()
-                if not self._generation.running:
+                if self._paused or not self._generation.running:
                     self._run_exclusive()
-                self._advance()
+                if not self._paused:
+                    self._advance()
                 self._resolve()
         except BaseException:
             logger.exception("the engine's thread failed; the server ends")
@@ -181,7 +214,7 @@ class EmbeddedEngine:
     def _read_inbox(self) -> None:
         """Takes what has come; an idle engine waits for something, and a little longer for its company."""
         patience = 0.0
-        if not self._generation.running and not self._generation.waiting and not self._exclusive:
+        if self._paused or not (self._generation.running or self._generation.waiting or self._exclusive):
             self._take(self._inbox.get())
             patience = GATHER_S
         while not self._stopped:
@@ -208,13 +241,15 @@ class EmbeddedEngine:
             _carry_out(command)
         self._exclusive.clear()
 
-    def _update(self, replace: Callable[[], None], version: str) -> None:
-        replace()
-        self._generation.version = version
+    def _check_none_running(self) -> None:
+        if self._generation.running:
+            raise RequestError(
+                f"the cache of {self._generation.running} running requests cannot be flushed: pause by retract"
+            )
 
     def _check_idle(self) -> None:
         running, waiting = self._generation.running, len(self._generation.waiting)
-        if running or waiting:
+        if running or (waiting and not self._paused):
             raise RequestError(
                 f"there are {running} running and {waiting} waiting requests; abort or finish them first"
             )

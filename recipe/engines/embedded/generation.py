@@ -22,7 +22,7 @@ from recipe.engines.embedded.sampling import sample, scaled_log_probs, uniforms
 from recipe.rollout.continuation import stop_window
 
 Prompt = tuple[tuple[int, ...], list[RunningSequence]]
-"""Token ids, and the sequences that go on from them."""
+"""Token ids, a response begun among them, and the sequences that go on from them."""
 
 ABORTED: dict[str, object] = {"type": "abort"}
 
@@ -39,7 +39,7 @@ class Generation:
         on_finish: Callable[[RunningSequence], None],
     ) -> None:
         self.version = version
-        """Of the weights; changed only without running sequences."""
+        """Of the weights."""
         self.waiting: deque[RunningSequence] = deque()
         self._model = model
         self._size = -(-rows // CHUNK) * CHUNK
@@ -60,7 +60,7 @@ class Generation:
         prompts: dict[tuple[int, ...], list[RunningSequence]] = {}
         for _ in range(min(len(self.waiting), self._size - self.running)):
             sequence = self.waiting.popleft()
-            prompts.setdefault(sequence.prompt_ids, []).append(sequence)
+            prompts.setdefault(sequence.known_ids, []).append(sequence)
         longest_first = sorted(prompts.items(), key=lambda prompt: -len(prompt[0]))
         for start in range(0, len(longest_first), self._prompts_at_once):
             self._begin(longest_first[start : start + self._prompts_at_once])
@@ -86,6 +86,23 @@ class Generation:
             self._on_finish(sequence)
         gone = [row for row, sequence in enumerate(self._rows.sequences) if matches(sequence)]
         self._end(dict.fromkeys(gone, ABORTED))
+
+    def retract(self) -> None:
+        """Running sequences wait, before all others, to be read again with the tokens that they have."""
+        for row in range(self.running):
+            self._rows.collect(row)
+        self.waiting.extendleft(reversed(self._rows.sequences))
+        self._rows.remove(np.arange(self.running))
+
+    def change_version(self, version: str) -> None:
+        """The weights are replaced by those of `version`; sequences that are under way keep the tokens that they
+        have."""
+        if version != self.version:
+            for row, sequence in enumerate(self._rows.sequences):
+                sequence.outlive(self.version, int(self._rows.generated[row]))
+            for sequence in self.waiting:
+                sequence.outlive(self.version, len(sequence.output_ids))
+            self.version = version
 
     def free_cache(self) -> None:
         """Gives the cache's memory back, until the next prompt; only without running sequences."""
@@ -124,7 +141,7 @@ class Generation:
                 hidden_QH = torch.cat([piece[number] for piece in pieces if len(piece) > number])
                 told = self._input_log_probs(hidden_QH, ids)
                 for sequence in sequences:
-                    sequence.input_log_probs = told
+                    sequence.input_log_probs = told[: len(sequence.prompt_ids) - 1]
         return torch.stack([pieces[(n - 1) // CHUNK][i, (n - 1) % CHUNK] for i, n in enumerate(lengths)])
 
     def _input_log_probs(self, hidden_QH: Tensor, ids: tuple[int, ...]) -> list[float]:
@@ -174,6 +191,7 @@ class Generation:
         for row, reason in endings.items():
             sequence = self._rows.sequences[row]
             self._rows.collect(row)
+            self._rows.collect_experts(row)
             sequence.finish(reason, self.version)
             self._on_finish(sequence)
         if endings:

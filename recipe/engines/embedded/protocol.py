@@ -47,6 +47,8 @@ class GenerateBody(Body):
     logprob_start_len: Literal[0, -1] = -1
     """0: the log-probs of the prompt's tokens too."""
     return_routed_experts: bool = False
+    extra_key: str | None = None
+    """Prompts share a prefix cache only under one key; this engine has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,11 +135,11 @@ def _require(holds: bool, rule: str, got: object) -> None:
 
 def answer(sequence: RunningSequence, text: str | None) -> dict[str, Any]:
     """One sequence in SGLang's form; no text without a tokenizer."""
-    count = len(sequence.output_ids)
+    spans = sequence.version_spans()
     meta: dict[str, Any] = {
         "finish_reason": sequence.finish_reason,
-        "weight_version": sequence.version,
-        "weight_versions": [{"version": sequence.version, "start": 0, "end": count}],
+        "weight_version": spans[-1]["version"],
+        "weight_versions": spans,
         "output_token_logprobs": [
             (log_prob, token, None) for log_prob, token in zip(sequence.log_probs, sequence.output_ids, strict=True)
         ],

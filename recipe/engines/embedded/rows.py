@@ -38,12 +38,14 @@ class Rows:
         self._log_probs = np.zeros((size, 1), np.float32)
 
     def add(self, sequence: RunningSequence) -> int:
-        """Gives the sequence a row; its number."""
-        row, sampling = self.count, sequence.sampling
+        """Gives the sequence a row, with the tokens that it has; its number."""
+        row, sampling, made = self.count, sequence.sampling, len(sequence.output_ids)
         self.sequences.append(sequence)
         self.count += 1
-        self.position[row] = len(sequence.prompt_ids)
-        self.generated[row] = 0
+        self.position[row] = len(sequence.known_ids)
+        self.generated[row] = made
+        self._tokens, self._log_probs = _widened(self._tokens, made, 0), _widened(self._log_probs, made, 0)
+        self._tokens[row, :made], self._log_probs[row, :made] = sequence.output_ids, sequence.log_probs
         self.limit[row] = sampling.max_new_tokens
         self.seed[row] = sampling.seed
         self.greedy[row] = sampling.greedy
@@ -73,11 +75,15 @@ class Rows:
         return stopped
 
     def collect(self, row: int) -> None:
-        """Writes a row's tokens, log-probs and, if it is to return them, experts to its sequence."""
+        """Writes a row's tokens and log-probs to its sequence."""
         sequence = self.sequences[row]
         count = self.generated[row]
         sequence.output_ids = self._tokens[row, :count].tolist()
         sequence.log_probs = self._log_probs[row, :count].tolist()
+
+    def collect_experts(self, row: int) -> None:
+        """Writes where a row's tokens were routed to its sequence, if it is to return that."""
+        sequence = self.sequences[row]
         if sequence.returns_routed_experts:
             sequence.routed_experts = self._cache.routed_experts(row, int(self.position[row])).numpy().copy()
 

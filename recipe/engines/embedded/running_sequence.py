@@ -39,11 +39,33 @@ class RunningSequence:
     routed_experts: NDArray[np.int32] | None = None
     """[prompt and response - 1, L, K] where the tokens were taken, if that is to be returned."""
     version: str = ""
-    """Of the weights that made the response: they are not replaced while it is under way."""
+    """Of the weights that made the newest tokens."""
+    older: list[tuple[str, int]] = field(default_factory=list)
+    """Versions of weights that were replaced while it was under way, and the tokens that were there then."""
     finish_reason: dict[str, Any] | None = None
+
+    @property
+    def known_ids(self) -> tuple[int, ...]:
+        """Prompt and response, as far as the engine's thread has written it down."""
+        return (*self.prompt_ids, *self.output_ids)
+
+    def outlive(self, version: str, tokens: int) -> None:
+        """Weights of this version are replaced when it has so many tokens: they made those that no older ones did."""
+        if tokens > (self.older[-1][1] if self.older else 0):
+            self.older.append((version, tokens))
 
     def finish(self, reason: dict[str, Any], version: str) -> None:
         self.finish_reason, self.version = reason, version
+
+    def version_spans(self) -> list[dict[str, Any]]:
+        """Whose weights made which tokens, as SGLang tells it: the spans follow one another, and there is one at
+        least."""
+        count, spans = len(self.output_ids), list[dict[str, Any]]()
+        for version, end in [*self.older, (self.version, count)]:
+            start = spans[-1]["end"] if spans else 0
+            if end > start or not spans:
+                spans.append({"version": version, "start": start, "end": end})
+        return spans
 
 
 @dataclass(slots=True)

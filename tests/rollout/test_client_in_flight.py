@@ -1,0 +1,129 @@
+"""The client while engines stand still for new weights: none is taken for dead, and no request's time runs."""
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from aiohttp import web
+from fake_engines import FakeEngine, answers, group_of, serving
+
+from recipe.rollout.client import ClientCounters, ClientOptions, RolloutClient
+from recipe.rollout.deadlines import Deadlines
+from recipe.rollout.fleet import EnginePeer, Fleet, HealthOptions
+from recipe.rollout.sampling_params import SamplingParams
+
+SAMPLING = SamplingParams(max_new_tokens=4)
+OPTIONS = ClientOptions(
+    request_timeout_s=1.0, max_retries=0, backoff_s=0.01, health=HealthOptions(interval_s=0.05, timeout_s=0.3)
+)
+BOUND_S = 20.0
+
+
+class StillEngine(FakeEngine):
+    """Answers nothing, and is not well, until it goes on."""
+
+    def __init__(self) -> None:
+        super().__init__(self._wait)
+        self.goes_on, self.is_asked_again = asyncio.Event(), asyncio.Event()
+        self.healthy = False
+
+    def go_on(self) -> None:
+        self.healthy = True
+        self.goes_on.set()
+
+    async def verb(self, request: web.Request) -> web.StreamResponse:
+        if self.calls:
+            self.is_asked_again.set()
+        return await super().verb(request)
+
+    async def _wait(self, body: dict[str, Any]) -> web.Response:
+        await self.goes_on.wait()
+        return answers(body)
+
+
+async def not_dead(_: int) -> str:
+    raise AssertionError("it is taken for dead")
+
+
+async def test_an_engine_that_stands_still_is_not_taken_for_dead_and_no_requests_time_runs() -> None:
+    engine, group = StillEngine(), group_of()
+    async with serving(engine) as urls, RolloutClient(urls, OPTIONS, not_dead) as client, asyncio.timeout(BOUND_S):
+        async with client.watched() as tasks, client.updating("2"):
+            tasks.create_task(client.generate(group, SAMPLING, [1, 2]))
+            await asyncio.sleep(1.5)
+            engine.go_on()
+        assert client.counters == ClientCounters()
+    assert [sample.response_ids for sample in group.samples] == [[1], [2]]
+    assert len(engine.bodies) == 1
+
+
+async def test_a_check_that_was_under_way_when_weights_came_counts_for_nothing() -> None:
+    """The second one that fails, after which the engine would be dead."""
+    engine = StillEngine()
+    options = replace(OPTIONS, health=replace(OPTIONS.health, interval_s=0.0))
+    async with serving(engine) as urls, RolloutClient(urls, options, not_dead) as client, asyncio.timeout(BOUND_S):
+
+        async def update_when_asked() -> None:
+            await engine.is_asked_again.wait()
+            async with client.updating("2"):
+                await asyncio.sleep(0.5)
+                engine.go_on()
+
+        async with client.watched() as tasks:
+            tasks.create_task(update_when_asked())
+            tasks.create_task(asyncio.sleep(1.5))
+    assert engine.calls.count("/health_generate") > 2
+
+
+async def test_weights_wait_for_an_engine_that_is_being_replaced() -> None:
+    async def replaced(_: int) -> str:
+        await asyncio.sleep(0.1)
+        return "http://new"
+
+    async def is_healthy(engine: EnginePeer, timeout_s: float) -> bool:
+        return engine.url == "http://new"
+
+    fleet = Fleet(["http://old"], is_healthy, replaced, OPTIONS.health)
+    [engine] = fleet.engines
+    assert not await fleet.examine(engine, 0)
+    async with fleet.updating():
+        assert engine.url == "http://new"
+
+
+async def test_waits_have_what_was_left_of_them_when_time_runs_again() -> None:
+    deadlines = Deadlines()
+    with pytest.raises(TimeoutError):
+        async with deadlines.within(0.05):
+            await asyncio.sleep(BOUND_S)
+    waits = [asyncio.create_task(wait(deadlines, 1.0))]
+    await asyncio.sleep(0)
+    deadlines.stop()
+    waits.append(asyncio.create_task(wait(deadlines, 0.1)))
+    await asyncio.sleep(1.2)
+    assert not any(one.done() for one in waits)
+    deadlines.go_on()
+    assert await asyncio.gather(*waits) == ["too long"] * 2
+    async with deadlines.within(None):
+        deadlines.stop()
+
+
+async def wait(deadlines: Deadlines, seconds: float) -> str:
+    try:
+        async with deadlines.within(seconds):
+            await asyncio.sleep(BOUND_S)
+    except TimeoutError:
+        return "too long"
+    return "done"
+
+
+@pytest.mark.parametrize("keeps_cache", [True, False])
+async def test_what_older_weights_made_is_not_found_again_in_a_cache_that_is_kept(keeps_cache: bool) -> None:
+    engine = FakeEngine()
+    options = replace(OPTIONS, keeps_cache=keeps_cache)
+    async with serving(engine) as urls, RolloutClient(urls, options) as client:
+        for version in ("0", "1"):
+            async with client.updating(version):
+                pass
+            await client.generate(group_of(), SAMPLING, [1, 2])
+    assert [body.get("extra_key") for body in engine.bodies] == (["0", "1"] if keeps_cache else [None, None])
