@@ -75,7 +75,7 @@ def machine_like(resolved: Resolved, found: FoundMachine) -> Machine:
     smallest = min(found.gpus, key=lambda gpu: gpu.memory).described() if found.gpus else GPUS[DEFAULT_GPU]
     return Machine(
         gpu=smallest,
-        gpus=resolved.config.cluster.actor_num_gpus_per_node,
+        gpus=gpus_of_fullest_machine(resolved.config),
         host_memory=found.host_memory,
         disk=found.disk,
     )

@@ -162,17 +162,17 @@ class SpeedModel:
         on_gpu = fullest * constants.GPU_ADAM_BYTES / (gpu.memory_bandwidth * constants.GPU_ADAM_SHARE)
         if not memory.offloaded:
             return on_gpu
-        host = fullest * memory.machine.gpus * constants.HOST_ADAM_BYTES / memory.machine.host_bandwidth.at(self.pace)
+        ranks = self.resolved.config.cluster.actor_num_gpus_per_node
+        host = fullest * ranks * constants.HOST_ADAM_BYTES / memory.machine.host_bandwidth.at(self.pace)
         bus = fullest * (FP32 + BF16) / (gpu.pcie_bandwidth * constants.PCIE_SHARE)
         return (1 - memory.offloaded) * on_gpu + memory.offloaded * max(host, bus)
 
     def update_weights(self) -> float:
-        """All weights, gathered and copied, in buckets."""
+        """All weights, gathered and copied or, to GPUs of engines' own, broadcast in a group of them all, in buckets."""
         config = self.resolved.config
         size = sum(p.elements for p in self.memory.table.values()) * self.memory.weight_bytes
         buckets = -(-size // config.rollout.update_weight_buffer_size)
-        spread = 1 if config.cluster.colocate else config.world_size + config.rollout_gpus
-        rate = self.link(max(spread, config.world_size)) * constants.LINK_SHARE
+        rate = self.link(config.world_size) * constants.LINK_SHARE
         group = 0.0 if config.cluster.colocate else constants.UPDATE_GROUP_S
         return 2 * size / rate + buckets * constants.UPDATE_BUCKET_S + group
 
