@@ -22,6 +22,7 @@ from recipe.plan.options import PUBLISHED, resolve_without_weights
 from recipe.plan.plan import Plan, make_plan
 from recipe.plan.ranges import range_text
 from recipe.plan.report import page
+from recipe.plan.time_plan import TimePlan
 from recipe.run import metrics
 from recipe.system.files import atomic_write_text
 
@@ -37,6 +38,8 @@ PLANNED = {
     "8gpu-fast": "`8gpu`, 64 sequences a GPU, saves beside training",
     "16gpu-fast": "`16gpu`, 32 sequences a GPU, saves beside training",
     "24gpu-fast": "`24gpu`, engines of 8 GPUs, 32 sequences a GPU, saves beside training",
+    "16gpu-async": "8 GPUs train, TP 2, PP 2, EP 4, and 8 generate beside it",
+    "24gpu-async": "12 GPUs train, PP 3, EP 4, and 12 generate beside it",
 }
 """Recipes of GLM-4.7-Flash, and what is particular in their layout."""
 PRICE = 2.5
@@ -201,6 +204,43 @@ def _recipe_row(name: str, plan: Plan) -> tuple[str, ...]:
     )
 
 
+IN_FIXED_ORDER = "--async-order", "fixed", "--update-weight-in-flight", "none"
+
+
+def beside_training() -> str:
+    """Both sides of the asynchronous recipes, and what they cost beside the colocated ones."""
+    head = ("recipe", "a step", "trainer's side", "idle", "engines' side", "idle", "a step costs", "3,000 steps")
+    rows: list[tuple[str, ...]] = []
+    for gpus in ("16gpu", "24gpu"):
+        fast = plan_of(f"{gpus}-fast").time
+        assert fast is not None
+        rows.append((f"`{gpus}-fast`, colocated", *_step(fast), "", "", "", "", *_dollars(fast, fast)))
+        for flags in ((), IN_FIXED_ORDER, ("--max-staleness", "2")):
+            time = plan_of(f"{gpus}-async", "H100-80GB", *flags).time
+            assert time is not None
+            sides = (f"{range_text(one.seconds)} s|{range_text(one.idle * 100)}%" for one in time.sides.values())
+            cells = [cell for side in sides for cell in side.split("|")]
+            name = f"`{gpus}-async`" + f", `{' '.join(flags)}`" * bool(flags)
+            rows.append((name, *_step(time), *cells, *_dollars(time, fast)))
+    return _table(head, *rows)
+
+
+def _step(time: TimePlan) -> tuple[str]:
+    return (f"{range_text(time.step_s)} s",)
+
+
+def _dollars(time: TimePlan, other: TimePlan) -> tuple[str, str]:
+    """Of a step and of the run, in the middle of their ranges, beside another run."""
+    if time is other:
+        return f"${range_text(time.dollars_a_step)}", f"${range_text(time.dollars)}"
+    pairs = (time.dollars_a_step, other.dollars_a_step), (time.dollars, other.dollars)
+    step, run = (
+        f"${range_text(own)}, {abs(saved := 1 - own.middle / its.middle):.0%} {'less' if saved > 0 else 'more'}"
+        for own, its in pairs
+    )
+    return step, run
+
+
 def plan_page() -> str:
     """What `make plan` prints of the 8-GPU recipe."""
     return f"```text\n{page(plan_of('8gpu'), ())}\n```"
@@ -266,6 +306,7 @@ def first_run() -> str:
 PARTS: Mapping[str, Callable[[], str]] = {
     "recipes-h100": lambda: recipes_on("H100-80GB"),
     "recipes-h200": lambda: recipes_on("H200-141GB"),
+    "beside-training": beside_training,
     "plan-8gpu": plan_page,
     "node-costs": node_costs,
     "first-run": first_run,

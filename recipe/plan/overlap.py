@@ -1,0 +1,92 @@
+"""Rollouts that are generated while the trainer learns from earlier ones, and how long an engine takes for each then.
+
+With --max-staleness S, rollout r may begin with the weights that rollout r - S - 1 made, and is learned from before its
+own step's weights are sent. In the steady state a step takes P seconds, in which every engine begins a rollout and ends
+one. From its begin to the end of the step that learns from it a rollout has S + 1 steps, and needs its own time L, and
+after its last response the trainer's time T:
+
+    L + T <= (S + 1) P
+
+More rollouts at once make each of them slower and the engines' tokens faster: L falls and P rises with the gap, the
+tokens that an engine makes of each response between the begins of two rollouts. The smallest gap that satisfies it is
+the engines' pace. At the largest that is of use nothing of a rollout is left when the next begins. That groups that end
+early may be learned from earlier (--async-order finished) is not counted: with S = 1 it changes nothing.
+
+The pause of an update is on both sides, and stands apart.
+
+R: rollouts that are played; N: samples of one on this engine.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from recipe.plan.playout import Course, Played, TokenTime, Turn
+
+PRECISION = 64
+"""Steps into which the largest gap is divided."""
+
+
+def rollouts_to_play(staleness: int) -> int:
+    """So many that each in the later half runs beside as many as those that follow would."""
+    return 6 + 2 * staleness
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """One engine, and the rollouts that it makes."""
+
+    samples: np.ndarray
+    """[R, N] tokens of responses, in the order in which they come."""
+    places: int
+    """Groups of the engine's GPUs that hold different sequences."""
+    slots: int
+    """Sequences at once of such a group."""
+    prompt: float
+    """Tokens before a response."""
+    token_time: TokenTime
+    reading_s: float
+    """In which the prompts of one rollout are read."""
+
+    @property
+    def largest_gap(self) -> int:
+        """Tokens after which the longest of the rollouts, alone, is over."""
+        return max(int(self._ends(self._turns(rollout[None], 0), 1)[0]) for rollout in self.samples)
+
+    def steady(self, training_s: float, staleness: int) -> Played:
+        """A step at the engine's own pace, beside a trainer that needs so many seconds to learn from a rollout."""
+        largest = self.largest_gap
+        low, high = 0, PRECISION
+        while high - low > 1:
+            middle = (low + high) // 2
+            step, latency = self.paced(-(-largest * middle // PRECISION))
+            if latency + training_s <= (staleness + 1) * step.seconds:
+                high = middle
+            else:
+                low = middle
+        return self.paced(-(-largest * high // PRECISION))[0]
+
+    def paced(self, gap: int) -> tuple[Played, float]:
+        """What a step takes if a rollout comes every `gap` tokens, by the later half of them: the time in which the
+        engine makes the tokens of one. And seconds from the coming of one to its end there; infinity if none ends."""
+        rollouts = len(self.samples)
+        turns = self._turns(self.samples, gap)
+        course = Course.of(turns, self.prompt, self.token_time)
+        begins, ends = np.arange(rollouts + 1) * gap, self._ends(turns, rollouts)
+        half = rollouts // 2
+        step, tokens = course.between(int(begins[half]), int(begins[-1]))
+        share = self.samples.sum() / rollouts / tokens
+        whole = (ends <= begins[-1]) & (np.arange(rollouts) >= half - 1)
+        took = (course.at(ends) - course.at(begins[:-1]))[whole]
+        latency = float(took.mean()) if whole.any() else np.inf
+        return Played(share * step.seconds + self.reading_s, share * step.tail_s), latency + self.reading_s
+
+    def _turns(self, samples: np.ndarray, gap: int) -> list[Turn]:
+        """Of each of the places, if one of these rollouts comes every `gap` tokens."""
+        come = np.arange(len(samples)) * gap
+        of_places = (samples[:, place :: self.places] for place in range(self.places))
+        return [Turn.of(lengths.ravel(), self.slots, np.repeat(come, lengths.shape[1])) for lengths in of_places]
+
+    def _ends(self, turns: list[Turn], rollouts: int) -> np.ndarray:
+        """[R] when the last response of each rollout ends, on the clock of tokens."""
+        return np.max([turn.ends.reshape(rollouts, -1).max(axis=1, initial=0) for turn in turns], axis=0)
