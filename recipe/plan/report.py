@@ -36,10 +36,11 @@ SCHEMA = {
     "colocated": "of a run whose engines have GPUs of their own: name, and [best, worst] of step_s, dollars_a_step and "
     "run_dollars, of the recipe that it extends which has as many GPUs and shares them; null where there is none",
     "time": "null without GPUs; else, each [best, worst]: seconds of a step by phase, step_s (where rollouts are "
-    "generated beside training, the slower side's), dollars_a_step, tail_s (of the rollout's, with less than a quarter of "
-    "the sequences at once), evaluation_s (of one), run_hours and run_dollars (all steps and evaluations), tokens_per_s "
-    "by phase; evaluations, their number; and sides: of trainer and engines, where they share no GPUs, the number of "
-    "these (gpus), the seconds of a step in which they are busy, and the share in which they are idle",
+    "generated beside training, the slower side's), dollars_a_step, tail_s (of the rollout's, with less than a "
+    "quarter of the sequences at once), evaluation_s (of one), run_hours and run_dollars (all steps and "
+    "evaluations), tokens_per_s by phase; evaluations, their number; and sides: of trainer and engines, where they "
+    "share no GPUs, the number of these (gpus), the seconds of a step in which they are busy, and the share in which "
+    "they are idle",
 }
 """Every field of the JSON."""
 
