@@ -67,6 +67,7 @@ class Generation:
         groups = self._groups(self.lengths, played * size * each, each)
         rollouts = [groups[first : first + size] for first in range(0, played * size, size)]
         of_engines = [np.array([np.concatenate(one[number::engines]) for one in rollouts]) for number in range(engines)]
+        reads_again = config.rollout.update_weight_in_flight == "recompute"
         return Pipeline(
             samples=max(of_engines, key=np.sum),
             places=self.engine.attention_groups,
@@ -74,6 +75,7 @@ class Generation:
             prompt=constants.MEAN_PROMPT,
             token_time=self.decoding.token,
             reading_s=self._reading_s(size),
+            again_s=engines * self._reading_s(1) / constants.MEAN_PROMPT * reads_again,
         )
 
     def evaluation(self) -> Played:

@@ -12,7 +12,7 @@ tokens that an engine makes of each response between the begins of two rollouts.
 the engines' pace. At the largest that is of use nothing of a rollout is left when the next begins. That groups that end
 early may be learned from earlier (--async-order finished) is not counted: with S = 1 it changes nothing.
 
-The pause of an update is on both sides, and stands apart.
+The pause of an update is on both sides, and stands apart; what an engine reads again after it is added to the step.
 
 R: rollouts that are played; N: samples of one on this engine.
 """
@@ -33,6 +33,18 @@ def rollouts_to_play(staleness: int) -> int:
 
 
 @dataclass(frozen=True)
+class Paced:
+    """What rollouts that come at one pace take."""
+
+    step: Played
+    """The time in which the engine makes the tokens of one."""
+    latency_s: float
+    """From the coming of one to its end; infinity if none ends."""
+    held: float
+    """Tokens that are under way, prompts included."""
+
+
+@dataclass(frozen=True)
 class Pipeline:
     """One engine, and the rollouts that it makes."""
 
@@ -47,6 +59,8 @@ class Pipeline:
     token_time: TokenTime
     reading_s: float
     """In which the prompts of one rollout are read."""
+    again_s: float = 0.0
+    """In which a token that is under way at an update is read once more."""
 
     @property
     def largest_gap(self) -> int:
@@ -59,27 +73,28 @@ class Pipeline:
         low, high = 0, PRECISION
         while high - low > 1:
             middle = (low + high) // 2
-            step, latency = self.paced(-(-largest * middle // PRECISION))
-            if latency + training_s <= (staleness + 1) * step.seconds:
+            found = self.paced(-(-largest * middle // PRECISION))
+            if found.latency_s + training_s <= (staleness + 1) * found.step.seconds:
                 high = middle
             else:
                 low = middle
-        return self.paced(-(-largest * high // PRECISION))[0]
+        found = self.paced(-(-largest * high // PRECISION))
+        return Played(found.step.seconds + self.again_s * found.held, found.step.tail_s)
 
-    def paced(self, gap: int) -> tuple[Played, float]:
-        """What a step takes if a rollout comes every `gap` tokens, by the later half of them: the time in which the
-        engine makes the tokens of one. And seconds from the coming of one to its end there; infinity if none ends."""
+    def paced(self, gap: int) -> Paced:
+        """If a rollout comes every `gap` tokens, by the later half of them."""
         rollouts = len(self.samples)
         turns = self._turns(self.samples, gap)
         course = Course.of(turns, self.prompt, self.token_time)
         begins, ends = np.arange(rollouts + 1) * gap, self._ends(turns, rollouts)
         half = rollouts // 2
-        step, tokens = course.between(int(begins[half]), int(begins[-1]))
-        share = self.samples.sum() / rollouts / tokens
+        found = course.between(int(begins[half]), int(begins[-1]))
+        share = float(self.samples.sum()) / rollouts / found.made
+        step = Played(share * found.played.seconds + self.reading_s, share * found.played.tail_s)
         whole = (ends <= begins[-1]) & (np.arange(rollouts) >= half - 1)
         took = (course.at(ends) - course.at(begins[:-1]))[whole]
         latency = float(took.mean()) if whole.any() else np.inf
-        return Played(share * step.seconds + self.reading_s, share * step.tail_s), latency + self.reading_s
+        return Paced(step, latency + self.reading_s, found.held)
 
     def _turns(self, samples: np.ndarray, gap: int) -> list[Turn]:
         """Of each of the places, if one of these rollouts comes every `gap` tokens."""

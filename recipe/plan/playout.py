@@ -61,6 +61,17 @@ class Played:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """A part of an engine's course."""
+
+    played: Played
+    made: int
+    """Tokens that are made in it."""
+    held: float
+    """Tokens of all that run, prompts included, on the mean over its time."""
+
+
+@dataclass(frozen=True)
 class Course:
     """How an engine's work goes on: what it has made on the clock of tokens, and on that of seconds."""
 
@@ -70,13 +81,15 @@ class Course:
     """[E] of the span that begins at each; none while nothing runs, for then no token is made."""
     running: np.ndarray
     """[E] sequences in that span."""
+    held: np.ndarray
+    """[E] tokens of all of them, prompts included, on the mean of the span."""
 
     @classmethod
     def of(cls, turns: Sequence[Turn], prompt: float, token_time: TokenTime) -> "Course":
         """The groups of one engine, which make their tokens together; each sequence has a `prompt` before it."""
         moments = np.unique(np.concatenate([edge for turn in turns for edge in (turn.starts, turn.ends)]))
         if len(moments) < 2:
-            return cls(moments, np.zeros(0), np.zeros(0, dtype=np.int64))
+            return cls(moments, np.zeros(0), np.zeros(0, dtype=np.int64), np.zeros(0))
         spans, begins = np.diff(moments), moments[:-1]
         found = [turn.running(begins) for turn in turns]
         counts_GE = np.stack([count for count, _ in found])
@@ -85,24 +98,29 @@ class Course:
         batch = counts_GE[fullest]
         context = prompt + tokens_GE[fullest] / np.maximum(1, batch) + spans / 2
         total = counts_GE.sum(axis=0)
-        return cls(moments, np.where(total > 0, spans * token_time(batch, total, context), 0.0), total)
+        seconds = np.where(total > 0, spans * token_time(batch, total, context), 0.0)
+        return cls(moments, seconds, total, tokens_GE.sum(axis=0) + total * (prompt + spans / 2))
 
     def at(self, moments: np.ndarray) -> np.ndarray:
         """Seconds from the first of the course's moments to each of these."""
         return np.interp(moments, self.moments, np.concatenate([[0.0], np.cumsum(self.seconds)]))
 
-    def between(self, first: int, last: int) -> tuple[Played, int]:
-        """What lies between two moments, and the tokens that are made there."""
+    def between(self, first: int, last: int) -> Stretch:
+        """What lies between two moments."""
         spans = np.clip(self.moments[1:], first, last) - np.clip(self.moments[:-1], first, last)
         seconds = self.seconds * spans / np.diff(self.moments)
         few = self.running < TAIL_SHARE * self.running[spans > 0].max(initial=0)
-        return Played(float(seconds.sum()), float(seconds[few].sum())), int((spans * self.running).sum())
+        return Stretch(
+            Played(float(seconds.sum()), float(seconds[few].sum())),
+            made=int((spans * self.running).sum()),
+            held=float((seconds * self.held).sum() / max(seconds.sum(), 1e-9)),
+        )
 
 
 def play(turns: Sequence[Turn], prompt: float, token_time: TokenTime) -> Played:
     """A rollout on one engine, from its first token to its last."""
     course = Course.of(turns, prompt, token_time)
-    return course.between(course.moments[0], course.moments[-1])[0] if len(course.moments) else Played(0.0, 0.0)
+    return course.between(course.moments[0], course.moments[-1]).played if len(course.moments) else Played(0.0, 0.0)
 
 
 def in_order(turns: Sequence[Turn]) -> tuple[np.ndarray, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import json
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -102,10 +103,22 @@ def test_rollouts_far_apart_take_what_each_takes_alone() -> None:
     lengths = [5, 40, 12, 100, 7, 64]
     one = pipeline(lengths, 4, 1)
     alone = play([Turn.of(np.array(lengths), 4)], 10, token_time)
-    step, latency = one.paced(one.largest_gap)
-    assert step.seconds == pytest.approx(alone.seconds)
-    assert latency == pytest.approx(alone.seconds)
-    assert step.tail_s == pytest.approx(alone.tail_s)
+    found = one.paced(one.largest_gap)
+    assert found.step.seconds == pytest.approx(alone.seconds)
+    assert found.latency_s == pytest.approx(alone.seconds)
+    assert found.step.tail_s == pytest.approx(alone.tail_s)
+
+
+def test_what_is_under_way_at_an_update_is_read_again() -> None:
+    """Two sequences of 10 tokens and a prompt of 10 run all the time, and have 15 tokens each on the mean."""
+    one = pipeline([10, 10], 2, 1)
+    assert one.paced(10).held == pytest.approx(30)
+    assert replace(one, again_s=0.5).steady(0, 1).seconds == pytest.approx(one.steady(0, 1).seconds + 15)
+    keep, recompute = (
+        time_of("16gpu-async", f"--update-weight-in-flight {cache}").seconds[Work.ROLLOUT]
+        for cache in ("keep", "recompute")
+    )
+    assert keep.best + 0.1 < recompute.best < keep.best + 10
 
 
 def plan(recipe: str, flags: str = "") -> Plan:
