@@ -155,7 +155,8 @@ def test_in_fixed_order_the_longest_response_is_waited_for_and_training_costs_no
     assert in_turn.step_s.best - fixed.step_s.best == pytest.approx(
         sum(in_turn.seconds[work].best for work in (Work.TRAIN, Work.OPTIMIZER, Work.SAVE))
     )
-    assert time_of("16gpu-async", "--max-staleness 0 --async-order none").step_s == in_turn.step_s
+    nothing_ahead = "--max-staleness 0 --async-order none --update-weight-in-flight none"
+    assert time_of("16gpu-async", nothing_ahead).step_s == in_turn.step_s
     assert time_of("16gpu-async").step_s.worst < fixed.step_s.worst
 
 
@@ -268,10 +269,11 @@ def test_tuning_divides_each_machine_otherwise() -> None:
 
 def test_it_is_compared_with_the_colocated_recipe_of_as_many_gpus_under_the_same_flags() -> None:
     words = ["--recipe", "glm4.7-flash-16gpu-async", "--hf-checkpoint", str(PUBLISHED), "--num-rollout", "100"]
-    settings, resolved = read_without_weights(words)
+    settings, resolved = read_without_weights([*words, "--max-staleness", "2", "--sglang-ep-size", "2"])
     twin = colocated_twin(settings, resolved)
     assert twin is not None
     assert (twin.config.misc.name, twin.config.rollout.num_rollout) == ("glm4.7-flash-16gpu-fast", 100)
+    assert (twin.config.rollout.max_staleness, twin.config.sglang.args["ep_size"]) == (None, 8)
     made, other = plan("16gpu-async"), plan("16gpu-fast")
     sentence = comparison(made, other)
     assert sentence.startswith("glm4.7-flash-16gpu-fast, colocated on as many GPUs, takes ")
