@@ -6,7 +6,7 @@ docs/configuration.md and docs/metrics.md are generated whole. Elsewhere it is w
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from recipe.config.usage import CHECK, FORCE
 from recipe.plan.hardware import GB, GIB, Machine
 from recipe.plan.options import PUBLISHED, resolve_without_weights
 from recipe.plan.plan import Plan, make_plan
-from recipe.plan.ranges import range_text
+from recipe.plan.ranges import Between, range_text
 from recipe.plan.report import page
 from recipe.plan.time_plan import TimePlan
 from recipe.run import metrics
@@ -204,41 +204,47 @@ def _recipe_row(name: str, plan: Plan) -> tuple[str, ...]:
     )
 
 
-IN_FIXED_ORDER = "--async-order", "fixed", "--update-weight-in-flight", "none"
+COMPARED = {
+    "fast": ((), ("--over-sampling-batch-size", "64", "--partial-rollout")),
+    "async": ((), ("--async-order", "fixed", "--update-weight-in-flight", "none"), ("--max-staleness", "2")),
+}
+"""Flags under which colocated and asynchronous recipes stand beside one another."""
 
 
 def beside_training() -> str:
     """Both sides of the asynchronous recipes, and what they cost beside the colocated ones."""
-    head = ("recipe", "a step", "trainer's side", "idle", "engines' side", "idle", "a step costs", "3,000 steps")
+    head = ("recipe", "a step", "trainer busy", "idle", "engines busy", "idle", "a step costs", "3,000 steps")
     rows: list[tuple[str, ...]] = []
     for gpus in ("16gpu", "24gpu"):
-        fast = plan_of(f"{gpus}-fast").time
-        assert fast is not None
-        rows.append((f"`{gpus}-fast`, colocated", *_step(fast), "", "", "", "", *_dollars(fast, fast)))
-        for flags in ((), IN_FIXED_ORDER, ("--max-staleness", "2")):
-            time = plan_of(f"{gpus}-async", "H100-80GB", *flags).time
-            assert time is not None
-            sides = (f"{range_text(one.seconds)} s|{range_text(one.idle * 100)}%" for one in time.sides.values())
-            cells = [cell for side in sides for cell in side.split("|")]
-            name = f"`{gpus}-async`" + f", `{' '.join(flags)}`" * bool(flags)
-            rows.append((name, *_step(time), *cells, *_dollars(time, fast)))
+        times = {
+            (f"`{gpus}-{kind}`", *flags): plan_of(f"{gpus}-{kind}", "H100-80GB", *flags).time
+            for kind, ways in COMPARED.items()
+            for flags in ways
+        }
+        colocated = times[(f"`{gpus}-fast`",)]
+        rows += [_beside(name, flags, time, colocated) for (name, *flags), time in times.items()]
     return _table(head, *rows)
 
 
-def _step(time: TimePlan) -> tuple[str]:
-    return (f"{range_text(time.step_s)} s",)
-
-
-def _dollars(time: TimePlan, other: TimePlan) -> tuple[str, str]:
-    """Of a step and of the run, in the middle of their ranges, beside another run."""
-    if time is other:
-        return f"${range_text(time.dollars_a_step)}", f"${range_text(time.dollars)}"
-    pairs = (time.dollars_a_step, other.dollars_a_step), (time.dollars, other.dollars)
-    step, run = (
-        f"${range_text(own)}, {abs(saved := 1 - own.middle / its.middle):.0%} {'less' if saved > 0 else 'more'}"
-        for own, its in pairs
+def _beside(name: str, flags: Sequence[str], time: TimePlan | None, colocated: TimePlan | None) -> tuple[str, ...]:
+    assert time is not None
+    assert colocated is not None
+    sides = [(f"{range_text(one.seconds)} s", f"{range_text(one.idle * 100)}%") for one in time.sides.values()]
+    return (
+        f"{name}, `{' '.join(flags)}`" if flags else name,
+        f"{range_text(time.step_s)} s",
+        *(cell for side in sides or [("", "")] * 2 for cell in side),
+        *(
+            f"${range_text(own)}" + f", {_saved(own, its)}" * (own != its)
+            for own, its in ((time.dollars_a_step, colocated.dollars_a_step), (time.dollars, colocated.dollars))
+        ),
     )
-    return step, run
+
+
+def _saved(own: Between, its: Between) -> str:
+    """In the middle of both ranges."""
+    saved = 1 - own.middle / its.middle
+    return f"{abs(saved):.0%} {'less' if saved > 0 else 'more'}"
 
 
 def plan_page() -> str:
