@@ -23,6 +23,7 @@ from recipe.plan.report import as_json, comparison, page
 from recipe.plan.time_plan import OF_ENGINES, Side, TimePlan, Work
 from recipe.plan.tune.search import Tuner, has_margin
 from recipe.plan.tune.space import engines, splits, trainers
+from recipe.plan.tune.table import table
 
 ASYNC = ("16gpu", "24gpu")
 IN_TURN = "--no-async-rollout --max-staleness none --async-order none --update-weight-in-flight none"
@@ -265,6 +266,9 @@ def test_tuning_divides_each_machine_otherwise() -> None:
         assert choice.plan.time.gpus == 16
         found.append(choice.plan.time.engine_gpus)
     assert found == [8, 14, 12]
+    rows = table(tuner.given(), [choice]).splitlines()
+    [busy] = [row.split()[2:] for row in rows if row.startswith("    engines busy")]
+    assert busy == next(row.split()[4:] for row in rows if row.startswith("  seconds of a step"))
 
 
 def test_it_is_compared_with_the_colocated_recipe_of_as_many_gpus_under_the_same_flags() -> None:
