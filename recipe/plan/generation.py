@@ -66,7 +66,9 @@ class Generation:
         size, each, engines = config.rollout.rollout_batch_size, config.rollout.n_samples_per_prompt, config.num_engines
         groups = self._groups(self.lengths, played * size * each, each)
         rollouts = [groups[first : first + size] for first in range(0, played * size, size)]
-        of_engines = [np.array([np.concatenate(one[number::engines]) for one in rollouts]) for number in range(engines)]
+        of_engines = (
+            np.array([np.concatenate(one[number::engines]) for one in rollouts]) for number in range(min(engines, size))
+        )
         reads_again = config.rollout.update_weight_in_flight == "recompute"
         return Pipeline(
             samples=max(of_engines, key=np.sum),

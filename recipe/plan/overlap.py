@@ -1,9 +1,8 @@
 """Rollouts that are generated while the trainer learns from earlier ones, and how long an engine takes for each then.
 
-With --max-staleness S, rollout r may begin with the weights that rollout r - S - 1 made, and is learned from before its
-own step's weights are sent. In the steady state a step takes P seconds, in which every engine begins a rollout and ends
-one. From its begin to the end of the step that learns from it a rollout has S + 1 steps, and needs its own time L, and
-after its last response the trainer's time T:
+With --max-staleness S, rollout r begins as soon as the weights are there that have learned from rollout r - S - 1. In
+the steady state a step takes P seconds, in which an engine begins a rollout and ends one. From its begin until its own
+weights are there rollout r has S + 1 steps, and needs its time L on the engines and then the trainer's, T:
 
     L + T <= (S + 1) P
 
@@ -97,11 +96,11 @@ class Pipeline:
         return Paced(step, latency + self.reading_s, found.held)
 
     def _turns(self, samples: np.ndarray, gap: int) -> list[Turn]:
-        """Of each of the places, if one of these rollouts comes every `gap` tokens."""
+        """Of each of the places that has a sample, if one of these rollouts comes every `gap` tokens."""
         come = np.arange(len(samples)) * gap
-        of_places = (samples[:, place :: self.places] for place in range(self.places))
+        of_places = (samples[:, place :: self.places] for place in range(min(self.places, samples.shape[1])))
         return [Turn.of(lengths.ravel(), self.slots, np.repeat(come, lengths.shape[1])) for lengths in of_places]
 
     def _ends(self, turns: list[Turn], rollouts: int) -> np.ndarray:
         """[R] when the last response of each rollout ends, on the clock of tokens."""
-        return np.max([turn.ends.reshape(rollouts, -1).max(axis=1, initial=0) for turn in turns], axis=0)
+        return np.max([turn.ends.reshape(rollouts, -1).max(axis=1) for turn in turns], axis=0)

@@ -110,6 +110,15 @@ def test_rollouts_far_apart_take_what_each_takes_alone() -> None:
     assert found.step.tail_s == pytest.approx(alone.tail_s)
 
 
+def test_places_and_engines_without_a_sample_take_no_time() -> None:
+    one = pipeline([10, 20], 2, 1)
+    assert replace(one, places=3).steady(5, 1) == replace(one, places=2).steady(5, 1)
+    few = "--rollout-batch-size 4 --global-batch-size 32 --rollout-num-gpus-per-engine 1 --sglang-dp-size "
+    few += "false --sglang-enable-dp-attention false --sglang-enable-dp-lm-head false --sglang-ep-size false "
+    few += "--sglang-moe-dense-tp-size false"
+    assert time_of("16gpu-async", few).step_s.best > 0, "4 groups for 8 engines"
+
+
 def test_what_is_under_way_at_an_update_is_read_again() -> None:
     """Two sequences of 10 tokens and a prompt of 10 run all the time, and have 15 tokens each on the mean."""
     one = pipeline([10, 10], 2, 1)
