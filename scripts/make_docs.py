@@ -6,7 +6,7 @@ docs/configuration.md and docs/metrics.md are generated whole. Elsewhere it is w
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -20,8 +20,9 @@ from recipe.config.usage import CHECK, FORCE
 from recipe.plan.hardware import GB, GIB, Machine
 from recipe.plan.options import PUBLISHED, resolve_without_weights
 from recipe.plan.plan import Plan, make_plan
-from recipe.plan.ranges import range_text
+from recipe.plan.ranges import Between, range_text
 from recipe.plan.report import page
+from recipe.plan.time_plan import TimePlan
 from recipe.run import metrics
 from recipe.system.files import atomic_write_text
 
@@ -37,6 +38,8 @@ PLANNED = {
     "8gpu-fast": "`8gpu`, 64 sequences a GPU, saves beside training",
     "16gpu-fast": "`16gpu`, 32 sequences a GPU, saves beside training",
     "24gpu-fast": "`24gpu`, engines of 8 GPUs, 32 sequences a GPU, saves beside training",
+    "16gpu-async": "8 GPUs train, TP 2, PP 2, EP 4, and 8 generate beside it",
+    "24gpu-async": "12 GPUs train, PP 3, EP 4, and 12 generate beside it",
 }
 """Recipes of GLM-4.7-Flash, and what is particular in their layout."""
 PRICE = 2.5
@@ -201,6 +204,49 @@ def _recipe_row(name: str, plan: Plan) -> tuple[str, ...]:
     )
 
 
+COMPARED = {
+    "fast": ((), ("--over-sampling-batch-size", "64", "--partial-rollout")),
+    "async": ((), ("--async-order", "fixed", "--update-weight-in-flight", "none"), ("--max-staleness", "2")),
+}
+"""Flags under which colocated and asynchronous recipes stand beside one another."""
+
+
+def beside_training() -> str:
+    """Both sides of the asynchronous recipes, and what they cost beside the colocated ones."""
+    head = ("recipe", "a step", "trainer busy", "idle", "engines busy", "idle", "a step costs", "3,000 steps")
+    rows: list[tuple[str, ...]] = []
+    for gpus in ("16gpu", "24gpu"):
+        times = {
+            (f"`{gpus}-{kind}`", *flags): plan_of(f"{gpus}-{kind}", "H100-80GB", *flags).time
+            for kind, ways in COMPARED.items()
+            for flags in ways
+        }
+        colocated = times[(f"`{gpus}-fast`",)]
+        rows += [_beside(name, flags, time, colocated) for (name, *flags), time in times.items()]
+    return _table(head, *rows)
+
+
+def _beside(name: str, flags: Sequence[str], time: TimePlan | None, colocated: TimePlan | None) -> tuple[str, ...]:
+    assert time is not None
+    assert colocated is not None
+    sides = [(f"{range_text(one.seconds)} s", f"{range_text(one.idle * 100)}%") for one in time.sides.values()]
+    return (
+        f"{name}, `{' '.join(flags)}`" if flags else name,
+        f"{range_text(time.step_s)} s",
+        *(cell for side in sides or [("", "")] * 2 for cell in side),
+        *(
+            f"${range_text(own)}" + f", {_saved(own, its)}" * (own != its)
+            for own, its in ((time.dollars_a_step, colocated.dollars_a_step), (time.dollars, colocated.dollars))
+        ),
+    )
+
+
+def _saved(own: Between, its: Between) -> str:
+    """In the middle of both ranges."""
+    saved = 1 - own.middle / its.middle
+    return f"{abs(saved):.0%} {'less' if saved > 0 else 'more'}"
+
+
 def plan_page() -> str:
     """What `make plan` prints of the 8-GPU recipe."""
     return f"```text\n{page(plan_of('8gpu'), ())}\n```"
@@ -272,6 +318,7 @@ def first_run() -> str:
 PARTS: Mapping[str, Callable[[], str]] = {
     "recipes-h100": lambda: recipes_on("H100-80GB"),
     "recipes-h200": lambda: recipes_on("H200-141GB"),
+    "beside-training": beside_training,
     "plan-8gpu": plan_page,
     "node-costs": node_costs,
     "first-run": first_run,

@@ -43,6 +43,13 @@ def machine_of_gpu(config: Config, number: int) -> int:
     return number // config.cluster.actor_num_gpus_per_node % config.cluster.actor_num_nodes
 
 
+def engine_gpus_of(config: Config, machine: int) -> int:
+    """GPUs that engines have on a machine; with `colocate` they are the trainer's."""
+    if not config.needs_engine:
+        return 0
+    return sum(machine_of_gpu(config, number) == machine for number in range(config.rollout_gpus))
+
+
 def weight_sources(config: Config, engine: int) -> tuple[int, ...]:
     """The training ranks that hand engine number `engine` its weights, for each of SGLang's tensor-parallel ranks the
     one on the same GPU or, where they share none, the first one of its machine."""
@@ -54,7 +61,5 @@ def weight_sources(config: Config, engine: int) -> tuple[int, ...]:
 
 def gpus_of_fullest_machine(config: Config) -> int:
     """GPUs that the run takes of the machine of which it takes most: the first one."""
-    if config.cluster.colocate or not config.needs_engine:
-        return config.cluster.actor_num_gpus_per_node
-    own = sum(machine_of_gpu(config, number) == 0 for number in range(config.rollout_gpus))
+    own = 0 if config.cluster.colocate else engine_gpus_of(config, machine=0)
     return config.cluster.actor_num_gpus_per_node + own

@@ -141,6 +141,14 @@ class RolloutConfig(Group):
     custom_generate_on_failure: Literal["leave_out", "stop"] = "leave_out"
     """What becomes of a sample at which it fails: leave_out (nothing is learned from it, its group is compared without
     it, and `custom_generate_failed` counts it), or stop (the run ends)."""
+    async_rollout: bool = False
+    """Generate while the trainer works, on engines with GPUs of their own."""
+    max_staleness: NonNegativeInt | None = None
+    """With `async_rollout`: weight versions that the oldest token of a sample may lie behind those that it is trained
+    from; 0 generates nothing ahead; default: 1."""
+    async_order: Literal["fixed", "finished"] | None = None
+    """With `async_rollout`: fixed (default) makes one rollout after the other, each under the weights of one version,
+    and repeats exactly; finished trains on the groups that finish first, and repeats nothing."""
     rollout_max_concurrency: PositiveInt = 256
     """Requests in flight at most."""
     rollout_request_timeout_s: PositiveFloat | None = None
@@ -180,6 +188,14 @@ class RolloutConfig(Group):
         """Whether the groups of a rollout are the first ones drawn (that pass the filter), and do not depend on which
         finish first."""
         return self.draw_size == self.rollout_batch_size and not self.partial_rollout
+
+    @property
+    def staleness(self) -> int:
+        """Weight versions that a token may lie behind those that it is trained from; above 0, rollouts are made while
+        the trainer works."""
+        if not self.async_rollout:
+            return 0
+        return 1 if self.max_staleness is None else self.max_staleness
 
 
 class EvalConfig(Group):

@@ -77,6 +77,13 @@ def _read_recipe(path: Path, below: tuple[Path, ...]) -> dict[str, Setting]:
     if path in below:
         chain = " -> ".join(file.name for file in (*below, path))
         raise UserError(f"recipes extend one another in a circle: {chain}")
+    base, tables = _parsed(path)
+    settings = {} if base is None else _read_recipe(find_recipe(base, path.parent), (*below, path))
+    return settings | _own_settings(tables, path)
+
+
+def _parsed(path: Path) -> tuple[str | None, dict[str, Any]]:
+    """What a recipe extends, and its tables."""
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -84,8 +91,16 @@ def _read_recipe(path: Path, below: tuple[Path, ...]) -> dict[str, Setting]:
     base = document.pop("extends", None)
     if base is not None and not isinstance(base, str):
         raise UserError(f"recipe {path}: extends must be the name of one recipe, not {base!r}")
-    settings = {} if base is None else _read_recipe(find_recipe(base, path.parent), (*below, path))
-    return settings | _own_settings(document, path)
+    return base, document
+
+
+def bases_of(recipe: str) -> list[str]:
+    """The recipes that a readable one extends, the nearest first."""
+    path, found = find_recipe(recipe, Path()), list[str]()
+    while (base := _parsed(path)[0]) is not None:
+        path = find_recipe(base, path.parent)
+        found.append(str(path) if base.endswith(".toml") else base)
+    return found
 
 
 def _own_settings(document: dict[str, Any], path: Path) -> dict[str, Setting]:

@@ -9,9 +9,10 @@ Ends with 2 if the run cannot fit. `python -m recipe.plan --schema` explains the
 
 import argparse
 
+from recipe.plan.colocated import colocated_twin
 from recipe.plan.options import add_options, lengths_of, machine_of, read_without_weights
 from recipe.plan.plan import make_plan
-from recipe.plan.report import SCHEMA, as_json, page
+from recipe.plan.report import SCHEMA, as_json, comparison, page
 from recipe.plan.suggest import suggestion
 from recipe.plan.tune.search import Tuner
 from recipe.plan.tune.table import hint
@@ -40,7 +41,11 @@ def main() -> int:
     machine, lengths = machine_of(options, config), lengths_of(options, config)
     plan = make_plan(resolved, machine, on_gpu=config.cluster.device != "cpu", lengths=lengths)
     changes = () if plan.fits else suggestion(plan)
-    print(as_json(plan, changes) if options.json else page(plan, changes))
+    twin = colocated_twin(settings, resolved)
+    colocated = None if twin is None or plan.time is None else make_plan(twin, machine, on_gpu=True, lengths=lengths)
+    print(as_json(plan, changes, colocated) if options.json else page(plan, changes))
+    if not options.json and colocated is not None:
+        print(comparison(plan, colocated))
     if not options.json and plan.fits and plan.time is not None:
         tuner = Tuner(settings, resolved.architecture, machine, lengths)
         for line in hint(tuner.given(), tuner.quick()):

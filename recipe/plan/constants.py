@@ -105,9 +105,9 @@ SGLANG_REQUESTS = 2048
 """Requests that SGLang runs at once, where --sglang-max-running-requests does not say, at least."""
 UPDATE_BUCKET_S = 0.02
 """Time of an engine to take one bucket of weights, beside copying it. Assumed."""
-UPDATE_GROUP_S = 1.2
+UPDATE_GROUP_S = 1.4
 """Time to form, use first and leave the group in which weights are broadcast to engines on GPUs of their own: what an
-update took on two H200s, 1.6 s, beside its bytes."""
+update took on two H200s, 1.6 s, beside its bytes over NVLink and its buckets."""
 MEAN_RESPONSE = 0.5
 """Mean length of a response over the longest allowed. Assumed; --response-len says better."""
 RESPONSE_SPREAD = 0.6

@@ -38,6 +38,13 @@ def static_fraction(config: Config) -> float:
     return float(given)
 
 
+def rollouts_at_once(config: Config) -> int:
+    """Rollouts of which responses may be under way at the same time: where responses go on with new weights, so many as
+    are begun before the first of them is learned from."""
+    settings = config.rollout
+    return 1 if settings.update_weight_in_flight is None else 1 + settings.staleness
+
+
 @dataclass(frozen=True)
 class EngineEstimate:
     """One engine's GPUs, which are all alike."""
@@ -101,7 +108,7 @@ class EngineEstimate:
     def running(self) -> int:
         """Sequences that generate at once on one GPU."""
         limit = self.config.sglang.args.get("max_running_requests")
-        share = -(-self.config.samples_per_rollout // max(1, self.config.num_engines))
+        share = -(-self.config.samples_per_rollout * rollouts_at_once(self.config) // max(1, self.config.num_engines))
         whole = min(limit, share) if isinstance(limit, int) else share
         return -(-whole // self.attention_groups)
 

@@ -11,10 +11,11 @@ import numpy as np
 from recipe.config import Resolved
 from recipe.plan import constants
 from recipe.plan.decoding import Decoding
-from recipe.plan.engine import EngineEstimate
+from recipe.plan.engine import EngineEstimate, rollouts_at_once
 from recipe.plan.flops import active_parameters
 from recipe.plan.lengths import Lengths
 from recipe.plan.memory import GpuModel, longest_sample
+from recipe.plan.overlap import Pipeline, rollouts_to_play
 from recipe.plan.playout import Played, Turn, in_order, play
 from recipe.plan.ranges import Pace
 
@@ -49,6 +50,35 @@ class Generation:
         count = settings.rollout_batch_size * settings.n_samples_per_prompt
         groups = self._groups(self.lengths, count, settings.n_samples_per_prompt)
         return self._slowest(self._turns(groups, self.lengths), groups)
+
+    def beside_training(self, training_s: float) -> Played:
+        """One of rollouts that are generated beside a trainer which needs so many seconds to learn from each. Where
+        nothing is under way when weights come, one begins when the one before it has ended."""
+        config = self.resolved.config
+        if rollouts_at_once(config) == 1:
+            return self.rollout()
+        staleness = config.rollout.staleness
+        return self._pipeline(staleness).steady(training_s, staleness)
+
+    def _pipeline(self, staleness: int) -> Pipeline:
+        """The engine that gets most tokens, and so many rollouts that the later ones see what all following would."""
+        config, played = self.resolved.config, rollouts_to_play(staleness)
+        size, each, engines = config.rollout.rollout_batch_size, config.rollout.n_samples_per_prompt, config.num_engines
+        groups = self._groups(self.lengths, played * size * each, each)
+        rollouts = [groups[first : first + size] for first in range(0, played * size, size)]
+        of_engines = (
+            np.array([np.concatenate(one[number::engines]) for one in rollouts]) for number in range(min(engines, size))
+        )
+        reads_again = config.rollout.update_weight_in_flight == "recompute"
+        return Pipeline(
+            samples=max(of_engines, key=np.sum),
+            places=self.engine.attention_groups,
+            slots=self._slots(self.lengths),
+            prompt=constants.MEAN_PROMPT,
+            token_time=self.decoding.token,
+            reading_s=self._reading_s(size),
+            again_s=engines * self._reading_s(1) / constants.MEAN_PROMPT * reads_again,
+        )
 
     def evaluation(self) -> Played:
         """One evaluation: all sets at once."""
@@ -89,23 +119,30 @@ class Generation:
         """[engines][groups of GPUs]: groups of samples go to the engines in turn, and each engine's samples to its
         groups of GPUs."""
         engines, places = self.resolved.config.num_engines, self.engine.attention_groups
-        memory = self.memory.engine_memory
-        assert memory is not None
-        slots = self.decoding.slots(memory.tokens, constants.MEAN_PROMPT + lengths.mean)
+        slots = self._slots(lengths)
         found = []
         for number in range(engines):
             samples = np.concatenate([*groups[number::engines], np.zeros(0, dtype=np.int64)])
             found.append([Turn.of(samples[place::places], slots) for place in range(places)])
         return found
 
+    def _slots(self, lengths: Lengths) -> int:
+        """Sequences at once of a group of GPUs."""
+        memory = self.memory.engine_memory
+        assert memory is not None
+        return self.decoding.slots(memory.tokens, constants.MEAN_PROMPT + lengths.mean)
+
+    def _reading_s(self, prompts: int) -> float:
+        """Seconds in which the engines read so many prompts together: each is read once for its samples."""
+        layout = self.engine.layout
+        flops = 2 * active_parameters(self.resolved.architecture) * constants.MEAN_PROMPT * prompts
+        gpus = self.resolved.config.num_engines * layout.tp * layout.pp
+        return flops / (gpus * self.memory.machine.gpu.flops * constants.TRAINING_SHARE)
+
     def _slowest(self, turns: Sequence[Sequence[Turn]], groups: Sequence[np.ndarray]) -> Played:
-        """The engine that needs longest, reading the prompts included: each is read once for its samples."""
+        """The engine that needs longest, reading the prompts included."""
         played = max((play(of_engine, constants.MEAN_PROMPT, self.decoding.token) for of_engine in turns), key=_seconds)
-        engine = self.engine
-        flops = 2 * active_parameters(self.resolved.architecture) * constants.MEAN_PROMPT * len(groups)
-        gpus = self.resolved.config.num_engines * engine.layout.tp * engine.layout.pp
-        reading = flops / (gpus * self.memory.machine.gpu.flops * constants.TRAINING_SHARE)
-        return Played(played.seconds + reading, played.tail_s)
+        return Played(played.seconds + self._reading_s(len(groups)), played.tail_s)
 
 
 def _by_group(edges: Sequence[tuple[np.ndarray, np.ndarray]], each: int) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -53,6 +53,7 @@ class Machine:
 
     gpu: Gpu
     gpus: int
+    """Those that the run takes there, the engines' among them."""
     host_memory: int
     """Bytes that the run may use."""
     disk: int | None = None

@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Self
 
 from recipe.config import Resolved
+from recipe.config.engine_placement import engine_gpus_of
 from recipe.plan import constants
 from recipe.plan.activations import ActivationModel, Pack, microbatches_in_flight
 from recipe.plan.constants import SLOT_ELEMENTS
@@ -221,6 +222,10 @@ class GpuModel(MemoryModel):
         """Whether an engine has several GPUs."""
         return self.resolved.config.sglang.rollout_num_gpus_per_engine > 1
 
+    def update_group(self) -> dict[Use, int]:
+        """What a member of the group has in which weights are broadcast to engines on GPUs of their own."""
+        return {Use.COMMUNICATION: constants.NCCL_COMMUNICATOR}
+
     def released(self) -> dict[Use, int]:
         """What an engine's process keeps although it has released its memory."""
         kept = constants.RELEASED_ENGINE_OF_SEVERAL if self.several else constants.RELEASED_ENGINE
@@ -228,7 +233,8 @@ class GpuModel(MemoryModel):
         return {Use.PROCESSES: kept + drafts * constants.RELEASED_DRAFTS}
 
     def phase(self, phase: Phase, shard: StageShard, engine: EngineMemory | None) -> PhaseMemory:
-        """One rank's GPU in one phase; on GPUs of its own, an engine's GPU in rollouts."""
+        """One rank's GPU in one phase; on GPUs of its own, an engine's GPU in rollouts, which takes its weights beside
+        its cache, in a group that is formed for them."""
         parts: list[Mapping[Use, int]] = []
         if self.shares or phase is not Phase.ROLLOUT:
             parts += [self.held(shard), self.processes()]
@@ -240,14 +246,16 @@ class GpuModel(MemoryModel):
                 parts += [self.engine_process(), self.released()]
         if phase is Phase.UPDATE_WEIGHTS and self.has_engine:
             parts += [{Use.BUFFERS: self.gathered()}]
-            if self.shares:
-                parts += [self.released()]
+            parts += [self.released() if self.shares else self.update_group()]
         if engine is not None and (self.shares or phase is Phase.ROLLOUT) and phase is not Phase.TRAINING:
             parts += [self.engine_process(), {Use.ENGINE_WEIGHTS: engine.weights}]
             if phase is not Phase.UPDATE_WEIGHTS:
                 parts += [{Use.KV_CACHE: engine.kv_cache, Use.CUDA_GRAPHS: engine.cuda_graphs}]
             if phase is Phase.ROLLOUT:
                 parts += [{Use.ENGINE_ACTIVATIONS: engine.activations}]
+                if not self.shares:
+                    bucket = self.resolved.config.rollout.update_weight_buffer_size
+                    parts += [self.update_group(), {Use.BUFFERS: bucket}]
         return PhaseMemory(phase, _sum(parts), self.machine.gpu.memory)
 
     def gathered(self) -> int:
@@ -283,7 +291,7 @@ class HostModel(MemoryModel):
     def phase(self, phase: Phase, machine: int) -> PhaseMemory:
         """One machine in one phase."""
         ranks = list(self.ranks(machine))
-        parts: list[Mapping[Use, int]] = [self.always(ranks)]
+        parts: list[Mapping[Use, int]] = [self.always(machine, ranks)]
         if not self.on_gpu:
             parts += [self.held(shard) for shard in ranks]
             if phase is Phase.TRAINING:
@@ -299,10 +307,10 @@ class HostModel(MemoryModel):
             parts += [{Use.BUFFERS: 2 * min(whole, self.resolved.config.rollout.update_weight_buffer_size)}]
         return PhaseMemory(phase, _sum(parts), self.machine.host_memory)
 
-    def always(self, ranks: list[StageShard]) -> dict[Use, int]:
+    def always(self, machine: int, ranks: list[StageShard]) -> dict[Use, int]:
         """What is there in every phase."""
         config = self.resolved.config
-        uses = {Use.PROCESSES: self.process_bytes(len(ranks))}
+        uses = {Use.PROCESSES: self.process_bytes(machine, len(ranks))}
         if self.offloaded and self.on_gpu:
             state = sum(shard.optimizer_elements for shard in ranks) * self.state_bytes
             slots = 2 * SLOT_ELEMENTS * (FP32 + self.weight_bytes) * len(ranks)
@@ -328,16 +336,14 @@ class HostModel(MemoryModel):
             held += gpus * engine.tokens * a.num_hidden_layers * a.num_experts_per_tok * 4
         return held
 
-    def process_bytes(self, ranks: int) -> int:
-        """Host memory of the programs themselves."""
+    def process_bytes(self, machine: int, ranks: int) -> int:
+        """Host memory of the programs themselves, a process of an engine for each of its GPUs."""
         config = self.resolved.config
         if not self.on_gpu:
             engines = -(-config.num_engines // config.cluster.actor_num_nodes)
             return constants.CPU_DRIVER_HOST + (ranks + engines) * constants.CPU_PROCESS_HOST
-        engines = 0
-        if config.needs_engine and config.cluster.colocate:
-            engines = ranks
-        return constants.DRIVER_HOST + ranks * constants.RANK_HOST + engines * constants.ENGINE_HOST
+        engines = engine_gpus_of(config, machine) * constants.ENGINE_HOST
+        return constants.DRIVER_HOST + ranks * constants.RANK_HOST + engines
 
     def copied_for_save(self, ranks: list[StageShard]) -> int:
         """Optimizer state that is copied for a checkpoint."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from recipe.config import Config, Resolved, resolve
+from recipe.config.engine_placement import gpus_of_fullest_machine
 from recipe.config.flags import parse_command_line
 from recipe.config.loading import FLAG_SOURCE, Setting, Settings, read_settings
 from recipe.plan import constants
@@ -38,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def machine_of(options: argparse.Namespace, config: Config) -> Machine:
     """The machines that are asked about. Raises UserError for words that mean nothing."""
-    gpus = config.cluster.actor_num_gpus_per_node
+    gpus = gpus_of_fullest_machine(config)
     machine = Machine.described(options.gpu, gpus, options.host_memory, options.disk, options.price)
     return machine if options.rates is None else machine_as_measured(machine, read_rates(options.rates))
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from recipe.config import Config, Resolved
-from recipe.config.engine_placement import gpus_of_fullest_machine
+from recipe.config.engine_placement import engine_gpus_of, gpus_of_fullest_machine
 from recipe.config.sglang_machine import problems_on_machine
 from recipe.plan import constants
 from recipe.plan.hardware import DEFAULT_GPU, GB, GIB, GPUS, Machine
@@ -75,7 +75,7 @@ def machine_like(resolved: Resolved, found: FoundMachine) -> Machine:
     smallest = min(found.gpus, key=lambda gpu: gpu.memory).described() if found.gpus else GPUS[DEFAULT_GPU]
     return Machine(
         gpu=smallest,
-        gpus=resolved.config.cluster.actor_num_gpus_per_node,
+        gpus=gpus_of_fullest_machine(resolved.config),
         host_memory=found.host_memory,
         disk=found.disk,
     )
@@ -97,10 +97,10 @@ def findings_on(resolved: Resolved, found: FoundMachine) -> Iterator[Finding]:
     if not uses_gpus(config, found):
         return
     yield from _gpus(config, found)
-    ranks = config.cluster.actor_num_gpus_per_node
-    needed = object_store_bytes(resolved) + ranks * constants.SHARED_MEMORY_PER_GPU
-    if config.needs_engine and config.sglang.rollout_num_gpus_per_engine > 1:
-        needed += constants.SGLANG_QUEUES * max(1, ranks // config.sglang.rollout_num_gpus_per_engine)
+    gpus, of_engine = gpus_of_fullest_machine(config), config.sglang.rollout_num_gpus_per_engine
+    needed = object_store_bytes(resolved) + gpus * constants.SHARED_MEMORY_PER_GPU
+    if config.needs_engine and of_engine > 1:
+        needed += constants.SGLANG_QUEUES * max(1, engine_gpus_of(config, machine=0) // of_engine)
     if found.shared_memory < needed:
         yield Finding(
             f"/dev/shm has {found.shared_memory / GB:.2f} GB free and Ray, NCCL and SGLang need about "

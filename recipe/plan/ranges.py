@@ -34,6 +34,10 @@ class Between:
     def __mul__(self, factor: float) -> "Between":
         return Between(self.best * factor, self.worst * factor)
 
+    def larger(self, other: "Between") -> "Between":
+        """At each end the larger of both."""
+        return Between(max(self.best, other.best), max(self.worst, other.worst))
+
     @property
     def middle(self) -> float:
         """The geometric mean, by which alternatives are compared."""

@@ -33,9 +33,14 @@ SCHEMA = {
     "disk": "bytes: checkpoint, records (samples and tokens), needed, free (null: not known); saves and kept are "
     "numbers of checkpoints",
     "gains_shown": "share of right answers more, by evaluation set, that is found with 80% power",
-    "time": "null without GPUs; else, each [best, worst]: seconds of a step by phase, step_s, dollars_a_step, tail_s "
-    "(of the rollout's, with less than a quarter of the sequences at once), evaluation_s (of one), run_hours and "
-    "run_dollars (all steps and evaluations), tokens_per_s by phase; and evaluations, their number",
+    "colocated": "of a run whose engines have GPUs of their own: name, and [best, worst] of step_s, dollars_a_step and "
+    "run_dollars, of the recipe that it extends which has as many GPUs and shares them; null where there is none",
+    "time": "null without GPUs; else, each [best, worst]: seconds of a step by phase, step_s (where rollouts are "
+    "generated beside training, the slower side's), dollars_a_step, tail_s (of the rollout's, with less than a "
+    "quarter of the sequences at once), evaluation_s (of one), run_hours and run_dollars (all steps and "
+    "evaluations), tokens_per_s by phase; evaluations, their number; and sides: of trainer and engines, where they "
+    "share no GPUs, the number of these (gpus), the seconds of a step in which they are busy, and the share in which "
+    "they are idle",
 }
 """Every field of the JSON."""
 
@@ -43,7 +48,7 @@ OF_TOKENS = Work.ROLLOUT, Work.LOG_PROBS, Work.TRAIN
 """Kinds of work that go by tokens; the others may take no time at all."""
 
 
-def as_json(plan: Plan, changes: Sequence[Change]) -> str:
+def as_json(plan: Plan, changes: Sequence[Change], colocated: Plan | None = None) -> str:
     """One object, in the fields of SCHEMA."""
     machine, time, disk = plan.machine, plan.time, plan.disk
     engine = plan.gpu.engine if plan.gpu is not None else None
@@ -78,25 +83,41 @@ def as_json(plan: Plan, changes: Sequence[Change]) -> str:
             "free": disk.free,
         },
         "gains_shown": gains_shown(plan),
+        "colocated": None if colocated is None else _compared(colocated),
         "time": None if time is None else _time(time),
     }
     return json.dumps(document, indent=2)
 
 
-def _time(time: TimePlan) -> dict[str, object]:
-    def ends(found: Between) -> list[float]:
-        return [found.best, found.worst]
+def _ends(found: Between) -> list[float]:
+    return [found.best, found.worst]
 
+
+def _compared(plan: Plan) -> dict[str, object]:
+    assert plan.time is not None
     return {
-        "seconds": {work: ends(seconds) for work, seconds in time.seconds.items()},
-        "step_s": ends(time.step_s),
-        "dollars_a_step": ends(time.dollars_a_step),
-        "tail_s": ends(time.tail),
-        "evaluation_s": ends(time.evaluation),
+        "name": plan.resolved.config.misc.name,
+        "step_s": _ends(plan.time.step_s),
+        "dollars_a_step": _ends(plan.time.dollars_a_step),
+        "run_dollars": _ends(plan.time.dollars),
+    }
+
+
+def _time(time: TimePlan) -> dict[str, object]:
+    return {
+        "seconds": {work: _ends(seconds) for work, seconds in time.seconds.items()},
+        "sides": {
+            side: {"gpus": one.gpus, "seconds": _ends(one.seconds), "idle": _ends(one.idle)}
+            for side, one in time.sides.items()
+        },
+        "step_s": _ends(time.step_s),
+        "dollars_a_step": _ends(time.dollars_a_step),
+        "tail_s": _ends(time.tail),
+        "evaluation_s": _ends(time.evaluation),
         "evaluations": time.evaluations,
-        "run_hours": ends(time.hours),
-        "run_dollars": ends(time.dollars),
-        "tokens_per_s": {work: ends(time.tokens_per_s(work)) for work in OF_TOKENS if work in time.seconds},
+        "run_hours": _ends(time.hours),
+        "run_dollars": _ends(time.dollars),
+        "tokens_per_s": {work: _ends(time.tokens_per_s(work)) for work in OF_TOKENS if work in time.seconds},
     }
 
 
@@ -113,6 +134,8 @@ def _head(plan: Plan) -> Iterator[str]:
     config, machine = plan.resolved.config, plan.machine
     total = sum(plan.parameters.values())
     where = f"{config.cluster.actor_num_nodes} x {machine.gpus} {machine.gpu.name}"
+    if plan.time is not None and plan.time.engine_gpus:
+        where += f" ({config.world_size} train, {plan.time.engine_gpus} generate)"
     if plan.gpu is None:
         where = f"{config.world_size} ranks without a GPU"
     memory = f"{machine.host_memory / GB:,.0f} GB of host memory"
@@ -192,10 +215,26 @@ def seconds_and_dollars(time: TimePlan) -> Iterator[str]:
         if work is Work.ROLLOUT and time.tail.worst > 0:
             notes.append(f"{range_text(time.tail)} s of it with less than a quarter of the sequences")
         yield f"    {work:<20}{range_text(seconds):>14}   {', '.join(notes)}".rstrip()
+    for side, one in time.sides.items():
+        idle = range_text(one.idle * 100)
+        yield f"    {f'{side} busy':<20}{range_text(one.seconds):>14}   {one.gpus} GPUs, {idle}% of the step idle"
     run = f"{time.rollouts:,} steps"
     if time.evaluations:
         run += f" and {time.evaluations:,} evaluations of {range_text(time.evaluation)} s"
     yield f"  {run}: {range_text(time.hours)} hours, ${range_text(time.dollars)}"
+
+
+def comparison(plan: Plan, colocated: Plan) -> str:
+    """What the run costs beside a colocated one on as many GPUs, in a sentence."""
+    time = colocated.time
+    assert plan.time is not None
+    assert time is not None
+    saved = 1 - plan.time.dollars.middle / time.dollars.middle
+    return (
+        f"{colocated.resolved.config.misc.name}, colocated on as many GPUs, takes {range_text(time.step_s)} s and "
+        f"${range_text(time.dollars_a_step)} a step, ${range_text(time.dollars)} in all: by the plan this one costs "
+        f"{abs(saved):.0%} {'less' if saved > 0 else 'more'}."
+    )
 
 
 def _verdict(plan: Plan, changes: Sequence[Change]) -> Iterator[str]:

@@ -31,6 +31,7 @@ def plan_time(memory: GpuModel, lengths: Lengths, eval_lengths: Lengths) -> Time
     config = memory.resolved.config
     fast, slow = best.seconds(), worst.seconds()
     samples = config.samples_per_rollout
+    engine_gpus = 0 if config.cluster.colocate else config.rollout_gpus * config.needs_engine
     evaluations = 0
     if best.generates and config.eval.eval_prompt_data:
         rollouts, every = config.rollout.num_rollout, config.eval.eval_interval
@@ -42,9 +43,11 @@ def plan_time(memory: GpuModel, lengths: Lengths, eval_lengths: Lengths) -> Time
         evaluations=evaluations,
         response_tokens=samples * lengths.mean,
         tokens=samples * best.mean_length,
-        gpus=config.world_size + (0 if config.cluster.colocate else config.rollout_gpus * config.needs_engine),
+        gpus=config.world_size + engine_gpus,
         rollouts=config.rollout.num_rollout,
         price=memory.machine.price,
+        engine_gpus=engine_gpus,
+        alone=Between(best.rollout_alone_s, worst.rollout_alone_s) if best.is_async else None,
     )
 
 
@@ -72,13 +75,26 @@ class SpeedModel:
         config = self.resolved.config
         return config.rollout.engine == "sglang" and config.needs_engine and not config.is_sft
 
+    @property
+    def is_async(self) -> bool:
+        """Whether rollouts are generated beside training."""
+        return self.generates and self.resolved.config.rollout.staleness > 0
+
     @cached_property
     def generation(self) -> Generation:
         return Generation(self.resolved, self.memory, self.lengths, self.eval_lengths, self.pace)
 
     @cached_property
     def rollout(self) -> Played:
+        """One, or what a step has of several that are under way beside training."""
+        if self.is_async:
+            return self.generation.beside_training(sum(self.learning().values()))
         return self.generation.rollout()
+
+    @cached_property
+    def rollout_alone_s(self) -> float:
+        """Seconds of one that nothing goes on beside."""
+        return self.generation.rollout().seconds
 
     def evaluation(self) -> float:
         """Seconds of one."""
@@ -86,13 +102,18 @@ class SpeedModel:
 
     def seconds(self) -> dict[Work, float]:
         """Of a step, by kind of work."""
+        seconds = self.learning()
+        if self.generates:
+            seconds |= {Work.ROLLOUT: self.rollout.seconds, Work.UPDATE_WEIGHTS: self.update_weights()}
+        return seconds
+
+    def learning(self) -> dict[Work, float]:
+        """Seconds of what the trainer does by itself, by kind of work."""
         config = self.resolved.config
         seconds = {Work.TRAIN: self.train(), Work.OPTIMIZER: self.optimizer() * config.steps_per_rollout}
         passes = config.needs_old_log_probs + config.needs_reference
         if passes:
             seconds[Work.LOG_PROBS] = passes * self.train() / 3
-        if self.generates:
-            seconds |= {Work.ROLLOUT: self.rollout.seconds, Work.UPDATE_WEIGHTS: self.update_weights()}
         seconds[Work.SAVE] = self.save()
         return seconds
 
@@ -162,17 +183,17 @@ class SpeedModel:
         on_gpu = fullest * constants.GPU_ADAM_BYTES / (gpu.memory_bandwidth * constants.GPU_ADAM_SHARE)
         if not memory.offloaded:
             return on_gpu
-        host = fullest * memory.machine.gpus * constants.HOST_ADAM_BYTES / memory.machine.host_bandwidth.at(self.pace)
+        ranks = self.resolved.config.cluster.actor_num_gpus_per_node
+        host = fullest * ranks * constants.HOST_ADAM_BYTES / memory.machine.host_bandwidth.at(self.pace)
         bus = fullest * (FP32 + BF16) / (gpu.pcie_bandwidth * constants.PCIE_SHARE)
         return (1 - memory.offloaded) * on_gpu + memory.offloaded * max(host, bus)
 
     def update_weights(self) -> float:
-        """All weights, gathered and copied, in buckets."""
+        """All weights, in buckets: gathered, and copied or, to engines on GPUs of their own, broadcast in one group."""
         config = self.resolved.config
         size = sum(p.elements for p in self.memory.table.values()) * self.memory.weight_bytes
         buckets = -(-size // config.rollout.update_weight_buffer_size)
-        spread = 1 if config.cluster.colocate else config.world_size + config.rollout_gpus
-        rate = self.link(max(spread, config.world_size)) * constants.LINK_SHARE
+        rate = self.link(config.world_size) * constants.LINK_SHARE
         group = 0.0 if config.cluster.colocate else constants.UPDATE_GROUP_S
         return 2 * size / rate + buckets * constants.UPDATE_BUCKET_S + group
 

@@ -26,6 +26,7 @@ class TestShippedRecipes:
 
     def test_the_promised_ones_are_there(self) -> None:
         kinds = ("8gpu", "8gpu-eagle", "8gpu-mtp", "8gpu-fast", "16gpu", "16gpu-fast", "24gpu", "24gpu-fast")
+        kinds += ("16gpu-async", "24gpu-async")
         sizes = {f"glm4.7-flash-{kind}" for kind in kinds}
         assert {"tiny", "tiny-sft", "smoke", "smoke-sft", "smoke-cpu"} | sizes == set(shipped_recipes())
 

@@ -261,13 +261,13 @@ def test_the_json_has_the_documented_fields_and_the_page_ends_with_the_verdict()
         assert last.startswith("It fits: " if made.fits else "It does not fit: a machine needs ")
 
 
-@pytest.mark.parametrize("recipe", [*SHIPPED, "8gpu-fast", "16gpu-fast", "24gpu-fast"])
+@pytest.mark.parametrize("recipe", [*SHIPPED, "8gpu-fast", "16gpu-fast", "24gpu-fast", "16gpu-async", "24gpu-async"])
 def test_every_shipped_recipe_is_planned_as_json(recipe: str) -> None:
     """Every run writes that down, those too whose saves take no time of a step."""
     time = json.loads(as_json(plan(recipe), ()))["time"]
     assert {"rollout", "train"} <= time["tokens_per_s"].keys() <= {"rollout", "log-probs", "train"}
     saves = time["seconds"]["save"]
-    assert (saves == [0.0, 0.0]) == recipe.endswith("-fast")
+    assert (saves == [0.0, 0.0]) == recipe.endswith(("-fast", "-async"))
 
 
 def test_a_watched_run_compares_the_memory_that_torch_counts(tmp_path: Path) -> None:

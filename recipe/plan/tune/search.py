@@ -12,7 +12,7 @@ from recipe.plan import constants
 from recipe.plan.hardware import Machine
 from recipe.plan.lengths import Lengths
 from recipe.plan.plan import Plan, make_plan
-from recipe.plan.tune.space import Values, at_once, engines, trainers
+from recipe.plan.tune.space import Values, at_once, engines, splits, trainers
 from recipe.system.errors import UserError
 
 TUNED_SOURCE = "tuned"
@@ -73,12 +73,20 @@ class Tuner:
 
     def best(self, count: int) -> list[Choice]:
         """The cheapest ones that fit with a margin, the cheapest first, each with another kind of engine."""
-        given = self.given()
-        config = given.plan.resolved.config
-        of_engines = self._cheapest(engines(config, self.architecture), KEPT)
-        of_trainers = sorted(self._that_fit(trainers(config, self.architecture)), key=_by_cost)[:KEPT]
-        pairs = ({**one.values, **other.values} for one, other in product(of_engines, of_trainers))
+        pairs = [pair for split in splits(self.given().plan.resolved.config) for pair in self._pairs(split)]
         return self._cheapest([{}, *pairs], count)
+
+    def _pairs(self, split: Values) -> Iterator[Values]:
+        """The best engines with the best trainers, on the GPUs that the two have."""
+        given = self.choice(split)
+        if given is None:
+            return
+        config = given.plan.resolved.config
+        of_engines = self._cheapest(({**split, **one} for one in engines(config, self.architecture)), KEPT)
+        tried = ({**split, **one} for one in trainers(config, self.architecture))
+        of_trainers = sorted(self._that_fit(tried), key=_by_cost)[:KEPT]
+        for one, other in product(of_engines, of_trainers):
+            yield {**split, **one.values, **other.values}
 
     def quick(self) -> Choice | None:
         """The cheapest of a few: the given engines with other numbers of sequences at once, and saves beside training.

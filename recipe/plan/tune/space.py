@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from itertools import product
 
 from recipe.config import Architecture, Config
+from recipe.config.engine_placement import gpus_of_fullest_machine
 from recipe.config.flags import SGLANG_KEY
 from recipe.config.sglang_rules import EngineLayout
 from recipe.config.speculation_rules import EAGLE
@@ -41,6 +42,27 @@ RECOMPUTED = (1.0, 0.75, 0.5, 0.25)
 OFFLOADED = (1.0, 0.75, 0.5)
 """Shares of the optimizer in host memory."""
 TENSOR, CONTEXT = (1, 2, 4), (1, 2)
+
+
+def splits(config: Config) -> Iterator[Values]:
+    """The given division of each machine's GPUs between trainer and engines and, where they share none, others to start
+    from: experts over the trainer's GPUs of a machine, and engines of as many."""
+    yield {}
+    nodes, given = config.cluster.actor_num_nodes, config.cluster.actor_num_gpus_per_node
+    each = gpus_of_fullest_machine(config)
+    if config.cluster.colocate or config.rollout_gpus != nodes * (each - given):
+        return
+    for training in divisors(each):
+        if training not in (given, each):
+            yield {
+                "cluster.actor_num_gpus_per_node": training,
+                "cluster.rollout_num_gpus": nodes * (each - training),
+                "perf.tensor_model_parallel_size": 1,
+                "perf.sequence_parallel": False,
+                "perf.context_parallel_size": 1,
+                "perf.expert_model_parallel_size": training,
+                **_engine(training, training, AT_ONCE[0], static_fraction(config)),
+            }
 
 
 def engines(config: Config, architecture: Architecture) -> Iterator[Values]:

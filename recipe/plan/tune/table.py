@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from recipe.config.flags import spell
 from recipe.plan.hardware import GB, GIB
 from recipe.plan.ranges import Between, range_text
-from recipe.plan.time_plan import TimePlan, Work
+from recipe.plan.time_plan import Side, TimePlan, Work
 from recipe.plan.tune.search import Choice
 
 WORTH_TELLING = 0.2
@@ -63,6 +63,9 @@ def _rows(choices: Sequence[Choice]) -> Iterator[list[str]]:
     for work in Work:
         if any(work in time.seconds for time in times):
             yield [f"  {work}", *(range_text(time.seconds.get(work, Between.exactly(0.0))) for time in times)]
+    for side in Side:
+        if all(time.sides for time in times):
+            yield [f"  {side} busy", *(range_text(time.sides[side].seconds) for time in times)]
     yield ["dollars a step", *(range_text(time.dollars_a_step) for time in times)]
     if any(time.evaluations for time in times):
         yield ["seconds of an evaluation", *(range_text(time.evaluation) for time in times)]
