@@ -138,6 +138,14 @@ class RolloutConfig(Group):
     custom_generate_on_failure: Literal["leave_out", "stop"] = "leave_out"
     """What becomes of a sample at which it fails: leave_out (nothing is learned from it, its group is compared without
     it, and `custom_generate_failed` counts it), or stop (the run ends)."""
+    async_rollout: bool = False
+    """Generate while the trainer works, on engines with GPUs of their own."""
+    max_staleness: NonNegativeInt | None = None
+    """With `async_rollout`: weight versions that the oldest token of a sample may lie behind those that it is trained
+    from; 0 generates nothing ahead; default: 1."""
+    async_order: Literal["fixed", "finished"] | None = None
+    """With `async_rollout`: fixed (default) makes one rollout after the other, each under the weights of one version,
+    and repeats exactly; finished trains on the groups that finish first, and repeats nothing."""
     rollout_max_concurrency: PositiveInt = 256
     """Requests in flight at most."""
     rollout_request_timeout_s: PositiveFloat | None = None
@@ -153,6 +161,8 @@ class RolloutConfig(Group):
     """Longest wait for the answer to such a check, in seconds."""
     rollout_health_check_first_wait: NonNegativeFloat = 0.0
     """Time after an engine's start in which it is not checked, in seconds; for engines that compile first."""
+    update_weight_in_flight: Literal["keep", "recompute"] | None = None
+    """Engines take new weights while they generate; default: what is under way is waited for."""
     update_weight_transfer: Literal["tensor", "distributed", "disk"] | None = None
     """How weights reach the engines: tensor (shared memory, or CUDA IPC where they are colocated), distributed (a
     broadcast group), disk; default: distributed to engines with GPUs of their own, else tensor."""
@@ -174,12 +184,25 @@ class RolloutConfig(Group):
         finish first."""
         return self.draw_size == self.rollout_batch_size and not self.partial_rollout
 
+    @property
+    def staleness(self) -> int:
+        """Weight versions that a token may lie behind those that it is trained from; above 0, rollouts are made while
+        the trainer works."""
+        if not self.async_rollout:
+            return 0
+        return 1 if self.max_staleness is None else self.max_staleness
+
+    @property
+    def is_in_fixed_order(self) -> bool:
+        """Whether rollouts that are made ahead are made one after the other."""
+        return self.async_order != "finished"
+
 
 class EvalConfig(Group):
     """Evaluation on held-out prompts."""
 
     eval_function_path: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] = "evaluation.in_loop:InLoopEvaluation"
-    """module:function that reads the evaluation sets and scores answers to them: `recipe.assembly.Evaluation`."""
+    """module:function that reads the evaluation sets and scores answers to them: `recipe.inputs.Evaluation`."""
     eval_interval: PositiveInt | None = None
     """Evaluate after every this many rollouts; default: before the first and after the last."""
     eval_prompt_data: EvalPromptDataPairs = ()
