@@ -29,12 +29,13 @@ class Course:
 
     def change(self, by: int) -> None:
         """So many more are under way."""
+        now = time.monotonic()
         if not self._running:
-            self._idle_s += time.monotonic() - self._idle_since
+            self._idle_s += now - self._idle_since
         self._running += by
         if not self._running:
-            self._idle_since = time.monotonic()
-        self._points.append((time.monotonic() - self._began, self._running))
+            self._idle_since = now
+        self._points.append((now - self._began, self._running))
 
     @property
     def idle_s(self) -> float:
