@@ -72,9 +72,7 @@ def test_in_fixed_order_a_run_that_was_struck_and_resumed_is_the_run_that_nothin
 
 @pytest.mark.parametrize("how", [kill, notice])
 @pytest.mark.parametrize("flags", [(*FINISHED, "max_staleness=1"), (*IN_FLIGHT, "max_staleness=2")])
-def test_struck_anywhere_and_resumed_every_sample_is_trained_once_and_none_is_lost(
-    flags: tuple[str, ...], how
-) -> None:
+def test_struck_anywhere_and_resumed_every_sample_is_trained_once_and_none_is_lost(flags: tuple[str, ...], how) -> None:
     for at in every_point(run(*flags)):
         ended = run(*flags, strike=Strike(at, how), luck=at)
         assert_each_once(ended)
