@@ -202,8 +202,9 @@ def check_versions(
     """Raises StaleWeights if the model made a token under other weights than those of `expected_version`, or the
     `max_staleness` versions before it. The first tokens of each sample, `lengths_before` many (default: none), are of
     an earlier rollout."""
-    newest = int(expected_version)
-    fitting = {NO_WEIGHTS, *map(str, range(newest - max_staleness, newest + 1))}
+    fitting = {NO_WEIGHTS, expected_version}
+    if max_staleness:
+        fitting |= {str(int(expected_version) - age) for age in range(1, max_staleness + 1)}
     for sample, length in zip(group.samples, lengths_before or [0] * len(group.samples), strict=True):
         stale = set(sample.weight_versions[length:]) - fitting
         if stale:
