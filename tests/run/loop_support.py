@@ -130,7 +130,7 @@ class Engines:
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
 
-    async def generate(self, group: SampleGroup, _: Any, seeds: Sequence[int], *, routed: bool) -> None:
+    async def generate(self, group: SampleGroup, sampling: Any, seeds: Sequence[int], *, routed: bool) -> None:
         if group.is_finished:
             return
         self.under_way += 1
