@@ -128,11 +128,10 @@ class Ahead(ABC):
 
     async def _wait(self) -> None:
         """Returns when something has happened. Raises what the task failed with."""
-        if self._task is not None and self._task.done():
+        assert self._task is not None
+        if self._task.done():
             self._task.result()
         await self._news.wait()
-        if self._task is not None and self._task.done() and not self._task.cancelled():
-            self._task.result()
 
     @abstractmethod
     async def _make(self) -> None:
