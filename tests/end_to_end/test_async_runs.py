@@ -9,7 +9,6 @@ from run_support import (
     ROLLOUTS,
     TinyInputs,
     arguments,
-    finish,
     kill_hard,
     leaves_no_process,
     metrics,
@@ -44,13 +43,3 @@ def test_killed_and_resumed_every_sample_is_trained_once_and_none_is_too_old(
 def max_draw(made: list[dict]) -> int:
     """The last draw that was trained; no filter drops any, and the first that are drawn finish."""
     return max(sample["index"] for sample in made) // 4
-
-
-def test_a_sigint_while_both_are_at_work_ends_at_once(inputs: TinyInputs, tmp_path: Path) -> None:
-    """See `test_signals.py` for the synchronous loop."""
-    command = arguments(inputs, tmp_path, "ended", "--async-rollout", *ONE_OF_EACH, "--skip-eval-before-train")
-    with leaves_no_process(str(tmp_path)):
-        process = start(command)
-        wait_for_step(process, tmp_path / "ended", 1)
-        process.send_signal(2)
-        assert finish(process, 15)[0] == 130

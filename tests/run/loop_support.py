@@ -179,7 +179,7 @@ class Scored:
     engines: Engines
     versions: list[str] = field(default_factory=list)
 
-    async def evaluate(self, *_: Any, expected_version: str) -> dict[str, Evaluated]:
+    async def evaluate(self, *parts: Any, expected_version: str) -> dict[str, Evaluated]:
         self.engines.strike.point("evaluate")
         for _ in range(5):
             await asyncio.sleep(0)
