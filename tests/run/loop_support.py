@@ -296,7 +296,7 @@ def config_of(*flags: str) -> Config:
             **dict(flag.split("=") for flag in flags),
         },
         "optimizer": {"lr": 1e-3},
-        "checkpoint": {"save_interval": 1},
+        "checkpoint": {"save_interval": 2},
         "eval": {"eval_interval": 2},
         "misc": {"keep_token_groups": 0},
     }
