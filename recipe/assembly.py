@@ -1,19 +1,22 @@
 """The parts of a run, started in order and ended in the opposite one, and its books between the steps."""
 
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol, cast
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+)
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, ParamSpec, cast
 
 from rich.console import Console
 
 from recipe.cluster import EngineGroup, TrainerGroup, place, ray_session
-from recipe.config import Config, Resolved, RolloutConfig
-from recipe.data.mixture import PromptFile, open_draws
-from recipe.data.prompts import PromptFormat, read_prompts
-from recipe.data.source import Draws, SourceState
-from recipe.data.tokenizer import load_tokenizer
+from recipe.config import Config, Resolved
+from recipe.data.source import SourceState
 from recipe.engines.argument_check import ArgumentCheck
 from recipe.experience import (
     from_prompts,
@@ -24,21 +27,20 @@ from recipe.experience import (
     train_metrics,
 )
 from recipe.grpo.mismatch import MismatchWatch, StepMismatch
+from recipe.inputs import Data
 from recipe.messages import Evaluated, FloatArray, Progress, StepReport, TrainSample
 from recipe.plan.memory import object_store_bytes
 from recipe.plan.plan import Plan
 from recipe.plan.report import as_json
-from recipe.rewards.functions import REWARD_RULES, CustomReward, Reward, RewardRule, RewardType
-from recipe.rewards.grader import Grader, check_custom_reward
+from recipe.rewards.grader import Grader
+from recipe.rollout.admission import Admission
+from recipe.rollout.ahead import Ahead, FirstFinished, FixedOrder, put_back
 from recipe.rollout.client import ClientCounters, ClientOptions, RolloutClient
 from recipe.rollout.collect import CollectionPlan, NothingToLearn, RolloutCollector
-from recipe.rollout.custom_generate import Generation
-from recipe.rollout.filters import GroupFilter, load_filter
-from recipe.rollout.generate import OnGroup, Rollout, SeedStream
+from recipe.rollout.generate import Rollout, SeedStream
 from recipe.rollout.routing import RouterShape
 from recipe.rollout.sample import SampleGroup, grade_group
 from recipe.rollout.sampling_params import SamplingParams
-from recipe.rollout.turns import Codec
 from recipe.run.conditions import Conditions
 from recipe.run.directory import RunDirectory
 from recipe.run.kept_steps import kept_step
@@ -50,105 +52,13 @@ from recipe.run.spending import Budget, check_gain
 from recipe.run.start import StartClock, StartMoment, StartPart
 from recipe.run.status import RunState
 from recipe.system.errors import UserError
-from recipe.system.imports import load_function
-from recipe.system.threads import in_thread
+from recipe.system.threads import in_thread, to_its_end
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    pass
 
 logger = logging.getLogger(__name__)
-
-
-class Evaluation(AbstractContextManager[object], Protocol):
-    """What `--eval-function-path` makes of a resolved configuration: held-out sets, read and checked, and whatever
-    scores the answers to them, which lives as long as the context."""
-
-    async def evaluate(self, client: RolloutClient, grade: OnGroup, *, expected_version: str) -> dict[str, Evaluated]:
-        """The score of the engines' weights, which must have this version, on each set, by its name. `grade` leaves the
-        training reward's grades in a group's samples."""
-
-
-@dataclass(frozen=True)
-class Data:
-    """The prompts of a run, and what grades the responses to them."""
-
-    source: Draws
-    evaluation: Evaluation | None
-    """None where there is no evaluation set."""
-    reward: Reward | None
-    keep: GroupFilter | None
-    """The dynamic sampling filter."""
-    generation: Generation
-    """How samples are generated."""
-    tokenizer: "PreTrainedTokenizerFast"
-    texts: dict[int, str] = field(default_factory=dict)
-    """Of tokens that were shown."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens."""
-        return Codec(self.tokenizer).decode(ids)
-
-    def decode_pieces(self, ids: Sequence[int]) -> str:
-        """As `decode`; that of a single token is found once."""
-        if len(ids) > 1:
-            return self.decode(ids)
-        if (text := self.texts.get(ids[0])) is None:
-            text = self.texts[ids[0]] = self.decode(ids)
-        return text
-
-    @classmethod
-    def read(cls, resolved: Resolved) -> "Data":
-        """Reads and checks every file, and the user's functions, before anything is started. Raises UserError for what
-        is wrong in them."""
-        config = resolved.config
-        reward = _reward(config)
-        if (custom := config.grpo.custom_tis_function_path) is not None:
-            load_function("--custom-tis-function-path", custom)
-        tokenizer = load_tokenizer(config.model.hf_checkpoint)
-        source = _draws(resolved, tokenizer, reward)
-        keep = config.rollout.dynamic_sampling_filter_path
-        generation = Generation.of(config.rollout, tokenizer, resolved.architecture.vocab_size)
-        chooses = load_filter(keep) if keep is not None else None
-        return cls(source, _evaluation(resolved), reward, chooses, generation, tokenizer)
-
-
-def _draws(resolved: Resolved, tokenizer: "PreTrainedTokenizerFast", reward: Reward | None) -> Draws:
-    """The prompt files, read. With a reward function of the user's nothing is asked of labels and metadata."""
-    data, rule = resolved.config.data, reward if isinstance(reward, RewardRule) else None
-    form = PromptFormat(
-        input_key=data.input_key,
-        label_key=data.label_key,
-        response_key=data.response_key if resolved.config.is_sft else None,
-        apply_chat_template=data.apply_chat_template,
-        template_kwargs=data.apply_chat_template_kwargs,
-        tool_key=data.tool_key,
-        label_problem=None if rule is None else rule.label_problem,
-        metadata_key=None if rule is None else data.metadata_key,
-        label_problems={name: one.label_problem for name, one in REWARD_RULES.items()},
-    )
-    longest = resolved.max_prompt_len
-    files = [
-        PromptFile(
-            file.name, read_prompts(file.path, tokenizer, form, max_tokens=longest, drop_longer=True), file.weight
-        )
-        for file in data.prompt_data
-    ]
-    return open_draws(files, shuffle=data.rollout_shuffle, seed=resolved.config.misc.seed)
-
-
-def _evaluation(resolved: Resolved) -> Evaluation | None:
-    config = resolved.config.eval
-    if not config.eval_prompt_data:
-        return None
-    evaluation: Evaluation = load_function("--eval-function-path", config.eval_function_path)(resolved)
-    return evaluation
-
-
-def _reward(config: Config) -> Reward | None:
-    if config.rollout.custom_rm_path is not None:
-        check_custom_reward(config.rollout.custom_rm_path)
-        return CustomReward(config.rollout.custom_rm_path, config.rollout.group_rm)
-    return None if config.rollout.rm_type is None else REWARD_RULES[RewardType(config.rollout.rm_type)]
+P = ParamSpec("P")
 
 
 class Run:
@@ -186,6 +96,10 @@ class Run:
             self.prompts.load_state_dict(cast(SourceState, progress.data))
             if engines is not None:
                 engines.collector.load_state(progress.waiting)
+            if engines is not None and engines.ahead is not None:
+                engines.ahead.load_state(progress.ahead)
+            else:
+                put_back(self.prompts, progress.ahead)
 
     def _enter(self, phase: Phase) -> None:
         self._display.enter(phase)
@@ -196,27 +110,40 @@ class Run:
         return from_prompts(self.prompts.draw(self.config.rollout.rollout_batch_size))
 
     async def generate(self) -> Rollout:
-        """Samples and grades responses to the next prompts, under the current weights."""
+        """Samples and grades responses to the next prompts, under the current weights; with `--async-rollout` waits for
+        those that are under way, and goes on making others."""
         engines, rollout_id = self._engines, self.progress.rollouts
         self._begins_at_checkpoint = self._saved_rollouts == rollout_id
         assert engines is not None
-        seeds = SeedStream(self.config.misc.seed, ("rollout", rollout_id))
-        with self.clock.measure(Phase.ROLLOUT):
-            try:
+        with self.clock.measure(Phase.ROLLOUT), engines.telling_of_graders():
+            if engines.ahead is not None:
+                self._rollout = await engines.ahead.next()
+            else:
+                seeds = rollout_seeds(self.config.misc.seed, rollout_id)
                 self._rollout = await engines.collector.collect(seeds, str(rollout_id))
-                await engines.release_memory()
-            except NothingToLearn:
-                # A grader that always fails gives equal rewards too, and says so better.
-                engines.check_grades()
-                raise
+            await engines.release_memory()
         engines.check_grades()
         return self._rollout
+
+    def generate_ahead(self) -> None:
+        """With `--async-rollout`: lets generation go on that an update of the weights has paused."""
+        if self._engines is not None and self._engines.ahead is not None:
+            self._engines.ahead.go_on()
+
+    async def beside_generation(self, learn: Callable[P, None], *arguments: P.args, **named: P.kwargs) -> None:
+        """Calls `learn`, which makes the weights of the next version; with `--async-rollout` in a thread of its own:
+        who is cancelled meanwhile waits for its end."""
+        if self._engines is None or self._engines.ahead is None:
+            learn(*arguments, **named)
+            return
+        async with self._engines.changing(self.progress.rollouts + 1):
+            await to_its_end(learn, *arguments, **named)
 
     async def update_weights(self) -> None:
         """Sends the policy to the engines; those that died meanwhile are replaced first. Raises UserError if one does
         not take it."""
         if self._engines is not None:
-            with self.clock.measure(Phase.UPDATE_WEIGHTS):
+            with self.clock.measure(Phase.UPDATE_WEIGHTS), self._engines.telling_of_graders():
                 await self._engines.update_weights(self.trainer, self.progress.rollouts)
             self._start.end(StartPart.FIRST_WEIGHTS)
             self._start.reach(StartMoment.WEIGHTS)
@@ -252,13 +179,12 @@ class Run:
     def finish_rollout(self, samples: Sequence[TrainSample]) -> None:
         """The samples of a rollout are learned: the policy is the next version."""
         self._learned = samples
+        self.progress = replace(self.progress, rollouts=self.progress.rollouts + 1)
+        if self._engines is not None and self._engines.ahead is not None:
+            self._engines.ahead.trained()
+            return  # what the checkpoint holds besides changes until it is written
         waiting = self._engines.collector.state() if self._engines is not None else []
-        self.progress = replace(
-            self.progress,
-            rollouts=self.progress.rollouts + 1,
-            data=dict(self.prompts.state_dict()),
-            waiting=waiting,
-        )
+        self.progress = replace(self.progress, data=dict(self.prompts.state_dict()), waiting=waiting, ahead=[])
 
     @property
     def is_over(self) -> bool:
@@ -303,6 +229,7 @@ class Run:
         if self._engines is not None:
             values["weight_bytes_per_second"] = self._engines.weight_bytes_per_second
             values["seconds_paused"] = self._engines.seconds_paused
+            values["seconds_engines_idle"] = self._engines.new_idle_seconds()
         self._directory.record_evaluation(done, self._evals)
         evals = {name: found.values for name, found in self._evals.items()}
         metrics = StepMetrics(step=done, values=values, evals=evals, seconds=self.clock.lap())
@@ -333,9 +260,20 @@ class Run:
         if evals and self._is_due(self.config.eval.eval_interval):
             check_gain(self.config.misc, self._directory.path, evals[0].name, done)
 
-    def save(self) -> None:
+    async def save(self) -> None:
         """Writes a checkpoint that a resumed run goes on from, losing nothing, and what `--save-hf` asks for. With
         `--async-save` only begins to write the checkpoint, after the one before it is written."""
+        self._note_what_is_ahead()
+        if self._engines is None or self._engines.ahead is None:
+            self._save()
+        else:
+            await to_its_end(self._save)
+
+    def _note_what_is_ahead(self) -> None:
+        if self._engines is not None and self._engines.ahead is not None:
+            self.progress = replace(self.progress, waiting=[], **self._engines.ahead.state())
+
+    def _save(self) -> None:
         self._saved_rollouts = self.progress.rollouts
         with self.clock.measure(Phase.SAVE):
             self.trainer.save(self.config.save_dir, self.progress)
@@ -346,13 +284,14 @@ class Run:
 
     def save_what_is_done(self) -> None:
         """Leaves a checkpoint of the last finished rollout, for a run that ends early. What is under way of the next
-        one is given up, and so are an evaluation and the engines: no rank is to wait for one that hangs."""
+        ones is given up, and so are an evaluation and the engines: no rank is to wait for one that hangs."""
         if self._engines is not None:
             self._engines.begin_end()
         if self._learned:
             self.record()
         if self.progress.rollouts > self._saved_rollouts:
-            self.save()
+            self._note_what_is_ahead()
+            self._save()
         self.finish_save()
 
     def finish_save(self) -> None:
@@ -370,19 +309,30 @@ class RolloutEngines:
         client: RolloutClient,
         grader: Grader | None,
         data: Data,
-        rollout: RolloutConfig,
+        config: Config,
+        done: int,
     ) -> None:
+        """`done`: rollouts that are trained."""
         self.client = client
         self._group, self._grader = group, grader
-        self._told = client.counters
-        self.collector = RolloutCollector(
-            client,
-            data.source,
-            CollectionPlan.of(rollout),
-            SamplingParams.for_rollout(rollout),
-            grade=self.grade,
-            keep=data.keep,
-        )
+        self._told, self._idle_s = client.counters, client.course.idle_s
+        plan, sampling = CollectionPlan.of(config.rollout), SamplingParams.for_rollout(config.rollout)
+        self.collector = RolloutCollector(client, data.source, plan, sampling, grade=self.grade, keep=data.keep)
+        self._updates_in_flight = config.rollout.update_weight_in_flight is not None
+        self.ahead: Ahead | None = None
+        """None: nothing is made while the trainer works."""
+        if not plan.max_staleness:
+            return
+        seed, rollouts = config.misc.seed, config.rollout.num_rollout
+        if config.rollout.is_in_fixed_order:
+            admission = Admission(1, plan.max_staleness, rollouts=rollouts, done=done)
+            self.ahead = FixedOrder(self.collector, data.source, plan, admission, partial(rollout_seeds, seed))
+        else:
+            admission = Admission(plan.groups, plan.max_staleness, rollouts=rollouts, done=done)
+            seeds = SeedStream(seed, ("draw",))
+            self.ahead = FirstFinished(
+                client, data.source, plan, admission, sampling, seeds, grade=self.grade, keep=data.keep
+            )
 
     async def grade(self, group: SampleGroup) -> None:
         """Grades every sample of a complete group."""
@@ -393,15 +343,33 @@ class RolloutEngines:
         if self._grader is not None:
             self._grader.collect_counts()
 
+    @contextmanager
+    def telling_of_graders(self) -> Iterator[None]:
+        """A grader that always fails gives equal rewards too, and says so better."""
+        try:
+            yield
+        except NothingToLearn:
+            self.check_grades()
+            raise
+
+    def changing(self, version: int) -> AbstractAsyncContextManager[None]:
+        """The trainer makes the weights of `version` in the block; see `EngineGroup`."""
+        return self._group.changing(version)
+
     async def release_memory(self) -> None:
         """Nothing is generated until the next `update_weights`: engines on the trainer's GPUs make room for it."""
         await in_thread(self._group.release_memory)
 
     async def update_weights(self, trainer: TrainerGroup, version: int) -> None:
-        """Sends the policy to all engines; those that do not generate any more are started again for it."""
+        """Sends the policy to all engines; those that do not generate any more are started again for it. What is under
+        way is waited for, unless it takes new weights in flight."""
+        if self.ahead is not None and not self._updates_in_flight:
+            await self.ahead.pause()
         trainer.make_room()
         async with self.client.updating(str(version)):
             self.client.move(await in_thread(self._group.update_weights, trainer, version))
+        if self.ahead is not None:
+            self.ahead.advance(version)
 
     def begin_end(self) -> None:
         """Nothing is generated any more, and nobody waits for an engine."""
@@ -421,6 +389,16 @@ class RolloutEngines:
         """What went wrong with engines and was mended since the last call."""
         before, self._told = self._told, self.client.counters
         return self._told - before
+
+    def new_idle_seconds(self) -> float | None:
+        """Time since the last call in which no sample was under way; None where they wait for the trainer anyway."""
+        before, self._idle_s = self._idle_s, self.client.course.idle_s
+        return None if self.ahead is None else self._idle_s - before
+
+
+def rollout_seeds(seed: int, rollout_id: int) -> SeedStream:
+    """The random stream of a rollout."""
+    return SeedStream(seed, ("rollout", rollout_id))
 
 
 @asynccontextmanager
@@ -470,7 +448,11 @@ async def open_run(resolved: Resolved, plan: Plan | None) -> AsyncIterator[Run]:
                 on_silent=group.on_silent,
                 on_answer=on_answer,
             )
-            engines = RolloutEngines(group, await stack.enter_async_context(client), grader, data, config.rollout)
+            engines = RolloutEngines(
+                group, await stack.enter_async_context(client), grader, data, config, progress.rollouts
+            )
+            if engines.ahead is not None:
+                await stack.enter_async_context(engines.ahead)
             clock.begin(StartPart.FIRST_WEIGHTS)
         display = stack.enter_context(open_progress(config.rollout.num_rollout, progress.rollouts, console))
         yield Run(resolved, data, trainer, engines, directory, budget, display, progress, clock)

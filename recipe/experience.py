@@ -1,6 +1,7 @@
 """From graded rollouts to what the trainer learns from, and to what the run directory keeps."""
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, compress
@@ -183,7 +184,7 @@ def _weighted(batch: list[TrainSample], config: Config) -> list[TrainSample]:
 
 
 def rollout_metrics(rollout_id: int, rollout: Rollout, engines: ClientCounters) -> Values:
-    """What is reported of a graded rollout, which was made under the weights of version `rollout_id`, and of what went
+    """What is reported of a graded rollout, from which the weights of version `rollout_id` learn, and of what went
     wrong with `engines` since the one before it."""
     samples = samples_of(rollout)
     by_group = [rewards for group in rollout.groups if (rewards := rewards_of(group))]
@@ -214,12 +215,24 @@ def rollout_metrics(rollout_id: int, rollout: Rollout, engines: ClientCounters) 
         "refills": rollout.sampling.refills,
         "rollout_tokens_per_second": rollout.metrics.tokens_per_second,
         "stale_token_share": rollout.metrics.stale_share,
+        **_staleness(rollout_id, samples),
         "engine_restarts": engines.restarts,
         "request_retries": engines.retries,
         "retried_tokens": engines.retried_tokens,
         "draft_accept_length": rollout.metrics.accept_length,
         **{f"draft_accept_rate_{depth}": rate for depth, rate in accept_rates},
         **_of_sources(rollout.groups),
+    }
+
+
+def _staleness(rollout_id: int, samples: Sequence[Sample]) -> dict[str, Scalar]:
+    """By how many versions the weights that made the response tokens are older; None where there are no tokens."""
+    counts = Counter(version for sample in samples for version in sample.weight_versions if version != NO_WEIGHTS)
+    ages = {rollout_id - int(version): count for version, count in counts.items()}
+    tokens = sum(ages.values())
+    return {
+        "staleness_mean": sum(age * count for age, count in ages.items()) / tokens if tokens else None,
+        "staleness_max": max(ages, default=None),
     }
 
 

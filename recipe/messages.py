@@ -137,6 +137,8 @@ class Progress:
     """State of the prompt source."""
     waiting: list[dict[str, Any]] = field(default_factory=list)
     """Groups of samples that the next rollout continues."""
+    ahead: list[dict[str, Any]] = field(default_factory=list)
+    """What was made for rollouts to come while the trainer worked; see `recipe.rollout.ahead`."""
 
 
 class RankPart(StrEnum):

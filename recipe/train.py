@@ -9,11 +9,12 @@ import asyncio
 import sys
 
 from recipe.again.step import replay_step
-from recipe.assembly import Data, Run, open_run
+from recipe.assembly import Run, open_run
 from recipe.config import Resolved, help_text, resolve
 from recipe.config.usage import CHECK, FORCE, HELP, REPLAY_STEP
 from recipe.engines.argument_check import check_arguments
 from recipe.experience import optimizer_batches, with_advantages, with_log_probs
+from recipe.inputs import Data
 from recipe.messages import TrainSample
 from recipe.plan.plan import Plan
 from recipe.plan.preflight import preflight
@@ -42,13 +43,14 @@ async def train(resolved: Resolved, plan: Plan | None) -> None:
                 else:
                     rollout = await run.generate()
                     samples = with_advantages(rollout, config)
-                learn(run, samples)
+                await run.beside_generation(learn, run, samples)
                 await run.update_weights()
                 if run.is_evaluation_due:
                     await run.evaluate()
+                run.generate_ahead()
                 run.record()
                 if run.is_save_due:
-                    run.save()
+                    await run.save()
             run.finish_save()
             await safe_point()
 

@@ -4,7 +4,8 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Self
@@ -133,14 +134,23 @@ class EngineGroup:
         self._deliver(self._resume_memory(THE_REST))
         return self.urls
 
+    @asynccontextmanager
+    async def changing(self, version: int) -> AsyncIterator[None]:
+        """In the block the trainer makes the weights of `version` out of the current ones: it sends none meanwhile to
+        an engine that was started again, which gets the new ones when the block is left."""
+        async with self._sending:
+            yield
+            assert self._weights is not None
+            self._weights = self._weights[0], str(version)
+
     def on_answer(self, number: int) -> None:
         """The client has samples of this engine, which it speaks to only once that has taken weights: it works."""
         self._engines[number].starts = 0
 
     async def on_silent(self, number: int) -> str:
         """The client finds that this engine does not generate: it is dead, and is replaced by one that holds the
-        current weights, which the trainer still has: it does nothing else while something is generated. Returns the new
-        address. Raises UserError if the engine is given up."""
+        current weights, which the trainer still has, or those that it is `changing` them into. Returns the new address.
+        Raises UserError if the engine is given up."""
         await in_thread(self._replace, {number: "does not generate any more"})
         async with self._sending:
             await in_thread(self._deliver, [number])

@@ -42,6 +42,10 @@ def _sampling(config: Config) -> Iterator[str]:
     rollout = config.rollout
     if config.is_sft:
         return
+    if rollout.staleness and not rollout.is_in_fixed_order:
+        yield "the groups that finish first are trained first: two runs of one seed differ; --async-order fixed repeats"
+    if rollout.staleness and not (config.grpo.use_tis or config.grpo.custom_tis_function_path):
+        yield "tokens of older weights are learned from as if the current ones had made them; --use-tis weighs them"
     if not rollout.keeps_in_order:
         yield (
             "the first groups to finish are kept, so two runs of one seed differ; without --over-sampling-batch-size "

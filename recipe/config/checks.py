@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from itertools import chain
 
-from recipe.config import layout_rules, sglang_machine, sglang_rules, speculation_rules
+from recipe.config import async_rules, layout_rules, sglang_machine, sglang_rules, speculation_rules
 from recipe.config.architecture import Architecture, contradictions
 from recipe.config.error_text import nearest
 from recipe.config.flags import SGLANG_KEY, spell
@@ -318,6 +318,7 @@ RULES: tuple[Rule, ...] = (
     mtp_layer_exists,
     numerics_are_fixed,
     device_has_the_kernels,
+    *async_rules.RULES,
     *sglang_rules.RULES,
     *speculation_rules.RULES,
     sglang_machine.machine_suits_sglang,

@@ -197,12 +197,17 @@ class RolloutConfig(Group):
             return 0
         return 1 if self.max_staleness is None else self.max_staleness
 
+    @property
+    def is_in_fixed_order(self) -> bool:
+        """Whether rollouts that are made ahead are made one after the other."""
+        return self.async_order != "finished"
+
 
 class EvalConfig(Group):
     """Evaluation on held-out prompts."""
 
     eval_function_path: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] = "evaluation.in_loop:InLoopEvaluation"
-    """module:function that reads the evaluation sets and scores answers to them: `recipe.assembly.Evaluation`."""
+    """module:function that reads the evaluation sets and scores answers to them: `recipe.inputs.Evaluation`."""
     eval_interval: PositiveInt | None = None
     """Evaluate after every this many rollouts; default: before the first and after the last."""
     eval_prompt_data: EvalPromptDataPairs = ()

@@ -181,7 +181,8 @@ class GrpoConfig(Group):
     """Dr. GRPO (arXiv 2503.20783): no division by the standard deviation, and each token weighs the same in every
     batch, 1 / (sequences x `rollout_max_response_len`)."""
     use_tis: bool = False
-    """Truncated importance sampling of the trainer's log-probs against the engine's."""
+    """Truncated importance sampling of the trainer's log-probs against the engine's; default: where `max_staleness` is
+    above 0."""
     tis_level: Literal["token", "sequence", "geometric"] = "token"
     """Whose importance weight a token has: its own, the product of all in its sequence, or their geometric mean."""
     tis_mode: Literal["truncate", "mask"] = "truncate"

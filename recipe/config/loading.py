@@ -130,8 +130,9 @@ def _where_it_belongs(group: str, name: str) -> str:
 
 
 def build_config(settings: Settings) -> Config:
-    """The typed Config of `settings`, without the arguments of SGLang's that are false: they are left out. Raises one
-    UserError naming every wrong or missing value and where it was set."""
+    """The typed Config of `settings`, without the arguments of SGLang's that are false: they are left out. Samples that
+    may be stale are weighed (`use_tis`), where nobody says otherwise. Raises one UserError naming every wrong or
+    missing value and where it was set."""
     tree: dict[str, Any] = {group: {} for group in GROUPS}
     for key, setting in settings.items():
         group, name, *argument = key.split(".", 2)
@@ -141,10 +142,14 @@ def build_config(settings: Settings) -> Config:
         else:
             tree[group][name] = setting.value
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
         refuse(_explain(error.errors(), settings))
         raise
+    given = "grpo.use_tis" in settings or config.grpo.custom_tis_function_path is not None
+    if given or config.rollout.staleness == 0:
+        return config
+    return config.model_copy(update={"grpo": config.grpo.model_copy(update={"use_tis": True})})
 
 
 def _explain(errors: list[ErrorDetails], settings: Settings) -> list[str]:

@@ -59,8 +59,13 @@ class Draws(ABC):
         """Undoes the draws of these numbers, whose prompts were not used."""
         self._put_back = sorted((*self._put_back, *numbers))
 
-    def state_dict(self) -> SourceState:
-        return {"drawn": self._drawn, "put_back": list(self._put_back), "digest": self.digest()}
+    def state_dict(self, unfinished: Iterable[int] = ()) -> SourceState:
+        """The state, in which the draws that are `unfinished` are put back."""
+        return {
+            "drawn": self._drawn,
+            "put_back": sorted((*self._put_back, *unfinished)),
+            "digest": self.digest(),
+        }
 
     def load_state_dict(self, state: SourceState) -> None:
         """Goes to where the state was taken. Raises UserError if that was among other prompts."""

@@ -69,8 +69,8 @@ class MismatchWatch:
             yield (
                 "older",
                 f"tokens that older weights made differ by {mismatch.older:.3f} nats from what the current ones give "
-                "them: --partial-rollout trains off-policy; --use-tis weighs such tokens, "
-                "--mask-offpolicy-in-partial-rollout leaves them out",
+                "them: --partial-rollout and --async-rollout train off-policy; --use-tis weighs such tokens, "
+                "--mask-offpolicy-in-partial-rollout leaves them out, a lower --max-staleness makes fewer",
             )
         rest = mismatch.current
         for engine, difference in enumerate(mismatch.engines):

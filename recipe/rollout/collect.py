@@ -60,6 +60,8 @@ class CollectionPlan:
     """Aborted groups go on in the next rollout."""
     mask_older: bool = False
     """Tokens of earlier rollouts are not trained on."""
+    max_staleness: int = 0
+    """Versions that a token may lie behind the rollout's; above 0 rollouts are made ahead."""
 
     @classmethod
     def of(cls, rollout: RolloutConfig) -> Self:
@@ -71,6 +73,7 @@ class CollectionPlan:
             max_refills=rollout.dynamic_sampling_max_refills,
             partial=rollout.partial_rollout,
             mask_older=rollout.mask_offpolicy_in_partial_rollout,
+            max_staleness=rollout.staleness,
         )
 
 
@@ -109,9 +112,9 @@ class RolloutCollector:
         self._waiting = waiting
 
     async def collect(self, seeds: SeedStream, expected_version: str) -> Rollout:
-        """The next rollout, graded. Raises NothingToLearn if too few groups pass the filter, StaleWeights if an engine
-        does not hold the weights of `expected_version`, EngineError if one failed for good, and what grading raises.
-        After an error nothing is left running."""
+        """The next rollout, graded, for the weights of `expected_version`. Raises NothingToLearn if too few groups pass
+        the filter, StaleWeights if an engine holds weights that these are too far from, EngineError if one failed for
+        good, and what grading raises. After an error nothing is left running."""
         before, started = self._client.counters, time.monotonic()
         self._client.course.begin()
         selection = Selection(self._plan.groups, in_order=self._plan.in_order)
@@ -137,13 +140,14 @@ class RolloutCollector:
             await self._client.drain()
         self._put_aside([groups[number] for number in selection.unused])
         kept = sorted((groups[number].group for number in selection.kept), key=lambda group: group.index)
-        self._check_failures(kept)
+        check_failures(kept, self._client)
         seconds = time.monotonic() - started
+        ahead = self._plan.max_staleness > 0
         return Rollout(
             kept,
             expected_version,
             replace(
-                GenerationMetrics.of(kept, expected_version, seconds, self._client.counters - before),
+                GenerationMetrics.of(kept, expected_version, seconds, self._client.counters - before, ahead=ahead),
                 course=self._client.course.points(),
             ),
             SamplingMetrics(len(selection.dropped), len(selection.unused), draws - 1),
@@ -171,7 +175,7 @@ class RolloutCollector:
             for sample in group.samples:
                 sample.mask_response()
         await self._client.generate(group, self._sampling, pending.seeds, routed=True)
-        check_versions(group, expected_version, borders)
+        check_versions(group, expected_version, borders, max_staleness=self._plan.max_staleness)
         if selection.is_complete:
             return False
         check_finished(group)
@@ -188,22 +192,28 @@ class RolloutCollector:
         self._waiting += [pending for pending, wait in zip(unused, waits, strict=True) if wait]
         self._waiting.sort(key=lambda pending: pending.group.index)
 
-    def _check_failures(self, groups: Sequence[SampleGroup]) -> None:
-        """Raises UserError if the custom generate function failed at every sample."""
-        if groups and all(sample.is_left_out for group in groups for sample in group.samples):
-            raise UserError(f"no sample of a rollout could be generated, the last one: {self._client.last_failure}")
-
     def _check_refills(self, draws: int, selection: Selection, groups: Sequence[PendingGroup]) -> None:
         if draws <= self._plan.max_refills:
             return
         dropped = [groups[number].group for number in selection.dropped]
-        self._check_failures(dropped)
-        rewards = [{sample.reward for sample in group.samples} for group in dropped]
-        equal = Counter(of_group.pop() for of_group in rewards if len(of_group) == 1)
-        alike = ", ".join(f"{count} with reward {reward} throughout" for reward, count in equal.most_common(3))
-        raise NothingToLearn(
-            f"{FILTER_FLAG} dropped {len(dropped)} of {len(groups)} groups ({alike or 'none with equal rewards'}) in "
-            f"{draws} draws of prompts, and {self._plan.groups} were to be kept: the prompts are too easy or too hard "
-            "for the policy, or the reward is not the right one; change --prompt-data or the reward, raise "
-            "--n-samples-per-prompt, or allow more refills with --dynamic-sampling-max-refills"
-        )
+        check_failures(dropped, self._client)
+        raise nothing_to_learn(dropped, len(groups), draws, self._plan.groups)
+
+
+def check_failures(groups: Sequence[SampleGroup], client: RolloutClient) -> None:
+    """Raises UserError if the custom generate function failed at every sample."""
+    if groups and all(sample.is_left_out for group in groups for sample in group.samples):
+        raise UserError(f"no sample of a rollout could be generated, the last one: {client.last_failure}")
+
+
+def nothing_to_learn(dropped: Sequence[SampleGroup], groups: int, draws: int, wanted: int) -> NothingToLearn:
+    """What the filter has `dropped` of so many groups, which were drawn in so many draws to keep those `wanted`."""
+    rewards = [{sample.reward for sample in group.samples} for group in dropped]
+    equal = Counter(of_group.pop() for of_group in rewards if len(of_group) == 1)
+    alike = ", ".join(f"{count} with reward {reward} throughout" for reward, count in equal.most_common(3))
+    return NothingToLearn(
+        f"{FILTER_FLAG} dropped {len(dropped)} of {groups} groups ({alike or 'none with equal rewards'}) in "
+        f"{draws} draws of prompts, and {wanted} were to be kept: the prompts are too easy or too hard "
+        "for the policy, or the reward is not the right one; change --prompt-data or the reward, raise "
+        "--n-samples-per-prompt, or allow more refills with --dynamic-sampling-max-refills"
+    )

@@ -53,23 +53,37 @@ class GenerationMetrics:
     course: tuple[tuple[float, int], ...] = ()
     """How many samples were under way; see `recipe.run.conditions.Course`."""
     stale_tokens: int = 0
-    """Response tokens that were made before this generation, under older weights."""
+    """Response tokens of older weights than the rollout's."""
+    new_tokens: int = 0
+    """Response tokens that were made in these seconds."""
 
     @classmethod
-    def of(cls, groups: Sequence[SampleGroup], version: str, seconds: float, counters: ClientCounters) -> Self:
-        """The figures of `groups`, made in `seconds` under the weights of `version`."""
+    def of(
+        cls,
+        groups: Sequence[SampleGroup],
+        version: str,
+        seconds: float,
+        counters: ClientCounters,
+        *,
+        ahead: bool = False,
+    ) -> Self:
+        """The figures of `groups`, made in `seconds` for the weights of `version`: what older weights made was there
+        before, unless they were made `ahead`."""
         samples = [sample for group in groups for sample in group.samples]
+        response_tokens = sum(sample.generated_length for sample in samples)
+        stale_tokens = sum(
+            made_under not in (version, NO_WEIGHTS) for sample in samples for made_under in sample.weight_versions
+        )
         return cls(
             samples=len(samples),
             prompt_tokens=sum(len(group.prompt.ids) for group in groups),
-            response_tokens=sum(sample.generated_length for sample in samples),
+            response_tokens=response_tokens,
             seconds=seconds,
             truncated=sum(sample.truncated for sample in samples),
             counters=counters,
             accepted_drafts=_all_drafts(samples),
-            stale_tokens=sum(
-                made_under not in (version, NO_WEIGHTS) for sample in samples for made_under in sample.weight_versions
-            ),
+            stale_tokens=stale_tokens,
+            new_tokens=response_tokens if ahead else response_tokens - stale_tokens,
         )
 
     @property
@@ -101,7 +115,7 @@ class GenerationMetrics:
     @property
     def tokens_per_second(self) -> float:
         """Tokens made now; what was made for groups that were not kept is not counted."""
-        return (self.response_tokens - self.stale_tokens) / self.seconds
+        return self.new_tokens / self.seconds
 
 
 def _all_drafts(samples: Sequence[Sample]) -> tuple[int, ...]:
@@ -178,13 +192,24 @@ def check_finished(group: SampleGroup) -> None:
             raise EngineError(f"sample {sample.index} was aborted by its engine before it was complete")
 
 
-def check_versions(group: SampleGroup, expected_version: str, lengths_before: Sequence[int] | None = None) -> None:
-    """Raises StaleWeights if the model made a token under other weights than those of `expected_version`. The first
-    tokens of each sample, `lengths_before` many (default: none), are of an earlier rollout."""
+def check_versions(
+    group: SampleGroup,
+    expected_version: str,
+    lengths_before: Sequence[int] | None = None,
+    *,
+    max_staleness: int = 0,
+) -> None:
+    """Raises StaleWeights if the model made a token under other weights than those of `expected_version`, or the
+    `max_staleness` versions before it. The first tokens of each sample, `lengths_before` many (default: none), are of
+    an earlier rollout."""
+    fitting = {NO_WEIGHTS, expected_version}
+    if max_staleness:
+        fitting |= {str(int(expected_version) - age) for age in range(1, max_staleness + 1)}
     for sample, length in zip(group.samples, lengths_before or [0] * len(group.samples), strict=True):
-        stale = set(sample.weight_versions[length:]) - {expected_version, NO_WEIGHTS}
+        stale = set(sample.weight_versions[length:]) - fitting
         if stale:
+            wanted = f"version {expected_version}" + (f" or {max_staleness} before it" if max_staleness else "")
             raise StaleWeights(
                 f"sample {sample.index} was made under weight version {', '.join(sorted(stale))}, but this rollout "
-                f"is for version {expected_version}: an engine missed a weight update"
+                f"is for {wanted}: an engine missed a weight update"
             )

@@ -2,13 +2,14 @@
 
 import base64
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 
 from recipe.data.prompts import Prompt
+from recipe.rewards import Grade, GradeStatus
 from recipe.rollout.sample import FinishReason, Sample, SampleGroup
 
 
@@ -39,6 +40,22 @@ class PendingGroup:
         for sample, state in zip(group.samples, samples, strict=True):
             _restore(sample, state)
         return cls(group, tuple(content["seeds"]))
+
+
+def finished_as_json(group: SampleGroup) -> dict[str, Any]:
+    """What `finished_from_json` makes a graded group from: nothing of it is done again."""
+    grades = [None if sample.grade is None else asdict(sample.grade) for sample in group.samples]
+    drafts = [sample.accepted_drafts for sample in group.samples]
+    return PendingGroup(group, ()).as_json() | {"grades": grades, "accepted_drafts": drafts}
+
+
+def finished_from_json(content: dict[str, Any], prompt_of: Callable[[int], Prompt]) -> SampleGroup:
+    """The group, graded; `prompt_of` tells the prompt of a draw."""
+    group = PendingGroup.from_json(content, prompt_of).group
+    for sample, grade, drafts in zip(group.samples, content["grades"], content["accepted_drafts"], strict=True):
+        sample.grade = None if grade is None else Grade(**grade | {"status": GradeStatus(grade["status"])})
+        sample.accepted_drafts = drafts
+    return group
 
 
 def _as_json(sample: Sample) -> dict[str, Any]:

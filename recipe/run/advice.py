@@ -116,7 +116,7 @@ def _idle_engines(of: Stretch) -> Found | None:
     rollout, step = of.mean("seconds_rollout"), of.mean("seconds_step")
     if len(of.busy_shares) < WINDOW or rollout is None or step is None or rollout < step / 3:
         return None
-    if of.config["rollout"]["partial_rollout"]:
+    if of.config["rollout"]["partial_rollout"] or of.config["rollout"].get("async_rollout"):
         return None
     busy = statistics.fmean(of.busy_shares)
     if busy > 0.4:

@@ -20,7 +20,7 @@ class Course:
 
     def __init__(self) -> None:
         self._began = time.monotonic()
-        self._running = 0
+        self._running, self._idle_s, self._idle_since = 0, 0.0, self._began
         self._points: list[tuple[float, int]] = []
 
     def begin(self) -> None:
@@ -29,8 +29,18 @@ class Course:
 
     def change(self, by: int) -> None:
         """So many more are under way."""
+        now = time.monotonic()
+        if not self._running:
+            self._idle_s += now - self._idle_since
         self._running += by
-        self._points.append((time.monotonic() - self._began, self._running))
+        if not self._running:
+            self._idle_since = now
+        self._points.append((now - self._began, self._running))
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds in which none was under way, since it was made."""
+        return self._idle_s + (0.0 if self._running else time.monotonic() - self._idle_since)
 
     def points(self) -> tuple[tuple[float, int], ...]:
         """(seconds since it began, sequences from then on), the end among them."""

@@ -64,7 +64,7 @@ METRICS: dict[str, Metric] = {
     # Of a rollout.
     "rollout_id": Metric("number", None, "The rollout, counted from 0."),
     "samples": Metric("samples", SUM, "Samples of the rollout."),
-    "weight_version": Metric("number", None, "The version of the weights that generated the samples."),
+    "weight_version": Metric("number", None, "The version of the weights that learn from the samples."),
     "reward": Metric("reward", MEAN, "Mean reward of the samples.", "reward {:.3f}"),
     "reward_ci95_low": Metric("reward", None, "Lower bound of the 95% interval of `reward`, over groups."),
     "reward_ci95_high": Metric("reward", None, "Upper bound of the 95% interval of `reward`, over groups."),
@@ -88,7 +88,11 @@ METRICS: dict[str, Metric] = {
     "rollout_tokens_per_second": Metric(
         "tokens/s", None, "Tokens that the current weights made, a second of the rollout."
     ),
-    "stale_token_share": Metric("share", MEAN, "Response tokens that older weights made (`--partial-rollout`)."),
+    "stale_token_share": Metric(
+        "share", MEAN, "Response tokens that older weights made (`--partial-rollout`, `--async-rollout`)."
+    ),
+    "staleness_mean": Metric("versions", MEAN, "Versions that the weights of a response token lie behind, on average."),
+    "staleness_max": Metric("versions", MAXIMUM, "Versions that the oldest response token's weights lie behind."),
     "draft_accept_length": Metric("tokens", MEAN, "Tokens an engine's step brings a sequence, with speculation."),
     "draft_accept_rate_DEPTH": Metric(
         "share", MEAN, "Engine's steps in which the draft token of this depth is accepted."
@@ -157,7 +161,10 @@ METRICS: dict[str, Metric] = {
     "samples_per_second": Metric("samples/s", None, "`samples` by the step's time without evaluating and saving."),
     "weight_bytes_per_second": Metric("bytes/s", None, "The model's weights, to each GPU of the slowest engine."),
     "seconds_step": Metric("s", None, "Wall time of the whole step."),
-    "seconds_rollout": Metric("s", SUM, "Time in which engines generate, and groups are graded as they finish."),
+    "seconds_rollout": Metric("s", SUM, "Time in which the loop waits for a rollout: groups are generated and graded."),
+    "seconds_engines_idle": Metric(
+        "s", SUM, "Time in which no sample was under way at the engines, measured with `--async-rollout`."
+    ),
     "seconds_log_probs": Metric("s", SUM, "Time of passes without gradients: old and reference log-probs."),
     "seconds_train": Metric("s", SUM, "Time of forward, backward and optimizer."),
     "seconds_forward_backward": Metric(

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import ParamSpec, TypeVar
 
+from recipe.system.errors import is_unwinding
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -33,6 +35,19 @@ async def in_thread(work: Callable[P, T], *arguments: P.args, **named: P.kwargs)
 
     threading.Thread(target=run, name=getattr(work, "__name__", "work"), daemon=True).start()
     return await outcome
+
+
+async def to_its_end(work: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+    """The result of `work`, as of `in_thread`; but who is cancelled meanwhile waits for its end, and then is told what
+    it failed with. Only a signal that unwinds the program does not wait."""
+    task = asyncio.ensure_future(in_thread(work, *arguments, **named))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        if not is_unwinding():
+            await asyncio.wait({task})
+            task.result()
+        raise
 
 
 def threads_each(processes: int, polling: int = 0) -> int:

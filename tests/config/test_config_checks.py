@@ -50,6 +50,26 @@ TWO_STAGES = ("--pipeline-model-parallel-size", "2", "--expert-model-parallel-si
         (["--eval-max-response-len", "202752"], "leaves no room for a prompt in the model's 202752"),
         (["--over-sampling-batch-size", "31"], "--over-sampling-batch-size 31 is below --rollout-batch-size 32"),
         (["--mask-offpolicy-in-partial-rollout"], "--mask-offpolicy-in-partial-rollout needs --partial-rollout"),
+        (["--max-staleness", "2"], "--max-staleness 2 has no effect without --async-rollout"),
+        (["--async-order", "fixed"], "--async-order fixed has no effect without --async-rollout"),
+        (
+            ["--async-rollout", "--max-staleness", "0", "--async-order", "fixed"],
+            "--async-order fixed has no effect with --max-staleness 0",
+        ),
+        (
+            ["--async-rollout", "--max-staleness", "0", "--update-weight-in-flight", "keep"],
+            "--update-weight-in-flight keep has no effect with --max-staleness 0",
+        ),
+        (["--update-weight-in-flight", "keep"], "--update-weight-in-flight keep has no effect without --async-rollout"),
+        (["--max-staleness", "-1"], "--max-staleness -1 (flag)"),
+        (["--async-rollout"], "--async-rollout with --colocate: engines on the trainer's GPUs cannot generate while"),
+        (["--async-rollout", "--loss-type", "sft"], "--async-rollout: --loss-type sft learns given responses"),
+        (["--async-rollout", "--partial-rollout"], "aborted samples would have tokens beyond --max-staleness; drop it"),
+        (["--async-rollout", "--over-sampling-batch-size", "64"], "what is aborted would be made for nothing; drop it"),
+        (
+            ["--async-rollout", "--update-weight-in-flight", "keep"],
+            "--update-weight-in-flight with --async-order fixed, which makes each rollout under the weights of one",
+        ),
         (["--group-rm"], "--group-rm is about --custom-rm-path: give one, or drop it"),
         (
             ["--custom-generate-max-turns", "3"],
@@ -254,3 +274,23 @@ class TestNotes:
         for remedy in ("--use-tis", "--mask-offpolicy-in-partial-rollout"):
             notes = resolve_8gpu("--partial-rollout", "--over-sampling-batch-size", "64", remedy).notes
             assert not any("older weights" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("flags", "weighs"),
+    [
+        ([], False),
+        (["--async-rollout"], True),
+        (["--async-rollout", "--max-staleness", "0"], False),
+        (["--async-rollout", "--no-use-tis"], False),
+        (["--async-rollout", "--custom-tis-function-path", "a:b"], False),
+        (["--async-rollout", "--tis-clip", "3"], True),
+    ],
+)
+def test_samples_that_may_be_stale_are_weighed_unless_somebody_says_otherwise(
+    checkpoint: Path, flags: list[str], weighs: bool
+) -> None:
+    resolved = resolve(["--recipe", "tiny", "--hf-checkpoint", str(checkpoint), *flags])
+    assert resolved.config.grpo.use_tis is weighs
+    unweighed = any("--use-tis weighs them" in note for note in resolved.notes)
+    assert unweighed == ("--no-use-tis" in flags)

@@ -161,7 +161,8 @@ class TestParser:
     def test_a_sglang_without_token_versions_is_refused_for_updates_in_flight(
         self, refusal: Callable[..., str], resolve_8gpu: Try, tmp_path: Path
     ) -> None:
-        flags = ["--update-weight-in-flight", "keep", "--no-colocate", "--rollout-num-gpus", "8"]
+        flags = ["--async-rollout", "--async-order", "finished", "--update-weight-in-flight", "keep"]
+        flags += ["--no-colocate", "--rollout-num-gpus", "8"]
         told = refusal(*flags)
         assert told.startswith(
             f"--update-weight-in-flight keep: the SGLang of {sys.executable} does not tell the weight"

@@ -236,7 +236,8 @@ def test_sglang_runs_no_batch_ahead_where_it_takes_weights_with_requests_in_plac
 ) -> None:
     """Else the batch on the GPU would run into the new weights, and its tokens be told as theirs."""
     flags = ["--rollout-engine", "sglang", "--rollout-engine-python", sys.executable, "--rollout-num-gpus", "1"]
-    flags += [] if in_flight is None else ["--update-weight-in-flight", in_flight]
+    asynchronous = ["--async-rollout", "--async-order", "finished"]
+    flags += [] if in_flight is None else [*asynchronous, "--update-weight-in-flight", in_flight]
     config = resolve(["--recipe", "tiny", "--hf-checkpoint", str(checkpoint), *flags]).config
     server = SglangServer.of(config, gpus=(0,))
     started = launch_sglang(Path("/model"), server, weight_version="7", threads=1, context_length=64)

@@ -2,14 +2,16 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import nullcontext
 
 import pytest
+from fake_engines import group_of
 from rollout_support import EngineUnderTest, make_prompt
 
 from recipe.config import EvalConfig, RolloutConfig
 from recipe.rollout.client import ClientCounters, ClientOptions, RolloutClient
 from recipe.rollout.errors import EngineError, StaleWeights
-from recipe.rollout.generate import Rollout, SeedStream, generate_rollout
+from recipe.rollout.generate import Rollout, SeedStream, check_versions, generate_rollout
 from recipe.rollout.sample import SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
 from recipe.system.seeds import derive
@@ -129,3 +131,11 @@ def test_evaluation_samples_as_training_where_nothing_else_is_said() -> None:
     changed = SamplingParams.for_evaluation(EvalConfig(eval_temperature=0.0, eval_max_response_len=5), rollout)
     assert changed == SamplingParams(5, temperature=0.0, top_p=0.9, stop=("END",))
     assert ClientOptions.of(rollout, 112).max_concurrency == 7
+
+
+@pytest.mark.parametrize(("version", "fits"), [("7", False), ("6", True), ("5", True), ("4", True), ("3", False)])
+def test_a_token_may_be_so_many_versions_old_and_never_newer(version: str, fits: bool) -> None:
+    group = group_of(n_samples=1)
+    group.samples[0].append_model([1, 2], [-0.5, -0.5], ["6", version])
+    with nullcontext() if fits else pytest.raises(StaleWeights, match="is for version 6 or 2 before it"):
+        check_versions(group, "6", max_staleness=2)

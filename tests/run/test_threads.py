@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from recipe.system.threads import in_thread
+from recipe.system.threads import in_thread, to_its_end
 
 PROGRAM = """
 import asyncio, time
@@ -77,3 +77,25 @@ def test_a_thread_that_takes_no_signals_leaves_them_to_the_others() -> None:
     other threads may."""
     done = subprocess.run([sys.executable, "-c", DEAF], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "0 1\n"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_who_is_cancelled_meanwhile_waits_for_the_end_of_work_that_must_not_be_left_alone(fails: bool) -> None:
+    begun, goes_on, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        goes_on.wait(10)
+        ended.set()
+        if fails:
+            raise ZeroDivisionError
+
+    task = asyncio.create_task(to_its_end(work))
+    await in_thread(begun.wait)
+    task.cancel()
+    await asyncio.sleep(0.02)
+    assert not task.done()
+    goes_on.set()
+    with pytest.raises(ZeroDivisionError if fails else asyncio.CancelledError):
+        await task
+    assert ended.is_set()

@@ -1,0 +1,46 @@
+"""Rollouts that are made ahead, one after the other: when the weights may change."""
+
+import asyncio
+from typing import Any, cast
+
+from rollout_support import make_prompt
+
+from recipe.data.source import PromptSource
+from recipe.rollout.admission import Admission
+from recipe.rollout.ahead import FixedOrder
+from recipe.rollout.client import ClientCounters
+from recipe.rollout.collect import CollectionPlan
+from recipe.rollout.generate import GenerationMetrics, Rollout, SeedStream
+
+
+class Collector:
+    """Makes empty rollouts."""
+
+    def __init__(self) -> None:
+        self.made: list[str] = []
+
+    async def collect(self, _: SeedStream, version: str) -> Rollout:
+        await asyncio.sleep(0)
+        self.made.append(version)
+        return Rollout([], version, GenerationMetrics(0, 0, 0, 1.0, 0, ClientCounters()))
+
+
+async def test_weights_wait_for_rollouts_too_that_have_not_begun() -> None:
+    """Else it would be a matter of time under which weights they are made."""
+    collector, source = Collector(), PromptSource([make_prompt(0, (1,))], shuffle=False, seed=1)
+    admission = Admission(1, 2, rollouts=9)
+    plan = CollectionPlan(groups=1, n_samples=2, draw_size=1, max_staleness=2)
+    ahead = FixedOrder(cast(Any, collector), source, plan, admission, lambda number: SeedStream(1, (number,)))
+    async with ahead:
+        ahead.go_on()
+        await ahead.pause()
+        assert collector.made == ["0", "1", "2"]
+        for number in range(3):
+            assert (await ahead.next()).weight_version == str(number)
+            ahead.trained()
+            await ahead.pause()
+            ahead.advance(number + 1)
+            assert collector.made[-1] == str(number + 2), "nothing begins before the weights are there"
+            ahead.go_on()
+            await ahead.pause()
+            assert collector.made[-1] == str(number + 3)

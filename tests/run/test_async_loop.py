@@ -1,0 +1,131 @@
+"""Rollouts that are made while the trainer works, in the loop itself: what repeats, and what a strike costs."""
+
+import time
+from collections import Counter
+from itertools import count
+
+import pytest
+from loop_support import Outcome, Strike, kill, notice, run
+
+from recipe.rollout.filters import check_reward_nonzero_std
+
+FIXED = ("async_rollout=true", "async_order=fixed")
+FINISHED = ("async_rollout=true", "async_order=finished")
+IN_FLIGHT = (*FINISHED, "update_weight_in_flight=keep")
+STALENESS = "max_staleness=1", "max_staleness=3"
+
+
+def test_with_no_staleness_it_is_the_synchronous_run() -> None:
+    plain, without = run(), run("async_rollout=true", "max_staleness=0")
+    assert without.trainer.weights == plain.trainer.weights
+    assert without.lines == plain.lines
+    assert without.points == plain.points
+
+
+@pytest.mark.parametrize("staleness", STALENESS)
+@pytest.mark.parametrize("keep", [None, check_reward_nonzero_std])
+def test_in_fixed_order_it_repeats_whoever_finishes_first(staleness: str, keep) -> None:
+    first, second = run(*FIXED, staleness, keep=keep), run(*FIXED, staleness, luck=5, keep=keep)
+    assert second.trainer.weights == first.trainer.weights != run(keep=keep).trainer.weights
+    assert second.lines == first.lines
+    bound = int(staleness[-1])
+    assert [first.lines[step]["staleness_max"] for step in range(1, 7)] == [min(step, bound) for step in range(6)]
+
+
+@pytest.mark.parametrize("flags", [FIXED, FINISHED, IN_FLIGHT])
+@pytest.mark.parametrize("staleness", STALENESS)
+def test_generation_goes_on_while_the_trainer_works_and_no_token_is_too_old(
+    flags: tuple[str, ...], staleness: str
+) -> None:
+
+    def until_the_second_rollout_is_there(points: list[str]) -> None:
+        deadline = time.monotonic() + 20
+        while points.count("generated") < 4:
+            assert time.monotonic() < deadline, "nothing is generated while the trainer works"
+            time.sleep(0.001)
+
+    ended = run(*flags, staleness, in_training=until_the_second_rollout_is_there)
+    oldest = [ended.lines[step]["staleness_max"] for step in range(1, 7)]
+    assert oldest[0] == 0 < max(oldest) <= int(staleness[-1])
+    assert_each_once(ended)
+    assert ended.evaluated == ["0", "2", "4", "6"]
+
+
+def test_weights_that_change_in_flight_are_told_token_by_token() -> None:
+    lines = [run(*IN_FLIGHT, "max_staleness=2", luck=luck).lines for luck in range(3)]
+    means = [line["staleness_mean"] for of_run in lines for line in of_run.values() if line["step"]]
+    assert any(mean % 1 for mean in means)
+
+
+@pytest.mark.parametrize("how", [kill, notice])
+def test_in_fixed_order_a_run_that_was_struck_and_resumed_is_the_run_that_nothing_struck(how) -> None:
+    """A notice may save while a rollout is under way whose weights are then gone: it is made again under newer ones."""
+    flags = *FIXED, "max_staleness=2"
+    whole = run(*flags, keep=check_reward_nonzero_std)
+    for at in every_point(whole):
+        ended = run(*flags, strike=Strike(at, how), keep=check_reward_nonzero_std)
+        assert_each_once(ended)
+        if how is kill:
+            assert ended.trainer.weights == whole.trainer.weights, whole.points[at - 1]
+            assert ended.lines == whole.lines, whole.points[at - 1]
+
+
+@pytest.mark.parametrize("how", [kill, notice])
+@pytest.mark.parametrize("flags", [(*FINISHED, "max_staleness=1"), (*IN_FLIGHT, "max_staleness=2")])
+def test_struck_anywhere_and_resumed_every_sample_is_trained_once_and_none_is_lost(flags: tuple[str, ...], how) -> None:
+    for at in every_point(run(*flags)):
+        ended = run(*flags, strike=Strike(at, how), luck=at)
+        assert_each_once(ended)
+        assert all(line["staleness_max"] <= int(flags[-1][-1]) for line in ended.lines.values() if line["step"])
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((*FIXED, "max_staleness=2"), ("async_rollout=false",)),
+        ((*FIXED, "max_staleness=2"), (*FIXED, "max_staleness=1")),
+        ((*FIXED, "max_staleness=2"), (*FINISHED, "max_staleness=2")),
+        ((*FINISHED, "max_staleness=2"), ("async_rollout=false",)),
+        ((*FINISHED, "max_staleness=2"), (*FINISHED, "max_staleness=1")),
+        ((*FINISHED, "max_staleness=2"), (*FIXED, "max_staleness=1")),
+    ],
+)
+def test_a_checkpoint_is_gone_on_from_in_another_order(before: tuple[str, ...], after: tuple[str, ...]) -> None:
+    ended = run(*before, strike=Strike(40, notice), then=after)
+    assert_each_once(ended)
+    assert len(ended.trainer.trained) == 6 * 4
+
+
+def test_a_failure_of_what_is_made_ahead_is_the_runs_own() -> None:
+    """Whether the trainer works meanwhile or not; and nothing is left running."""
+
+    def fail() -> None:
+        raise ZeroDivisionError("of generation")
+
+    whole = run(*FINISHED, "max_staleness=1")
+    struck = [at for at, point in zip(count(1), whole.points, strict=False) if point in ("generate", "generated")]
+    for at in struck[::4]:
+        with pytest.raises(ZeroDivisionError, match="of generation"):
+            run(*FINISHED, "max_staleness=1", strike=Strike(at, fail))
+
+
+def every_point(whole: Outcome) -> list[int]:
+    """Some of each kind of point after the first checkpoint, spread over the run, by number."""
+    numbers: dict[str, list[int]] = {}
+    for at, point in enumerate(whole.points, start=1):
+        if "saved" in whole.points[:at]:
+            numbers.setdefault(point, []).append(at)
+    chosen = [at for of_kind in numbers.values() for at in of_kind[:: max(1, len(of_kind) // 2)]]
+    assert len(chosen) >= 20
+    return chosen
+
+
+def assert_each_once(ended: Outcome) -> None:
+    """Every sample that was drawn is trained once, or its prompt comes again."""
+    samples = Counter(ended.trainer.trained)
+    assert set(samples.values()) == {1}
+    draws = {sample // 2 for sample in samples}
+    dropped = sum(line["dropped_groups"] for line in ended.lines.values() if line["step"])
+    assert len(ended.lines) == 7
+    assert draws.isdisjoint(ended.unused)
+    assert len(draws) + len(ended.unused) + dropped == ended.drawn
