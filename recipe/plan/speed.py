@@ -195,7 +195,7 @@ class SpeedModel:
         buckets = -(-size // config.rollout.update_weight_buffer_size)
         rate = self.link(config.world_size) * constants.LINK_SHARE
         group = 0.0 if config.cluster.colocate else constants.UPDATE_GROUP_S
-        return 2 * size / rate + buckets * constants.UPDATE_BUCKET_S + group
+        return 2 * size / rate + buckets * constants.UPDATE_BUCKET_S.at(self.pace) + group
 
     def save(self) -> float:
         """Writing a checkpoint, spread over the steps between two; nothing where training goes on meanwhile."""

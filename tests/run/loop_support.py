@@ -120,7 +120,7 @@ class Engines:
         self.version, self.weights = "", 0
         self.under_way = 0
         self.course, self.counters, self.last_failure = Course(), ClientCounters(), ""
-        self.weight_bytes_per_second = None
+        self.weight_bytes_per_second = self.seconds_paused = None
 
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[asyncio.TaskGroup]:
@@ -164,6 +164,11 @@ class Engines:
     async def changing(self, _: int) -> AsyncIterator[None]:
         self.strike.point("changing")
         await asyncio.sleep(0)  # as if weights were still sent to an engine that was started again
+        yield
+
+    @asynccontextmanager
+    async def updating(self, _: str) -> AsyncIterator[None]:
+        self.strike.point("updating")
         yield
 
     def update_weights(self, trainer: Trainer, version: int) -> list[str]:
