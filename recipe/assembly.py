@@ -143,7 +143,10 @@ class Run:
         """Sends the policy to the engines; those that died meanwhile are replaced first. Raises UserError if one does
         not take it."""
         if self._engines is not None:
-            with self.clock.measure(Phase.UPDATE_WEIGHTS), self._engines.telling_of_graders():
+            if self._engines.waits_for_rollouts:
+                with self.clock.measure(Phase.ROLLOUT), self._engines.telling_of_graders():
+                    await self._engines.pause()
+            with self.clock.measure(Phase.UPDATE_WEIGHTS):
                 await self._engines.update_weights(self.trainer, self.progress.rollouts)
             self._start.end(StartPart.FIRST_WEIGHTS)
             self._start.reach(StartMoment.WEIGHTS)
@@ -360,11 +363,18 @@ class RolloutEngines:
         """Nothing is generated until the next `update_weights`: engines on the trainer's GPUs make room for it."""
         await in_thread(self._group.release_memory)
 
+    @property
+    def waits_for_rollouts(self) -> bool:
+        """Whether an update has to wait for what is made ahead: it takes no weights in flight."""
+        return self.ahead is not None and not self._updates_in_flight
+
+    async def pause(self) -> None:
+        """Waits for what is under way; nothing more is started until the weights are there."""
+        assert self.ahead is not None
+        await self.ahead.pause()
+
     async def update_weights(self, trainer: TrainerGroup, version: int) -> None:
-        """Sends the policy to all engines; those that do not generate any more are started again for it. What is under
-        way is waited for, unless it takes new weights in flight."""
-        if self.ahead is not None and not self._updates_in_flight:
-            await self.ahead.pause()
+        """Sends the policy to all engines; those that do not generate any more are started again for it."""
         trainer.make_room()
         async with self.client.updating(str(version)):
             self.client.move(await in_thread(self._group.update_weights, trainer, version))
