@@ -85,7 +85,8 @@ def report(synchronous: Measured, others: Sequence[Measured]) -> str:
         idle = "-" if run is synchronous else f"{run.mean('seconds_engines_idle') / run.mean('seconds_step'):.0%}"
         oldest = max(step["staleness_max"] for step in run.steps)
         lines.append(
-            f"{run.name:<14}{run.step_s:>9.3f}{run.mean('samples') / run.step_s:>11.1f}{faster:>8.2f}{faster / ideal:>10.0%}"
+            f"{run.name:<14}{run.step_s:>9.3f}{run.mean('samples') / run.step_s:>11.1f}"
+            f"{faster:>8.2f}{faster / ideal:>10.0%}"
             f"{run.mean('staleness_mean'):>11.2f}{oldest:>5.0f}{run.mean('seconds_rollout') / run.step_s:>15.0%}"
             f"{idle:>14}{held_out:>10}"
         )
