@@ -94,12 +94,13 @@ class Run:
         self._adviser = directory.adviser()
         if progress.rollouts:
             self.prompts.load_state_dict(cast(SourceState, progress.data))
-            if engines is not None:
-                engines.collector.load_state(progress.waiting)
             if engines is not None and engines.ahead is not None:
+                self.prompts.put_back(group["index"] for group in progress.waiting)
                 engines.ahead.load_state(progress.ahead)
             else:
                 put_back(self.prompts, progress.ahead)
+                if engines is not None:
+                    engines.collector.load_state(progress.waiting)
 
     def _enter(self, phase: Phase) -> None:
         self._display.enter(phase)

@@ -61,11 +61,14 @@ class EngineActor:
             raise EngineEnded(f"engine {self.number}")
 
     def works(self) -> bool:
-        """Whether the server generates or, while its memory is released, at least answers."""
+        """Whether the server generates or, while its memory is released, or whoever it generates for watches it, at
+        least answers."""
         if self.process is None or not self.nodes.are_alive():
             return False
-        asks = self.process.answers if self.released else self.process.generates
-        return asks(self.resolved.config.rollout.rollout_health_check_timeout)
+        rollout = self.resolved.config.rollout
+        is_watched = rollout.update_weight_in_flight is not None
+        asks = self.process.answers if self.released or is_watched else self.process.generates
+        return asks(rollout.rollout_health_check_timeout)
 
     def continue_generation(self) -> bool:
         """Has the server go on after it took weights in flight. Whether it does."""

@@ -117,9 +117,10 @@ class Ahead(ABC):
     def load_state(self, state: Sequence[Mapping[str, Any]]) -> None:
         """Takes over what the checkpoint holds whose source is loaded. What does not fit this run, being of another
         order or size or too old, is not taken: its prompts are drawn again."""
-        for part in state:
-            groups = [finished_from_json(content, self._source.prompt_of) for content in part["groups"]]
-            self._source.put_back(group.index for group in self._take_over(part, groups))
+        groups = [[finished_from_json(content, self._source.prompt_of) for content in part["groups"]] for part in state]
+        for place, part in enumerate(state):
+            oldest = _oldest_version([group for later in groups[place:] for group in later])
+            self._source.put_back(group.index for group in self._take_over(part, groups[place], oldest))
 
     def _tell(self) -> None:
         """Wakes all that wait."""
@@ -150,8 +151,9 @@ class Ahead(ABC):
         """What is finished and not trained; see `AheadState`."""
 
     @abstractmethod
-    def _take_over(self, part: Mapping[str, Any], groups: list[SampleGroup]) -> list[SampleGroup]:
-        """Takes over a part of a checkpoint. Returns the groups that are not taken."""
+    def _take_over(self, part: Mapping[str, Any], groups: list[SampleGroup], oldest: int | None) -> list[SampleGroup]:
+        """Takes over a part of a checkpoint; `oldest` is the oldest version in it and those that follow. Returns the
+        groups that are not taken."""
 
 
 class FixedOrder(Ahead):
@@ -204,8 +206,8 @@ class FixedOrder(Ahead):
             for number, rollout in (taken | self._rollouts).items()
         ]
 
-    def _take_over(self, part: Mapping[str, Any], groups: list[SampleGroup]) -> list[SampleGroup]:
-        oldest = _oldest_version(groups)
+    def _take_over(self, part: Mapping[str, Any], groups: list[SampleGroup], oldest: int | None) -> list[SampleGroup]:
+        # A rollout counts as no newer than those after it, also where engines that were started again made it newer.
         fits = part["rollout"] == self._next and _are_of(self._plan, groups) and len(groups) == self._plan.groups
         if not (fits and self._admission.has_room(oldest)):
             return groups
@@ -241,6 +243,7 @@ class FirstFinished(Ahead):
         """Those that are ready."""
         self._dropped: list[SampleGroup] = []
         """Since the last rollout."""
+        self._dropped_in_a_row: list[SampleGroup] = []
         self._watches = False
         self._since, self._counters = time.monotonic(), client.counters
 
@@ -276,19 +279,20 @@ class FirstFinished(Ahead):
         await self._grade(group)
         if passes := await in_thread(self._keep, group):
             self._groups[group.index] = group
+            self._dropped_in_a_row = []
         else:
             self._dropped.append(group)
+            self._dropped_in_a_row.append(group)
             self._check_dropped()
         self._admission.finish(group.index, passes=passes)
         self._tell()
 
     def _check_dropped(self) -> None:
-        """Raises NothingToLearn if as many groups were dropped as all refills of a rollout are."""
-        most = (1 + self._plan.max_refills) * self._plan.groups
-        if len(self._dropped) >= most:
-            check_failures(self._dropped, self._client)
-            groups = len(self._dropped) + len(self._groups)
-            raise nothing_to_learn(self._dropped, groups, groups, self._plan.groups)
+        """Raises NothingToLearn if as many groups were dropped in a row as all refills of a rollout are."""
+        dropped = self._dropped_in_a_row
+        if len(dropped) >= (1 + self._plan.max_refills) * self._plan.groups:
+            check_failures(dropped, self._client)
+            raise nothing_to_learn(dropped, len(dropped), len(dropped), self._plan.groups)
 
     def _rollout(self, number: int, units: list[int]) -> Rollout:
         groups = [self._groups.pop(unit) for unit in sorted(units)]
@@ -312,7 +316,7 @@ class FirstFinished(Ahead):
         groups = [*self._groups.values()] + ([] if self._taken is None else self._taken.groups)
         return [{"rollout": None, "groups": [*map(finished_as_json, groups)]}] if groups else []
 
-    def _take_over(self, part: Mapping[str, Any], groups: list[SampleGroup]) -> list[SampleGroup]:
+    def _take_over(self, part: Mapping[str, Any], groups: list[SampleGroup], oldest: int | None) -> list[SampleGroup]:
         others = []
         for group in groups:
             oldest = _oldest_version([group])

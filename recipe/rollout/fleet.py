@@ -50,6 +50,8 @@ class EnginePeer:
         self.started = time.monotonic()
         self.load = 0
         """Samples under way."""
+        self.doubts = 0
+        """Unanswered requests after which it is examined now."""
         self.restarts = 0
         self.requests: set[asyncio.Future[Any]] = set()
         self.replacement: asyncio.Task[None] | None = None
@@ -112,8 +114,8 @@ class Fleet:
             self._may_be_examined.set()
 
     async def least_loaded(self) -> EnginePeer:
-        """The engine with the fewest samples under way (the first of several), once there is one. Raises what a
-        replacement failed with."""
+        """The engine with the fewest samples under way (the first of several), once there is one, of those that answer.
+        Raises what a replacement failed with."""
         while True:
             away = [engine.replacement for engine in self.engines if engine.replacement is not None]
             for replacement in away:
@@ -121,19 +123,27 @@ class Fleet:
                     replacement.result()
             present = [engine for engine in self.engines if engine.replacement is None]
             if present:
-                return min(present, key=lambda engine: engine.load)
+                return min(present, key=lambda engine: (engine.doubts > 0, engine.load))
             await asyncio.wait(away, return_when=asyncio.FIRST_COMPLETED)
 
     async def examine(self, engine: EnginePeer, restarts: int) -> bool:
         """After an unanswered request to `engine` when it had had so many restarts: reports it if it does not
-        generate, asked twice, and not before it has had its first wait. Whether it is the same as before, and well."""
+        generate, asked twice, and not before it has had its first wait; others are preferred meanwhile. Whether it is
+        the same as before, and well."""
         if self._on_silent is None:
             return True
-        await asyncio.sleep(engine.started + self._options.first_wait_s - time.monotonic())
-        for pause in (ASK_AGAIN_S, 0.0):
+        engine.doubts += 1
+        try:
+            return await self._examine(engine, restarts)
+        finally:
+            engine.doubts -= 1
+
+    async def _examine(self, engine: EnginePeer, restarts: int) -> bool:
+        for wait in (engine.started + self._options.first_wait_s - time.monotonic(), ASK_AGAIN_S):
+            await asyncio.sleep(wait)
             if not engine.is_as_after(restarts) or await self._generates(engine):
                 return engine.is_as_after(restarts)
-            await asyncio.sleep(pause)
+        # Nothing is waited for in between: an update that begins meanwhile would replace it, too.
         if engine.is_as_after(restarts):
             self._report(engine)
         return False
@@ -174,7 +184,8 @@ class Fleet:
             if engine.replacement is not None:
                 await asyncio.shield(engine.replacement)  # who ends the watch does not end the replacement
             await asyncio.sleep(options.interval_s)
-            await self.examine(engine, engine.restarts)
+            if self._on_silent is not None:
+                await self._examine(engine, engine.restarts)
 
     def _report(self, engine: EnginePeer) -> None:
         engine.replacement = asyncio.get_running_loop().create_task(self._replacement(engine))

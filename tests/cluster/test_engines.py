@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -105,6 +106,19 @@ def test_an_engine_that_does_not_generate_between_two_rollouts_is_started_again(
         assert carried(group).process.generates(30)
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+@pytest.mark.parametrize(("in_flight", "works"), [(None, False), ("keep", True)])
+def test_an_engine_that_is_watched_while_it_generates_has_only_to_answer(in_flight: str | None, works: bool) -> None:
+    """It may be compiling, or be at a long prompt, and whoever waits for its samples finds out whether it is dead."""
+    rollout = SimpleNamespace(rollout_health_check_timeout=1.0, update_weight_in_flight=in_flight)
+    engine = SimpleNamespace(
+        process=SimpleNamespace(answers=lambda _: True, generates=lambda _: False),
+        nodes=SimpleNamespace(are_alive=lambda: True),
+        released=False,
+        resolved=SimpleNamespace(config=SimpleNamespace(rollout=rollout)),
+    )
+    assert EngineActor.works(cast(EngineActor, engine)) is works
 
 
 def test_an_engine_gives_its_memory_back_and_takes_it_again_in_two_parts(group: EngineGroup) -> None:

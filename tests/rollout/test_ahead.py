@@ -11,6 +11,8 @@ from recipe.rollout.ahead import FixedOrder
 from recipe.rollout.client import ClientCounters
 from recipe.rollout.collect import CollectionPlan
 from recipe.rollout.generate import GenerationMetrics, Rollout, SeedStream
+from recipe.rollout.pending import finished_as_json
+from recipe.rollout.sample import FinishReason, SampleGroup
 
 
 class Collector:
@@ -44,3 +46,27 @@ async def test_weights_wait_for_rollouts_too_that_have_not_begun() -> None:
             ahead.go_on()
             await ahead.pause()
             assert collector.made[-1] == str(number + 3)
+
+
+def finished(source: PromptSource, version: str) -> dict[str, Any]:
+    """The next group, made under one version, as a checkpoint holds it."""
+    [draw] = source.draw(1)
+    group = SampleGroup.of(draw.prompt, draw.number, 2)
+    for sample in group.samples:
+        sample.append_model([1], [-0.5], [version])
+        sample.finish_reason, sample.reward = FinishReason.STOP, 1.0
+    return finished_as_json(group)
+
+
+async def test_a_checkpoints_rollouts_stay_in_order_though_the_first_is_newer() -> None:
+    """Engines that were started again made it under newer weights than those that made the next one."""
+    source = PromptSource([make_prompt(number, (1,)) for number in range(2)], shuffle=False, seed=1)
+    parts = [
+        {"rollout": number, "groups": [finished(source, version)], "sampling": {}, "seconds": 1.0}
+        for number, version in [(2, "2"), (3, "1")]
+    ]
+    admission, plan = Admission(1, 2, rollouts=9, done=2), CollectionPlan(1, 2, 1, max_staleness=2)
+    ahead = FixedOrder(cast(Any, Collector()), source, plan, admission, lambda number: SeedStream(1, (number,)))
+    ahead.load_state(parts)
+    async with ahead:
+        assert [(await ahead.next()).weight_version for _ in parts] == ["2", "3"]

@@ -91,6 +91,54 @@ async def test_weights_wait_for_an_engine_that_is_being_replaced() -> None:
         assert engine.url == "http://new"
 
 
+async def test_nobody_turns_to_an_engine_that_did_not_answer_while_weights_are_on_their_way() -> None:
+    """It may be dead, and is examined when they have come; meanwhile it has the fewest samples."""
+
+    async def is_healthy(engine: EnginePeer, timeout_s: float) -> bool:
+        return engine.number == 0
+
+    fleet = Fleet(["http://busy", "http://dead"], is_healthy, not_dead, OPTIONS.health)
+    busy, dead = fleet.engines
+    busy.load = 100
+    async with fleet.updating():
+        assert await fleet.least_loaded() is dead
+        examined = asyncio.create_task(fleet.examine(dead, 0))
+        await asyncio.sleep(0.05)
+        assert await fleet.least_loaded() is busy
+        dead.move("http://again")
+    assert not await examined
+    assert await fleet.least_loaded() is dead
+
+
+async def test_an_engine_is_not_reported_to_an_update_that_has_begun() -> None:
+    """Whoever sends the weights looks for dead engines, too, and both would start it again."""
+    begins, checks = asyncio.Event(), 0
+
+    async def is_healthy(engine: EnginePeer, timeout_s: float) -> bool:
+        nonlocal checks
+        checks += 1
+        if checks == 2:
+            begins.set()
+        return False
+
+    async def replaced(_: int) -> str:
+        await asyncio.sleep(0.1)
+        return "http://new"
+
+    fleet = Fleet(["http://old"], is_healthy, replaced, OPTIONS.health)
+    [engine] = fleet.engines
+
+    async def update() -> None:
+        await begins.wait()
+        async with fleet.updating():
+            assert engine.replacement is None
+            await asyncio.sleep(0.05)
+            assert engine.replacement is None
+
+    await asyncio.gather(update(), fleet.examine(engine, 0))
+    assert engine.restarts == 1
+
+
 async def test_waits_have_what_was_left_of_them_when_time_runs_again() -> None:
     deadlines = Deadlines()
     with pytest.raises(TimeoutError):

@@ -7,8 +7,10 @@ from itertools import count
 import pytest
 from loop_support import Outcome, Strike, kill, notice, run
 
+from recipe.rollout.collect import NothingToLearn
 from recipe.rollout.filters import check_reward_nonzero_std
 
+PARTIAL = "partial_rollout=true", "over_sampling_batch_size=4"
 FIXED = ("async_rollout=true", "async_order=fixed")
 FINISHED = ("async_rollout=true", "async_order=finished")
 IN_FLIGHT = (*FINISHED, "update_weight_in_flight=keep")
@@ -88,12 +90,30 @@ def test_struck_anywhere_and_resumed_every_sample_is_trained_once_and_none_is_lo
         ((*FINISHED, "max_staleness=2"), ("async_rollout=false",)),
         ((*FINISHED, "max_staleness=2"), (*FINISHED, "max_staleness=1")),
         ((*FINISHED, "max_staleness=2"), (*FIXED, "max_staleness=1")),
+        (PARTIAL, (*FIXED, "max_staleness=1")),
+        (PARTIAL, (*FINISHED, "max_staleness=1")),
     ],
 )
 def test_a_checkpoint_is_gone_on_from_in_another_order(before: tuple[str, ...], after: tuple[str, ...]) -> None:
     ended = run(*before, strike=Strike(40, notice), then=after)
     assert_each_once(ended)
     assert len(ended.trainer.trained) == 6 * 4
+
+
+def test_a_filter_ends_the_run_when_it_drops_all_groups_and_not_when_it_drops_most() -> None:
+    """However many it drops while the trainer works and there is room for several rollouts."""
+
+    def until_most_were_dropped(points: list[str]) -> None:
+        deadline = time.monotonic() + 20
+        while points.count("generated") < 60:
+            assert time.monotonic() < deadline, "less is generated while the trainer works than there is room for"
+            time.sleep(0.001)
+
+    flags = *FINISHED, "max_staleness=4"
+    ended = run(*flags, keep=lambda group: group.index % 8 == 7, in_training=until_most_were_dropped)
+    assert_each_once(ended)
+    with pytest.raises(NothingToLearn, match="dropped 22 of 22 groups"):
+        run(*flags, keep=lambda group: group.index < 4)
 
 
 def test_a_failure_of_what_is_made_ahead_is_the_runs_own() -> None:
