@@ -4,7 +4,7 @@
 
 The runs are made one after the other, with one rank and one engine; further flags go to each of them. `make train-tiny`
 must have made the checkpoint and the questions, or the flags name others. Steps are timed without evaluations and
-checkpoints, the first ones left out.
+checkpoints, the first ones left out, and the last ones, beside which no rollout is made any more.
 
 The ideal step of a run that makes rollouts ahead is the synchronous one less the shorter of its two parts, training
 and generating. On two cores the two take the cores from one another, and the ideal is out of reach. With `--balance`
@@ -48,10 +48,13 @@ class Measured:
     name: str
     steps: Sequence[Mapping[str, float]]
     """Lines of metrics.jsonl without the evaluation before the first step."""
+    most_ahead: int
+    """Rollouts that the run furthest ahead has made before they are trained on."""
 
     def mean(self, metric: str) -> float:
         """Of a metric over the timed steps."""
-        return statistics.fmean(step.get(metric) or 0.0 for step in self.steps[UNTIMED_STEPS:])
+        timed = self.steps[UNTIMED_STEPS : len(self.steps) - self.most_ahead]
+        return statistics.fmean(step.get(metric) or 0.0 for step in timed)
 
     @property
     def step_s(self) -> float:
@@ -93,7 +96,7 @@ def report(synchronous: Measured, others: Sequence[Measured]) -> str:
     return "\n".join(lines)
 
 
-def measure(name: str, flags: Sequence[str]) -> Measured:
+def measure(name: str, flags: Sequence[str], most_ahead: int = 0) -> Measured:
     """Trains. Raises UserError if the run fails."""
     shutil.rmtree(OUTPUT / name, ignore_errors=True)
     one_of_each = ("--actor-num-gpus-per-node", "1", "--rollout-num-gpus", "1")
@@ -106,7 +109,7 @@ def measure(name: str, flags: Sequence[str]) -> Measured:
     if status:
         raise UserError(f"the run {name} ended with status {status}: see {OUTPUT / name}.log")
     lines = [json.loads(line) for line in (OUTPUT / name / "metrics.jsonl").read_text().splitlines()]
-    return Measured(name, [line for line in lines if line["step"]])
+    return Measured(name, [line for line in lines if line["step"]], most_ahead)
 
 
 def balanced(flags: Sequence[str]) -> list[str]:
@@ -125,14 +128,17 @@ def main() -> None:
     parser.add_argument("--rollouts", type=int, default=30)
     parser.add_argument("--balance", action="store_true", help="rollouts take twice as long as training")
     arguments, flags = parser.parse_known_args()
-    if arguments.rollouts <= UNTIMED_STEPS:
-        raise UserError(f"--rollouts {arguments.rollouts}: the first {UNTIMED_STEPS} are not timed; give more")
+    most_ahead = max(arguments.staleness)
+    if arguments.rollouts <= UNTIMED_STEPS + most_ahead:
+        untimed = f"the first {UNTIMED_STEPS} and the last {most_ahead} are not timed"
+        raise UserError(f"--rollouts {arguments.rollouts}: {untimed}; give more")
     OUTPUT.mkdir(parents=True, exist_ok=True)
     flags = balanced(flags) if arguments.balance else flags
     flags += ["--num-rollout", str(arguments.rollouts)]
-    synchronous = measure("synchronous", flags)
+    synchronous = measure("synchronous", flags, most_ahead)
+    flags.append("--async-rollout")
     others = [
-        measure(f"{order}-{bound}", [*flags, "--async-rollout", "--async-order", order, "--max-staleness", str(bound)])
+        measure(f"{order}-{bound}", [*flags, "--async-order", order, "--max-staleness", str(bound)], most_ahead)
         for order in arguments.orders
         for bound in arguments.staleness
     ]

@@ -21,10 +21,11 @@ def bench() -> ModuleType:
 
 
 def made_up(bench: ModuleType, name: str, step_s: float, rollout_s: float, **others: float):
-    """A run of slow first steps and then equal ones, in which training takes a second, and evaluating ten."""
+    """A run of slow first steps, equal ones, and a quick last one; training takes a second, and evaluating ten."""
     step = {"seconds_step": step_s + 10, "seconds_eval": 10.0, "seconds_train": 1.0, "seconds_rollout": rollout_s}
     step |= {"samples": 8, "staleness_mean": 0.0, "staleness_max": 0.0, **others}
-    return bench.Measured(name, [step | {"seconds_step": 99.0}] * bench.UNTIMED_STEPS + [step] * 4)
+    slow, quick = step | {"seconds_step": 99.0}, step | {"seconds_step": 10.5}
+    return bench.Measured(name, [slow] * bench.UNTIMED_STEPS + [step] * 4 + [quick], most_ahead=1)
 
 
 def test_the_ideal_is_the_step_without_the_shorter_of_its_two_parts(bench: ModuleType) -> None:
