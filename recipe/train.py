@@ -9,12 +9,11 @@ import asyncio
 import sys
 
 from recipe.again.step import replay_step
-from recipe.assembly import Run, open_run
+from recipe.assembly import Data, Run, open_run
 from recipe.config import Resolved, help_text, resolve
 from recipe.config.usage import CHECK, FORCE, HELP, REPLAY_STEP
 from recipe.engines.argument_check import check_arguments
 from recipe.experience import optimizer_batches, with_advantages, with_log_probs
-from recipe.inputs import Data
 from recipe.messages import TrainSample
 from recipe.plan.plan import Plan
 from recipe.plan.preflight import preflight

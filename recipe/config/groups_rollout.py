@@ -207,7 +207,8 @@ class EvalConfig(Group):
     """Evaluation on held-out prompts."""
 
     eval_function_path: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")] = "evaluation.in_loop:InLoopEvaluation"
-    """module:function that reads the evaluation sets and scores answers to them: `recipe.inputs.Evaluation`."""
+    """module:function that reads the evaluation sets and scores answers to them: `Evaluation` in
+    `recipe.assembly.inputs`."""
     eval_interval: PositiveInt | None = None
     """Evaluate after every this many rollouts; default: before the first and after the last."""
     eval_prompt_data: EvalPromptDataPairs = ()

@@ -23,10 +23,10 @@ import pytest
 
 from recipe import train as loop
 from recipe.assembly import RolloutEngines, Run
+from recipe.assembly.inputs import Data
 from recipe.config import Config
 from recipe.data.prompts import Prompt
 from recipe.data.source import PromptSource
-from recipe.inputs import Data
 from recipe.messages import Evaluated, Progress, Scores, StepReport, TrainSample
 from recipe.rollout.client import ClientCounters
 from recipe.rollout.custom_generate import Generation

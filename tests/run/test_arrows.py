@@ -14,7 +14,7 @@ FLOORS = (
     {"recipe.plan", "recipe.rollout"},
     {"recipe.weight_sync"},
     {"recipe.engines", "recipe.megatron"},
-    {"recipe.conversion", "recipe.cluster", "recipe.experience", "recipe.inputs"},
+    {"recipe.conversion", "recipe.cluster", "recipe.experience"},
     {"recipe.again", "recipe.assembly"},
     {"recipe.train"},
     {"recipe.mismatch", "recipe.smoke", "evaluation"},
@@ -72,4 +72,4 @@ def test_an_arrow_upwards_is_found() -> None:
 
 def test_the_hall_holds_the_loop_alone() -> None:
     hall = {path.stem for path in (ROOT / "recipe").glob("*.py")} - {"__init__"}
-    assert hall == {"train", "assembly", "experience", "inputs", "messages"}
+    assert hall == {"train", "experience", "messages"}

@@ -1,61 +1,31 @@
-"""The parts of a run, started in order and ended in the opposite one, and its books between the steps."""
+"""A run under way: its parts, and its books between the steps."""
 
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import (
-    AbstractAsyncContextManager,
-    AsyncExitStack,
-    asynccontextmanager,
-    contextmanager,
-)
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import TYPE_CHECKING, ParamSpec, cast
+from typing import ParamSpec, cast
 
-from rich.console import Console
-
-from recipe.cluster import EngineGroup, TrainerGroup, place, ray_session
-from recipe.config import Config, Resolved
+from recipe.assembly.inputs import Data
+from recipe.assembly.rollout_engines import RolloutEngines, rollout_seeds
+from recipe.cluster import TrainerGroup
+from recipe.config import Resolved
 from recipe.data.source import SourceState
-from recipe.engines.argument_check import ArgumentCheck
-from recipe.experience import (
-    from_prompts,
-    rollout_metrics,
-    sample_records,
-    samples_of,
-    shown_tokens,
-    train_metrics,
-)
+from recipe.experience import from_prompts, rollout_metrics, sample_records, samples_of, shown_tokens, train_metrics
 from recipe.grpo.mismatch import MismatchWatch, StepMismatch
-from recipe.inputs import Data
 from recipe.messages import Evaluated, FloatArray, Progress, StepReport, TrainSample
-from recipe.plan.memory import object_store_bytes
-from recipe.plan.plan import Plan
-from recipe.plan.report import as_json
-from recipe.rewards.grader import Grader
-from recipe.rollout.admission import Admission
-from recipe.rollout.ahead import Ahead, FirstFinished, FixedOrder, put_back
-from recipe.rollout.client import ClientCounters, ClientOptions, RolloutClient
-from recipe.rollout.collect import CollectionPlan, NothingToLearn, RolloutCollector
-from recipe.rollout.generate import Rollout, SeedStream
-from recipe.rollout.routing import RouterShape
-from recipe.rollout.sample import SampleGroup, grade_group
-from recipe.rollout.sampling_params import SamplingParams
+from recipe.rollout.ahead import put_back
+from recipe.rollout.generate import Rollout
 from recipe.run.conditions import Conditions
 from recipe.run.directory import RunDirectory
 from recipe.run.kept_steps import kept_step
 from recipe.run.metrics import Scalar, StepMetrics
 from recipe.run.phases import Phase, PhaseClock
 from recipe.run.progress import Progress as Display
-from recipe.run.progress import open_progress
 from recipe.run.spending import Budget, check_gain
 from recipe.run.start import StartClock, StartMoment, StartPart
 from recipe.run.status import RunState
 from recipe.system.errors import UserError
-from recipe.system.threads import in_thread, to_its_end
-
-if TYPE_CHECKING:
-    pass
+from recipe.system.threads import to_its_end
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -69,7 +39,7 @@ class Run:
         resolved: Resolved,
         data: Data,
         trainer: TrainerGroup,
-        engines: "RolloutEngines | None",
+        engines: RolloutEngines | None,
         directory: RunDirectory,
         budget: Budget,
         display: Display,
@@ -302,209 +272,3 @@ class Run:
         """Waits for a checkpoint that is still being written. Raises UserError if it cannot be."""
         with self.clock.measure(Phase.SAVE):
             self.trainer.finish_save()
-
-
-class RolloutEngines:
-    """The rollout side: servers, the client that speaks to them, and the grader of what they say."""
-
-    def __init__(
-        self,
-        group: EngineGroup,
-        client: RolloutClient,
-        grader: Grader | None,
-        data: Data,
-        config: Config,
-        done: int,
-    ) -> None:
-        """`done`: rollouts that are trained."""
-        self.client = client
-        self._group, self._grader = group, grader
-        self._told, self._idle_s = client.counters, client.course.idle_s
-        plan, sampling = CollectionPlan.of(config.rollout), SamplingParams.for_rollout(config.rollout)
-        self.collector = RolloutCollector(client, data.source, plan, sampling, grade=self.grade, keep=data.keep)
-        self._updates_in_flight = config.rollout.update_weight_in_flight is not None
-        self.ahead: Ahead | None = None
-        """None: nothing is made while the trainer works."""
-        if not plan.max_staleness:
-            return
-        seed, rollouts = config.misc.seed, config.rollout.num_rollout
-        if config.rollout.is_in_fixed_order:
-            admission = Admission(1, plan.max_staleness, rollouts=rollouts, done=done)
-            self.ahead = FixedOrder(self.collector, data.source, plan, admission, partial(rollout_seeds, seed))
-        else:
-            admission = Admission(plan.groups, plan.max_staleness, rollouts=rollouts, done=done)
-            seeds = SeedStream(seed, ("draw",))
-            self.ahead = FirstFinished(
-                client, data.source, plan, admission, sampling, seeds, grade=self.grade, keep=data.keep
-            )
-
-    async def grade(self, group: SampleGroup) -> None:
-        """Grades every sample of a complete group."""
-        await grade_group(self._grader, group)
-
-    def check_grades(self) -> None:
-        """Raises UserError if the grader has failed at every response since the last call."""
-        if self._grader is not None:
-            self._grader.collect_counts()
-
-    @contextmanager
-    def telling_of_graders(self) -> Iterator[None]:
-        """A grader that always fails gives equal rewards too, and says so better."""
-        try:
-            yield
-        except NothingToLearn:
-            self.check_grades()
-            raise
-
-    def changing(self, version: int) -> AbstractAsyncContextManager[None]:
-        """The trainer makes the weights of `version` in the block; see `EngineGroup`."""
-        return self._group.changing(version)
-
-    async def release_memory(self) -> None:
-        """Nothing is generated until the next `update_weights`: engines on the trainer's GPUs make room for it."""
-        await in_thread(self._group.release_memory)
-
-    @property
-    def waits_for_rollouts(self) -> bool:
-        """Whether an update has to wait for what is made ahead: it takes no weights in flight."""
-        return self.ahead is not None and not self._updates_in_flight
-
-    async def pause(self) -> None:
-        """Waits for what is under way; nothing more is started until the weights are there."""
-        assert self.ahead is not None
-        await self.ahead.pause()
-
-    async def update_weights(self, trainer: TrainerGroup, version: int) -> None:
-        """Sends the policy to all engines; those that do not generate any more are started again for it."""
-        trainer.make_room()
-        async with self.client.updating(str(version)):
-            self.client.move(await in_thread(self._group.update_weights, trainer, version))
-        if self.ahead is not None:
-            self.ahead.advance(version)
-
-    def begin_end(self) -> None:
-        """Nothing is generated any more, and nobody waits for an engine."""
-        self._group.begin_end()
-
-    @property
-    def weight_bytes_per_second(self) -> float | None:
-        """Speed of the last update; see `EngineGroup`."""
-        return self._group.weight_bytes_per_second
-
-    @property
-    def seconds_paused(self) -> float | None:
-        """Time that generation stood still for the last update; see `EngineGroup`."""
-        return self._group.seconds_paused
-
-    def new_counts(self) -> ClientCounters:
-        """What went wrong with engines and was mended since the last call."""
-        before, self._told = self._told, self.client.counters
-        return self._told - before
-
-    def new_idle_seconds(self) -> float | None:
-        """Time since the last call in which no sample was under way; None where they wait for the trainer anyway."""
-        before, self._idle_s = self._idle_s, self.client.course.idle_s
-        return None if self.ahead is None else self._idle_s - before
-
-
-def rollout_seeds(seed: int, rollout_id: int) -> SeedStream:
-    """The random stream of a rollout."""
-    return SeedStream(seed, ("rollout", rollout_id))
-
-
-@asynccontextmanager
-async def open_run(resolved: Resolved, plan: Plan | None) -> AsyncIterator[Run]:
-    """Starts Ray, the trainer's ranks and the engines, and reads the data meanwhile; when the block is left, for
-    whatever reason, ends what was started and nothing else."""
-    config, console = resolved.config, Console()
-    clock = StartClock(lambda line: console.print(line, soft_wrap=True, highlight=False))
-    clock.command_is_read()
-    async with AsyncExitStack() as stack:
-        arguments = stack.enter_context(ArgumentCheck(resolved))
-        directory = stack.enter_context(RunDirectory(resolved))
-        if plan is not None:
-            directory.record_plan(as_json(plan, ()))
-        directory.record_start(clock.seconds)
-        budget = Budget(config.misc, lambda: directory.status.status, directory.lines())
-        budget.check_start()
-        clock.on_begin = lambda part: directory.status.tell(RunState.STARTING, part)
-        with clock.measure(StartPart.RAY):
-            stack.enter_context(ray_session(config, object_store_bytes(resolved)))
-        placement = place(config)
-        trainer = stack.enter_context(TrainerGroup(config, resolved.architecture, placement))
-        group = stack.enter_context(EngineGroup(resolved, placement)) if config.needs_engine else None
-        _begin_start(trainer, group, clock)
-        with clock.measure(StartPart.DATA):
-            data = Data.read(resolved)
-        arguments.finish()
-        grader = _open_grader(config, data, stack)
-        progress, urls = _finish_start(trainer, group, clock)
-        directory.start(progress.rollouts)
-        directory.record_host_memory(trainer.host_memory())
-        engines = None
-        if group is not None:
-
-            def on_answer(engine: int) -> None:
-                clock.reach(StartMoment.ANSWER)
-                group.on_answer(engine)
-
-            client = RolloutClient(
-                urls,
-                ClientOptions.of(
-                    config.rollout,
-                    resolved.architecture.vocab_size,
-                    RouterShape.of(resolved.architecture) if config.grpo.use_rollout_routing_replay else None,
-                    data.generation,
-                ),
-                on_silent=group.on_silent,
-                on_answer=on_answer,
-            )
-            engines = RolloutEngines(
-                group, await stack.enter_async_context(client), grader, data, config, progress.rollouts
-            )
-            if engines.ahead is not None:
-                await stack.enter_async_context(engines.ahead)
-            clock.begin(StartPart.FIRST_WEIGHTS)
-        display = stack.enter_context(open_progress(config.rollout.num_rollout, progress.rollouts, console))
-        yield Run(resolved, data, trainer, engines, directory, budget, display, progress, clock)
-
-
-def _begin_start(trainer: TrainerGroup, group: EngineGroup | None, clock: StartClock) -> None:
-    if group is not None:  # first: they take longest
-        clock.begin(StartPart.ENGINES)
-        group.begin_start()
-    clock.begin(StartPart.RANKS)
-    trainer.begin_start()
-
-
-def _finish_start(
-    trainer: TrainerGroup, group: EngineGroup | None, clock: StartClock
-) -> tuple[Progress, Sequence[str]]:
-    """Waits for ranks and engines. Returns how far the run has come, and the engines' addresses. Raises UserError as
-    soon as one of either fails."""
-
-    def look_at_engines() -> None:
-        if group is not None and group.have_started():
-            clock.end(StartPart.ENGINES)
-
-    started = trainer.finish_start(look_at_engines)
-    clock.end(StartPart.RANKS, started.seconds)
-    if group is None:
-        return started.progress, []
-    urls = group.finish_start()
-    clock.end(StartPart.ENGINES)
-    return started.progress, urls
-
-
-def _open_grader(config: Config, data: Data, stack: AsyncExitStack) -> Grader | None:
-    """What grades answers, which ends with `stack`; its processes start beside the engines. None: whoever generates
-    gives the rewards, or nothing is generated."""
-    if not config.needs_engine:
-        return None
-    settings, grader = config.rollout, None
-    if data.reward is not None:
-        grader = Grader(data.reward, timeout_s=settings.rm_timeout_s, num_workers=settings.rm_num_workers)
-        stack.enter_context(grader).start()
-    if data.evaluation is not None:
-        stack.enter_context(data.evaluation)
-    return grader
