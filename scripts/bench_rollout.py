@@ -2,13 +2,14 @@
 """Real SGLang on one GPU through this project's rollout code: how fast it starts, generates, gives its memory back and
 takes new weights, at the true size with random weights; on a machine without a GPU, the tiny model.
 
-    scripts/bench_rollout.py [--parts speed,memory,sync,equal,eagle] [--layers 47] [--seconds 600] [--results DIR]
+    scripts/bench_rollout.py [--parts speed,memory,...] [--layers 47] [--seconds 600] [--results DIR]
 
 speed   start-up; tokens/s at 1, 32, 128 and 256 requests at once, ours beside `sglang.bench_serving` on the same server
 memory  release and resume by tag: seconds, and the GPU's memory before and after
 sync    all layers from a process on the same GPU, which holds them a second time: seconds and GB/s
 equal   after an update, log-probabilities and acceptance equal those of an engine that was started with these weights
 eagle   as speed, with EAGLE by the MTP layer at a given acceptance length
+routing tokens/s of ours without and with the experts that the engine took (--use-rollout-routing-replay)
 
 Every part has its limit of time, and its figures are printed and written (DIR/results.jsonl) as soon as they are known.
 """
@@ -28,10 +29,11 @@ from engine_bench import FIRST, START_LIMIT_S, Bench, difference, ours, probe, p
 
 from recipe.config.sglang_rules import find_sglang_python
 from recipe.rollout.http import ask_blocking
+from recipe.rollout.routing import RouterShape
 from recipe.smoke.decode import write_draft
 from recipe.system.errors import UserError, run_main
 
-LIMITS = {"speed": 330.0, "memory": 60.0, "sync": 150.0, "equal": 100.0, "eagle": 330.0}
+LIMITS = {"speed": 330.0, "memory": 60.0, "sync": 150.0, "equal": 100.0, "eagle": 330.0, "routing": 330.0}
 """Seconds of each part at most, besides the start of its engines; less where less is left of --seconds."""
 EAGLE = (
     *("--speculative-algorithm", "EAGLE", "--speculative-num-steps", "2"),
@@ -194,6 +196,21 @@ def measure_eagle(bench: Bench) -> None:
         compare_speed(bench, "eagle", engine.url, folder, architecture.vocab_size)
 
 
+def measure_routing(bench: Bench) -> None:
+    """One wave of every load on an engine that keeps nothing, and on one that tells where it took each token."""
+    folder, architecture = bench.model("model", bench.layers)
+    vocabulary, shape = architecture.vocab_size, RouterShape.of(architecture)
+    plain: dict[int, float] = {}
+    for name, further, routers in (("plain", (), None), ("routed", ("--enable-return-routed-experts",), shape)):
+        with bench.started("routing", name, folder, *full_size_arguments(bench), *further) as engine:
+            ours(bench, engine.url, vocabulary, 8, 16, routers=routers)
+            for at_once in bench.at_once:
+                speed = ours(bench, engine.url, vocabulary, at_once, at_once, routers=routers)
+                beside = {"of_plain": speed / plain[at_once]} if routers else {}
+                plain.setdefault(at_once, speed)
+                bench.tell("routing", f"{at_once} at once, {name}", tokens_per_s=speed, **beside)
+
+
 def attempt(part: str, work: Callable[[], None]) -> bool:
     """Carries out a part; what it fails with is printed, and the others go on. Whether it came to its end."""
     try:
@@ -265,6 +282,8 @@ def main() -> int:
             done.append(attempt("equal", lambda: measure_equal(limited("equal", starts=2))))
         if "eagle" in parts:
             done.append(attempt("eagle", lambda: measure_eagle(limited("eagle", starts=1))))
+        if "routing" in parts:
+            done.append(attempt("routing", lambda: measure_routing(limited("routing", starts=2))))
     return 0 if all(done) else 1
 
 

@@ -97,7 +97,7 @@ def measure(config: Config, samples: list[TrainSample]) -> list[Row]:
     reserved = torch.cuda.max_memory_reserved()
     step = peak_of(lambda: step_optimizer(rank))
     rows.append(Row("optimizer step", step, held))
-    log_probs = peak_of(lambda: response_scores(rank.replicas, [samples]))
+    log_probs = peak_of(lambda: response_scores(rank.chunks, [samples]))
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info()
     outside = total - free - torch.cuda.memory_reserved()

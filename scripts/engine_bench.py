@@ -22,7 +22,8 @@ from recipe.engines.process import EngineProcess
 from recipe.rollout.client import ClientOptions, RolloutClient
 from recipe.rollout.generate import Rollout, SeedStream, generate_rollout
 from recipe.rollout.http import ask_blocking
-from recipe.rollout.sample import Sample
+from recipe.rollout.routing import RouterShape
+from recipe.rollout.sample import Sample, SampleGroup
 from recipe.rollout.sampling_params import SamplingParams
 from recipe.system.errors import UserError
 
@@ -185,6 +186,15 @@ def prompts_of(count: int, length: int, vocabulary: int, seed: int) -> list[Prom
     return [Prompt(number, (), "", tuple(row.tolist()), "") for number, row in enumerate(ids)]
 
 
+class OfRollouts(RolloutClient):
+    """Asks as rollouts do, and not as evaluations: where the tokens were taken, if `routers` are known."""
+
+    async def generate(
+        self, group: SampleGroup, sampling: SamplingParams, seeds: Sequence[int], *, routed: bool = True
+    ) -> None:
+        await super().generate(group, sampling, seeds, routed=routed)
+
+
 async def _generate(
     bench: Bench,
     url: str,
@@ -193,9 +203,10 @@ async def _generate(
     at_once: int,
     n_samples: int,
     version: str,
+    routers: RouterShape | None = None,
 ) -> Rollout:
-    options = ClientOptions(max_concurrency=at_once, request_timeout_s=bench.left)
-    async with asyncio.timeout(bench.left), RolloutClient([url], options) as client:
+    options = ClientOptions(max_concurrency=at_once, request_timeout_s=bench.left, routers=routers)
+    async with asyncio.timeout(bench.left), OfRollouts([url], options) as client:
         return await generate_rollout(
             client,
             prompts,
@@ -206,11 +217,21 @@ async def _generate(
         )
 
 
-def ours(bench: Bench, url: str, vocabulary: int, at_once: int, count: int, n_samples: int = 1) -> float:
-    """Tokens a second of `count` responses, `at_once` of them under way, through the client of training."""
+def ours(
+    bench: Bench,
+    url: str,
+    vocabulary: int,
+    at_once: int,
+    count: int,
+    n_samples: int = 1,
+    routers: RouterShape | None = None,
+) -> float:
+    """Tokens a second of `count` responses, `at_once` of them under way, through the client of training; with `routers`
+    they bring the experts of each token."""
     prompts = prompts_of(count // n_samples, bench.input_len, vocabulary, seed=at_once * n_samples)
     sampling = FixedLength(max_new_tokens=bench.output_len)
-    metrics = asyncio.run(_generate(bench, url, prompts, sampling, at_once // n_samples, n_samples, FIRST)).metrics
+    answers = _generate(bench, url, prompts, sampling, at_once // n_samples, n_samples, FIRST, routers)
+    metrics = asyncio.run(answers).metrics
     assert metrics.response_tokens == count * bench.output_len
     return metrics.response_tokens / metrics.seconds
 

@@ -2,9 +2,10 @@
 
 import multiprocessing
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,9 +16,11 @@ from recipe.config.schema import GROUPS
 from recipe.messages import TrainSample
 from recipe.system.errors import UserError
 from recipe.system.json_text import read_json
-from recipe.weights.checkpoints import is_training_checkpoint, name_of
+from recipe.weights.checkpoints import find_start, is_training_checkpoint, name_of
 
 if TYPE_CHECKING:
+    from recipe.megatron.layout import Rendezvous
+    from recipe.megatron.policy_rank import PolicyRank
     from recipe.megatron.rank import TrainerRank
 
 T = TypeVar("T")
@@ -83,24 +86,70 @@ def weights_of(config: Config, step: int) -> Path | None:
 
 
 def in_process(function: Callable[..., T], *arguments: Any) -> T:
-    """What a function returns in a process of its own, which ends with it: megatron can be set up once a process."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(function, *arguments).result()
+    """What a function returns in a process of its own: megatron can be set up once a process. It is killed as soon as
+    it has answered: torch's compiler would hold a process that ends up for five minutes. Raises what the function
+    raises, and RuntimeError if the process ends without an answer."""
+    context = multiprocessing.get_context("spawn")
+    answers, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(theirs, function, arguments))
+    process.start()
+    theirs.close()
+    try:
+        result, error = answers.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"the process of {function.__name__} ended with status {process.exitcode}") from None
+    finally:
+        process.kill()
+        process.join()
+    if error is not None:
+        raise error
+    answer: T = result
+    return answer
+
+
+def _answer(pipe: Connection, function: Callable[..., object], arguments: tuple) -> None:
+    try:
+        pipe.send((function(*arguments), None))
+    except Exception as error:
+        error.add_note("".join(traceback.format_exception(error)))
+        pipe.send((None, error))
 
 
 @contextmanager
 def trainer_alone(config: Config, architecture: Architecture) -> Iterator["TrainerRank"]:
     """The only rank of a trainer, its weights loaded."""
-    from torch.distributed import FileStore
-
-    from recipe.megatron.layout import Rendezvous
     from recipe.megatron.rank import TrainerRank
 
-    with tempfile.TemporaryDirectory() as folder:
-        rank = TrainerRank(config, architecture, Rendezvous(0, 0, 1, FileStore(f"{folder}/store", 1)))
+    with _only_rank() as rendezvous:
+        rank = TrainerRank(config, architecture, rendezvous)
         rank.load()
         yield rank
         rank.close()
+
+
+@contextmanager
+def policy_alone(config: Config, architecture: Architecture) -> Iterator["PolicyRank"]:
+    """The same with nothing but the weights, which take an eighth of a trainer's memory."""
+    from recipe.megatron.policy_rank import PolicyRank
+
+    start = find_start(config)
+    begun_with = config.checkpoint.ref_load or config.model.hf_checkpoint
+    with _only_rank() as rendezvous:
+        rank = PolicyRank(config, architecture, rendezvous)
+        rank.load_weights(start.checkpoint or start.weights or begun_with)
+        yield rank
+        rank.close()
+
+
+@contextmanager
+def _only_rank() -> Iterator["Rendezvous"]:
+    from torch.distributed import FileStore
+
+    from recipe.megatron.layout import Rendezvous
+
+    with tempfile.TemporaryDirectory() as folder:
+        yield Rendezvous(0, 0, 1, FileStore(f"{folder}/store", 1))
 
 
 def packed(samples: list[TrainSample], config: Config) -> list[list[TrainSample]]:

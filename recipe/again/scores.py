@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from recipe.again.alone import alone, in_process, packed, trainer_alone, with_changes
+from recipe.again.alone import alone, in_process, packed, policy_alone, with_changes
 from recipe.config import Architecture, Config
 from recipe.messages import Scores, TrainSample
 
@@ -23,14 +23,13 @@ def scores(
     settings = with_changes(
         alone(config, weights),
         model={"bf16": bf16},
-        checkpoint={"no_load_optim": True},
         grpo={"use_kl_loss": False, "kl_coef": 0.0, "use_rollout_routing_replay": False, "use_routing_replay": True},
     )
     return in_process(_scores, settings, architecture, list(samples), export)
 
 
 def _scores(config: Config, architecture: Architecture, samples: list[TrainSample], export: Path | None) -> Scores:
-    with trainer_alone(config, architecture) as rank:
+    with policy_alone(config, architecture) as rank:
         if export is not None:
             rank.export_hugging_face(export)
         return rank.log_probs(packed(samples, config))

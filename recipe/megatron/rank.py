@@ -1,6 +1,5 @@
 """What one training rank can do: the verbs that the loop calls, with nothing of Ray or of rollouts in them."""
 
-import itertools
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -17,12 +16,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from recipe.config import Architecture, Config
 from recipe.grpo.sequences import check_custom_weights
-from recipe.megatron import checkpoint, layout
+from recipe.megatron import checkpoint
 from recipe.megatron.async_save import SaveInFlight
 from recipe.megatron.clipping import clipped_step, gradient_norms
 from recipe.megatron.layout import Rendezvous
-from recipe.megatron.model import build_chunks
 from recipe.megatron.optimizer import build_optimization, host_bytes, wrap_data_parallel
+from recipe.megatron.policy_rank import PolicyRank
 from recipe.megatron.routing import routing_disagreement
 from recipe.megatron.step import (
     LossFunction,
@@ -31,15 +30,12 @@ from recipe.megatron.step import (
     forward_backward,
     response_scores,
 )
-from recipe.megatron.weights import gathered_weights, load_hugging_face, named_weights
+from recipe.megatron.weights import named_weights
 from recipe.messages import Progress, RankPart, Scores, StepReport
 from recipe.system.errors import UserError
 from recipe.system.heartbeat import heartbeat
 from recipe.system.stopwatch import Stopwatch
-from recipe.weights.checkpoints import find_start, is_hugging_face
-from recipe.weights.hf_files import HuggingFaceCheckpoint, write_checkpoint
-from recipe.weights.inspection import inspect
-from recipe.weights.origin import mtp_of_origin, with_duplicates
+from recipe.weights.checkpoints import find_start
 
 T = TypeVar("T")
 
@@ -47,7 +43,7 @@ ROUNDED_UP = 1.02
 """By torch's allocator."""
 
 
-class TrainerRank:
+class TrainerRank(PolicyRank):
     """One process of the trainer: its shard of the policy, of the optimizer and, if a KL term needs it, of the
     reference model, which rests in host memory."""
 
@@ -55,12 +51,7 @@ class TrainerRank:
         self, config: Config, architecture: Architecture, rendezvous: Rendezvous, stopwatch: Stopwatch | None = None
     ) -> None:
         """`stopwatch` is given the parts of the start."""
-        self.config, self.architecture = config, architecture
-        self.stopwatch = stopwatch or Stopwatch()
-        layout.join(rendezvous, config, architecture)
-        self.stopwatch.lap(RankPart.GROUPS)
-        self.is_first = rendezvous.rank == 0
-        self.chunks = build_chunks(config, architecture)
+        super().__init__(config, architecture, rendezvous, stopwatch)
         transformer = self.chunks[0].config
         self.replicas = wrap_data_parallel(transformer, self.chunks, config)
         self.stopwatch.lap(RankPart.MODEL)
@@ -81,7 +72,7 @@ class TrainerRank:
         or `--hf-checkpoint`; see `find_start`. Returns how far the run has come."""
         settings, start = self.config.checkpoint, find_start(self.config)
         if self.config.needs_reference or (start.checkpoint is None and start.weights is None):
-            self._load_weights(settings.ref_load or self.config.model.hf_checkpoint)
+            self.load_weights(settings.ref_load or self.config.model.hf_checkpoint)
         if self.config.needs_reference:
             self.reference = {name: weight.cpu().clone() for name, weight in named_weights(self.chunks).items()}
         if start.checkpoint is not None and not settings.no_load_optim:
@@ -89,35 +80,25 @@ class TrainerRank:
             self.stopwatch.lap(RankPart.WEIGHTS)
             return progress
         if chosen := start.checkpoint or start.weights:
-            self._load_weights(chosen)
+            self.load_weights(chosen)
         self.stopwatch.lap(RankPart.WEIGHTS)
         self.optimization.begin()
         self.stopwatch.lap(RankPart.OPTIMIZER)
         return checkpoint.read_progress(start.checkpoint) if start.checkpoint else Progress()
-
-    def _load_weights(self, directory: Path) -> None:
-        """Weights of a torch_dist or a Hugging Face directory."""
-        if not is_hugging_face(directory):
-            checkpoint.load_weights(directory, self.chunks)
-            return
-        source = HuggingFaceCheckpoint(directory)
-        inspect(source, Architecture.from_checkpoint(directory), with_mtp=bool(self.config.mtp.mtp_num_layers))
-        load_hugging_face(self.chunks, self.architecture, source)
 
     def own_shard(self, shards: Sequence[T]) -> T:
         """This data-parallel rank's one, of those of all."""
         return shards[parallel_state.get_data_parallel_rank()]
 
     def log_probs(self, microbatches: Microbatches) -> Scores:
-        """What the policy as it is gives the samples; see `response_scores`."""
         reserve(self.peak_bytes)
-        return response_scores(self.replicas, microbatches, records_routing=self.config.records_routing)
+        return super().log_probs(microbatches)
 
     def reference_log_probs(self, microbatches: Microbatches) -> Scores:
         """What the reference model gives the samples, whose tokens it routes by itself."""
         reserve(self.peak_bytes)
         with self._reference_weights():
-            return response_scores(self.replicas, microbatches, replays=False)
+            return response_scores(self.chunks, microbatches, replays=False)
 
     @contextmanager
     def _reference_weights(self) -> Iterator[None]:
@@ -163,10 +144,6 @@ class TrainerRank:
             of_rank["max_memory_reserved"] = torch.cuda.max_memory_reserved()
         return StepReport(metrics, not taken, by_source, of_rank, metrics_on_device.shown_log_probs())
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every Hugging Face tensor of the policy, in turn; a collective, see `gathered_weights`."""
-        return gathered_weights(self.chunks, self.architecture)
-
     def save(self, directory: Path, progress: Progress) -> None:
         """Writes a checkpoint or, with `--async-save`, begins to: training may go on, and `finish_save` waits for it.
         Raises UserError if it, or the one before it, cannot be written; the older ones stay."""
@@ -194,19 +171,6 @@ class TrainerRank:
         if self.save_in_flight is not None:
             self.save_in_flight.finish()
 
-    def export_hugging_face(self, directory: Path) -> None:
-        """Writes the policy as a Hugging Face checkpoint, with the files of the starting checkpoint and, if this
-        trainer does without it, its MTP layer."""
-        origin = HuggingFaceCheckpoint(self.config.model.hf_checkpoint)
-        tensors = ((name, tensor.cpu()) for name, tensor in self.weights())
-        if not self.is_first:
-            for _ in tensors:
-                pass
-            return
-        untrained = () if self.config.mtp.mtp_num_layers else mtp_of_origin(origin, self.architecture)
-        whole = with_duplicates(itertools.chain(tensors, untrained), origin, self.architecture)
-        write_checkpoint(whole, directory, companions=origin.directory)
-
     def load_compiler(self) -> None:
         """Imports what kernels are compiled with, where the first step compiles any."""
         if torch.cuda.is_available():
@@ -233,7 +197,7 @@ class TrainerRank:
     def close(self) -> None:
         """Waits for the checkpoint that is being written, and leaves the process groups."""
         self.finish_save()
-        layout.leave()
+        super().close()
 
 
 @contextmanager

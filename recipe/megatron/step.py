@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import unwrap_model
 from torch import Tensor
 
 from recipe.config import Config
@@ -164,7 +165,7 @@ def _sequences(batch: MicroBatch) -> Sequences:
 
 
 def _run(
-    chunks: Sequence[DistributedDataParallel],
+    chunks: Sequence[DistributedDataParallel] | Sequence[PolicyModel],
     microbatches: Microbatches,
     loss_function: Callable[[MicroBatch, ModelOutput], object],
     *,
@@ -176,20 +177,19 @@ def _run(
     """megatron's schedule over the microbatches. `replays`: the routers are told what the samples say. `on_forward` is
     called with each chunk and pack when the one has read the other."""
 
-    def batches(chunk: DistributedDataParallel) -> Iterator[MicroBatch]:
-        model: PolicyModel = chunk.module
+    def batches(model: PolicyModel) -> Iterator[MicroBatch]:
         layout = token_layout(with_mtp and model.mtp_process, model.moe_layers if replays else ())
         for samples in microbatches:
             heartbeat.beat()
             yield build_microbatch(samples, layout)
 
-    def forward_step(batch_of: Iterator[MicroBatch], model: DistributedDataParallel) -> tuple:
+    def forward_step(batch_of: Iterator[MicroBatch], chunk: DistributedDataParallel | PolicyModel) -> tuple:
         batch = next(batch_of)
-        output = model(batch.inputs)
-        on_forward(model.module, batch)
+        output = chunk(batch.inputs)
+        on_forward(unwrap_model(chunk, DistributedDataParallel), batch)
         return output, partial(loss_function, batch)
 
-    iterators = [batches(chunk) for chunk in chunks]
+    iterators = [batches(unwrap_model(chunk, DistributedDataParallel)) for chunk in chunks]
     return get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
@@ -265,7 +265,7 @@ def _over_ranks(results: list[LossMetrics]) -> LossMetrics:
 
 
 def response_scores(
-    chunks: Sequence[DistributedDataParallel],
+    chunks: Sequence[PolicyModel],
     microbatches: Microbatches,
     *,
     replays: bool = True,
@@ -274,7 +274,7 @@ def response_scores(
     """Log-probabilities of each sample's response under the weights as they are, from the last pipeline stage and, with
     `records_routing`, the experts of every stage's layers; both from tensor- and context-parallel rank 0, nothing from
     the others. `replays`: the routers are told what the samples say."""
-    routing = RoutingRecord([chunk.module for chunk in chunks]) if records_routing else None
+    routing = RoutingRecord(chunks) if records_routing else None
 
     def collect(batch: MicroBatch, output: ModelOutput) -> tuple[Tensor, Tensor, tuple[MicroBatch, Tensor]]:
         return output.log_probs.sum(), torch.zeros((), dtype=torch.int), (batch, output.log_probs)

@@ -12,8 +12,10 @@ import asyncio
 import os
 import signal
 import sys
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from recipe.rollout.examples.sandbox import READY
 from recipe.rollout.sample import Sample
@@ -45,39 +47,56 @@ async def _generate(sample: Sample, engine: TurnEngine, settings: GenerateSettin
 async def run_python(code: str, *, confined: bool, timeout_s: float = TIMEOUT_S) -> str:
     """What the code prints, errors too. Raises RuntimeError if it cannot be confined."""
     words = [] if confined else ["--limits-only"]
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-I", SANDBOX, *words),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-        cwd="/",
-        env={},
-        start_new_session=True,
-    )
-    try:
-        async with asyncio.timeout(timeout_s):
-            output = await _conversation(process, code)
-    except TimeoutError:
-        return f"no result within {timeout_s:g} s"
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        await process.wait()
+    async with _pipe() as (printed, theirs):
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-I", SANDBOX, *words),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=theirs,
+            stderr=asyncio.subprocess.STDOUT,
+            cwd="/",
+            env={},
+            start_new_session=True,
+        )
+        theirs.close()
+        try:
+            async with asyncio.timeout(timeout_s):
+                output = await _conversation(process, code, printed)
+        except TimeoutError:
+            return f"no result within {timeout_s:g} s"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            await process.wait()
     if not output.startswith(READY):
         raise RuntimeError(f"Python cannot be confined here: {output}")
     return output.removeprefix(READY).strip()
 
 
-async def _conversation(process: asyncio.subprocess.Process, code: str) -> str:
+@asynccontextmanager
+async def _pipe() -> AsyncIterator[tuple[asyncio.StreamReader, IO[bytes]]]:
+    """Both ends. Of a pipe that asyncio makes for a process it reads only what somebody takes, and until the pipe ends
+    the process has not ended for it."""
+    reading, writing = os.pipe()
+    reader = asyncio.StreamReader()
+    with os.fdopen(writing, "wb") as theirs:
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(reading, "rb")
+        )
+        try:
+            yield reader, theirs
+        finally:
+            transport.close()
+
+
+async def _conversation(process: asyncio.subprocess.Process, code: str, printed: asyncio.StreamReader) -> str:
     """What it prints, up to the longest that is read."""
     assert process.stdin is not None
-    assert process.stdout is not None
     with suppress(BrokenPipeError, ConnectionResetError):
         process.stdin.write(code.encode(errors="replace"))
         await process.stdin.drain()
         process.stdin.close()
     output = b""
-    while len(output) <= LONGEST_OUTPUT and (more := await process.stdout.read(LONGEST_OUTPUT)):
+    while len(output) <= LONGEST_OUTPUT and (more := await printed.read(LONGEST_OUTPUT)):
         output += more
     if len(output) <= LONGEST_OUTPUT:
         await process.wait()
