@@ -20,12 +20,18 @@ def scores(
     """Log-probs of the samples' responses by the trainer of a run, and the experts that it took them to: where the
     samples say, or by itself. `export`: where its weights are written in Hugging Face's form. Raises UserError for
     weights that cannot be read."""
-    settings = with_changes(
+    settings = settings_of(config, weights, bf16=bf16)
+    return in_process(_scores, settings, architecture, list(samples), export)
+
+
+def settings_of(config: Config, weights: Path | None, *, bf16: bool) -> Config:
+    """Those of a run whose trainer only scores: no reference model, and of fp32 the attention that has it."""
+    return with_changes(
         alone(config, weights),
         model={"bf16": bf16},
+        perf={} if bf16 else {"attention_backend": "auto"},
         grpo={"use_kl_loss": False, "kl_coef": 0.0, "use_rollout_routing_replay": False, "use_routing_replay": True},
     )
-    return in_process(_scores, settings, architecture, list(samples), export)
 
 
 def _scores(config: Config, architecture: Architecture, samples: list[TrainSample], export: Path | None) -> Scores:

@@ -1,0 +1,48 @@
+"""A run's trainer as one process that only scores."""
+
+import atexit
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from recipe.again.alone import in_process
+from recipe.again.scores import settings_of
+from recipe.config.flags import parse_command_line
+from recipe.config.loading import build_config, read_settings
+from recipe.system.errors import UserError
+
+
+def answer_and_never_end() -> int:
+    atexit.register(time.sleep, 3600)  # as what torch compiles with does
+    return 7
+
+
+def refuse() -> None:
+    raise UserError("no such weights: name others")
+
+
+def die() -> None:
+    os._exit(3)
+
+
+def test_a_process_that_has_answered_is_not_waited_for() -> None:
+    assert in_process(answer_and_never_end) == 7
+    assert multiprocessing.active_children() == []
+
+
+def test_what_goes_wrong_in_it_is_told_here() -> None:
+    with pytest.raises(UserError, match="no such weights: name others"):
+        in_process(refuse)
+    with pytest.raises(RuntimeError, match="the process of die ended with status 3"):
+        in_process(die)
+
+
+def test_fp32_is_scored_by_an_attention_that_has_it() -> None:
+    command = parse_command_line(["--recipe", "glm4.7-flash-8gpu", "--hf-checkpoint", "x", "--prompt-data", "y"])
+    config = build_config(read_settings(command))
+    assert config.perf.attention_backend == "flash"
+    assert settings_of(config, Path("weights"), bf16=True).perf.attention_backend == "flash"
+    assert settings_of(config, Path("weights"), bf16=False).perf.attention_backend == "auto"
