@@ -78,11 +78,6 @@ def words_of(process: psutil.Process) -> list[str]:
         return []
 
 
-def failing_reward(prompt: str, response: str, label: str) -> float:
-    """A reward function with a fault."""
-    raise ZeroDivisionError("the reward divides by zero")
-
-
 def arguments(inputs: TinyInputs, runs: Path, name: str, *more: str) -> list[str]:
     """The command line of a run of ROLLOUTS small rollouts, of two ranks and one engine."""
     flags = (
@@ -139,11 +134,6 @@ def engine_counts(lines: list[dict]) -> dict[str, int]:
     """Takes what went wrong with engines out of a run's metrics, and adds it up."""
     names = ("engine_restarts", "request_retries", "retried_tokens")
     return {name: sum(line.pop(name, 0) for line in lines) for name in names}
-
-
-def rewind(directory: Path, step: int) -> None:
-    """Makes the run's checkpoint of `step` its newest, as if it had been killed after that."""
-    (directory / "checkpoints" / "latest_checkpointed_iteration.txt").write_text(f"{step}\n")
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 240) -> None:

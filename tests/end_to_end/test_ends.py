@@ -99,11 +99,6 @@ def starts_ranks_in_a_job(run: RunUnderTest) -> None:
     run.wait_for("ray::RankActor")
 
 
-def starts_engines(run: RunUnderTest) -> None:
-    run.start()
-    run.stop_next_engine()
-
-
 def replaces_an_engine(run: RunUnderTest) -> None:
     """In mid rollout."""
     run.start()
@@ -130,11 +125,9 @@ def sends_weights(run: RunUnderTest) -> None:
         (asks_sglang, signal.SIGINT, INTERRUPTED),
         (starts_ray, signal.SIGTERM, TERMINATED),
         (starts_ranks_in_a_job, signal.SIGINT, INTERRUPTED),
-        (starts_engines, signal.SIGTERM, TERMINATED),
         (replaces_an_engine, signal.SIGINT, INTERRUPTED),
         (replaces_an_engine_between_rollouts, signal.SIGTERM, SAVED_STATUS),
         (sends_weights, signal.SIGINT, INTERRUPTED),
-        (sends_weights, signal.SIGTERM, SAVED_STATUS),
     ],
 )
 def test_a_run_ends_soon_wherever_it_is(

@@ -56,14 +56,13 @@ def test_the_parts_of_a_runs_difference_are_told_and_add_up(inputs: TinyInputs, 
     assert parts["engine"]["mean"] < 1e-5
     assert parts["trainer"]["mean"] > 1e-5
     assert len(bill["rerouted"]) == 3
-    once_more, changed = replayed(directory, "--clip-grad", str(line["grad_norm"] / 10))
+    clipped = ("--clip-grad", str(line["grad_norm"] / 10), "--tis-level", "sequence")
+    once_more, changed = replayed(directory, *clipped)
     for name in ("loss", "grad_norm", "logprob_diff_mean", "tis_weight", "entropy"):
         assert once_more[name] == pytest.approx(line[name], rel=1e-4), name
-        assert changed[name] == once_more[name]
-    assert 0 < changed["norm of the update"] < once_more["norm of the update"]
-    once_more, changed = replayed(directory, "--advantage-estimator", "rloo", "--tis-level", "sequence")
+    assert changed["logprob_diff_mean"] == once_more["logprob_diff_mean"]
     assert changed["tis_weight"] != once_more["tis_weight"]
-    assert changed["grad_norm"] != once_more["grad_norm"]
+    assert 0 < changed["norm of the update"] < once_more["norm of the update"]
     for words, sentence in (
         ((f"{directory}:3", "--use-rollout-routing-replay"), "were not asked where they took tokens"),
         ((f"{directory}:3", "--eps-clip", "2"), "--eps-clip 2"),

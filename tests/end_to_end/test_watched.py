@@ -22,8 +22,8 @@ pytestmark = pytest.mark.slow
 
 
 def test_a_run_ends_when_it_is_enough_saved_and_goes_on(inputs: TinyInputs, tmp_path: Path) -> None:
-    """First because its gain will not be what was asked for, then in the middle because its money is spent, and then
-    before anything is started."""
+    """First because its gain will not be what was asked for, then before anything is started because its money is
+    spent. `test_spending` spends it in the middle."""
     more = ("--num-rollout", "1000", "--price", "1000", "--custom-rm-path", "run_support:slow_reward")
     command = arguments(inputs, tmp_path, "enough", *more, "--save-interval", "1000", *ONE_RANK)
     going_on = [*command, "--load", str(tmp_path / "enough" / "checkpoints")]
@@ -34,23 +34,14 @@ def test_a_run_ends_when_it_is_enough_saved_and_goes_on(inputs: TinyInputs, tmp_
     first = ended_saved(tmp_path / "enough")
     assert first.step == 3
 
-    limit = 2.5 * first.dollars
-    status, output = run([*going_on, "--max-dollars", str(limit)])
-    assert status == STOPPED_STATUS, output
-    assert f"--max-dollars is {limit:g}: what is done is saved" in output
-    second = ended_saved(tmp_path / "enough")
-    assert second.step > first.step
-    longest = max(line["seconds_step"] for line in Journal(tmp_path / "enough" / "metrics.jsonl").read())
-    ending = 15  # seconds to save and to end Ray
-    assert abs(second.dollars - limit) < (longest + ending) * second.dollars_a_second
-
+    limit = 0.9 * first.dollars
     status, output = run([*going_on, "--max-dollars", str(limit)])
     assert status == STOPPED_STATUS, output
     assert f"--max-dollars is {limit:g}: nothing is started" in output
     assert "Ray" not in output
-    third = ended_saved(tmp_path / "enough")
-    assert third.step == second.step
-    assert f"stopped, {third.step} steps in {third.seconds:.0f} s, " in next(report_lines(tmp_path / "enough"))
+    second = ended_saved(tmp_path / "enough")
+    assert second.step == first.step
+    assert f"stopped, {second.step} steps in {second.seconds:.0f} s, " in next(report_lines(tmp_path / "enough"))
 
 
 def ended_saved(directory: Path) -> Status:

@@ -10,10 +10,7 @@ from image_support import BASE, ROOT, Engine
 
 pytestmark = pytest.mark.slow
 
-SMOKE = (
-    *("tests/batching", "tests/grpo", "tests/data/test_parquet.py"),
-    *("tests/rewards/test_equality.py", "tests/trainer/test_parity.py"),
-)
+SMOKE = ("tests/data/test_parquet.py", "tests/rewards/test_equality.py", "tests/trainer/test_parity.py")
 """Where the smoke tests are: collecting all tests would take longer than running these."""
 
 
