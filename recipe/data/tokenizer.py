@@ -1,6 +1,10 @@
 """Loading a checkpoint's tokenizer."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from recipe.system.errors import UserError
@@ -8,6 +12,9 @@ from recipe.system.imports import undisturbed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+READER_OF_GGUF = "transformers.modeling_gguf_pytorch_utils"
+"""What transformers imports beside its tokenizers, for files of another kind; it takes torch, and two seconds."""
 
 
 def load_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
@@ -17,7 +24,7 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
     """
     if not (directory / "tokenizer.json").is_file():
         raise UserError(f"{directory} has no tokenizer.json: --hf-checkpoint must name a Hugging Face checkpoint")
-    with undisturbed():
+    with undisturbed(), _without_reader_of_gguf():
         # What AutoTokenizer chooses for this architecture, after seconds in which it loads what all others need.
         from transformers import PreTrainedTokenizerFast
 
@@ -26,3 +33,18 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
     except Exception as error:  # whatever a file that is none makes of it
         told = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"the tokenizer in {directory} cannot be read ({told}): download it again") from error
+
+
+@contextmanager
+def _without_reader_of_gguf() -> Iterator[None]:
+    """It is not imported in the block, unless it has been before; afterwards it can be."""
+    if READER_OF_GGUF in sys.modules:
+        yield
+        return
+    nothing = ModuleType(READER_OF_GGUF)
+    nothing.__dict__["load_gguf_checkpoint"] = None
+    sys.modules[READER_OF_GGUF] = nothing
+    try:
+        yield
+    finally:
+        del sys.modules[READER_OF_GGUF]

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -209,3 +211,19 @@ def test_a_checkpoint_without_tokenizer_is_an_error(tmp_path):
 def test_a_saved_tokenizer_is_loaded(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path).encode("1+2=") == tokenizer.encode("1+2=")
+
+
+READING = """
+import sys
+from pathlib import Path
+from recipe.data.tokenizer import READER_OF_GGUF, load_tokenizer
+assert load_tokenizer(Path(sys.argv[1])).encode("1+2=")
+assert "torch" not in sys.modules
+from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+assert callable(load_gguf_checkpoint)
+"""
+
+
+def test_a_tokenizer_is_read_without_torch_and_leaves_transformers_whole(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path)
+    subprocess.run([sys.executable, "-c", READING, tmp_path], check=True)

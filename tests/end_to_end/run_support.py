@@ -85,7 +85,7 @@ def arguments(inputs: TinyInputs, runs: Path, name: str, *more: str) -> list[str
         f"--name {name} "
         f"--eval-prompt-data heldout {inputs.heldout} --eval-interval 3 --save-interval 2 --num-rollout {ROLLOUTS} "
         "--rollout-batch-size 4 --n-samples-per-prompt 4 --rollout-max-response-len 8 --lr 1e-3 "
-        "--num-cpus-per-rank 1 --num-cpus-per-engine 1 "
+        "--num-cpus-per-rank 1 --num-cpus-per-engine 1 --rm-num-workers 1 "
         "--custom-rm-path run_support:digits_reward"
     )
     return [sys.executable, "-m", "recipe.train", *flags.split(), *ONE_ENGINE, *more]
