@@ -26,7 +26,19 @@ for name in ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL"):
 
 MOST_WORKERS = 4
 """A run of two ranks and two engines takes some GB of memory."""
-DEAREST = ("image", "end_to_end", "smoke", "rollout", "weights", "trainer", "evaluation", "config", "cluster")
+DEAREST = (
+    "image",
+    "end_to_end",
+    "smoke",
+    "rollout",
+    "run",
+    "watch",
+    "evaluation",
+    "cluster",
+    "weights",
+    "trainer",
+    "config",
+)
 """Folders whose tests take longest: they come first, so that no worker is left alone with one of them at the end."""
 SHARE_SGLANG = ("decode_speed", "engine_contract", "engine_control", "engine_process", "engine_weights")
 """Files of tests/rollout whose tests speak to one real SGLang, which takes more than a minute of a core to start."""
