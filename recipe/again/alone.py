@@ -96,7 +96,7 @@ def in_process(function: Callable[..., T], *arguments: Any) -> T:
     theirs.close()
     try:
         result, error = answers.recv()
-    except EOFError:
+    except (EOFError, OSError):  # before its answer, or in the middle of it
         process.join()
         raise RuntimeError(f"the process of {function.__name__} ended with status {process.exitcode}") from None
     finally:
