@@ -1,6 +1,7 @@
 """A run's trainer as one process, and with which weights a step that it kept began."""
 
 import multiprocessing
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from recipe.config.schema import GROUPS
 from recipe.messages import TrainSample
 from recipe.system.errors import UserError
 from recipe.system.json_text import read_json
+from recipe.system.parent_death import end_with_parent
 from recipe.weights.checkpoints import find_start, is_training_checkpoint, name_of
 
 if TYPE_CHECKING:
@@ -92,16 +94,17 @@ def in_process(function: Callable[..., T], *arguments: Any) -> T:
     context = multiprocessing.get_context("spawn")
     answers, theirs = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(theirs, function, arguments))
-    process.start()
-    theirs.close()
     try:
+        process.start()
+        theirs.close()
         result, error = answers.recv()
-    except (EOFError, OSError):  # before its answer, or in the middle of it
+    except EOFError:
         process.join()
         raise RuntimeError(f"the process of {function.__name__} ended with status {process.exitcode}") from None
     finally:
-        process.kill()
-        process.join()
+        if process.pid is not None:
+            process.kill()
+            process.join()
     if error is not None:
         raise error
     answer: T = result
@@ -109,11 +112,21 @@ def in_process(function: Callable[..., T], *arguments: Any) -> T:
 
 
 def _answer(pipe: Connection, function: Callable[..., object], arguments: tuple) -> None:
+    end_with_parent()
     try:
         pipe.send((function(*arguments), None))
-    except Exception as error:
-        error.add_note("".join(traceback.format_exception(error)))
-        pipe.send((None, error))
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        told = "".join(traceback.format_exception(error))
+        error.add_note(told)
+        pipe.send((None, error if _travels(error) else RuntimeError(told)))
+
+
+def _travels(error: BaseException) -> bool:
+    """Whether it arrives as what it is."""
+    try:
+        return type(pickle.loads(pickle.dumps(error))) is type(error)
+    except Exception:
+        return False
 
 
 @contextmanager
@@ -130,7 +143,7 @@ def trainer_alone(config: Config, architecture: Architecture) -> Iterator["Train
 
 @contextmanager
 def policy_alone(config: Config, architecture: Architecture) -> Iterator["PolicyRank"]:
-    """The same with nothing but the weights, which take an eighth of a trainer's memory."""
+    """The same with nothing but the weights."""
     from recipe.megatron.policy_rank import PolicyRank
 
     start = find_start(config)

@@ -24,6 +24,18 @@ def refuse() -> None:
     raise UserError("no such weights: name others")
 
 
+class OfTwoParts(BaseException):
+    """No Exception, and one that pickle makes nothing of."""
+
+    def __init__(self, one: str, other: str) -> None:
+        super().__init__(one + other)
+
+
+def fail_and_never_end() -> None:
+    atexit.register(time.sleep, 3600)
+    raise OfTwoParts("half ", "a reason")
+
+
 def die() -> None:
     os._exit(3)
 
@@ -36,6 +48,8 @@ def test_a_process_that_has_answered_is_not_waited_for() -> None:
 def test_what_goes_wrong_in_it_is_told_here() -> None:
     with pytest.raises(UserError, match="no such weights: name others"):
         in_process(refuse)
+    with pytest.raises(RuntimeError, match="OfTwoParts: half a reason"):
+        in_process(fail_and_never_end)
     with pytest.raises(RuntimeError, match="the process of die ended with status 3"):
         in_process(die)
 

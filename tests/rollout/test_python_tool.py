@@ -62,7 +62,7 @@ async def test_code_that_takes_long_or_prints_much_is_ended() -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root's code can start processes here")
 async def test_who_keeps_its_output_open_holds_nobody_up(tmp_path: Path) -> None:
     (there := tmp_path / "there").touch()
-    code = f"import os, time\nif not os.fork():\n os.setsid()\n while os.path.exists('{there}'): time.sleep(0.1)"
+    code = f"import os, time\nif not os.fork():\n os.setsid()\nwhile os.path.exists('{there}'): time.sleep(0.1)"
     try:
         async with asyncio.timeout(30):
             assert await run_python(code, confined=False, timeout_s=1.0) == "no result within 1 s"

@@ -118,12 +118,13 @@ class Engines:
         self.strike, self.in_flight = strike, in_flight
         self.luck = random.Random(luck)
         self.version, self.weights = "", 0
-        self.under_way = 0
+        self.under_way, self.draining = 0, False
         self.course, self.counters, self.last_failure = Course(), ClientCounters(), ""
         self.weight_bytes_per_second = self.seconds_paused = None
 
     @asynccontextmanager
     async def watched(self) -> AsyncIterator[asyncio.TaskGroup]:
+        self.draining = False
         try:
             async with asyncio.TaskGroup() as tasks:
                 yield tasks
@@ -137,9 +138,11 @@ class Engines:
         self.course.change(1)
         self.strike.point("generate")
         try:
-            for _ in range(3):  # three tokens, between which weights may change in flight
+            for _ in range(group.samples[0].response_length, 3):  # tokens, between which weights may change in flight
                 for _ in range(self.luck.randrange(3)):
                     await asyncio.sleep(self.luck.choice([0, 0.0005]))
+                if self.draining:
+                    return
                 for sample, seed in zip(group.samples, seeds, strict=True):
                     token = derive(seed, self.weights, sample.response_length) % 100
                     sample.append_model([token], [-0.5], [self.version])
@@ -151,7 +154,8 @@ class Engines:
             sample.reward = float(sample.response_ids[-1] % 3)
         self.strike.point("generated")
 
-    async def drain(self) -> None: ...
+    async def drain(self) -> None:
+        self.draining = True
 
     def move(self, urls: Sequence[str]) -> None: ...
 
@@ -283,8 +287,9 @@ def _command(
             if ending.code != SAVED_STATUS:
                 raise
             return False, ([], [], 0)
-        state = source.state_dict()
-        return True, (scored.versions, state["put_back"], state["drawn"])
+        state, [progress, *_] = source.state_dict(), json.loads(trainer.checkpoint)
+        unused = [*state["put_back"], *(group["index"] for group in progress["waiting"])]
+        return True, (scored.versions, unused, state["drawn"])
     return False, ([], [], 0)
 
 

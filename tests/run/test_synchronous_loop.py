@@ -2,7 +2,7 @@
 
 import pytest
 from loop_support import Strike, kill, notice, run
-from test_async_loop import assert_each_once, every_point
+from test_async_loop import PARTIAL, assert_each_once, every_point
 
 from recipe.rollout.filters import check_reward_nonzero_std
 
@@ -17,3 +17,11 @@ def test_a_run_that_was_struck_and_resumed_is_the_run_that_nothing_struck(how) -
         assert_each_once(ended)
         assert ended.trainer.weights == whole.trainer.weights, whole.points[at - 1]
         assert ended.lines == whole.lines, whole.points[at - 1]
+
+
+@pytest.mark.parametrize("how", [kill, notice])
+def test_aborted_groups_wait_in_checkpoints_and_go_on(how) -> None:
+    whole = run(*PARTIAL)
+    assert sum(line.get("stale_token_share", 0) for line in whole.lines.values()) > 0, "no group has waited"
+    for at in every_point(whole):
+        assert_each_once(run(*PARTIAL, strike=Strike(at, how), luck=at))

@@ -66,8 +66,13 @@ def steps_and_saves(trainer, folder: Path) -> list[Step]:
     steps = []
     for done in range(1, STEPS + 1):
         steps.append(take_step(trainer, done - 1))
-        trainer.save(folder / str(done), Progress(rollouts=done, optimizer_steps=done))
+        trainer.save(folder / str(done), progress_after(done))
     return steps
+
+
+def progress_after(steps: int) -> Progress:
+    """Of a run that takes two steps a rollout."""
+    return Progress(rollouts=(steps + 1) // 2, optimizer_steps=steps)
 
 
 @cache
@@ -79,7 +84,7 @@ def uninterrupted(layout: str) -> tuple[Path, list[Step]]:
 
 def load_after(trainer, folder: Path, done: int) -> None:
     object.__setattr__(trainer.config.checkpoint, "load", folder / str(done))
-    assert trainer.load() == Progress(rollouts=done, optimizer_steps=done)
+    assert trainer.load() == progress_after(done)
 
 
 def resume_after_every_step(trainer, folder: Path) -> list[list[Step]]:
