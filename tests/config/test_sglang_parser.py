@@ -82,7 +82,7 @@ class TestRealSglang:
             "--sglang-dllm-fdfo false leaves SGLang's own default as it is; --sglang-no-dllm-fdfo turns it off"
         )
         assert enable_x.startswith("--sglang-enable-x false: SGLang has no such argument")
-        assert problems == dict.fromkeys(names, [])
+        assert problems == {name: [] for name in names}
         assert len(names) > 5
 
 

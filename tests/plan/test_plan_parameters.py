@@ -1,5 +1,5 @@
-"""What the plan says each rank holds, against the trainer's own ranks of the tiny model, with all their memory. (Those of
-the real one are compared where they are built without weights: tests/weights/test_full_size.py.)"""
+"""What the plan says each rank holds, against the trainer's own ranks of the tiny model, with all their memory. (Those
+of the real one are compared where they are built without weights: tests/weights/test_full_size.py.)"""
 
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from recipe.plan.activations import ActivationModel, Pack
 from recipe.plan.hardware import DEFAULT_GPU, Machine
 from recipe.plan.memory import MemoryModel, Use
 from recipe.plan.shards import Part, stage_shards
+
 
 def test_the_parts_of_the_model_are_as_published(tmp_path: Path) -> None:
     resolved = resolve_full_size(tmp_path, ("--recipe", "glm4.7-flash-8gpu-mtp"))
