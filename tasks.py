@@ -18,7 +18,6 @@ from recipe.container.build import DEFAULT_LOCK, IMAGE, Build, build_image
 from recipe.container.provenance import inside_image
 from recipe.container.run import ContainerRun, run_in_image
 from recipe.container.targets import TARGETS, Place, Target
-from recipe.plan.machine import read_gpus
 from recipe.system.errors import USER_ERROR_STATUS, UserError
 
 COMMON = {"dry_run": "print the command and stop", "args": "further arguments, passed on as they are"}
@@ -48,11 +47,19 @@ def run_target(
     """`run`, in the image on this machine's GPUs where that is the target's place and this is not the image."""
     os.environ["BASE_DIR"] = base_dir
     command = [*target.command, *flags]
-    on_gpus = target.place is Place.IMAGE or (target.place is Place.EITHER and read_gpus())
-    if inside_image() or not on_gpus:
+    if inside_image() or not goes_to_gpus(target.place):
         run(command, args, dry_run)
     else:
         run_container(container_of(target, [*command, *split(args)], image, base_dir, work_dir), dry_run)
+
+
+def goes_to_gpus(place: Place) -> bool:
+    """Whether what runs there runs on this machine's GPUs."""
+    if place is not Place.EITHER:
+        return place is Place.IMAGE
+    from recipe.plan.machine import read_gpus  # takes as long as all other imports, which every task would wait for
+
+    return bool(read_gpus())
 
 
 def container_of(target: Target, command: list[str], image: str, base_dir: str, work_dir: str) -> ContainerRun:

@@ -124,7 +124,7 @@ SCALES = {
     "cpu": Scale(
         model=TINY,
         deviation=0.08,
-        samples=32,
+        samples=8,
         prompt=16,
         response=60,
         max_tokens=400,

@@ -33,9 +33,11 @@ class Ranks:
     manager. One that fails ends the others, which may wait for it."""
 
     def __init__(self, count: int, device: str) -> None:
-        spawn = multiprocessing.get_context("spawn")
+        # On a CPU they are forked from one that has imported for all of them.
+        context = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
+        context.set_forkserver_preload(["recipe.megatron.rank"])
         self._pools = [
-            ProcessPoolExecutor(1, mp_context=spawn, initializer=_prepare, initargs=(number, device))
+            ProcessPoolExecutor(1, mp_context=context, initializer=_prepare, initargs=(number, device))
             for number in range(count)
         ]
         self._rendezvous_folder = tempfile.TemporaryDirectory()

@@ -7,6 +7,7 @@ pairs, K keys, N heads of the rank, H hidden size, F an MLP's width.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from recipe.config import Architecture, Config
 from recipe.plan import constants
@@ -64,7 +65,7 @@ class ActivationModel:
     pack: Pack
     on_gpu: bool
 
-    @property
+    @cached_property
     def layout(self) -> Layout:
         return Layout.of(self.config)
 

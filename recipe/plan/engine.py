@@ -1,7 +1,7 @@
 """What an SGLang engine takes on each of its GPUs (0.5.21; its own reserve formulas where it has some)."""
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 from recipe.config import Architecture, Config
 from recipe.config.sglang_rules import EngineLayout, size_of
@@ -71,31 +71,7 @@ class EngineEstimate:
         """Bytes of weights: experts over all GPUs (whole ones over EP, the rest by width), attention, embedding and
         output head over the GPUs that share sequences, dense MLPs as --sglang-moe-dense-tp-size says. A draft worker
         loads an embedding and an output head of its own, whose memory it keeps."""
-        layout, experts = self.layout, self.architecture.n_routed_experts
-        total = 0.0
-        for placement in table_of(self.architecture, self.is_speculative).values():
-            if placement.is_expert:
-                total += placement.elements * (experts + layout.redundant_experts) / experts / layout.tp
-            else:
-                twice = self.is_speculative and part_of(placement.name) in (Part.EMBEDDING, Part.OUTPUT_HEAD)
-                total += (1 + twice) * placement.elements / self._gpus_that_split(placement)
-        return int(total / layout.pp) * BF16
-
-    def _gpus_that_split(self, placement: Placement) -> int:
-        """GPUs among which SGLang splits a tensor that is no expert's; where it keeps it whole, one."""
-        layout, part = self.layout, part_of(placement.name)
-        if placement.tensor_axis is None:
-            return 1
-        if "self_attention" in placement.name:
-            return layout.attention_tp
-        if "shared_experts" in placement.name:
-            return layout.shared_expert_tp
-        of_parts = {
-            Part.EMBEDDING: layout.attention_tp,
-            Part.OUTPUT_HEAD: layout.head_tp,
-            Part.DENSE_MLP: layout.dense_tp,
-        }
-        return of_parts.get(part, 1)
+        return _weights(self.architecture, self.layout, self.is_speculative)
 
     @property
     def cache_bytes_per_token(self) -> int:
@@ -138,3 +114,32 @@ class EngineEstimate:
             tokens=cache // self.cache_bytes_per_token,
             needed_tokens=self.running() * self.longest_sample,
         )
+
+
+@cache
+def _weights(architecture: Architecture, layout: EngineLayout, is_speculative: bool) -> int:
+    """Each layout's once: whoever tunes asks for few of them, hundreds of times."""
+    experts, total = architecture.n_routed_experts, 0.0
+    for placement in table_of(architecture, is_speculative).values():
+        if placement.is_expert:
+            total += placement.elements * (experts + layout.redundant_experts) / experts / layout.tp
+        else:
+            twice = is_speculative and part_of(placement.name) in (Part.EMBEDDING, Part.OUTPUT_HEAD)
+            total += (1 + twice) * placement.elements / _gpus_that_split(placement, layout)
+    return int(total / layout.pp) * BF16
+
+
+def _gpus_that_split(placement: Placement, layout: EngineLayout) -> int:
+    """GPUs among which SGLang splits a tensor that is no expert's; where it keeps it whole, one."""
+    if placement.tensor_axis is None:
+        return 1
+    if "self_attention" in placement.name:
+        return layout.attention_tp
+    if "shared_experts" in placement.name:
+        return layout.shared_expert_tp
+    of_parts = {
+        Part.EMBEDDING: layout.attention_tp,
+        Part.OUTPUT_HEAD: layout.head_tp,
+        Part.DENSE_MLP: layout.dense_tp,
+    }
+    return of_parts.get(part_of(placement.name), 1)

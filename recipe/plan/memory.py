@@ -101,7 +101,7 @@ class MemoryModel:
         return cls(resolved, machine, on_gpu, Pack.largest(resolved.config, longest_sample(resolved)))
 
     @cached_property
-    def shards(self) -> list[StageShard]:
+    def shards(self) -> tuple[StageShard, ...]:
         """What the ranks of each pipeline stage hold."""
         return stage_shards(self.resolved.config, self.resolved.architecture)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from recipe.config import Resolved
 from recipe.plan import constants
@@ -28,12 +29,15 @@ class Plan:
     """Tokens."""
     pack_tokens: int
     """Tokens of a rank's largest microbatch."""
+    model: GpuModel
     gpu: GpuPlan | None
     """None where nothing runs on a GPU."""
     host: tuple[PhaseMemory, ...]
     disk: DiskPlan
-    time: TimePlan | None
-    """None where nothing runs on a GPU."""
+    lengths: Lengths
+    """Of a rollout's responses,"""
+    eval_lengths: Lengths
+    """and of an evaluation's."""
     problems: tuple[str, ...]
     """What does not fit, a sentence each."""
     warnings: tuple[str, ...]
@@ -41,6 +45,11 @@ class Plan:
     @property
     def fits(self) -> bool:
         return not self.problems
+
+    @cached_property
+    def time(self) -> TimePlan | None:
+        """None where nothing runs on a GPU. Half of all work, and nobody asks for it where the run does not fit."""
+        return None if self.gpu is None else plan_time(self.model, self.lengths, self.eval_lengths)
 
 
 def make_plan(resolved: Resolved, machine: Machine, on_gpu: bool, lengths: Lengths | None = None) -> Plan:
@@ -50,9 +59,6 @@ def make_plan(resolved: Resolved, machine: Machine, on_gpu: bool, lengths: Lengt
     for name, placement in table_of(resolved.architecture, bool(config.mtp.mtp_num_layers)).items():
         parameters[part_of(name)] += placement.elements * (not placement.is_fp32)
     model = GpuModel.of(resolved, machine, on_gpu)
-    gpu = model.plan() if on_gpu else None
-    if lengths is None:
-        lengths = usual_lengths(config.rollout.rollout_max_response_len)
     eval_cap = config.eval.eval_max_response_len or config.rollout.rollout_max_response_len
     plan = Plan(
         resolved=resolved,
@@ -61,10 +67,12 @@ def make_plan(resolved: Resolved, machine: Machine, on_gpu: bool, lengths: Lengt
         divisions=tuple(divisions(resolved)),
         longest_sample=longest_sample(resolved),
         pack_tokens=model.pack.tokens,
-        gpu=gpu,
+        model=model,
+        gpu=model.plan() if on_gpu else None,
         host=HostModel.of(resolved, machine, on_gpu).plan(),
         disk=plan_disk(resolved, machine),
-        time=plan_time(model, lengths, usual_lengths(eval_cap)) if on_gpu else None,
+        lengths=lengths or usual_lengths(config.rollout.rollout_max_response_len),
+        eval_lengths=usual_lengths(eval_cap),
         problems=(),
         warnings=(),
     )

@@ -31,6 +31,7 @@ class Part(StrEnum):
     MTP = "MTP layer"
 
 
+@cache
 def part_of(name: str) -> Part:
     """Where a megatron parameter belongs."""
     if name.startswith("mtp."):
@@ -183,21 +184,32 @@ class Layout:
         return ShardCoordinates(tensor_size=self.tp, expert_tensor_size=self.etp, expert_size=self.ep)
 
 
-def stage_shards(config: Config, architecture: Architecture) -> list[StageShard]:
+def stage_shards(config: Config, architecture: Architecture) -> tuple[StageShard, ...]:
     """What a rank of each pipeline stage holds."""
-    table = table_of(architecture, bool(config.mtp.mtp_num_layers))
-    layout, stages = Layout.of(config), chunk_layers(config, architecture)
-    shards = []
+    stages, mtp = tuple(map(tuple, chunk_layers(config, architecture))), config.mtp
+    return _stages(architecture, bool(mtp.mtp_num_layers), mtp.enable_mtp_training, Layout.of(config), stages)
+
+
+@cache
+def _stages(
+    architecture: Architecture,
+    with_mtp: bool,
+    trains_mtp: bool,
+    layout: Layout,
+    stages: tuple[tuple[range, ...], ...],
+) -> tuple[StageShard, ...]:
+    """Each layout's once: whoever tunes asks for few of them, hundreds of times."""
+    table, shards = table_of(architecture, with_mtp), []
     for stage, ranges in enumerate(stages):
         chunks = []
         for number, layers in enumerate(ranges):
             first = stage == 0 and number == 0
             last = stage == len(stages) - 1 and number == len(ranges) - 1
             held = list(_held(table, layers, first, last))
-            chunks.append(_chunk(held, layout, config.mtp.enable_mtp_training))
+            chunks.append(_chunk(held, layout, trains_mtp))
         numbers = tuple(number for layers in ranges for number in layers)
         shards.append(StageShard(stage, numbers, tuple(chunks), stage == len(stages) - 1))
-    return shards
+    return tuple(shards)
 
 
 def _held(table: Mapping[str, Placement], layers: range, first: bool, last: bool) -> Iterator[Placement]:

@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from recipe.config import Architecture
 
@@ -52,7 +53,7 @@ class Placement:
     """Split by expert parallelism along the grid's first axis, and by expert-TP instead of TP."""
     is_fp32: bool = False
 
-    @property
+    @cached_property
     def elements(self) -> int:
         """Elements of the whole parameter."""
         return len(self.hf_names) * math.prod(self.hf_shape)

@@ -91,7 +91,42 @@ def update(group: EngineGroup, trainer: FakeTrainer | None = None) -> list[str]:
     return group.update_weights(cast(TrainerGroup, trainer or FakeTrainer()), 1)
 
 
-def test_an_engine_that_does_not_generate_between_two_rollouts_is_started_again(group: EngineGroup) -> None:
+SERVER = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.do_GET()
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+"""Does all that it is told, until it hangs or dies."""
+NEEDS_TWO_PORTS = (
+    """
+import socket, sys
+beside = socket.create_server(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1]) + 1))
+"""
+    + SERVER
+)
+
+
+@pytest.fixture
+def launch(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Has engines run another program in the place of a server."""
+
+    def run(program: str) -> None:
+        monkeypatch.setattr(engine_actor, "launch_of", lambda *_: Launch((sys.executable, "-c", program)))
+
+    return run
+
+
+def test_an_engine_that_does_not_generate_between_two_rollouts_is_started_again(
+    group: EngineGroup, launch: Callable[[str], None]
+) -> None:
+    launch(SERVER)
     url = start(group)
     pid = carried(group).process.pid
     assert update(group) == [url]
@@ -135,7 +170,10 @@ def test_an_engine_gives_its_memory_back_and_takes_it_again_in_two_parts(group: 
     assert update(group) == [url]
 
 
-def test_an_engine_that_hangs_over_its_memory_is_ended_or_started_again(group: EngineGroup) -> None:
+def test_an_engine_that_hangs_over_its_memory_is_ended_or_started_again(
+    group: EngineGroup, launch: Callable[[str], None]
+) -> None:
+    launch(SERVER)
     url = start(group)
     os.killpg(carried(group).process.pid, signal.SIGSTOP)
     group.release_memory()
@@ -147,28 +185,6 @@ def test_an_engine_that_hangs_over_its_memory_is_ended_or_started_again(group: E
     assert group._resume_memory(WEIGHTS) == [0]
     assert group.urls != [url]
     assert carried(group).process.generates(5)
-
-
-NEEDS_TWO_PORTS = """
-import http.server, socket, sys
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.send_response(200)
-        self.end_headers()
-port = int(sys.argv[sys.argv.index("--port") + 1])
-beside = socket.create_server(("127.0.0.1", port + 1))
-http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
-"""
-
-
-@pytest.fixture
-def launch(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Has engines run another program in the place of a server."""
-
-    def run(program: str) -> None:
-        monkeypatch.setattr(engine_actor, "launch_of", lambda *_: Launch((sys.executable, "-c", program)))
-
-    return run
 
 
 def test_an_engine_whose_port_is_taken_starts_on_another_at_the_first_start_too(

@@ -50,16 +50,17 @@ def refusal(resolve_8gpu: Try) -> Callable[..., str]:
 class TestRealSglang:
     """The installed SGLang's, asked with its own interpreter."""
 
-    @pytest.fixture(autouse=True)
-    def installed(self, sglang_python: Path, install: Install) -> None:
-        install(sglang_python)
-
     @pytest.mark.sglang
     @pytest.mark.slow
-    def test_it_accepts_the_shipped_recipes(self, sglang_python: Path, checkpoint: Path) -> None:
-        """One process is asked about all of them: it imports SGLang for seconds."""
+    def test_it_accepts_the_shipped_recipes_and_knows_its_arguments(
+        self, sglang_python: Path, checkpoint: Path, resolve_8gpu: Try
+    ) -> None:
+        """One process is asked about all of them, and about arguments that are none: it imports SGLang for seconds."""
         names = [name for name in shipped_recipes() if name.startswith("glm")]
         recipes = [resolve(["--recipe", name, "--hf-checkpoint", str(checkpoint)]) for name in names]
+        wrong = ["--sglang-mem-fraction-statik", "0.7", "--sglang-dllm-fdfo", "false", "--sglang-enable-x", "false"]
+        wrong += ["--sglang-enable-dp-lm-head", "false", "--sglang-enable-metrics", "true"]
+        recipes.append(resolve_8gpu(*wrong))
         assert {recipe.config.rollout.engine for recipe in recipes} == {"sglang"}
         words = [["--model-path", str(checkpoint), *recipe.config.sglang.command_line()] for recipe in recipes]
         ended = subprocess.run(
@@ -71,22 +72,18 @@ class TestRealSglang:
         )
         assert ended.returncode == 0, ended.stderr
         answers = json.loads(ended.stdout.splitlines()[-1])
-        assert len(answers) == len(names) > 5
-        for name, recipe, answer in zip(names, recipes, answers, strict=True):
+        problems = {}
+        for name, recipe, answer in zip([*names, "wrong"], recipes, answers, strict=True):
             known = [f"--sglang-{flag.removeprefix('--')}" for flag in answer["known"]]
-            problems = [*_of_given(answer, known), *_of_left_out(recipe.sglang_left_out, known)]
-            assert not problems, name
-
-    @pytest.mark.sglang
-    def test_it_knows_its_arguments(self, refusal: Callable[..., str]) -> None:
-        flags = ["--sglang-mem-fraction-statik", "0.7", "--sglang-dllm-fdfo", "false", "--sglang-enable-x", "false"]
-        told = refusal(*flags, "--sglang-enable-dp-lm-head", "false", "--sglang-enable-metrics", "true")
-        assert told.startswith("3 problems:")
-        assert "SGLang has no such argument; did you mean --sglang-mem-fraction-static?" in told
-        assert (
-            "--sglang-dllm-fdfo false leaves SGLang's own default as it is; --sglang-no-dllm-fdfo turns it off" in told
+            problems[name] = [*_of_given(answer, known), *_of_left_out(recipe.sglang_left_out, known)]
+        statik, fdfo, enable_x = problems.pop("wrong")
+        assert statik.endswith("SGLang has no such argument; did you mean --sglang-mem-fraction-static?")
+        assert fdfo == (
+            "--sglang-dllm-fdfo false leaves SGLang's own default as it is; --sglang-no-dllm-fdfo turns it off"
         )
-        assert "--sglang-enable-x false: SGLang has no such argument" in told
+        assert enable_x.startswith("--sglang-enable-x false: SGLang has no such argument")
+        assert problems == {name: [] for name in names}
+        assert len(names) > 5
 
 
 def test_an_environment_without_sglang_is_told(refusal: Callable[..., str], install: Install) -> None:

@@ -1,7 +1,9 @@
 """Verdicts: the conformance suite, hostile responses, and the command."""
 
+import io
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -15,20 +17,25 @@ from pathlib import Path
 import pytest
 from grading_support import HOSTILE_LABEL, as_response, busy_processes, conformance_cases, hostile_responses
 
+from evaluation.grade import main
 from evaluation.grading import Judge, Judgement, Response, Verdict, aime_label_problem
 from recipe.rewards import REWARD_RULES, Grader, GradeRequest, RewardType
 from recipe.rewards.plain import canonical_integer
-from recipe.system.errors import run_main
+from recipe.system.errors import UserError, run_main
 
 CASES = conformance_cases()
 
 
+def as_input(*lines: object) -> bytes:
+    text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
+    return text.encode("utf-8", "surrogatepass")
+
+
 def grade(*lines: object, words: Iterable[str] = ()) -> tuple[int, list[dict[str, str]], str]:
     """What `python -m evaluation.grade` makes of the lines: exit status, verdicts, and what it says."""
-    text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
     ended = subprocess.run(
         [sys.executable, "-m", "evaluation.grade", *words],
-        input=text.encode("utf-8", "surrogatepass"),
+        input=as_input(*lines),
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         capture_output=True,
         timeout=240,
@@ -195,12 +202,15 @@ def test_the_command_grades_by_the_rules_of_a_reward() -> None:
         ("9" * 5000, "line 2: not valid JSON"),
     ],
 )
-def test_a_bad_line_is_named_after_the_verdicts_of_those_before_it(line: object, problem: str) -> None:
-    status, verdicts, said = grade({"response": "x", "label": "1"}, line)
-    assert status == 2
-    assert [verdict["verdict"] for verdict in verdicts] == ["no_answer"]
-    assert problem in said
-    assert "Traceback" not in said
+def test_a_bad_line_is_named_after_the_verdicts_of_those_before_it(
+    line: object, problem: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(as_input({"response": "x", "label": "1"}, line))))
+    monkeypatch.setattr(sys, "argv", ["grade"])
+    with pytest.raises(UserError, match=re.escape(problem)):
+        main()
+    [verdict] = capsys.readouterr().out.splitlines()
+    assert json.loads(verdict)["verdict"] == "no_answer"
 
 
 def test_a_reader_who_leaves_ends_the_command_silently(tmp_path: Path) -> None:
@@ -226,11 +236,11 @@ def test_a_reader_who_leaves_ends_the_command_silently(tmp_path: Path) -> None:
 def test_a_broken_pipe_inside_a_command_is_no_reader_who_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("signal.signal", lambda *_: None)
 
-    def main() -> None:
+    def breaks() -> None:
         raise BrokenPipeError("of a worker")
 
     with pytest.raises(BrokenPipeError, match="of a worker"):
-        run_main(main)
+        run_main(breaks)
 
 
 def test_labels_of_aime() -> None:

@@ -1,15 +1,12 @@
-"""What the plan says each rank holds, against the trainer's own ranks: those of the real model, built without weights,
-and those of the tiny one, with all their memory."""
+"""What the plan says each rank holds, against the trainer's own ranks of the tiny model, with all their memory. (Those
+of the real one are compared where they are built without weights: tests/weights/test_full_size.py.)"""
 
-import multiprocessing
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from full_size_support import Shape, main_model_shapes, mtp_shapes, resolve_full_size, view_ranks
+from full_size_support import resolve_full_size
 from trainer_support import on_ranks, random_checkpoint, tiny_config
 
 from recipe.config import Architecture, Config, Resolved
@@ -19,44 +16,9 @@ from recipe.plan.hardware import DEFAULT_GPU, Machine
 from recipe.plan.memory import MemoryModel, Use
 from recipe.plan.shards import Part, stage_shards
 
-MTP = ("--mtp-num-layers", "1")
-LAYOUTS = {
-    "8 GPUs": ("--recipe", "glm4.7-flash-8gpu-mtp"),
-    "24 GPUs with MTP": ("--recipe", "glm4.7-flash-24gpu", *MTP),
-    "expert TP": (
-        *("--recipe", "glm4.7-flash-8gpu", *MTP, "--tensor-model-parallel-size", "2", "--sequence-parallel"),
-        *("--expert-tensor-parallel-size", "2", "--expert-model-parallel-size", "4"),
-    ),
-}
-
-
-@pytest.fixture(scope="module")
-def pretended_ranks() -> Iterator[ProcessPoolExecutor]:
-    """A process for torch as the trainer prepares it."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        yield pool
-
-
-@pytest.fixture(scope="module")
-def checkpoint_shapes() -> dict[str, Shape]:
-    main_model = main_model_shapes()
-    return main_model | mtp_shapes(main_model)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_rank_holds_as_many_parameters_as_megatrons_model_there(
-    layout: str, pretended_ranks: ProcessPoolExecutor, checkpoint_shapes: dict[str, Shape], tmp_path: Path
-) -> None:
-    resolved = resolve_full_size(tmp_path, LAYOUTS[layout])
-    views = pretended_ranks.submit(view_ranks, resolved, checkpoint_shapes).result()
-    shards = stage_shards(resolved.config, resolved.architecture)
-    for view in views:
-        assert shards[view.stage].layers == view.layers
-        assert shards[view.stage].parameters + shards[view.stage].bias_elements == view.held
-
 
 def test_the_parts_of_the_model_are_as_published(tmp_path: Path) -> None:
-    resolved = resolve_full_size(tmp_path, LAYOUTS["8 GPUs"])
+    resolved = resolve_full_size(tmp_path, ("--recipe", "glm4.7-flash-8gpu-mtp"))
     one = resolved.config.model_copy(
         update={"perf": resolved.config.perf.model_copy(update={"expert_model_parallel_size": 1})}
     )

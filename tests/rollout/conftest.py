@@ -4,11 +4,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from rollout_support import CONTEXT, EngineUnderTest, Kind, make_checkpoint
 
 from recipe.config import resolve
 from recipe.engines.launch import SglangServer, launch_embedded, launch_sglang
 from recipe.engines.process import EngineProcess
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Where others want the cores too, threads that share the products of so small a model mostly wait for each
+    other, and do so at work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -1,13 +1,17 @@
 """The scripts that measure and compare the trainer, in their small form on a CPU."""
 
+import importlib
 import re
-import subprocess
 import sys
+from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from forked_commands import forked, run_script
+from trainer_support import preload_megatron
 
 from recipe.plan.constants import DRAFT_ACCEPTANCE
 from recipe.plan.ranges import Between
@@ -23,9 +27,20 @@ def check_layouts(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return check_layouts
 
 
-def script(name: str, flags: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, SCRIPTS / name, *flags.split()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240)
+@pytest.fixture
+def run_with_ranks(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[[str, str], str]:
+    """Runs a script whose ranks are forked from the process that the trainer's tests fork theirs from. What it
+    printed."""
+    preload_megatron()
+    forkserver.ensure_running()
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+
+    def run(name: str, flags: str) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *flags.split()])
+        importlib.import_module(name).main()
+        return capfd.readouterr().out
+
+    return run
 
 
 @pytest.mark.slow
@@ -35,25 +50,30 @@ def script(name: str, flags: str) -> subprocess.CompletedProcess[str]:
         ("bench_adam.py --device cpu --millions 1 --threads 1", [r"AdamW: [\d.]+ s a billion parameters"]),
         ("bench_convert.py --tiny --rounds 1 --processes 1", [r"cp .*\n", r"convert .*\n", r"export .*\n"]),
         ("bench_grading.py --rounds 1 --characters 1000", [r"480 responses.*'correct': \d+"]),
-        ("bench_save.py {folder} --device cpu --tiny", [f"{what} .*GB/s" for what in ("written", "read", "plain")]),
         ("bench_watch.py --steps 20 --samples 16", [r"curves +[\d.]+ s", r"read plainly +[\d.]+ s"]),
         ("simulate_packing.py --samples-per-rank 2", [r"1024 balanced"]),
     ],
 )
-def test_a_benchmark_has_its_figures(command: str, figures: list[str], tmp_path: Path) -> None:
-    name, flags = command.format(folder=tmp_path).split(maxsplit=1)
-    ended = script(name, flags)
-    assert ended.returncode == 0, ended.stderr
+def test_a_benchmark_has_its_figures(command: str, figures: list[str]) -> None:
+    name, *words = command.split()
+    status, output = forked(run_script, SCRIPTS / name, words)
+    assert status == 0, output
     for figure in figures:
-        assert re.search(figure, ended.stdout), ended.stdout
+        assert re.search(figure, output), output
 
 
 @pytest.mark.slow
-def test_layouts_are_compared(check_layouts: ModuleType) -> None:
+def test_a_save_is_measured_beside_plain_writes(run_with_ranks: Callable[[str, str], str], tmp_path: Path) -> None:
+    output = run_with_ranks("bench_save", f"{tmp_path} --device cpu --tiny")
+    for what in ("written", "read", "plain"):
+        assert re.search(f"{what} .*GB/s", output), output
+
+
+@pytest.mark.slow
+def test_layouts_are_compared(check_layouts: ModuleType, run_with_ranks: Callable[[str, str], str]) -> None:
     """Where gradients are sharded over ranks (DP2) and over stages (PP2), and with the yardstick of other kernels."""
-    ended = script("check_layouts.py", "--device cpu --layouts DP2 PP2-uneven --precisions bf16")
-    assert ended.returncode == 0, ended.stderr
-    verdicts = [line.split()[:2] for line in ended.stdout.splitlines() if line.startswith(("ok", "FAIL"))]
+    output = run_with_ranks("check_layouts", "--device cpu --layouts DP2 PP2-uneven --precisions bf16")
+    verdicts = [line.split()[:2] for line in output.splitlines() if line.startswith(("ok", "FAIL"))]
     assert verdicts == [["ok", "one"]] * len(check_layouts.OTHERS) + [["ok", "DP2"], ["ok", "PP2-uneven"]]
 
 
@@ -72,12 +92,11 @@ def test_one_figure_that_is_apart_fails_a_layout(
 
 
 @pytest.mark.slow
-def test_several_ranks_are_measured_beside_one() -> None:
-    ended = script("bench_trainer.py", "--device cpu --gpus 2 --tokens 64 --sequences 2 --packs 1 --moe-layers 1")
-    assert "Traceback" not in ended.stderr, ended.stderr
+def test_several_ranks_are_measured_beside_one(run_with_ranks: Callable[[str, str], str]) -> None:
+    output = run_with_ranks("bench_trainer", "--device cpu --gpus 2 --tokens 64 --sequences 2 --packs 1 --moe-layers 1")
     assert re.search(
         r"^each of 2 GPUs keeps [\d.]+% of one's tokens/s in forward and backward, [\d.]+% in whole steps$",
-        ended.stdout,
+        output,
         re.MULTILINE,
     )
 
@@ -98,13 +117,18 @@ def test_time_on_gpus_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def import_all(names: list[str]) -> None:
+    sys.path.insert(0, str(SCRIPTS))
+    for name in names:
+        importlib.import_module(name)
+
+
 def test_every_script_can_be_imported() -> None:
     """What a script takes from the project is still there, under its name. TRL, which one is measured beside, is not
     installed."""
     names = sorted(path.stem for path in SCRIPTS.glob("*.py") if path.stem != "bench_tiny_trl")
-    program = f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); [__import__(name) for name in {names}]"
-    ended = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=240)
-    assert ended.returncode == 0, ended.stderr
+    status, output = forked(import_all, names)
+    assert status == 0, output
 
 
 def test_a_rollout_is_planned_with_the_drafts_that_were_accepted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,58 +1,53 @@
 """Checkpoints to convert, and the commands that convert them."""
 
 import json
-import multiprocessing
-import os
-import runpy
 import shutil
 import subprocess
 import sys
-import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from forked_commands import Forked, run_module
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from trainer_support import preload_megatron, random_checkpoint
+from trainer_support import random_checkpoint
+
+from recipe.system.ports import LOCAL, reserve_port_with
 
 MTP = ("--mtp-num-layers", "1")
 WEIGHTS = "model.safetensors"
 
 
-def run_module(name: str, *words: object, processes: int = 1) -> tuple[int, str]:
-    """Runs a module of the recipe. Exit status, and what it printed."""
-    if processes == 1:
-        return run_forked(f"recipe.conversion.{name}", list(map(str, words)))
+def run_conversion(name: str, *words: object, processes: int = 1) -> tuple[int, str]:
+    """Runs a module of recipe.conversion, alone or with as many others as torchrun would start. Exit status of the
+    first process, and what it printed."""
+    command = (f"recipe.conversion.{name}", list(map(str, words)))
+    with ExitStack() as stack:
+        port, reservation = reserve_port_with(LOCAL, ())
+        stack.callback(reservation.close)
+        met = {"MASTER_ADDR": LOCAL, "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)} if processes > 1 else {}
+        started = [
+            stack.enter_context(Forked(run_module, *command, met | ({"RANK": str(rank)} if met else {})))
+            for rank in range(processes)
+        ]
+        ended = [one.end() for one in started]
+    assert len({status for status, _ in ended}) == 1, ended
+    return ended[0]
+
+
+def run_by_torchrun(name: str, *words: object, processes: int) -> tuple[int, str]:
+    """The same as users start it."""
     torchrun = ["-m", "recipe.conversion.torchrun", f"--nproc-per-node={processes}"]
     command = [sys.executable, *torchrun, "-m", f"recipe.conversion.{name}", *map(str, words)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=180)
     return ended.returncode, ended.stdout + ended.stderr
 
 
-def run_forked(module: str, words: list[str]) -> tuple[int, str]:
-    """Runs a module as a command, in a process forked from one that has imported megatron."""
-    preload_megatron()
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "output"
-        process = multiprocessing.get_context("forkserver").Process(target=_command, args=(module, words, output))
-        process.start()
-        process.join(180)
-        assert process.exitcode is not None, output.read_text()
-        return process.exitcode, output.read_text()
-
-
-def _command(module: str, words: list[str], output: Path) -> None:
-    with output.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    sys.argv = [module, *words]
-    runpy.run_module(module, run_name="__main__")
-
-
 def convert(source: Path, target: Path, *flags: object, processes: int = 1) -> str:
     """Converts with --verify. What it printed."""
     words = ("--hf-checkpoint", source, "--save", target, "--verify", *flags)
-    status, output = run_module("convert", *words, processes=processes)
+    status, output = run_conversion("convert", *words, processes=processes)
     assert status == 0, output
     return output
 
@@ -60,7 +55,7 @@ def convert(source: Path, target: Path, *flags: object, processes: int = 1) -> s
 def export(source: Path, origin: Path, target: Path, *, processes: int = 1) -> str:
     """Exports with --verify. What it printed."""
     words = ("--load", source, "--hf-checkpoint", origin, "--save", target, "--verify")
-    status, output = run_module("export", *words, processes=processes)
+    status, output = run_conversion("export", *words, processes=processes)
     assert status == 0, output
     return output
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conversion_support import MTP, WEIGHTS, copy_of, rewrite, run_module, set_config, split_into_shards
+from conversion_support import MTP, WEIGHTS, copy_of, rewrite, run_conversion, set_config, split_into_shards
 from safetensors.torch import load_file, save_file
 from trainer_support import random_checkpoint
 
@@ -110,7 +110,7 @@ def test_a_checkpoint_without_its_mtp_layer_converts_without_the_flag(tmp_path: 
 def test_a_config_of_another_model_is_refused(config: dict[str, object], sentence: str, tmp_path: Path) -> None:
     directory = copy_of(random_checkpoint(), tmp_path / "hf")
     set_config(directory, **config)
-    status, output = run_module("convert", "--hf-checkpoint", directory, "--save", tmp_path / "out", *MTP)
+    status, output = run_conversion("convert", "--hf-checkpoint", directory, "--save", tmp_path / "out", *MTP)
     assert status == 2
     assert sentence in output
     assert "Traceback" not in output

@@ -4,8 +4,6 @@ import hashlib
 import json
 import os
 import resource
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,11 +19,13 @@ from conversion_support import (
     copy_of,
     export,
     rewrite,
-    run_module,
+    run_by_torchrun,
+    run_conversion,
     set_config,
     split_into_shards,
     tensors_of,
 )
+from forked_commands import Forked, forked, run_module
 from safetensors.torch import load_file
 from torch import Tensor
 from trainer_support import on_ranks, random_checkpoint, tiny_config
@@ -115,11 +115,18 @@ def test_an_export_is_a_checkpoint_to_transformers(converted: Path, tmp_path: Pa
     assert AutoTokenizer.from_pretrained(tmp_path / "exported").chat_template
 
 
+def export_small_shards(words: list[str]) -> None:
+    from recipe.conversion import export
+
+    export.SHARD_BYTES = 2_000_000
+    sys.argv = ["export", *words]
+    export.main()
+
+
 def test_shards_of_an_export_are_indexed(converted: Path, tmp_path: Path) -> None:
-    program = "import recipe.conversion.export as e; e.SHARD_BYTES = 2_000_000; e.main()"
     words = ["--load", converted, "--hf-checkpoint", random_checkpoint(), "--save", tmp_path / "exported", "--verify"]
-    ended = subprocess.run([sys.executable, "-c", program, *map(str, words)], capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
+    status, output = forked(export_small_shards, list(map(str, words)))
+    assert status == 0, output
     shards = sorted(tmp_path.glob("exported/*.safetensors"))
     assert [shard.name for shard in shards] == [
         f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors" for n in range(len(shards))
@@ -163,7 +170,7 @@ def test_a_copy_that_differs_from_its_original_is_refused(tmp_path: Path) -> Non
     [name] = [name for name in tensors if name.endswith("shared_head.head.weight")]
     tensors[name][0, 0] += 1
     rewrite(tmp_path / "hf", tensors)
-    status, output = run_module("convert", "--hf-checkpoint", tmp_path / "hf", "--save", tmp_path / "t", *MTP)
+    status, output = run_conversion("convert", "--hf-checkpoint", tmp_path / "hf", "--save", tmp_path / "t", *MTP)
     assert status == 2
     assert f"tensor {name} differs from lm_head.weight" in output
 
@@ -195,7 +202,7 @@ def test_a_torch_dist_file_that_is_cut_off_is_named(converted: Path, tmp_path: P
     file = tmp_path / "cut" / "__0_0.distcp"
     os.truncate(file, file.stat().st_size // 2)
     words = ("--load", tmp_path / "cut", "--hf-checkpoint", random_checkpoint(), "--save", tmp_path / "out")
-    status, output = run_module("export", *words)
+    status, output = run_conversion("export", *words)
     assert status == 2
     assert f"{file} is missing, cut off or damaged" in output
     assert not (tmp_path / "out").exists()
@@ -211,17 +218,25 @@ def test_a_parameter_of_which_a_part_is_not_stored_is_refused(converted: Path) -
         dict(checkpoint.tensors(placements(larger, with_mtp=True)[embedding]))
 
 
-@pytest.mark.parametrize("module", ["convert", "export"])
-def test_a_destination_that_exists_is_left_alone(module: str, converted: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("module", "by_torchrun"), [("convert", True), ("export", False)])
+def test_a_destination_that_exists_is_left_alone(
+    module: str, by_torchrun: bool, converted: Path, tmp_path: Path
+) -> None:
     (tmp_path / "there").mkdir()
     load = () if module == "convert" else ("--load", converted)
     words = (*load, "--hf-checkpoint", random_checkpoint(), "--save", tmp_path / "there")
-    status, output = run_module(module, *words, processes=2)
+    run = run_by_torchrun if by_torchrun else run_conversion
+    status, output = run(module, *words, processes=2)
     assert status == USER_ERROR_STATUS
     assert output.count("there exists already: remove it, or give another --save") == 1
     said = [line for line in output.splitlines() if not line.startswith("note:")]
     assert len(said) == 1, "torchrun has nothing to add"
     assert not list((tmp_path / "there").iterdir())
+
+
+def run_on_small_disk(module: str, words: list[str]) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+    run_module(module, words)
 
 
 @pytest.mark.parametrize("module", ["convert", "export"])
@@ -230,15 +245,10 @@ def test_a_disk_that_fills_is_told_and_leaves_nothing_that_looks_finished(
 ) -> None:
     load = [] if module == "convert" else ["--load", str(converted)]
     words = [*load, "--hf-checkpoint", str(random_checkpoint()), "--save", str(tmp_path / "full" / "out")]
-    ended = subprocess.run(
-        [sys.executable, "-m", f"recipe.conversion.{module}", *words],
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000)),
-    )
-    assert ended.returncode == 2, ended.stderr
-    assert "cannot be written" in ended.stderr
-    assert "Traceback" not in ended.stderr
+    status, output = forked(run_on_small_disk, f"recipe.conversion.{module}", words)
+    assert status == 2, output
+    assert "cannot be written" in output
+    assert "Traceback" not in output
     assert not (tmp_path / "full" / "out").exists()
 
 
@@ -252,14 +262,13 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path: Pat
 def test_a_killed_conversion_does_not_look_finished_and_is_begun_anew(tmp_path: Path) -> None:
     target = tmp_path / "torch_dist"
     words = ["--hf-checkpoint", str(random_checkpoint()), "--save", str(target), *MTP]
-    process = subprocess.Popen([sys.executable, "-m", "recipe.conversion.convert", *words])
     partial = tmp_path / ".torch_dist.partial"
     deadline = time.monotonic() + 60
-    while not partial.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with Forked(run_module, "recipe.conversion.convert", words):  # which kills it at its end
+        while not partial.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    assert partial.exists()
     assert not target.exists()
     assert TINY_TENSORS in convert(random_checkpoint(), target, *MTP)
     assert not partial.exists()

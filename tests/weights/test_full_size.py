@@ -23,9 +23,11 @@ from full_size_support import (
     view_ranks,
 )
 from safetensors import safe_open
+from trainer_support import preload_megatron
 from transformers import Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM
 
 from recipe.config import Architecture
+from recipe.plan.shards import stage_shards
 from recipe.weights.table import Placement, placements
 from recipe.weights.tiny import tiny_config
 
@@ -64,16 +66,24 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Placement]:
 @pytest.fixture(scope="module")
 def pretended_ranks() -> Iterator[ProcessPoolExecutor]:
     """A process for torch as the trainer prepares it."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    preload_megatron()
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("forkserver")) as pool:
         yield pool
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
+def flags_and_layers(request: pytest.FixtureRequest) -> tuple[Sequence[str], Sequence[int]]:
+    return LAYOUTS[request.param]
+
+
+@pytest.fixture(scope="module")
 def layout(
-    request: pytest.FixtureRequest, pretended_ranks: ProcessPoolExecutor, tmp_path_factory: pytest.TempPathFactory
+    flags_and_layers: tuple[Sequence[str], Sequence[int]],
+    pretended_ranks: ProcessPoolExecutor,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[list[RankView], Sequence[int]]:
     """Every rank of a layout, and the decoder layers of its stages."""
-    flags, layers = LAYOUTS[request.param]
+    flags, layers = flags_and_layers
     resolved = resolve_full_size(tmp_path_factory.mktemp("layout"), flags)
     return pretended_ranks.submit(view_ranks, resolved, checkpoint_shapes()).result(), layers
 
@@ -147,6 +157,18 @@ def merged(shape: Shape, axes: int) -> Shape:
     """The shape with its leading axes multiplied together until `axes` are left."""
     leading = len(shape) - axes + 1
     return (math.prod(shape[:leading]), *shape[leading:])
+
+
+def test_a_rank_holds_as_many_parameters_as_the_plan_says(
+    layout: tuple[list[RankView], Sequence[int]], flags_and_layers: tuple[Sequence[str], Sequence[int]], tmp_path: Path
+) -> None:
+    flags, _ = flags_and_layers
+    resolved = resolve_full_size(tmp_path, flags)
+    shards = stage_shards(resolved.config, resolved.architecture)
+    views, _ = layout
+    for view in views:
+        assert shards[view.stage].layers == view.layers
+        assert shards[view.stage].parameters + shards[view.stage].bias_elements == view.held
 
 
 def test_a_rank_reads_just_what_it_holds(layout: tuple[list[RankView], Sequence[int]]) -> None:
