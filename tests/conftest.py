@@ -40,7 +40,10 @@ DEAREST = (
     "config",
 )
 """Folders whose tests take longest: they come first, so that no worker is left alone with one of them at the end."""
-SHARE_SGLANG = ("decode_speed", "engine_contract", "engine_control", "engine_process", "engine_weights")
+SHARE_SGLANG = (
+    *("decode_speed", "engine_contract", "engine_control"),
+    *("engine_process", "engine_weights", "in_flight_contract"),
+)
 """Files of tests/rollout whose tests speak to one real SGLang, which takes more than a minute of a core to start."""
 
 
