@@ -226,4 +226,5 @@ assert callable(load_gguf_checkpoint)
 
 def test_a_tokenizer_is_read_without_torch_and_leaves_transformers_whole(tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path)
-    subprocess.run([sys.executable, "-c", READING, tmp_path], check=True)
+    ended = subprocess.run([sys.executable, "-c", READING, tmp_path], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
