@@ -25,11 +25,12 @@ def scores(
 
 
 def settings_of(config: Config, weights: Path | None, *, bf16: bool) -> Config:
-    """Those of a run whose trainer only scores: no reference model, and of fp32 the attention that has it."""
+    """Those of a run whose trainer only scores: no reference model, and in fp32 no attention that lacks it."""
+    lacks_fp32 = not bf16 and config.perf.attention_backend != "unfused"
     return with_changes(
         alone(config, weights),
         model={"bf16": bf16},
-        perf={} if bf16 else {"attention_backend": "auto"},
+        perf={"attention_backend": "auto"} if lacks_fp32 else {},
         grpo={"use_kl_loss": False, "kl_coef": 0.0, "use_rollout_routing_replay": False, "use_routing_replay": True},
     )
 

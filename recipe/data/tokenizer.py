@@ -37,7 +37,8 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
 
 @contextmanager
 def _without_reader_of_gguf() -> Iterator[None]:
-    """It is not imported in the block, unless it has been before; afterwards it can be."""
+    """It is not imported in the block, unless it has been before; afterwards it can be. What is imported in the block
+    goes without it for good."""
     if READER_OF_GGUF in sys.modules:
         yield
         return

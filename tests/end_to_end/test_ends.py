@@ -60,8 +60,8 @@ class RunUnderTest:
         wait_until(is_there)
         return found[0]
 
-    def stop_next_engine(self, other_than: int | None = None) -> None:
-        """Stops the engine that is started now before it can become healthy."""
+    def stop_next_engine(self, other_than: int) -> None:
+        """Stops the engine that is started in another one's place before it can become healthy."""
 
         def is_there() -> bool:
             return any(engine.pid != other_than for engine in engines(psutil.Process(self.process.pid)))

@@ -15,8 +15,13 @@ from recipe.config.loading import build_config, read_settings
 from recipe.system.errors import UserError
 
 
-def answer_and_never_end() -> int:
-    atexit.register(time.sleep, 3600)  # as what torch compiles with does
+def end_late(ended: Path) -> None:
+    atexit.register(ended.touch)
+    atexit.register(time.sleep, 5)  # comes first; what torch compiles with takes five minutes
+
+
+def answer_and_end_late(ended: Path) -> int:
+    end_late(ended)
     return 7
 
 
@@ -31,8 +36,8 @@ class OfTwoParts(BaseException):
         super().__init__(one + other)
 
 
-def fail_and_never_end() -> None:
-    atexit.register(time.sleep, 3600)
+def fail_and_end_late(ended: Path) -> None:
+    end_late(ended)
     raise OfTwoParts("half ", "a reason")
 
 
@@ -40,16 +45,17 @@ def die() -> None:
     os._exit(3)
 
 
-def test_a_process_that_has_answered_is_not_waited_for() -> None:
-    assert in_process(answer_and_never_end) == 7
+def test_a_process_that_has_answered_is_not_waited_for(tmp_path: Path) -> None:
+    assert in_process(answer_and_end_late, tmp_path / "answered") == 7
+    with pytest.raises(RuntimeError, match="OfTwoParts: half a reason"):
+        in_process(fail_and_end_late, tmp_path / "failed")
     assert multiprocessing.active_children() == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_goes_wrong_in_it_is_told_here() -> None:
     with pytest.raises(UserError, match="no such weights: name others"):
         in_process(refuse)
-    with pytest.raises(RuntimeError, match="OfTwoParts: half a reason"):
-        in_process(fail_and_never_end)
     with pytest.raises(RuntimeError, match="the process of die ended with status 3"):
         in_process(die)
 
