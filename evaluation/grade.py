@@ -19,7 +19,7 @@ from evaluation.grading import Judge, Response
 from evaluation.options import check_grading_time, finite
 from recipe.rewards import REWARD_RULES, RewardType
 from recipe.rewards.extract import answer_after_thinking
-from recipe.rollout.sample import FinishReason
+from recipe.sampling.sample import FinishReason
 from recipe.system.errors import UserError, run_main, shortened
 
 BATCH = 1024

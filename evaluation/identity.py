@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from recipe.engines.launch import INITIAL_VERSION
-from recipe.rollout.errors import EngineAnswerError, EngineRefused
-from recipe.rollout.http import ask_blocking, succeeds
+from recipe.sampling.errors import EngineAnswerError, EngineRefused
+from recipe.sampling.http import ask_blocking, succeeds
 from recipe.system.errors import UserError
 from recipe.system.files import sha256_file
 from recipe.system.json_text import parse_json

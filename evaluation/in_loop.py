@@ -14,10 +14,10 @@ from recipe.rewards import REWARD_RULES, RewardType
 from recipe.rewards.extract import answer_after_thinking, answer_line_after_thinking
 from recipe.rollout.client import RolloutClient
 from recipe.rollout.generate import OnGroup, Rollout, SeedStream, generate_rollout
-from recipe.rollout.sample import SampleGroup
-from recipe.rollout.sampling_params import SamplingParams
 from recipe.run.metrics import Values
 from recipe.run.statistics import clustered_mean
+from recipe.sampling.sample import SampleGroup
+from recipe.sampling.sampling_params import SamplingParams
 
 
 def read_sets(resolved: Resolved) -> dict[str, list[Prompt]]:

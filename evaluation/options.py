@@ -10,7 +10,7 @@ from pathlib import Path
 from evaluation.problems import INSTRUCTION
 from evaluation.result import MODEL_CARD_RESPONSE_LEN
 from evaluation.sampling import Limits
-from recipe.rollout.sampling_params import SamplingParams
+from recipe.sampling.sampling_params import SamplingParams
 from recipe.system.errors import UserError
 
 _TOKENS_A_SECOND_AT_LEAST = 10

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from evaluation.grading import Verdict
-from recipe.rollout.sample import FinishReason
+from recipe.sampling.sample import FinishReason
 from recipe.system.errors import UserError
 from recipe.system.json_text import parse_json
 

@@ -12,11 +12,11 @@ from pydantic.dataclasses import dataclass
 
 from recipe.data.prompts import Prompt
 from recipe.rollout.client import RolloutClient
-from recipe.rollout.errors import EngineAnswerError, EngineError, EngineUnreachable, StaleWeights
 from recipe.rollout.generate import SeedStream
-from recipe.rollout.sample import FinishReason, Sample, SampleGroup
-from recipe.rollout.sampling_params import SamplingParams
 from recipe.run.journal import Journal
+from recipe.sampling.errors import EngineAnswerError, EngineError, EngineUnreachable, StaleWeights
+from recipe.sampling.sample import FinishReason, Sample, SampleGroup
+from recipe.sampling.sampling_params import SamplingParams
 from recipe.system.errors import UserError
 
 _POLL_S = 15.0

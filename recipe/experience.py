@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from recipe.config import Config
 from recipe.config.groups_training import GrpoConfig
 from recipe.data.source import Draw
+from recipe.generation.continuation import Decode
 from recipe.grpo.advantages import (
     normalised_over_batch,
     normalises_over_batch,
@@ -22,12 +23,11 @@ from recipe.grpo.mismatch import StepMismatch
 from recipe.messages import OLDER_TOKENS, FloatArray, Scores, StepReport, TrainSample
 from recipe.rewards.grader import GradeStatus
 from recipe.rollout.client import ClientCounters
-from recipe.rollout.continuation import Decode
 from recipe.rollout.generate import Rollout
-from recipe.rollout.sample import NO_WEIGHTS, Sample, SampleGroup
 from recipe.run.directory import SampleRecord
 from recipe.run.metrics import Scalar, Values, over_steps, source_metric
 from recipe.run.shown_tokens import ShownTokens, pieces_of
+from recipe.sampling.sample import NO_WEIGHTS, Sample, SampleGroup
 
 
 def with_advantages(rollout: Rollout, config: Config) -> list[TrainSample]:

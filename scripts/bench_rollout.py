@@ -28,8 +28,8 @@ import torch
 from engine_bench import FIRST, START_LIMIT_S, Bench, difference, ours, probe, prompts_of, release, resume, theirs
 
 from recipe.config.sglang_rules import find_sglang_python
-from recipe.rollout.http import ask_blocking
-from recipe.rollout.routing import RouterShape
+from recipe.sampling.http import ask_blocking
+from recipe.sampling.routing import RouterShape
 from recipe.smoke.decode import write_draft
 from recipe.system.errors import UserError, run_main
 

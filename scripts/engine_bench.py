@@ -21,10 +21,10 @@ from recipe.engines.launch import SERVE, USE_CPU, SglangServer, launch_sglang
 from recipe.engines.process import EngineProcess
 from recipe.rollout.client import ClientOptions, RolloutClient
 from recipe.rollout.generate import Rollout, SeedStream, generate_rollout
-from recipe.rollout.http import ask_blocking
-from recipe.rollout.routing import RouterShape
-from recipe.rollout.sample import Sample, SampleGroup
-from recipe.rollout.sampling_params import SamplingParams
+from recipe.sampling.http import ask_blocking
+from recipe.sampling.routing import RouterShape
+from recipe.sampling.sample import Sample, SampleGroup
+from recipe.sampling.sampling_params import SamplingParams
 from recipe.system.errors import UserError
 
 ON_GPU = ("--attention-backend", "triton", "--sampling-backend", "pytorch", "--grammar-backend", "none")

@@ -8,7 +8,7 @@ set -euo pipefail
 
 python=${PYTHON:-.venv/bin/python}
 folder=build/calculator
-function=(--custom-generate-function-path recipe.rollout.examples.calculator:generate)
+function=(--custom-generate-function-path recipe.generation.examples.calculator:generate)
 name=calculator
 if [ "${1-}" = without ]; then
     function=()
@@ -18,7 +18,7 @@ fi
 
 if [ ! -e "$folder/hf/config.json" ]; then
     "$python" -m recipe.weights.tiny --output "$folder/init"
-    "$python" -m recipe.rollout.examples.calculator --output "$folder"
+    "$python" -m recipe.generation.examples.calculator --output "$folder"
     "$python" -m recipe.train --recipe tiny-sft --name calculator-sft --hf-checkpoint "$folder/init" \
         --prompt-data "$folder/warmup.jsonl" --save-hf "$folder/hf"
 fi

@@ -10,14 +10,14 @@ from recipe.data.mixture import PromptFile, open_draws
 from recipe.data.prompts import PromptFormat, read_prompts
 from recipe.data.source import Draws
 from recipe.data.tokenizer import load_tokenizer
+from recipe.generation.custom_generate import Generation
+from recipe.generation.turns import Codec
 from recipe.messages import Evaluated
 from recipe.rewards.functions import REWARD_RULES, CustomReward, Reward, RewardRule, RewardType
 from recipe.rewards.grader import check_custom_reward
 from recipe.rollout.client import RolloutClient
-from recipe.rollout.custom_generate import Generation
 from recipe.rollout.filters import GroupFilter, load_filter
 from recipe.rollout.generate import OnGroup
-from recipe.rollout.turns import Codec
 from recipe.system.imports import load_function
 
 if TYPE_CHECKING:

@@ -17,12 +17,12 @@ from recipe.plan.plan import Plan
 from recipe.plan.report import as_json
 from recipe.rewards.grader import Grader
 from recipe.rollout.client import ClientOptions, RolloutClient
-from recipe.rollout.routing import RouterShape
 from recipe.run.directory import RunDirectory
 from recipe.run.progress import open_progress
 from recipe.run.spending import Budget
 from recipe.run.start import StartClock, StartMoment, StartPart
 from recipe.run.status import RunState
+from recipe.sampling.routing import RouterShape
 
 
 @asynccontextmanager

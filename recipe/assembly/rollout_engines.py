@@ -13,8 +13,8 @@ from recipe.rollout.ahead import Ahead, FirstFinished, FixedOrder
 from recipe.rollout.client import ClientCounters, RolloutClient
 from recipe.rollout.collect import CollectionPlan, NothingToLearn, RolloutCollector
 from recipe.rollout.generate import SeedStream
-from recipe.rollout.sample import SampleGroup, grade_group
-from recipe.rollout.sampling_params import SamplingParams
+from recipe.sampling.sample import SampleGroup, grade_group
+from recipe.sampling.sampling_params import SamplingParams
 from recipe.system.threads import in_thread
 
 

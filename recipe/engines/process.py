@@ -15,7 +15,7 @@ from typing import Self
 import psutil
 
 from recipe.engines.launch import SCRATCH, Launch
-from recipe.rollout.http import succeeds
+from recipe.sampling.http import succeeds
 from recipe.system.environment import handed_on
 from recipe.system.errors import UserError
 from recipe.system.parent_death import die_with

@@ -11,10 +11,10 @@ from recipe.config import Config, Resolved
 from recipe.engines.launch import Launch, SglangServer, launch_embedded, launch_sglang
 from recipe.engines.process import EngineProcess
 from recipe.messages import FloatArray, Scores, TrainSample
-from recipe.rollout.errors import EngineAnswerError
-from recipe.rollout.http import ask_blocking
-from recipe.rollout.routing import RouterShape, read_routed_experts
-from recipe.rollout.sampling_params import SamplingParams
+from recipe.sampling.errors import EngineAnswerError
+from recipe.sampling.http import ask_blocking
+from recipe.sampling.routing import RouterShape, read_routed_experts
+from recipe.sampling.sampling_params import SamplingParams
 
 SEVERAL_GPUS = (
     *("dp_size", "ep_size", "enable_dp_attention", "enable_dp_lm_head", "moe_dense_tp_size", "max_total_tokens"),

@@ -1,1 +1,1 @@
-"""Generation: samples and their states, and the client of SGLang's HTTP API."""
+"""Rollouts: prompts to groups of samples, of all engines of a run."""

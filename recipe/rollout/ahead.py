@@ -33,8 +33,8 @@ from recipe.rollout.generate import (
     check_versions,
 )
 from recipe.rollout.pending import finished_as_json, finished_from_json
-from recipe.rollout.sample import NO_WEIGHTS, SampleGroup
-from recipe.rollout.sampling_params import SamplingParams
+from recipe.sampling.sample import NO_WEIGHTS, SampleGroup
+from recipe.sampling.sampling_params import SamplingParams
 from recipe.system.threads import in_thread
 
 SeedsOf = Callable[[int], SeedStream]

@@ -12,17 +12,17 @@ import aiohttp
 
 from recipe.config import RolloutConfig
 from recipe.data.prompts import Prompt
-from recipe.rollout.custom_generate import Generation, GroupRun
+from recipe.generation.custom_generate import Generation, GroupRun
+from recipe.generation.turns import Request
 from recipe.rollout.deadlines import Deadlines
-from recipe.rollout.errors import EngineUnreachable, first_failure
 from recipe.rollout.fleet import EnginePeer, Fleet, HealthOptions, OnSilent
-from recipe.rollout.http import LARGEST_BODY, ask, generates, open_session
-from recipe.rollout.routing import RouterShape
-from recipe.rollout.sample import FinishReason, SampleGroup
-from recipe.rollout.sampling_params import SamplingParams
-from recipe.rollout.sglang_response import read_samples
-from recipe.rollout.turns import Request
 from recipe.run.conditions import Course
+from recipe.sampling.errors import EngineUnreachable, first_failure
+from recipe.sampling.http import LARGEST_BODY, ask, generates, open_session
+from recipe.sampling.routing import RouterShape
+from recipe.sampling.sample import FinishReason, SampleGroup
+from recipe.sampling.sampling_params import SamplingParams
+from recipe.sampling.sglang_response import read_samples
 from recipe.system.errors import UserError
 
 HEALTH_TIMEOUT_S = 5.0

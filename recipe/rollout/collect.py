@@ -33,9 +33,9 @@ from recipe.rollout.generate import (
     check_versions,
 )
 from recipe.rollout.pending import PendingGroup
-from recipe.rollout.sample import SampleGroup
-from recipe.rollout.sampling_params import SamplingParams
 from recipe.rollout.selection import Selection
+from recipe.sampling.sample import SampleGroup
+from recipe.sampling.sampling_params import SamplingParams
 from recipe.system.errors import UserError
 from recipe.system.threads import in_thread
 

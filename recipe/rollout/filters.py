@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from recipe.rollout.sample import SampleGroup
+from recipe.sampling.sample import SampleGroup
 from recipe.system.errors import UserError
 from recipe.system.imports import load_function
 

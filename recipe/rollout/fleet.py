@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
 from recipe.config import RolloutConfig
-from recipe.rollout.errors import EngineUnreachable
+from recipe.sampling.errors import EngineUnreachable
 
 T = TypeVar("T")
 

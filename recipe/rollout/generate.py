@@ -7,9 +7,9 @@ from typing import Self
 
 from recipe.data.prompts import Prompt
 from recipe.rollout.client import ClientCounters, RolloutClient
-from recipe.rollout.errors import EngineError, StaleWeights
-from recipe.rollout.sample import NO_WEIGHTS, Sample, SampleGroup, added
-from recipe.rollout.sampling_params import SamplingParams
+from recipe.sampling.errors import EngineError, StaleWeights
+from recipe.sampling.sample import NO_WEIGHTS, Sample, SampleGroup, added
+from recipe.sampling.sampling_params import SamplingParams
 from recipe.system.seeds import derive
 
 OnGroup = Callable[[SampleGroup], Awaitable[None]]

@@ -10,7 +10,7 @@ import numpy as np
 
 from recipe.data.prompts import Prompt
 from recipe.rewards import Grade, GradeStatus
-from recipe.rollout.sample import FinishReason, Sample, SampleGroup
+from recipe.sampling.sample import FinishReason, Sample, SampleGroup
 
 
 @dataclass(frozen=True, slots=True)

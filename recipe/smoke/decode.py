@@ -24,8 +24,8 @@ from recipe.engines.launch import INITIAL_VERSION, Launch, SglangServer, launch_
 from recipe.engines.process import EngineProcess
 from recipe.plan.decode_points import DecodePoint, EngineKind, MeasuredDecoding
 from recipe.plan.machine import read_gpus
-from recipe.rollout.http import ask, ask_blocking, open_session
-from recipe.rollout.sampling_params import SamplingParams
+from recipe.sampling.http import ask, ask_blocking, open_session
+from recipe.sampling.sampling_params import SamplingParams
 from recipe.system.errors import UserError
 from recipe.system.seeds import derive
 from recipe.weights.table import placements

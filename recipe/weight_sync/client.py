@@ -6,8 +6,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from recipe.config.groups_rollout import InFlight
-from recipe.rollout.errors import EngineRefused
-from recipe.rollout.http import ask, open_session
+from recipe.sampling.errors import EngineRefused
+from recipe.sampling.http import ask, open_session
 from recipe.weight_sync.broadcast import TensorHeader, UpdateGroup
 from recipe.weight_sync.checksum import RankChecksums
 

@@ -16,7 +16,7 @@ import torch
 from recipe.config import Architecture, Config
 from recipe.config.groups_rollout import InFlight
 from recipe.config.sglang_rules import ONE_GPU, EngineLayout
-from recipe.rollout.errors import EngineUnreachable
+from recipe.sampling.errors import EngineUnreachable
 from recipe.system.errors import UserError
 from recipe.weight_sync.broadcast import BroadcastGroup, TensorHeader, UpdateGroup, open_group_store
 from recipe.weight_sync.checksum import ExpectedChecksums

@@ -16,10 +16,10 @@ from recipe.config.loading import RECIPES
 from recipe.data.prompts import Prompt
 from recipe.messages import Evaluated
 from recipe.rollout.client import RolloutClient
-from recipe.rollout.sample import SampleGroup
 from recipe.run.metrics import StepMetrics
 from recipe.run.phases import StepSeconds
 from recipe.run.plots import draw_rewards
+from recipe.sampling.sample import SampleGroup
 from recipe.system.errors import UserError
 
 
@@ -73,7 +73,7 @@ async def test_it_is_the_same_evaluation(server: KnownServer, data: Path, tmp_pa
 
 async def test_a_custom_reward_is_averaged(server: KnownServer, data: Path) -> None:
     from recipe.rewards import CustomReward, Grader
-    from recipe.rollout.sample import grade_group
+    from recipe.sampling.sample import grade_group
 
     with Grader(CustomReward("custom_rewards:by_label")) as grader:
 
@@ -151,7 +151,7 @@ async def test_one_problem_with_a_custom_reward_has_no_interval_and_can_be_drawn
     server: KnownServer, tmp_path: Path
 ) -> None:
     from recipe.rewards import CustomReward, Grader
-    from recipe.rollout.sample import grade_group
+    from recipe.sampling.sample import grade_group
 
     data = write_questions(tmp_path / "one.jsonl", {"a": ("1+2=", 3)})
     with Grader(CustomReward("custom_rewards:always")) as grader:

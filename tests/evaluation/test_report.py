@@ -14,8 +14,8 @@ from evaluation.sampling import Plan, SampleKey, SampleStore, StoredSample
 from evaluation.scoring import result_of
 from recipe.data.prompts import Prompt
 from recipe.rollout.generate import SeedStream
-from recipe.rollout.sample import FinishReason
-from recipe.rollout.sampling_params import SamplingParams
+from recipe.sampling.sample import FinishReason
+from recipe.sampling.sampling_params import SamplingParams
 
 HOSTILE = "<script>document.title = 'taken over'</script><img src='http://example.invalid/x.png'>&amp;</pre>\u202e"
 N_SAMPLES, LONGEST = 16, 16_384

@@ -8,7 +8,7 @@ from typing import Any
 from aiohttp import web
 from rollout_support import make_prompt
 
-from recipe.rollout.sample import SampleGroup
+from recipe.sampling.sample import SampleGroup
 
 Handler = Callable[[dict[str, Any]], Awaitable[web.Response]]
 

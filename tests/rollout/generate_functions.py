@@ -4,8 +4,8 @@ import asyncio
 import sys
 from contextlib import suppress
 
-from recipe.rollout.sample import Sample
-from recipe.rollout.turns import GenerateSettings, TurnEngine
+from recipe.generation.turns import GenerateSettings, TurnEngine
+from recipe.sampling.sample import Sample
 
 TOOL = [30, 31, 32]
 """What the tool says."""

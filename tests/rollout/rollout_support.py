@@ -15,7 +15,7 @@ from transformers import Glm4MoeLiteForCausalLM
 from recipe.data.prompts import Prompt
 from recipe.engines.process import EngineProcess
 from recipe.messages import RoutedExperts
-from recipe.rollout.sampling_params import SamplingParams
+from recipe.sampling.sampling_params import SamplingParams
 from recipe.weight_sync.tensor import Bucket
 from recipe.weights.tiny import write_tiny_checkpoint
 

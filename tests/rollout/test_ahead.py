@@ -12,7 +12,7 @@ from recipe.rollout.client import ClientCounters
 from recipe.rollout.collect import CollectionPlan
 from recipe.rollout.generate import GenerationMetrics, Rollout, SeedStream
 from recipe.rollout.pending import finished_as_json
-from recipe.rollout.sample import FinishReason, SampleGroup
+from recipe.sampling.sample import FinishReason, SampleGroup
 
 
 class Collector:

@@ -12,14 +12,14 @@ from fake_engines import FakeEngine, serving
 from recipe.config import RolloutConfig
 from recipe.data.prompts import Prompt
 from recipe.data.tiny_tokenizer import build_tiny_tokenizer
+from recipe.generation.custom_generate import Generation
+from recipe.generation.examples import calculator
 from recipe.rewards import REWARD_RULES, Grader, RewardType
 from recipe.rollout.client import ClientOptions, RolloutClient
-from recipe.rollout.custom_generate import Generation
-from recipe.rollout.examples import calculator
-from recipe.rollout.sample import SampleGroup, grade_group
-from recipe.rollout.sampling_params import SamplingParams
+from recipe.sampling.sample import SampleGroup, grade_group
+from recipe.sampling.sampling_params import SamplingParams
 
-PATH = "recipe.rollout.examples.calculator:generate"
+PATH = "recipe.generation.examples.calculator:generate"
 ROLLOUT = RolloutConfig(
     num_rollout=1, rollout_batch_size=1, rollout_max_response_len=60, custom_generate_function_path=PATH
 )

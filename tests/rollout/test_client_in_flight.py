@@ -11,7 +11,7 @@ from fake_engines import FakeEngine, answers, group_of, serving
 from recipe.rollout.client import ClientCounters, ClientOptions, RolloutClient
 from recipe.rollout.deadlines import Deadlines
 from recipe.rollout.fleet import EnginePeer, Fleet, HealthOptions
-from recipe.rollout.sampling_params import SamplingParams
+from recipe.sampling.sampling_params import SamplingParams
 
 SAMPLING = SamplingParams(max_new_tokens=4)
 OPTIONS = ClientOptions(

@@ -14,18 +14,18 @@ from rollout_support import EngineUnderTest, load_reference, log_probs_of, make_
 
 from recipe.data.source import PromptSource
 from recipe.data.tokenizer import load_tokenizer
+from recipe.generation.custom_generate import Generation
+from recipe.generation.turns import Codec
 from recipe.rewards import Grade
 from recipe.rewards.grader import GradeStatus
 from recipe.rollout.client import ClientOptions, RolloutClient
 from recipe.rollout.collect import CollectionPlan, NothingToLearn, RolloutCollector
-from recipe.rollout.custom_generate import Generation
-from recipe.rollout.errors import StaleWeights
 from recipe.rollout.filters import check_reward_nonzero_std
 from recipe.rollout.generate import Rollout, SeedStream
 from recipe.rollout.pending import PendingGroup
-from recipe.rollout.sample import FinishReason, Sample, SampleGroup
-from recipe.rollout.sampling_params import SamplingParams
-from recipe.rollout.turns import Codec
+from recipe.sampling.errors import StaleWeights
+from recipe.sampling.sample import FinishReason, Sample, SampleGroup
+from recipe.sampling.sampling_params import SamplingParams
 from recipe.system.errors import UserError
 
 PROMPTS = [make_prompt(number, (number + 1, 2, 3)) for number in range(40)]

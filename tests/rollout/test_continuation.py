@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import pytest
 from rollout_support import make_prompt
 
-from recipe.rollout.continuation import rejoin, text_of_turn
-from recipe.rollout.sample import FinishReason, Sample
+from recipe.generation.continuation import rejoin, text_of_turn
+from recipe.sampling.sample import FinishReason, Sample
 
 
 def decode(ids: Sequence[int]) -> str:

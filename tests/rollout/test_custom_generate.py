@@ -21,16 +21,16 @@ from recipe.config import Config, RolloutConfig
 from recipe.data.source import PromptSource
 from recipe.data.tokenizer import load_tokenizer
 from recipe.experience import advantages, rollout_metrics, sample_records, with_advantages
+from recipe.generation.custom_generate import Generation, load_generate_function
+from recipe.generation.turns import Codec, GenerateFunction, single_turn
 from recipe.rewards import REWARD_RULES, Grade, Grader, RewardType
 from recipe.rewards.grader import GradeStatus
 from recipe.rollout.client import ClientOptions, RolloutClient
 from recipe.rollout.collect import CollectionPlan, RolloutCollector
-from recipe.rollout.custom_generate import Generation, load_generate_function
 from recipe.rollout.generate import SeedStream, generate_rollout
 from recipe.rollout.pending import PendingGroup
-from recipe.rollout.sample import NO_WEIGHTS, FinishReason, Sample, SampleGroup, grade_group
-from recipe.rollout.sampling_params import SamplingParams
-from recipe.rollout.turns import Codec, GenerateFunction, single_turn
+from recipe.sampling.sample import NO_WEIGHTS, FinishReason, Sample, SampleGroup, grade_group
+from recipe.sampling.sampling_params import SamplingParams
 from recipe.system.errors import UserError
 
 CONFIG = Config.model_validate(
@@ -215,7 +215,7 @@ async def test_a_function_that_fails_is_named_and_its_sample_left_out(
 async def test_a_function_that_swallows_its_end_holds_nobody_up(
     embedded: EngineUnderTest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("recipe.rollout.custom_generate.FAREWELL_S", 0.1)
+    monkeypatch.setattr("recipe.generation.custom_generate.FAREWELL_S", 0.1)
     async with generating(embedded, generate_functions.hangs_on, custom_generate_timeout_s=0.1) as client:
         group = await asyncio.wait_for(made(client), 5)
     assert {sample.finish_reason for sample in group.samples} == {FinishReason.FAILED}

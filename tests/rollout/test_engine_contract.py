@@ -22,8 +22,8 @@ from rollout_support import (
 
 from recipe.config import Architecture
 from recipe.data.tokenizer import load_tokenizer
-from recipe.rollout.routing import RouterShape, read_routed_experts
-from recipe.rollout.sampling_params import SamplingParams
+from recipe.sampling.routing import RouterShape, read_routed_experts
+from recipe.sampling.sampling_params import SamplingParams
 
 ONE = SamplingParams(max_new_tokens=1)
 LONG = replace(GREEDY, max_new_tokens=50)

@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 import pytest
 from rollout_support import GREEDY, PROMPT, EngineUnderTest, Kind, generation
 
-from recipe.rollout.sample import FinishReason
-from recipe.rollout.sglang_response import read_sample
+from recipe.sampling.sample import FinishReason
+from recipe.sampling.sglang_response import read_sample
 
 LONG = replace(GREEDY, max_new_tokens=50)
 MANY = generation([PROMPT] * 1000, LONG)

@@ -8,7 +8,7 @@ from typing import Any
 
 from rollout_support import EngineUnderTest
 
-from recipe.rollout.sampling_params import SamplingParams
+from recipe.sampling.sampling_params import SamplingParams
 
 
 def _requests(count: int) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from rollout_support import (
 from safetensors.torch import save_file
 from torch import Tensor
 
-from recipe.rollout.sglang_response import read_sample
+from recipe.sampling.sglang_response import read_sample
 from recipe.system.errors import UserError
 from recipe.weight_sync.checksum import ExpectedChecksums
 from recipe.weight_sync.sync import WeightSync

@@ -10,7 +10,7 @@ from rollout_support import make_prompt
 from recipe.rewards import Grade
 from recipe.rewards.grader import GradeStatus
 from recipe.rollout.filters import load_filter
-from recipe.rollout.sample import SampleGroup
+from recipe.sampling.sample import SampleGroup
 from recipe.system.errors import UserError
 
 

@@ -12,8 +12,8 @@ from fake_engines import FakeEngine, answers, group_of, serving
 
 from recipe.rollout.client import ClientCounters, ClientOptions, RolloutClient
 from recipe.rollout.fleet import EnginePeer, Fleet, HealthOptions, OnSilent
-from recipe.rollout.sample import FinishReason, SampleGroup
-from recipe.rollout.sampling_params import SamplingParams
+from recipe.sampling.sample import FinishReason, SampleGroup
+from recipe.sampling.sampling_params import SamplingParams
 from recipe.system.errors import UserError
 
 SAMPLING = SamplingParams(max_new_tokens=4)

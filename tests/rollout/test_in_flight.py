@@ -15,8 +15,8 @@ from recipe.engines.embedded.generation import Generation
 from recipe.engines.embedded.protocol import GenerateBody, Limits, answer, read_sequences
 from recipe.engines.embedded.running_sequence import RunningSequence
 from recipe.engines.embedded.weights import WeightTable
-from recipe.rollout.sampling_params import SamplingParams
-from recipe.rollout.sglang_response import SampleAnswer, read_sample
+from recipe.sampling.sampling_params import SamplingParams
+from recipe.sampling.sglang_response import SampleAnswer, read_sample
 
 Prompts = list[list[int]]
 held_weights = cache(weights_of)

@@ -28,8 +28,8 @@ from transformers import Glm4MoeLiteForCausalLM
 from recipe.config import Architecture
 from recipe.config.groups_rollout import InFlight
 from recipe.messages import RoutedExperts
-from recipe.rollout.routing import RouterShape, read_routed_experts
-from recipe.rollout.sglang_response import SampleAnswer, read_sample
+from recipe.sampling.routing import RouterShape, read_routed_experts
+from recipe.sampling.sglang_response import SampleAnswer, read_sample
 from recipe.weight_sync.result import UpdateResult
 from recipe.weight_sync.sync import WeightSync
 

@@ -13,11 +13,11 @@ from fake_engines import FakeEngine, group_of, serving
 
 from recipe.config import RolloutConfig
 from recipe.data.tiny_tokenizer import build_tiny_tokenizer
+from recipe.generation.custom_generate import Generation
+from recipe.generation.examples import python_tool, sandbox
+from recipe.generation.examples.python_tool import LONGEST_OUTPUT, run_python
 from recipe.rollout.client import ClientOptions, RolloutClient
-from recipe.rollout.custom_generate import Generation
-from recipe.rollout.examples import python_tool, sandbox
-from recipe.rollout.examples.python_tool import LONGEST_OUTPUT, run_python
-from recipe.rollout.sampling_params import SamplingParams
+from recipe.sampling.sampling_params import SamplingParams
 
 
 def can_be_confined() -> bool:
@@ -108,7 +108,7 @@ async def test_the_model_reads_what_its_code_prints() -> None:
         return web.json_response([{"text": turn, "output_ids": ids, "meta_info": meta}])
 
     engine, group = FakeEngine(say), group_of(n_samples=1)
-    path = "recipe.rollout.examples.python_tool:generate_with_limits_only"
+    path = "recipe.generation.examples.python_tool:generate_with_limits_only"
     rollout = RolloutConfig(
         num_rollout=1, rollout_batch_size=1, rollout_max_response_len=99, custom_generate_function_path=path
     )

@@ -17,10 +17,10 @@ from rollout_support import make_prompt
 from recipe.engines.launch import launch_embedded
 from recipe.engines.process import EngineProcess
 from recipe.rollout.client import ClientOptions, RolloutClient
-from recipe.rollout.errors import EngineAnswerError, EngineRefused, EngineUnreachable
-from recipe.rollout.http import ask, open_session
-from recipe.rollout.sample import SampleGroup
-from recipe.rollout.sampling_params import SamplingParams
+from recipe.sampling.errors import EngineAnswerError, EngineRefused, EngineUnreachable
+from recipe.sampling.http import ask, open_session
+from recipe.sampling.sample import SampleGroup
+from recipe.sampling.sampling_params import SamplingParams
 from recipe.system.errors import UserError
 from recipe.weight_sync.client import WeightsClient
 

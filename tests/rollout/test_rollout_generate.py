@@ -10,10 +10,10 @@ from rollout_support import EngineUnderTest, make_prompt
 
 from recipe.config import EvalConfig, RolloutConfig
 from recipe.rollout.client import ClientCounters, ClientOptions, RolloutClient
-from recipe.rollout.errors import EngineError, StaleWeights
 from recipe.rollout.generate import Rollout, SeedStream, check_versions, generate_rollout
-from recipe.rollout.sample import SampleGroup
-from recipe.rollout.sampling_params import SamplingParams
+from recipe.sampling.errors import EngineError, StaleWeights
+from recipe.sampling.sample import SampleGroup
+from recipe.sampling.sampling_params import SamplingParams
 from recipe.system.seeds import derive
 
 PROMPTS = [make_prompt(number, tuple(range(number + 1, 2 * number + 3))) for number in range(6)]

@@ -12,12 +12,12 @@ from rollout_support import make_prompt
 
 from recipe.messages import RoutedExperts
 from recipe.rollout.client import ClientOptions, RolloutClient
-from recipe.rollout.errors import EngineAnswerError
 from recipe.rollout.pending import PendingGroup
-from recipe.rollout.routing import RouterShape, encode_routed_experts, read_routed_experts
-from recipe.rollout.sample import FinishReason, Sample, SampleGroup
-from recipe.rollout.sampling_params import SamplingParams
-from recipe.rollout.sglang_response import read_sample, read_samples
+from recipe.sampling.errors import EngineAnswerError
+from recipe.sampling.routing import RouterShape, encode_routed_experts, read_routed_experts
+from recipe.sampling.sample import FinishReason, Sample, SampleGroup
+from recipe.sampling.sampling_params import SamplingParams
+from recipe.sampling.sglang_response import read_sample, read_samples
 
 SHAPE = RouterShape(layers=3, first_layer=1, top_k=2, experts=8)
 SAMPLING = SamplingParams(max_new_tokens=4)

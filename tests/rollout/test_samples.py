@@ -4,10 +4,10 @@ import pytest
 from rollout_support import make_prompt
 
 from recipe.rollout.client import ClientCounters
-from recipe.rollout.errors import EngineAnswerError
 from recipe.rollout.generate import GenerationMetrics
-from recipe.rollout.sample import NO_WEIGHTS, FinishReason, Sample, SampleGroup
-from recipe.rollout.sglang_response import read_sample, read_samples
+from recipe.sampling.errors import EngineAnswerError
+from recipe.sampling.sample import NO_WEIGHTS, FinishReason, Sample, SampleGroup
+from recipe.sampling.sglang_response import read_sample, read_samples
 
 
 def test_append_keeps_the_lists_aligned() -> None:

@@ -27,13 +27,13 @@ from recipe.assembly.inputs import Data
 from recipe.config import Config
 from recipe.data.prompts import Prompt
 from recipe.data.source import PromptSource
+from recipe.generation.custom_generate import Generation
 from recipe.messages import Evaluated, Progress, Scores, StepReport, TrainSample
 from recipe.rollout.client import ClientCounters
-from recipe.rollout.custom_generate import Generation
 from recipe.rollout.filters import GroupFilter
-from recipe.rollout.sample import FinishReason, SampleGroup
 from recipe.run.conditions import Course
 from recipe.run.metrics import StepMetrics
+from recipe.sampling.sample import FinishReason, SampleGroup
 from recipe.system.seeds import derive
 from recipe.system.shutdown import SAVED_STATUS
 

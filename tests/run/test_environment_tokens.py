@@ -16,9 +16,9 @@ from recipe.rewards.grader import GradeStatus
 from recipe.rollout.client import ClientCounters
 from recipe.rollout.generate import GenerationMetrics, Rollout, check_versions
 from recipe.rollout.pending import PendingGroup
-from recipe.rollout.sample import NO_WEIGHTS, FinishReason, SampleGroup
 from recipe.run.kept_steps import NO_VERSION, kept_step, read_step, write_step
 from recipe.run.shown_tokens import read_tokens, write_tokens
+from recipe.sampling.sample import NO_WEIGHTS, FinishReason, SampleGroup
 
 CONFIG = Config.model_validate(
     {

@@ -14,9 +14,9 @@ from recipe.rewards import REWARD_RULES, Grade, Grader, RewardType
 from recipe.rewards.grader import GradeStatus
 from recipe.rollout.client import ClientCounters
 from recipe.rollout.generate import GenerationMetrics, Rollout
-from recipe.rollout.sample import FinishReason, SampleGroup, grade_group
 from recipe.run.metrics import Scalar, StepMetrics
 from recipe.run.phases import StepSeconds
+from recipe.sampling.sample import FinishReason, SampleGroup, grade_group
 
 CONFIG = Config.model_validate(
     {

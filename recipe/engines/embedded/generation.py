@@ -19,7 +19,7 @@ from recipe.engines.embedded.probe import measure_granule
 from recipe.engines.embedded.rows import Rows
 from recipe.engines.embedded.running_sequence import RunningSequence
 from recipe.engines.embedded.sampling import sample, scaled_log_probs, uniforms
-from recipe.rollout.continuation import stop_window
+from recipe.generation.continuation import stop_window
 
 Prompt = tuple[tuple[int, ...], list[RunningSequence]]
 """Token ids, a response begun among them, and the sequences that go on from them."""

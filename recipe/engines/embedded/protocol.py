@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 from transformers import PreTrainedTokenizerFast
 
 from recipe.engines.embedded.running_sequence import RunningSequence, Sampling
-from recipe.rollout.routing import encode_routed_experts
+from recipe.sampling.routing import encode_routed_experts
 
 GREEDY_BELOW = 1e-6
 SEEDS = range(-(2**63), 2**63)

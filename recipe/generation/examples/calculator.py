@@ -1,7 +1,7 @@
 """A calculator for the model: `<tool_call>37*48</tool_call>` is answered by `<tool_response>1776</tool_response>`.
 
---custom-generate-function-path recipe.rollout.examples.calculator:generate     the function
-python -m recipe.rollout.examples.calculator --output DIR --seed N              a task for it, of the tiny model's size
+--custom-generate-function-path recipe.generation.examples.calculator:generate   the function
+python -m recipe.generation.examples.calculator --output DIR --seed N            a task for it, of the tiny model's size
 
 The task is products of two numbers of two digits, which the tiny model cannot work out by itself. Its warm-up is by a
 teacher who mostly gives up, and calls the calculator now and then: reinforcement learning has to find out that calling
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from recipe.rollout.sample import Sample
-from recipe.rollout.turns import GenerateSettings, TurnEngine
+from recipe.generation.turns import GenerateSettings, TurnEngine
+from recipe.sampling.sample import Sample
 from recipe.system.errors import run_main
 from recipe.system.files import atomic_write_text
 from recipe.system.seeds import derive

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from recipe.config import RolloutConfig
-from recipe.rollout.continuation import text_of_turn
-from recipe.rollout.errors import first_failure
-from recipe.rollout.sample import FinishReason, Sample
-from recipe.rollout.sampling_params import SamplingParams
-from recipe.rollout.turns import Codec, GenerateFunction, GenerateSettings, Moment, Send, TurnEngine, single_turn
+from recipe.generation.continuation import text_of_turn
+from recipe.generation.turns import Codec, GenerateFunction, GenerateSettings, Moment, Send, TurnEngine, single_turn
+from recipe.sampling.errors import first_failure
+from recipe.sampling.sample import FinishReason, Sample
+from recipe.sampling.sampling_params import SamplingParams
 from recipe.system.errors import UserError, is_unwinding, shortened
 from recipe.system.imports import load_function
 

@@ -1,8 +1,8 @@
 """Python for the model, for problems of mathematics: what stands between `<tool_call>` and `</tool_call>` is run, and
 answered by what it prints, in `<tool_response>`.
 
---custom-generate-function-path recipe.rollout.examples.python_tool:generate
---custom-generate-function-path recipe.rollout.examples.python_tool:generate_with_limits_only
+--custom-generate-function-path recipe.generation.examples.python_tool:generate
+--custom-generate-function-path recipe.generation.examples.python_tool:generate_with_limits_only
 
 The code runs in a process of its own (`sandbox.py`); docs/custom-generation.md says what that does not protect from.
 The first function fails where a process cannot be confined; the second one confines nothing.
@@ -17,9 +17,9 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from recipe.rollout.examples.sandbox import READY
-from recipe.rollout.sample import Sample
-from recipe.rollout.turns import GenerateSettings, TurnEngine
+from recipe.generation.examples.sandbox import READY
+from recipe.generation.turns import GenerateSettings, TurnEngine
+from recipe.sampling.sample import Sample
 
 START, END = "<tool_call>", "</tool_call>"
 TIMEOUT_S = 30.0

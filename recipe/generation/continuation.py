@@ -3,7 +3,7 @@ that begins in the first piece and ends in the second, nor a character whose byt
 
 from collections.abc import Callable, Sequence
 
-from recipe.rollout.sample import FinishReason, Sample
+from recipe.sampling.sample import FinishReason, Sample
 
 Decode = Callable[[Sequence[int]], str]
 """Tokens to text, special tokens included."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import aiohttp
 
-from recipe.rollout.errors import EngineAnswerError, EngineError, EngineRefused, EngineUnreachable
+from recipe.sampling.errors import EngineAnswerError, EngineError, EngineRefused, EngineUnreachable
 from recipe.system.errors import shortened
 from recipe.system.json_text import parse_json
 

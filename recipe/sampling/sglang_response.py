@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from recipe.messages import RoutedExperts
-from recipe.rollout.errors import EngineAnswerError
-from recipe.rollout.routing import RouterShape, read_routed_experts
-from recipe.rollout.sample import FinishReason
+from recipe.sampling.errors import EngineAnswerError
+from recipe.sampling.routing import RouterShape, read_routed_experts
+from recipe.sampling.sample import FinishReason
 from recipe.system.errors import shortened
 
 

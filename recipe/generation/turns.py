@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from recipe.config import RolloutConfig
-from recipe.rollout.continuation import rejoin, text_of_turn
-from recipe.rollout.sample import FinishReason, Sample
-from recipe.rollout.sampling_params import SamplingParams
-from recipe.rollout.sglang_response import SampleAnswer
+from recipe.generation.continuation import rejoin, text_of_turn
+from recipe.sampling.sample import FinishReason, Sample
+from recipe.sampling.sampling_params import SamplingParams
+from recipe.sampling.sglang_response import SampleAnswer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
