@@ -1,6 +1,7 @@
 #!/usr/bin/env python3
 """A recipe as a whole, on this machine's GPUs and a slice of the model: steps, an evaluation, a SIGTERM that saves, a
-resume; and beside each phase's memory and seconds what the plan says of them.
+resume; and beside each phase's memory and seconds what the plan says of them, and the share of the time in which each
+GPU had something to do.
 
 The slice has one dense and so many MoE layers and the MTP layer at the true widths, with random weights; prompts are
 random, and so are rewards. Experts and one engine are spread over all GPUs, unless flags say otherwise. After every
@@ -73,7 +74,7 @@ def settled(lines: Sequence[Mapping[str, float]], interrupt_after: int) -> list[
 
 @dataclass
 class Watch:
-    """Looks at the run: when each step was written down, when to interrupt it, and the GPUs' memory all the while."""
+    """Looks at the run: when each step was written down, when to interrupt it, and the GPUs all the while."""
 
     directory: Path
     interrupt_after: int
@@ -81,6 +82,8 @@ class Watch:
     """Moment at which each step's line was there."""
     memory: list[tuple[float, list[int]]] = field(default_factory=list)
     """Bytes of every GPU at each moment."""
+    busy: list[tuple[float, list[int]]] = field(default_factory=list)
+    """Percent of the time just before each moment in which every GPU had something to do."""
     struck_at: float | None = None
     _size: int = 0
 
@@ -97,12 +100,13 @@ class Watch:
             process.terminate()
 
     @contextmanager
-    def of_memory(self, gpus: int) -> Iterator[None]:
-        """Takes the memory down while the block goes on; without GPUs nothing."""
+    def of_gpus(self, gpus: int) -> Iterator[None]:
+        """Takes down what they hold and do while the block goes on; without GPUs nothing."""
         if not gpus:
             yield
             return
-        command = [NVIDIA_SMI, "--query-gpu=memory.used", "--format=csv,noheader,nounits", f"-lms={SAMPLE_MS}"]
+        command = [NVIDIA_SMI, "--query-gpu=memory.used,utilization.gpu", "--format=csv,noheader,nounits"]
+        command.append(f"-lms={SAMPLE_MS}")
         if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
             command.append(f"--id={visible}")
         sampler = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -117,12 +121,26 @@ class Watch:
 
     def _take_down(self, sampler: subprocess.Popen[str], gpus: int) -> None:
         assert sampler.stdout is not None
-        here: list[int] = []
+        here: list[tuple[str, str]] = []
         for line in sampler.stdout:
-            here.append(int(line) << 20)
+            mib, _, percent = line.partition(", ")
+            here.append((mib, percent.strip()))
             if len(here) == gpus:
-                self.memory.append((time.monotonic(), here))
+                now = time.monotonic()
+                self.memory.append((now, [int(mib) << 20 for mib, _ in here]))
+                if all(percent.isdigit() for _, percent in here):  # part of a GPU does not tell
+                    self.busy.append((now, [int(percent) for _, percent in here]))
                 here = []
+
+    def busy_shares(self, lines: Sequence[Mapping[str, float]]) -> list[float]:
+        """Of every GPU over these steps, in percent; none where there is none."""
+        spans = [(self.written[int(line["step"])], line["seconds_step"]) for line in lines]
+        inside = [
+            shares
+            for moment, shares in self.busy
+            if any(written - seconds < moment < written for written, seconds in spans)
+        ]
+        return [statistics.fmean(of_one) for of_one in zip(*inside, strict=True)]
 
     def keep_samples(self) -> None:
         """Writes them to gpu_memory.json: seconds, and MiB of every GPU."""
@@ -324,7 +342,7 @@ def main() -> int:
     flags = run_flags(options, further)
     watch = Watch(options.directory / (options.name or options.recipe), options.interrupt_after)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (os.getcwd(), os.environ.get("PYTHONPATH"))))
-    with watch.of_memory(here if options.device == "cuda" else 0):
+    with watch.of_gpus(here if options.device == "cuda" else 0):
         wrong = list(carry_out_run(options, flags, watch))
     lines = read_lines(watch.directory)
     show_steps(lines)
@@ -332,6 +350,8 @@ def main() -> int:
     if options.device == "cuda" and (usual := settled(lines, options.interrupt_after)):
         response = statistics.fmean(line["response_length"] for line in usual)
         rows = list(beside_plan(make_plan_here(options, flags, response), watch, usual))
+        shares = watch.busy_shares(usual)
+        print("busy:", ", ".join(f"GPU {gpu} {share:.0f}%" for gpu, share in enumerate(shares)) or "not told")
     watch.keep_samples()
     print("\n".join([*map(str, rows), *(f"FAIL {sentence}" for sentence in wrong)]))
     return int(bool(wrong) or not all(row.holds for row in rows))

@@ -167,3 +167,15 @@ def test_memory_is_told_by_phase(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     apart = watch.most_memory(settled(lines, 0), trainers=1)
     assert apart == {"rollout": 25, "train": 20, "update_weights": 30}, "the second GPU is an engine's"
     assert settled(lines, interrupt_after=1) == [], "a resumed run's first step loads kernels again"
+
+
+def test_how_busy_gpus_were_is_told_of_settled_steps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from check_loop import Watch
+
+    lines = [{"step": step, "seconds_step": 2.0} for step in (2, 4)]
+    watch = Watch(tmp_path, interrupt_after=0, written={1: 1.0, 2: 3.0, 3: 5.0, 4: 7.0})
+    within = [(1.5, [50, 0]), (2.5, [70, 20]), (5.5, [90, 40]), (6.5, [30, 60])]
+    watch.busy = [(0.5, [100, 100]), *within[:2], (4.0, [100, 100]), *within[2:], (7.5, [100, 100])]
+    assert watch.busy_shares(lines) == [60, 30]
+    assert Watch(tmp_path, interrupt_after=0, written=watch.written).busy_shares(lines) == []
