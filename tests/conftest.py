@@ -24,6 +24,9 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 for name in ("MAKEFLAGS", "MAKEOVERRIDES", "MFLAGS", "MAKELEVEL"):
     os.environ.pop(name, None)
 
+# Every core has a worker, or a run's process, of its own: threads beside it would only wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 MOST_WORKERS = 4
 """A run of two ranks and two engines takes some GB of memory."""
 DEAREST = (
@@ -49,8 +52,8 @@ SHARE_SGLANG = (
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """Of `-n auto`."""
-    return min(len(os.sched_getaffinity(0)), MOST_WORKERS)
+    """Of `-n auto`: one more than cores, as some tests wait for most of their time."""
+    return min(len(os.sched_getaffinity(0)) + 1, MOST_WORKERS)
 
 
 @pytest.hookimpl(optionalhook=True)
