@@ -52,6 +52,8 @@ class TrainerGroup:
         self._starting: list[ray.ObjectRef] = []
         self._loading_compiler: list[ray.ObjectRef] = []
         self._save_in_flight = False
+        self.is_well = True
+        """No call to the ranks has failed."""
         self._submitting = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -165,7 +167,11 @@ class TrainerGroup:
         return self._results(references)
 
     def _results(self, references: Sequence[ray.ObjectRef]) -> list[Any]:
-        return self._call(references).results()
+        try:
+            return self._call(references).results()
+        except Exception:
+            self.is_well = False
+            raise
 
     def _call(self, references: Sequence[ray.ObjectRef]) -> WatchedCall:
         report = self.config.run_dir.resolve() / "hung-ranks.txt"
