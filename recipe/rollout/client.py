@@ -325,9 +325,8 @@ class RolloutClient:
 
 
 def check_newest(number: int, results: Sequence[SampleAnswer], version: str) -> None:
-    """Raises StaleWeights if engine `number` made a token under weights older than those of `version`, which all engines
-    had taken when it was asked ("": they had taken none). It may have newer ones, which came meanwhile or when it was
-    started again."""
+    """Raises StaleWeights if engine `number` made a token under older weights than those of `version`, which all had
+    taken when it was asked ("": none). It may have newer ones, which came meanwhile or when it was started again."""
     made_under = {made_under for result in results for made_under in result.versions}
     older = {one for one in made_under if version and not (one.isdecimal() and int(one) >= int(version))}
     if older:
