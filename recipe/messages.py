@@ -1,7 +1,7 @@
 """What the loop and the trainer tell each other: plain data, cheap to send."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -139,6 +139,11 @@ class Progress:
     """Groups of samples that the next rollout continues."""
     ahead: list[dict[str, Any]] = field(default_factory=list)
     """What was made for rollouts to come while the trainer worked; see `recipe.rollout.ahead`."""
+
+    @property
+    def counts(self) -> "Progress":
+        """The numbers alone, which is all that most ranks need: the rest may hold whole rollouts."""
+        return replace(self, data={}, waiting=[], ahead=[])
 
 
 class RankPart(StrEnum):

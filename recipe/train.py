@@ -26,10 +26,11 @@ from recipe.weights.checkpoints import find_start, rollouts_in
 
 async def train(resolved: Resolved, plan: Plan | None) -> None:
     """Carries out the run that `resolved` describes, from its beginning or from the checkpoint in `--load`. A SIGTERM
-    that comes between two steps, or while one samples or sends weights, ends it there, saved."""
+    that comes between two steps, or while one samples or sends weights, ends it there, saved; so does a failure that is
+    not the trainer's, which is raised then."""
     config = resolved.config
     async with open_run(resolved, plan) as run:
-        with saving_on_notice(run.save_what_is_done, config.misc.sigterm_grace_s):
+        with saving_on_notice(run.save_what_is_done, config.misc.sigterm_grace_s, run.has_unsaved_steps):
             await run.update_weights()
             if run.is_first_evaluation_due:
                 await run.evaluate()

@@ -256,6 +256,12 @@ class Run:
                 self._directory.claim_export(target)
                 self.trainer.export_hugging_face(target)
 
+    def has_unsaved_steps(self) -> bool:
+        """Whether rollouts are learned that no checkpoint holds, and the trainer can still save them: none of its calls
+        has failed, and it has taken no step of the next rollout."""
+        is_half_learned = bool(self._reports) and not self._learned
+        return self.trainer.is_well and not is_half_learned and self.progress.rollouts > self._saved_rollouts
+
     def save_what_is_done(self) -> None:
         """Leaves a checkpoint of the last finished rollout, for a run that ends early. What is under way of the next
         ones is given up, and so are an evaluation and the engines: no rank is to wait for one that hangs."""

@@ -93,8 +93,7 @@ class RankActor:
         self.trainer = TrainerRank(self.config, self.architecture, rendezvous, self.stopwatch)
         progress = self.trainer.load()
         self.make_room()
-        told = progress if self.trainer.is_first else Progress()  # which may hold whole rollouts
-        return Started(told, {part: self.stopwatch.seconds[part] for part in RankPart})
+        return Started(progress, {part: self.stopwatch.seconds[part] for part in RankPart})
 
     def load_checksums(self) -> None:
         """Imports what weight updates are compared by."""

@@ -52,6 +52,8 @@ class TrainerGroup:
         self._starting: list[ray.ObjectRef] = []
         self._loading_compiler: list[ray.ObjectRef] = []
         self._save_in_flight = False
+        self.is_well = True
+        """No call to the ranks has failed."""
         self._submitting = threading.Lock()
 
     def __enter__(self) -> Self:
@@ -121,7 +123,8 @@ class TrainerGroup:
         be written."""
         directory.mkdir(parents=True, exist_ok=True)
         self._save_in_flight = self.config.checkpoint.async_save
-        self._all("save", directory.resolve(), progress)
+        told = [progress, *[progress.counts] * (len(self._ranks) - 1)]  # the first rank writes it
+        self._each("save", [(directory.resolve(), of_rank) for of_rank in told])
 
     def finish_save(self) -> None:
         """Waits for the checkpoint that is being written, if any. Raises UserError if it cannot be."""
@@ -158,14 +161,20 @@ class TrainerGroup:
         return tuple(np.frombuffer(part, dtype=np.uint8) for part in parts)
 
     def _all(self, verb: str, *arguments: Any) -> list[Any]:
-        shared = [ray.put(argument) if isinstance(argument, tuple | Progress) else argument for argument in arguments]
+        shared = [ray.put(argument) if isinstance(argument, tuple) else argument for argument in arguments]
+        return self._each(verb, [shared] * len(self._ranks))
+
+    def _each(self, verb: str, arguments: Sequence[Sequence[Any]]) -> list[Any]:
+        """The results of one call to every rank, each with arguments of its own."""
         # A notice saves while a thread may send weights: every rank gets the two in the same order.
         with self._submitting:
-            references = [getattr(rank, verb).remote(*shared) for rank in self._ranks]
-        return self._results(references)
-
-    def _results(self, references: Sequence[ray.ObjectRef]) -> list[Any]:
-        return self._call(references).results()
+            ranks = zip(self._ranks, arguments, strict=True)
+            references = [getattr(rank, verb).remote(*of_rank) for rank, of_rank in ranks]
+        try:
+            return self._call(references).results()
+        except Exception:
+            self.is_well = False
+            raise
 
     def _call(self, references: Sequence[ray.ObjectRef]) -> WatchedCall:
         report = self.config.run_dir.resolve() / "hung-ranks.txt"

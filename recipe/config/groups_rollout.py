@@ -161,7 +161,8 @@ class RolloutConfig(Group):
     rollout_health_check_interval: PositiveFloat = 30.0
     """Seconds between two checks that an engine generates, while it does; one that does not is replaced."""
     rollout_health_check_timeout: PositiveFloat = 30.0
-    """Longest wait for the answer to such a check, in seconds."""
+    """Longest wait for the answer to such a check, in seconds, and for that of an engine that is to stand still for
+    weights in flight."""
     rollout_health_check_first_wait: NonNegativeFloat = 0.0
     """Time after an engine's start in which it is not checked, in seconds; for engines that compile first."""
     update_weight_transfer: Literal["tensor", "distributed", "disk"] | None = None

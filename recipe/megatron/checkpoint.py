@@ -10,7 +10,7 @@ import json
 import pickle
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,19 @@ Shards = dict[str, list[ShardedBase]]
 
 
 def read_progress(checkpoint: Path) -> Progress:
-    """The progress file of a checkpoint. Raises UserError if it is damaged."""
-    try:
-        return Progress(**json.loads((checkpoint / PROGRESS).read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise damaged(checkpoint / PROGRESS) from error
+    """The progress file of a checkpoint, which the first rank reads; the others are told its counts. Collective over
+    all ranks. Raises UserError, on every rank, if it is damaged."""
+    path, progress = checkpoint / PROGRESS, None
+    told: list[Progress | None] = [None]
+    if dist.get_rank() == 0:
+        with suppress(OSError, ValueError, TypeError):
+            progress = Progress(**json.loads(path.read_text()))
+            told = [progress.counts]
+    dist.broadcast_object_list(told, src=0)
+    [counts] = told
+    if counts is None:
+        raise damaged(path)
+    return progress or counts
 
 
 def _metadata() -> dict[str, Any]:
@@ -114,8 +122,9 @@ def _keep_own(state: dict[str, Any]) -> Shards:
 def save(
     directory: Path, shards: Shards, progress: Progress, keep: int | None, group: dist.ProcessGroup | None = None
 ) -> None:
-    """Writes a training checkpoint. Collective over all ranks, in `group` if one is given. Raises OSError or
-    CheckpointException, on every rank, if the disk is full; the checkpoints that were there stay."""
+    """Writes a training checkpoint; of `progress` the first rank's, of which the others need the counts. Collective
+    over all ranks, in `group` if one is given. Raises OSError or CheckpointException, on every rank, if the disk is
+    full; the checkpoints that were there stay."""
 
     def tell_progress() -> None:
         atomic_write_text(partial / PROGRESS, json.dumps(asdict(progress)))
@@ -247,7 +256,7 @@ def load_weights(checkpoint: Path, chunks: list[PolicyModel]) -> None:
 
 
 def load(checkpoint: Path, chunks: list[PolicyModel], optimization: Optimization) -> Progress:
-    """Loads weights and optimizer and returns the progress."""
+    """Loads weights and optimizer and returns the progress, as `read_progress`."""
     state = _model_state(chunks)
     state["optimizer"] = _optimizer_state(optimization, dict(state), is_loading=True)
     loaded = _read(checkpoint, state)

@@ -69,7 +69,7 @@ class TrainerRank(PolicyRank):
 
     def load(self) -> Progress:
         """Takes the training checkpoint or the weights that `--load` names, or else the starting weights, `--ref-load`
-        or `--hf-checkpoint`; see `find_start`. Returns how far the run has come."""
+        or `--hf-checkpoint`; see `find_start`. Returns how far the run has come; but for the first rank, its counts."""
         settings, start = self.config.checkpoint, find_start(self.config)
         if self.config.needs_reference or (start.checkpoint is None and start.weights is None):
             self.load_weights(settings.ref_load or self.config.model.hf_checkpoint)
@@ -146,7 +146,8 @@ class TrainerRank(PolicyRank):
 
     def save(self, directory: Path, progress: Progress) -> None:
         """Writes a checkpoint or, with `--async-save`, begins to: training may go on, and `finish_save` waits for it.
-        Raises UserError if it, or the one before it, cannot be written; the older ones stay."""
+        The first rank has the whole `progress`, which it writes; the others need its counts. Raises UserError if the
+        checkpoint, or the one before it, cannot be written; the older ones stay."""
         failure = None
         try:
             self.finish_save()

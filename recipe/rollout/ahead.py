@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Any, Self, TypedDict
 
 from recipe.data.source import Draws, SourceState
+from recipe.rewards import GradeStatus
 from recipe.rollout.admission import Admission
 from recipe.rollout.client import ClientCounters, RolloutClient
 from recipe.rollout.collect import CollectionPlan, RolloutCollector, check_failures, nothing_to_learn
@@ -36,6 +37,8 @@ from recipe.rollout.pending import finished_as_json, finished_from_json
 from recipe.sampling.sample import NO_WEIGHTS, SampleGroup
 from recipe.sampling.sampling_params import SamplingParams
 from recipe.system.threads import in_thread
+
+FAILURES = (GradeStatus.GRADER_FAILED, GradeStatus.LEFT_OUT)
 
 SeedsOf = Callable[[int], SeedStream]
 """The random stream of a rollout, by its number."""
@@ -116,7 +119,8 @@ class Ahead(ABC):
 
     def load_state(self, state: Sequence[Mapping[str, Any]]) -> None:
         """Takes over what the checkpoint holds whose source is loaded. What does not fit this run, being of another
-        order or size or too old, is not taken: its prompts are drawn again."""
+        order or size or too old, is not taken, nor what nothing could be generated or graded of, which may be what the
+        run failed at: its prompts are drawn again."""
         groups = [[finished_from_json(content, self._source.prompt_of) for content in part["groups"]] for part in state]
         for place, part in enumerate(state):
             oldest = _oldest_version([group for later in groups[place:] for group in later])
@@ -208,7 +212,7 @@ class FixedOrder(Ahead):
 
     def _take_over(self, part: Mapping[str, Any], groups: list[SampleGroup], oldest: int | None) -> list[SampleGroup]:
         # A rollout counts as no newer than those after it, also where engines that were started again made it newer.
-        fits = part["rollout"] == self._next and _are_of(self._plan, groups) and len(groups) == self._plan.groups
+        fits = part["rollout"] == self._next and _are_of_use(self._plan, groups) and len(groups) == self._plan.groups
         if not (fits and self._admission.has_room(oldest)):
             return groups
         version = str(self._next)
@@ -295,8 +299,10 @@ class FirstFinished(Ahead):
             raise nothing_to_learn(dropped, len(dropped), len(dropped), self._plan.groups)
 
     def _rollout(self, number: int, units: list[int]) -> Rollout:
-        groups = [self._groups.pop(unit) for unit in sorted(units)]
+        groups = [self._groups[unit] for unit in sorted(units)]
         check_failures(groups, self._client)
+        for group in groups:
+            del self._groups[group.index]
         seconds = time.monotonic() - self._since
         metrics = GenerationMetrics.of(groups, str(number), seconds, self._client.counters - self._counters, ahead=True)
         metrics = replace(metrics, course=self._client.course.points())
@@ -320,7 +326,7 @@ class FirstFinished(Ahead):
         others = []
         for group in groups:
             oldest = _oldest_version([group])
-            if _are_of(self._plan, [group]) and self._admission.has_room(oldest):
+            if _are_of_use(self._plan, [group]) and self._admission.has_room(oldest):
                 self._admission.start(group.index, oldest)
                 self._admission.finish(group.index, passes=True)
                 self._groups[group.index] = group
@@ -329,8 +335,11 @@ class FirstFinished(Ahead):
         return others
 
 
-def _are_of(plan: CollectionPlan, groups: Sequence[SampleGroup]) -> bool:
-    return all(len(group.samples) == plan.n_samples for group in groups)
+def _are_of_use(plan: CollectionPlan, groups: Sequence[SampleGroup]) -> bool:
+    """Whether they have the run's size, and there is a sample in them that could be generated and graded."""
+    grades = [sample.grade for group in groups for sample in group.samples]
+    is_graded = any(grade is not None and grade.status not in FAILURES for grade in grades)
+    return is_graded and all(len(group.samples) == plan.n_samples for group in groups)
 
 
 def _oldest_version(groups: Sequence[SampleGroup]) -> int | None:

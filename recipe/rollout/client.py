@@ -17,12 +17,12 @@ from recipe.generation.turns import Request
 from recipe.rollout.deadlines import Deadlines
 from recipe.rollout.fleet import EnginePeer, Fleet, HealthOptions, OnSilent
 from recipe.run.conditions import Course
-from recipe.sampling.errors import EngineUnreachable, first_failure
+from recipe.sampling.errors import EngineUnreachable, StaleWeights, first_failure
 from recipe.sampling.http import LARGEST_BODY, ask, generates, open_session
 from recipe.sampling.routing import RouterShape
 from recipe.sampling.sample import FinishReason, SampleGroup
 from recipe.sampling.sampling_params import SamplingParams
-from recipe.sampling.sglang_response import read_samples
+from recipe.sampling.sglang_response import SampleAnswer, read_samples
 from recipe.system.errors import UserError
 
 HEALTH_TIMEOUT_S = 5.0
@@ -193,8 +193,8 @@ class RolloutClient:
         engine is asked where it takes them, if the `routers` of the options are known.
 
         Raises EngineRefused if the engine finds a request wrong, EngineUnreachable if it never answers,
-        EngineAnswerError if its answer is not SGLang's, UserError for a prompt that no engine may be sent, or where a
-        failure of the function is to end the run.
+        EngineAnswerError if its answer is not SGLang's, StaleWeights if it has missed an update, UserError for a prompt
+        that no engine may be sent, or where a failure of the function is to end the run.
         """
         check_prompt(group.prompt, self._options.vocab_size)
         todo = [pair for pair in zip(group.samples, seeds, strict=True) if not pair[0].is_finished]
@@ -232,6 +232,7 @@ class RolloutClient:
             restarts = engine.restarts
             if self._draining:
                 break
+            version = self._version
             try:
                 answers = await self._send(engine, todo, routed=routers is not None)
             except EngineUnreachable as error:
@@ -245,6 +246,7 @@ class RolloutClient:
                 continue
             lengths = [len(request.sample.prompt_ids) + request.border for request in todo]
             results = read_samples(answers, lengths, self._options.vocab_size, routers)
+            check_newest(engine.number, results, version)
             if self._on_answer is not None:
                 self._on_answer(engine.number)
             for request, result in zip(todo, results, strict=True):
@@ -320,6 +322,18 @@ class RolloutClient:
         if self._session is None:
             raise RuntimeError("RolloutClient is used outside `async with`")
         return self._session
+
+
+def check_newest(number: int, results: Sequence[SampleAnswer], version: str) -> None:
+    """Raises StaleWeights if engine `number` made a token under older weights than those of `version`, which all had
+    taken when it was asked ("": none). It may have newer ones, which came meanwhile or when it was started again."""
+    made_under = {made_under for result in results for made_under in result.versions}
+    older = {one for one in made_under if version and not (one.isdecimal() and int(one) >= int(version))}
+    if older:
+        raise StaleWeights(
+            f"engine {number} answered under weight version {', '.join(sorted(older))} to a request that it was sent "
+            f"after all engines had taken version {version}: it missed a weight update"
+        )
 
 
 def check_prompt(prompt: Prompt, vocab_size: int | None) -> None:

@@ -1,4 +1,5 @@
-"""SIGTERM and SIGHUP as a notice that the machine or the terminal will be taken away: what is done is saved in time."""
+"""SIGTERM and SIGHUP as a notice that the machine or the terminal will be taken away: what is done is saved in time. So
+it is when the run fails at something that leaves it whole."""
 
 import asyncio
 import signal
@@ -31,10 +32,13 @@ async def safe_point() -> None:
 
 
 @contextmanager
-def saving_on_notice(save: Callable[[], None], grace_s: float) -> Iterator[None]:
+def saving_on_notice(
+    save: Callable[[], None], grace_s: float, has_unsaved: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
     """In the block, which must belong to an asyncio task, the first SIGTERM or SIGHUP lets the work go on to the next
     await, and then ends it by `save` and exit status SAVED_STATUS. The second one, and the end of `grace_s` seconds,
-    unwind the program at once, with status 143. Stopped ends it by `save` too."""
+    unwind the program at once, with status 143. Stopped ends it by `save` too, and so does any other exception if it
+    `has_unsaved` work then, which is whole; the exception stays what the block ends with, also if `save` fails."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
     noticed = ending = False
@@ -73,10 +77,25 @@ def saving_on_notice(save: Callable[[], None], grace_s: float) -> Iterator[None]
         save()
         _say(f"{enough.why}: what is done is saved; to go on, --load and another limit (exit status {STOPPED_STATUS})")
         raise
+    except Exception:
+        if has_unsaved():
+            ending = True
+            _save_before_failing(save)
+        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in before:
             signal.signal(number, handler)
+
+
+def _save_before_failing(save: Callable[[], None]) -> None:
+    _say("the run fails: saving what is done")
+    try:
+        save()
+    except Exception as error:
+        _say(f"what is done is not saved ({str(error) or type(error).__name__}); the last checkpoint is as it was")
+    else:
+        _say("what is done is saved; once the cause is mended, go on with --load")
 
 
 def _notices() -> list[signal.Signals]:

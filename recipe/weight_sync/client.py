@@ -19,7 +19,7 @@ class WeightsClient:
     """Speaks to one engine. Use as an asynchronous context manager.
 
     Every verb raises EngineRefused if the engine does not take the weights, EngineUnreachable if it does not answer in
-    `timeout_s`.
+    `timeout_s`, or in a time of its own.
     """
 
     def __init__(self, number: int, url: str, timeout_s: float, in_flight: InFlight | None = None) -> None:
@@ -38,10 +38,11 @@ class WeightsClient:
     ) -> None:
         await self._session.close()
 
-    async def pause_generation(self) -> None:
-        """Has it stand still between two tokens, with what is under way, until `/continue_generation`."""
+    async def pause_generation(self, timeout_s: float) -> None:
+        """Has it stand still between two tokens, with what is under way, until `/continue_generation`. SGLang answers
+        when it has passed that on to its schedulers, so that neither a compilation nor a long prompt delays it."""
         if self._in_flight is not None:
-            await self._post("/pause_generation", {"mode": _PAUSE_MODES[self._in_flight]})
+            await self._post("/pause_generation", {"mode": _PAUSE_MODES[self._in_flight]}, timeout_s)
 
     @property
     def _flush_cache(self) -> bool:
@@ -106,8 +107,8 @@ class WeightsClient:
         answer = await self._post("/weights_checker", {"action": "checksum"})
         return {_tensor_rank(told["parallelism_info"]): told["checksums"] for told in answer["ranks"]}
 
-    async def _post(self, path: str, body: dict[str, Any]) -> Any:
-        return await ask(self._session, "POST", self._url + path, body, timeout_s=self._timeout_s)
+    async def _post(self, path: str, body: dict[str, Any], timeout_s: float | None = None) -> Any:
+        return await ask(self._session, "POST", self._url + path, body, timeout_s=timeout_s or self._timeout_s)
 
     async def _post_if_known(self, path: str) -> None:
         try:

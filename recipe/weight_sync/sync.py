@@ -54,6 +54,8 @@ class WeightSync:
     in_flight: InFlight | None = None
     """What becomes of the cache of requests that are under way; None: there are none. Engines are told to stand still;
     whoever has the weights sent lets them go on."""
+    pause_timeout_s: float = 30.0
+    """An engine that does not answer by then that it stands still has failed: the others do so too meanwhile."""
 
     @classmethod
     def of(cls, config: Config, architecture: Architecture, address: str) -> Self:
@@ -80,6 +82,7 @@ class WeightSync:
             timeout_s=rollout.update_weight_timeout,
             disk_timeout_s=rollout.rollout_engine_start_timeout_s,
             in_flight=rollout.update_weight_in_flight,
+            pause_timeout_s=rollout.rollout_health_check_timeout,
         )
 
     def send(
@@ -98,7 +101,7 @@ class WeightSync:
         passing = iter(counted)
         with self._receivers(engines, self.timeout_s) as receivers:
             paused_at = time.monotonic()
-            receivers.ask(WeightsClient.pause_generation)
+            receivers.ask(self._pause)
             receivers.ask(WeightsClient.begin_weight_update)
             began, whole = time.monotonic(), True
             if self.transfer == "distributed":
@@ -118,12 +121,15 @@ class WeightSync:
         """Has every engine read the Hugging Face checkpoint in `folder`, as `version`."""
         with self._receivers(engines, self.disk_timeout_s) as receivers:
             paused_at = time.monotonic()
-            receivers.ask(WeightsClient.pause_generation)
+            receivers.ask(self._pause)
             receivers.ask(lambda engine: engine.update_weights_from_disk(str(folder), weight_version=version))
             return replace(receivers.result(), paused_s=self._seconds_since(paused_at))
 
     def _receivers(self, engines: Mapping[int, str], timeout_s: float) -> "_Receivers":
         return _Receivers(WeightsClient(number, url, timeout_s, self.in_flight) for number, url in engines.items())
+
+    async def _pause(self, engine: WeightsClient) -> None:
+        await engine.pause_generation(self.pause_timeout_s)
 
     def _seconds_since(self, paused_at: float) -> float | None:
         return None if self.in_flight is None else time.monotonic() - paused_at

@@ -13,8 +13,8 @@ from recipe.sampling.sample import SampleGroup
 Handler = Callable[[dict[str, Any]], Awaitable[web.Response]]
 
 
-def answers(body: dict[str, Any], reason: str = "stop") -> web.Response:
-    """What an engine would answer: token i + 1 for sample i."""
+def answers(body: dict[str, Any], reason: str = "stop", version: str = "1") -> web.Response:
+    """What an engine would answer: token i + 1 for sample i, made by the weights of `version`."""
     return web.json_response(
         [
             {
@@ -22,7 +22,7 @@ def answers(body: dict[str, Any], reason: str = "stop") -> web.Response:
                 "output_ids": [number + 1],
                 "meta_info": {
                     "finish_reason": {"type": reason},
-                    "weight_version": "1",
+                    "weight_version": version,
                     "output_token_logprobs": [[-0.5, number + 1, None]],
                 },
             }

@@ -11,6 +11,7 @@ from fake_engines import FakeEngine, answers, group_of, serving
 from recipe.rollout.client import ClientCounters, ClientOptions, RolloutClient
 from recipe.rollout.deadlines import Deadlines
 from recipe.rollout.fleet import EnginePeer, Fleet, HealthOptions
+from recipe.sampling.errors import StaleWeights
 from recipe.sampling.sampling_params import SamplingParams
 
 SAMPLING = SamplingParams(max_new_tokens=4)
@@ -175,3 +176,51 @@ async def test_what_older_weights_made_is_not_found_again_in_a_cache_that_is_kep
                 pass
             await client.generate(group_of(), SAMPLING, [1, 2])
     assert [body.get("extra_key") for body in engine.bodies] == (["0", "1"] if keeps_cache else [None, None])
+
+
+class VersionedEngine(FakeEngine):
+    """Answers, once it may, as one that has the weights of its version."""
+
+    def __init__(self, version: str) -> None:
+        super().__init__(self._answer)
+        self.version, self.may_answer = version, asyncio.Event()
+        self.may_answer.set()
+
+    async def _answer(self, body: dict[str, Any]) -> web.Response:
+        version = self.version
+        await self.may_answer.wait()
+        return answers(body, version=version)
+
+
+@pytest.mark.parametrize("stale", ["9", "default"])
+async def test_an_engine_that_missed_an_update_is_found_at_its_first_answer_to_what_it_was_sent_since(
+    stale: str,
+) -> None:
+    """However old its tokens might be; and as a number "10" is newer than "9"."""
+    good, bad = VersionedEngine("10"), VersionedEngine(stale)
+    async with serving(good, bad) as urls, RolloutClient(urls, OPTIONS) as client, asyncio.timeout(BOUND_S):
+        async with client.updating("10"):
+            pass
+        wanted = f"engine 1 answered under weight version {stale} .* taken version 10: it missed a weight update"
+        good.may_answer.clear()
+        under_way = [asyncio.create_task(client.generate(group_of(index), SAMPLING, [1, 2])) for index in range(2)]
+        with pytest.raises(StaleWeights, match=wanted):
+            await under_way[1]
+        good.may_answer.set()
+        await under_way[0]
+
+
+async def test_what_was_sent_before_an_update_was_over_may_be_older_and_what_an_engine_has_may_be_newer() -> None:
+    engine = VersionedEngine("9")
+    engine.may_answer.clear()
+    async with serving(engine) as urls, RolloutClient(urls, OPTIONS) as client, asyncio.timeout(BOUND_S):
+        async with client.updating("9"):
+            pass
+        async with client.watched() as tasks:
+            tasks.create_task(client.generate(group_of(0), SAMPLING, [1, 2]))
+            async with client.updating("10"):
+                tasks.create_task(client.generate(group_of(1), SAMPLING, [1, 2]))
+                await engine.busy.wait()
+            engine.may_answer.set()
+        engine.version = "11"
+        await client.generate(group_of(2), SAMPLING, [1, 2])

@@ -4,6 +4,8 @@ is left out."""
 import asyncio
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from fake_engines import FakeEngine, serving
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recipe.config import Architecture, Config
 from recipe.system.errors import UserError
 from recipe.weight_sync.result import UpdateResult
 from recipe.weight_sync.sync import WeightSync, buckets
@@ -134,7 +137,7 @@ async def test_the_next_bucket_is_gathered_while_an_engine_loads_this_one() -> N
                     gathered.set()
                 yield weight
 
-    class Slow(FakeEngine):
+    class Waiting(FakeEngine):
         async def verb(self, request: web.Request) -> web.StreamResponse:
             if request.path == "/update_weights_from_tensor":
                 assert await asyncio.to_thread(gathered.wait, 10)
@@ -142,7 +145,7 @@ async def test_the_next_bucket_is_gathered_while_an_engine_loads_this_one() -> N
 
     weights = Noticed()
 
-    async with serving(Slow()) as urls, asyncio.timeout(BOUND_S):
+    async with serving(Waiting()) as urls, asyncio.timeout(BOUND_S):
         result = await asyncio.to_thread(sync_of(timeout_s=5.0).send, weights, by_number(urls), "2")
     assert result.failed == {}
 
@@ -152,6 +155,51 @@ async def test_an_engine_that_refuses_weights_ends_the_run() -> None:
     async with serving(FailingEngine("refuses")) as urls, asyncio.timeout(BOUND_S):
         with pytest.raises(UserError, match="no room"):
             await asyncio.to_thread(sync_of().send, WEIGHTS, by_number(urls), "2")
+
+
+class Slow(FakeEngine):
+    """Takes longer for some verbs."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        super().__init__()
+        self._seconds = seconds
+
+    async def verb(self, request: web.Request) -> web.StreamResponse:
+        await asyncio.sleep(self._seconds.get(request.path, 0.0))
+        return await super().verb(request)
+
+
+@pytest.mark.parametrize("transfer", ["tensor", "disk"])
+async def test_an_engine_that_does_not_stand_still_is_left_out_long_before_one_that_is_slow_over_its_weights(
+    transfer: str, tmp_path: Path
+) -> None:
+    """The others stand still while it is waited for."""
+    settings = {
+        "model": {"hf_checkpoint": "hf"},
+        "data": {"prompt_data": "prompts"},
+        "rollout": {
+            "engine": "embedded",
+            "num_rollout": 1,
+            "rollout_batch_size": 1,
+            "rollout_max_response_len": 4,
+            "update_weight_transfer": transfer,
+            "update_weight_in_flight": "keep",
+            "rollout_health_check_timeout": 0.5,
+        },
+        "optimizer": {"lr": 1e-3},
+    }
+    sync = WeightSync.of(Config.model_validate(settings), cast(Architecture, None), "127.0.0.1")
+    update = f"/update_weights_from_{transfer}"
+    slow, hanging = Slow({update: 1.0}), Slow({"/pause_generation": 60.0})
+    async with serving(slow, hanging) as urls, asyncio.timeout(BOUND_S):
+        if transfer == "tensor":
+            result = await asyncio.to_thread(sync.send, WEIGHTS, by_number(urls), "2")
+        else:
+            result = await asyncio.to_thread(sync.load_from_disk, tmp_path, by_number(urls), "2")
+    assert list(result.failed) == [8]
+    assert "/pause_generation did not answer" in result.failed[8]
+    assert update in slow.calls
+    assert hanging.calls == []
 
 
 class Silent(FakeEngine):

@@ -13,6 +13,7 @@ import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -34,14 +35,19 @@ from recipe.rollout.filters import GroupFilter
 from recipe.run.conditions import Course
 from recipe.run.metrics import StepMetrics
 from recipe.sampling.sample import FinishReason, SampleGroup
+from recipe.system.errors import UserError
 from recipe.system.seeds import derive
 from recipe.system.shutdown import SAVED_STATUS
 
 PROMPTS = [Prompt(number, (), "", (number + 1, 2), "0") for number in range(1000)]
 
 
-class Killed(Exception):
+class Killed(BaseException):
     """As if the process were gone: what was saved before is all that is left."""
+
+
+class Failed(UserError):
+    """What a part of the run tells of its failure."""
 
 
 @dataclass
@@ -62,6 +68,10 @@ def kill() -> None:
     raise Killed
 
 
+def fail() -> None:
+    raise Failed
+
+
 def notice() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -77,25 +87,33 @@ class Trainer:
     checkpoint: str = ""
     in_training: Callable[[list[str]], None] = lambda _: None
     """What an optimizer step waits for, of the points so far."""
+    is_well: bool = True
+
+    def _point(self, name: str) -> None:
+        try:
+            self.strike.point(name)
+        except Failed:
+            self.is_well = False
+            raise
 
     def log_probs(self, samples: Sequence[TrainSample], *, of_reference: bool = False) -> Scores:
         return Scores({sample.index: np.zeros(sample.response_length, np.float32) for sample in samples})
 
     def train_step(self, samples: Sequence[TrainSample]) -> StepReport:
-        self.strike.point("train")
+        self._point("train")
         self.in_training(self.strike.points)
         for sample in samples:
             assert sample.advantages is not None
             told = (*sample.tokens.tolist(), *sample.advantages.tolist())
             self.weights = derive(self.weights, sample.index, *map(repr, told))
             self.trained.append(sample.index)
-        self.strike.point("trained")
+        self._point("trained")
         return StepReport({"loss": float(self.weights % 97)}, skipped=False)
 
     def save(self, _: Path, progress: Progress) -> None:
-        self.strike.point("save")
+        self._point("save")
         self.checkpoint = json.dumps([asdict(progress), self.weights, self.trained])
-        self.strike.point("saved")
+        self._point("saved")
 
     def load(self) -> Progress:
         content, self.weights, self.trained = json.loads(self.checkpoint)
@@ -128,7 +146,7 @@ class Engines:
         try:
             async with asyncio.TaskGroup() as tasks:
                 yield tasks
-        except ExceptionGroup as failures:
+        except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from None
 
     async def generate(self, group: SampleGroup, sampling: Any, seeds: Sequence[int], *, routed: bool) -> None:
@@ -211,7 +229,9 @@ class Outcome:
     evaluated: list[str]
     unused: list[int]
     """The draws that were made and that the run will make again."""
-    drawn: int = 0
+    drawn: int
+    commands: int
+    """It took."""
 
 
 def run(
@@ -227,14 +247,15 @@ def run(
     trainer = Trainer(strike, in_training=in_training)
     lines: dict[int, dict[str, Any]] = {}
     points: list[str] = []
-    while True:
+    for commands in count(1):
         ended, outcome = _command(config_of(*flags), trainer, strike, luck, lines, keep)
         points += strike.points
         if ended:
-            return Outcome(trainer, lines, points, *outcome)
+            return Outcome(trainer, lines, points, *outcome, commands)
         strike, luck, flags = Strike(), luck + 1, flags if then is None else tuple(then)
         disk = trainer.checkpoint
         trainer = Trainer(strike, checkpoint=disk)
+    raise AssertionError
 
 
 def _command(
@@ -279,7 +300,7 @@ def _command(
         await loop.train(cast(Any, SimpleNamespace(config=config)), None)
         assert len(asyncio.all_tasks()) == 1, "something is left running"
 
-    with pytest.MonkeyPatch.context() as patch, suppress(Killed):
+    with pytest.MonkeyPatch.context() as patch, suppress(Killed, Failed):
         patch.setattr(loop, "open_run", open_run)
         try:
             asyncio.run(command())

@@ -5,8 +5,10 @@ from collections import Counter
 from itertools import count
 
 import pytest
-from loop_support import Outcome, Strike, kill, notice, run
+from loop_support import Outcome, Strike, fail, kill, notice, run
 
+from recipe.assembly import Run
+from recipe.messages import StepReport
 from recipe.rollout.collect import NothingToLearn
 from recipe.rollout.filters import check_reward_nonzero_std
 
@@ -127,6 +129,43 @@ def test_a_failure_of_what_is_made_ahead_is_the_runs_own() -> None:
     for at in struck[::4]:
         with pytest.raises(ZeroDivisionError, match="of generation"):
             run(*FINISHED, "max_staleness=1", strike=Strike(at, fail))
+
+
+@pytest.mark.parametrize(
+    "flags", [(), (*FIXED, "max_staleness=2"), (*FINISHED, "max_staleness=1"), (*IN_FLIGHT, "max_staleness=2")]
+)
+def test_a_failure_that_is_not_the_trainers_ends_the_run_when_all_that_is_learned_is_saved(flags) -> None:
+    """No step is taken twice by the run that goes on; and where trainer and engines wait for one another, it is the run
+    that nothing ended."""
+    whole = run(*flags)
+    steps = [at for at, point in enumerate(whole.points, start=1) if point == "trained"]
+    for at in [*every_point(whole)[::3], steps[3]]:
+        strike = Strike(at, fail)
+        ended = run(*flags, strike=strike, luck=at)
+        assert ended.commands == 2
+        assert_each_once(ended)
+        if strike.points[at - 1] not in ("train", "trained", "save", "saved"):
+            assert ended.points.count("trained") == 6, strike.points[at - 1]
+        if not flags:
+            assert ended.trainer.weights == whole.trainer.weights
+            assert ended.lines == whole.lines
+
+
+def test_a_failure_in_the_midst_of_a_step_saves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights are no rollout's."""
+    counted = count(1)
+    count_step = Run.count_step
+
+    def diverge(self: Run, report: StepReport) -> None:
+        count_step(self, report)
+        if next(counted) == 4:
+            fail()
+
+    monkeypatch.setattr(Run, "count_step", diverge)
+    ended = run()
+    assert ended.commands == 2
+    assert ended.points.count("trained") == 4 + 4
+    assert_each_once(ended)
 
 
 def every_point(whole: Outcome) -> list[int]:

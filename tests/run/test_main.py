@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from recipe.system.shutdown import SAVED_STATUS
+from recipe.system.errors import UserError
+from recipe.system.shutdown import SAVED_STATUS, saving_on_notice
 from recipe.weights.tiny import write_tiny_checkpoint
 
 PROGRAM = """
@@ -78,6 +79,18 @@ def test_a_terminal_that_is_closed_lets_what_is_done_be_saved(tmp_path: Path) ->
     os.close(ours)
     assert process.wait(timeout=60) == SAVED_STATUS
     assert (tmp_path / "saved").exists()
+
+
+async def test_what_the_run_fails_at_is_told_though_saving_fails_too(capsys: pytest.CaptureFixture[str]) -> None:
+    def save() -> None:
+        raise UserError("the disk is full")
+
+    with pytest.raises(UserError, match=r"^an engine is given up$"), saving_on_notice(save, 30, lambda: True):
+        raise UserError("an engine is given up")
+    assert "what is done is not saved (the disk is full)" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"^an engine is given up$"), saving_on_notice(save, 30, lambda: False):
+        raise UserError("an engine is given up")
+    assert capsys.readouterr().err == ""
 
 
 def test_a_signal_that_the_parent_has_blocked_is_heeded() -> None:

@@ -66,13 +66,15 @@ def steps_and_saves(trainer, folder: Path) -> list[Step]:
     steps = []
     for done in range(1, STEPS + 1):
         steps.append(take_step(trainer, done - 1))
-        trainer.save(folder / str(done), progress_after(done))
+        trainer.save(folder / str(done), progress_after(done, trainer))
     return steps
 
 
-def progress_after(steps: int) -> Progress:
-    """Of a run that takes two steps a rollout."""
-    return Progress(rollouts=(steps + 1) // 2, optimizer_steps=steps)
+def progress_after(steps: int, trainer) -> Progress:
+    """Of a run that takes two steps a rollout, as its ranks are told of it."""
+    ahead = [{"rollout": steps, "groups": [{"index": 7}]}]
+    progress = Progress((steps + 1) // 2, steps, data={"drawn": 8}, waiting=[{"index": 3}], ahead=ahead)
+    return progress if trainer.is_first else progress.counts
 
 
 @cache
@@ -84,7 +86,7 @@ def uninterrupted(layout: str) -> tuple[Path, list[Step]]:
 
 def load_after(trainer, folder: Path, done: int) -> None:
     object.__setattr__(trainer.config.checkpoint, "load", folder / str(done))
-    assert trainer.load() == progress_after(done)
+    assert trainer.load() == progress_after(done, trainer)
 
 
 def resume_after_every_step(trainer, folder: Path) -> list[list[Step]]:
