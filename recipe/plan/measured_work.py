@@ -9,7 +9,7 @@ from recipe.config import Architecture, Config
 from recipe.plan.ranges import Between, Pace, range_text
 from recipe.plan.time_plan import Work
 
-Way = Literal["the only one", "on the GPU", "in host memory", "from shared memory", "broadcast"]
+Way = Literal["the only one", "on the GPU", "in host memory", "from the trainer's memory", "broadcast"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class WorkKind:
         if work is Work.OPTIMIZER:
             way = "in host memory" if config.optimizer.optimizer_cpu_offload else "on the GPU"
         if work is Work.UPDATE_WEIGHTS:
-            way = "from shared memory" if config.cluster.colocate else "broadcast"
+            way = "from the trainer's memory" if config.cluster.colocate else "broadcast"
         return cls(work, architecture.hidden_size, architecture.n_routed_experts, way)
 
 

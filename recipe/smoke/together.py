@@ -1,40 +1,65 @@
 """Work for several processes that meet, one a GPU: they end with it, and leave nothing on the GPUs."""
 
 import json
+import multiprocessing
 import os
+import sys
 import tempfile
+import time
 from collections.abc import Callable
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
-import torch.multiprocessing as mp
 from torch.distributed import FileStore, Store
-from torch.multiprocessing.spawn import ProcessException
 
-from recipe.system.errors import UserError
+from recipe.system.errors import USER_ERROR_STATUS, UserError
+from recipe.system.files import atomic_write_text
 from recipe.system.parent_death import end_with_parent
+
+POLL_S = 0.1
+FAILURE = "failure"
 
 
 def together(what: str, count: int, work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """The results, which JSON can hold, of `work(rank, store, *arguments)` in `count` new processes. Raises UserError
-    if one of them fails, which is told as having measured `what`."""
-    with tempfile.TemporaryDirectory(prefix="measure-") as folder:
-        context = mp.spawn(_carry_out, (folder, count, work, arguments), nprocs=count, join=False)
-        assert context is not None
+    """The results, which JSON can hold, of `work(rank, store, *arguments)` in `count` new processes. Raises UserError,
+    which says that `what` cannot be measured, as soon as one of them fails."""
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory(prefix="measure-") as name:
+        folder = Path(name)
+        processes = [
+            context.Process(target=_carry_out, args=(rank, folder, count, work, arguments)) for rank in range(count)
+        ]
         try:
-            while not context.join():
-                pass
-        except ProcessException as error:
-            raise UserError(f"{what} cannot be measured: {str(error).strip().splitlines()[-1]}") from error
+            for process in processes:
+                process.start()
+            _wait(what, processes, folder / FAILURE)
         finally:
-            for process in context.processes:
-                process.kill()
-                process.join()
-        return [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(count)]
+            for process in processes:
+                if process.pid is not None:
+                    process.kill()
+                    process.join()
+        return [json.loads((folder / str(rank)).read_text()) for rank in range(count)]
 
 
-def _carry_out(rank: int, folder: str, count: int, work: Callable[..., Any], arguments: tuple) -> None:
+def _wait(what: str, processes: list[SpawnProcess], failure: Path) -> None:
+    # By their ids: who manages the memory that they shared may outlive them, with what tells of their end.
+    while any(process.is_alive() for process in processes):
+        time.sleep(POLL_S)
+        if any(process.exitcode for process in processes):
+            break
+    if failed := next((process.exitcode for process in processes if process.exitcode), None):
+        told = failure.read_text() if failure.exists() else f"a process of it ended with status {failed}"
+        raise UserError(f"{what} cannot be measured: {told}")
+
+
+def _carry_out(rank: int, folder: Path, count: int, work: Callable[..., Any], arguments: tuple) -> None:
     end_with_parent()
     os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-    store: Store = FileStore(f"{folder}/store", count)
-    Path(folder, f"{rank}.json").write_text(json.dumps(work(rank, store, *arguments)))
+    store: Store = FileStore(str(folder / "store"), count)
+    try:
+        atomic_write_text(folder / str(rank), json.dumps(work(rank, store, *arguments)))
+    except (UserError, RuntimeError, OSError) as error:  # torch's of memory and of communication are RuntimeErrors
+        first = str(error).strip().partition("\n")[0]
+        atomic_write_text(folder / FAILURE, first if isinstance(error, UserError) else f"{type(error).__name__}: {first}")
+        sys.exit(USER_ERROR_STATUS)

@@ -67,9 +67,10 @@ def slice_that_fits(resolved: Resolved, machine: Machine) -> Resolved:
     most = min(MOE_LAYERS, sum(resolved.architecture.moe_layer_freq))
     for moe_layers in range(most, 0, -1):
         part = slice_of(resolved, machine.gpus, moe_layers)
-        gpu, host = (kind.of(part, machine, on_gpu=True) for kind in (GpuModel, HostModel))
-        margins = [gpu.phase(Phase.TRAINING, shard, None).margin for shard in gpu.shards]
-        if min(*margins, host.phase(Phase.TRAINING, 0).margin) >= 0:
+        gpu, host = GpuModel.of(part, machine, on_gpu=True), HostModel.of(part, machine, on_gpu=True)
+        [shard] = gpu.shards
+        phases = gpu.phase(Phase.TRAINING, shard, None), host.phase(Phase.TRAINING, 0)
+        if min(phase.margin for phase in phases) >= 0:
             return part
     raise UserError(
         f"a training step cannot be measured: packs of {resolved.config.perf.max_tokens_per_gpu} tokens do not fit on "
@@ -97,12 +98,16 @@ def slice_of(resolved: Resolved, gpus: int, moe_layers: int) -> Resolved:
         "num_layers_per_virtual_pipeline_stage": None,
         "recompute_num_layers": perf.recompute_num_layers and min(perf.recompute_num_layers, layers),
     }
-    given = {"use_rollout_routing_replay": False, "use_routing_replay": False}  # what samples would have to bring
-    given |= {"use_kl_loss": False, "custom_tis_function_path": None}
+    plain = {  # without what samples would have to bring
+        "use_rollout_routing_replay": False,
+        "use_routing_replay": False,
+        "use_kl_loss": False,
+        "custom_tis_function_path": None,
+    }
     changed = {
         "cluster": config.cluster.model_copy(update={"actor_num_nodes": 1, "actor_num_gpus_per_node": gpus}),
         "perf": perf.model_copy(update=here),
-        "grpo": config.grpo.model_copy(update=given),
+        "grpo": config.grpo.model_copy(update=plain),
         "checkpoint": config.checkpoint.model_copy(update={"async_save": False}),
         "mtp": MtpConfig(),
     }
