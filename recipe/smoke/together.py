@@ -60,6 +60,6 @@ def _carry_out(rank: int, folder: Path, count: int, work: Callable[..., Any], ar
     try:
         atomic_write_text(folder / str(rank), json.dumps(work(rank, store, *arguments)))
     except (UserError, RuntimeError, OSError) as error:  # torch's of memory and of communication are RuntimeErrors
-        first = str(error).strip().partition("\n")[0]
-        atomic_write_text(folder / FAILURE, first if isinstance(error, UserError) else f"{type(error).__name__}: {first}")
+        told = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        atomic_write_text(folder / FAILURE, told + str(error).strip().partition("\n")[0])
         sys.exit(USER_ERROR_STATUS)
