@@ -4,7 +4,7 @@
 
 It measures host memory, matrix products, GPU memory, bus and NVLink; training steps of a few layers; how fast the
 recipe's engine generates, with random weights of the full size where it has no others, and takes new weights. It writes
-that down for the --rates of later plans, and tunes by it. About 4 minutes.
+that down for the --rates of later plans, and tunes by it. 3 to 4 minutes.
 """
 
 import argparse
@@ -89,7 +89,8 @@ def describe(options: argparse.Namespace, found: FoundMachine) -> None:
 
 def measure(resolved: Resolved, sheet: Machine, lengths: Lengths, output: Path) -> Rates:
     """All of this node, which is `sheet` by data sheets; each part's processes have ended before the next one begins.
-    Raises UserError for an engine that it has too few GPUs for, and if a part fails."""
+    Raises UserError for an engine that it has too few GPUs for, and if a part fails: `output` then has those before
+    it."""
     needed = resolved.config.sglang.rollout_num_gpus_per_engine
     if needed > sheet.gpus:
         raise UserError(
@@ -102,16 +103,20 @@ def measure(resolved: Resolved, sheet: Machine, lengths: Lengths, output: Path) 
         raise UserError(f"measuring rates ended with status {status}: what it printed stands above")
     rates = read_rates(output)
     here = machine_as_measured(sheet, rates)
-    work: list[MeasuredWork] = []
-    for part in measure_training(resolved, here, lengths):
-        print(part, flush=True)
-        work.append(part)
+    rates = with_work(rates, measure_training(resolved, here, lengths), output)
     with running_engine(resolved, max(CONTEXTS), ACCEPT_LENGTH, output.with_name("engine.log")) as engine:
         decoding = measure_decoding(engine, resolved, CONTEXTS, ACCEPT_LENGTH)
-        for part in measure_update(resolved, here, lengths, engine.url):
-            print(part, flush=True)
-            work.append(part)
-    return replace(rates, decoding=(decoding,), work=tuple(work))
+        rates = with_work(replace(rates, decoding=(decoding,)), (), output)
+        return with_work(rates, measure_update(resolved, here, lengths, engine.url), output)
+
+
+def with_work(rates: Rates, work: Sequence[MeasuredWork], output: Path) -> Rates:
+    """The rates with further work, which is told; they are kept in `output`."""
+    for part in work:
+        print(part, flush=True)
+    rates = replace(rates, work=(*rates.work, *work))
+    atomic_write_text(output, json.dumps(asdict(rates), indent=1) + "\n")
+    return rates
 
 
 def dollars(plan: Plan) -> str:
@@ -127,7 +132,6 @@ def main() -> int:
     resolved = read_without_weights(flags)[1]
     sheet, lengths = machine_of(options, resolved.config), lengths_of(options, resolved.config)
     rates = measure(resolved, replace(sheet, gpus=len(found.gpus)), lengths, options.output)
-    atomic_write_text(options.output, json.dumps(asdict(rates), indent=1) + "\n")
     here = machine_as_measured(sheet, rates)
     before, after = (make_plan(resolved, one, on_gpu=True, lengths=lengths) for one in (sheet, here))
     print(f"wrote {options.output}: the given recipe costs {dollars(after)} by it, {dollars(before)} by data sheets\n")

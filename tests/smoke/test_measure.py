@@ -18,7 +18,8 @@ from recipe.engines import launch
 from recipe.plan.decode_points import DecodePoint, EngineKind, MeasuredDecoding
 from recipe.plan.decoding import Decoding
 from recipe.plan.engine import EngineEstimate
-from recipe.plan.hardware import named_gpu
+from recipe.plan.hardware import Machine, named_gpu
+from recipe.plan.lengths import Lengths
 from recipe.plan.measured_work import MeasuredWork, WorkKind
 from recipe.plan.node import Rates, machine_as_measured, read_rates
 from recipe.plan.options import PUBLISHED, resolve_without_weights
@@ -313,6 +314,27 @@ def test_measuring_ends_in_tuning_by_it(
     assert machine.gpu.memory == pytest.approx((81559 - 551) << 20, rel=1e-3)
     sheet = replace(machine, decoding=(), work=())
     assert machine_as_measured(sheet, read_rates(output)) == machine
+
+
+def test_what_was_measured_before_a_part_failed_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "rates.json"
+
+    def run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        output.write_text(json.dumps({"host_memory": 1e11}))
+        return subprocess.CompletedProcess(command, 0)
+
+    def refuse(*arguments: object) -> None:
+        raise UserError("the engine takes no weights")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(measure, "running_engine", lambda *arguments: nullcontext(CountingEngine(groups=8)))
+    monkeypatch.setattr(measure, "measure_decoding", lambda *arguments: PLAIN)
+    monkeypatch.setattr(measure, "measure_training", lambda *arguments: WORK[:2])
+    monkeypatch.setattr(measure, "measure_update", refuse)
+    resolved, sheet = resolved_of("glm4.7-flash-8gpu"), Machine.described("H100", 8, "1TB", None, 2.5)
+    with pytest.raises(UserError, match="takes no weights"):
+        measure.measure(resolved, sheet, Lengths.log_normal(3000, 0.6, 8192), output)
+    assert read_rates(output) == Rates(host_memory=1e11, decoding=(PLAIN,), work=WORK[:2])
 
 
 def with_smi(run: object) -> object:

@@ -139,7 +139,7 @@ def fail_or_wait(rank: int, store: Store, folder: Path, how: str) -> None:
 def test_a_process_that_fails_is_a_sentence_and_ends_the_others(
     how: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    multiprocessing.set_forkserver_preload([__name__])
+    multiprocessing.set_forkserver_preload(["recipe.smoke.training", "recipe.smoke.together", "hypothesis", "pytest"])
     forked = multiprocessing.get_context("forkserver")
     monkeypatch.setattr(together.multiprocessing, "get_context", lambda kind: forked)
     with pytest.raises(UserError) as raised:
