@@ -1,6 +1,7 @@
 """Work for several processes that meet, one a GPU: they end with it, and leave nothing on the GPUs."""
 
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -18,6 +19,8 @@ from recipe.system.files import atomic_write_text
 from recipe.system.parent_death import end_with_parent
 
 POLL_S = 0.1
+GRACE_S = 10.0
+"""Time that processes have to end when all have a result."""
 FAILURE = "failure"
 
 
@@ -33,7 +36,7 @@ def together(what: str, count: int, work: Callable[..., Any], *arguments: Any) -
         try:
             for process in processes:
                 process.start()
-            _wait(what, processes, folder / FAILURE)
+            _wait(what, processes, folder)
         finally:
             for process in processes:
                 if process.pid is not None:
@@ -42,13 +45,17 @@ def together(what: str, count: int, work: Callable[..., Any], *arguments: Any) -
         return [json.loads((folder / str(rank)).read_text()) for rank in range(count)]
 
 
-def _wait(what: str, processes: list[SpawnProcess], failure: Path) -> None:
+def _wait(what: str, processes: list[SpawnProcess], folder: Path) -> None:
+    deadline = math.inf
     # By their ids: who manages the memory that they shared may outlive them, with what tells of their end.
-    while any(process.is_alive() for process in processes):
+    while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
         time.sleep(POLL_S)
         if any(process.exitcode for process in processes):
             break
+        if deadline == math.inf and all((folder / str(rank)).exists() for rank in range(len(processes))):
+            deadline = time.monotonic() + GRACE_S
     if failed := next((process.exitcode for process in processes if process.exitcode), None):
+        failure = folder / FAILURE
         told = failure.read_text() if failure.exists() else f"a process of it ended with status {failed}"
         raise UserError(f"{what} cannot be measured: {told}")
 

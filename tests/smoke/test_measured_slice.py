@@ -2,6 +2,7 @@
 
 import math
 import multiprocessing
+import threading
 import time
 from dataclasses import replace
 from functools import cache
@@ -114,6 +115,13 @@ def test_random_weights_are_all_of_a_checkpoints_tensors(tmp_path: Path) -> None
     assert all(tensor.abs().max() > 0 for tensor in weights.values())
 
 
+def fork_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From one that has imported for all of them."""
+    multiprocessing.set_forkserver_preload(["recipe.smoke.training", "recipe.smoke.together", "hypothesis", "pytest"])
+    forked = multiprocessing.get_context("forkserver")
+    monkeypatch.setattr(together.multiprocessing, "get_context", lambda kind: forked)
+
+
 def fail_or_wait(rank: int, store: Store, folder: Path, how: str) -> None:
     """The first rank waits for good, and tells its process; the second fails meanwhile."""
     if rank == 0:
@@ -139,10 +147,24 @@ def fail_or_wait(rank: int, store: Store, folder: Path, how: str) -> None:
 def test_a_process_that_fails_is_a_sentence_and_ends_the_others(
     how: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    multiprocessing.set_forkserver_preload(["recipe.smoke.training", "recipe.smoke.together", "hypothesis", "pytest"])
-    forked = multiprocessing.get_context("forkserver")
-    monkeypatch.setattr(together.multiprocessing, "get_context", lambda kind: forked)
+    fork_processes(monkeypatch)
     with pytest.raises(UserError) as raised:
         together.together("a thing", 2, fail_or_wait, tmp_path, how)
     assert str(raised.value) == told
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+
+
+def do_not_end(rank: int, store: Store, folder: Path) -> str:
+    """Leaves a thread that its process waits for."""
+    threading.Thread(target=time.sleep, args=(600,)).start()
+    (folder / "pid").write_text(str(psutil.Process().pid))
+    return "done"
+
+
+def test_a_process_that_has_its_result_and_does_not_end_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fork_processes(monkeypatch)
+    monkeypatch.setattr(together, "GRACE_S", 0.5)
+    assert together.together("a thing", 1, do_not_end, tmp_path) == ["done"]
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
