@@ -21,9 +21,10 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from glm_flash import TINY, environment, write_config
-from trainer_ranks import Ranks, build_rank, fill_randomly, recipe_config, step_optimizer
+from trainer_ranks import Ranks, build_rank, recipe_config, step_optimizer
 
 from recipe.messages import Progress
+from recipe.smoke.random_model import fill_randomly
 from recipe.system.errors import run_main
 from recipe.weights.checkpoints import name_of
 

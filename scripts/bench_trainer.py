@@ -26,15 +26,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from glm_flash import TINY, environment, write_config
 from timeline import Timeline, recorded, show_parts, told
-from trainer_ranks import Ranks, alone, build_rank, fill_randomly, recipe_config, step_optimizer
+from trainer_ranks import Ranks, alone, build_rank, recipe_config, step_optimizer
 
 from recipe.config import Architecture, Config
-from recipe.messages import TrainSample
 from recipe.plan.flops import sequence_cost
+from recipe.smoke.random_model import Load, fill_randomly
 from recipe.smoke.rates import matmul_limit, mean_ms, median_ms
 from recipe.system.errors import UserError, run_main
 
@@ -58,40 +57,6 @@ class Measured:
     colocated_ms: float
     peak_gib: float
     timeline: Timeline
-
-
-@dataclass(frozen=True)
-class Load:
-    """What every GPU gets for a step: packs of as many sequences of equal length, all prompts different, a fifth of
-    each sequence its prompt."""
-
-    tokens: int
-    """Of a pack."""
-    sequences: int
-    """Of a pack."""
-    packs: int
-    vocabulary: int
-
-    def pack(self, number: int) -> list[TrainSample]:
-        """Random tokens, others for every number."""
-        draw = np.random.default_rng(number)
-        length = self.tokens // self.sequences
-        response = length - length // 5
-        return [
-            TrainSample(
-                index=number * self.sequences + place,
-                tokens=draw.integers(0, self.vocabulary, length),
-                loss_mask=np.ones(response, dtype=np.bool_),
-                weight=1 / (self.packs * self.sequences * response),
-                advantages=draw.normal(size=response).astype(np.float32),
-                rollout_log_probs=np.full(response, -12.0, dtype=np.float32),
-            )
-            for place in range(self.sequences)
-        ]
-
-    def of_rank(self, rank: int) -> list[list[TrainSample]]:
-        """This rank's packs."""
-        return [self.pack(number) for number in range(rank * self.packs, (rank + 1) * self.packs)]
 
 
 def measure(rendezvous: "Rendezvous", config: Config, load: Load, parts: bool) -> Measured:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from bench_trainer import Load
 from glm_flash import environment, write_config
 from trainer_ranks import RECOMPUTE, alone, plain_config, rank_alone, recipe_config, step_optimizer
 
@@ -27,6 +26,7 @@ from recipe.messages import TrainSample
 from recipe.plan.activations import Pack
 from recipe.plan.hardware import DEFAULT_GPU, GIB, Machine
 from recipe.plan.memory import GpuModel, Use
+from recipe.smoke.random_model import Load
 
 TOLERANCE = 0.05
 FUSED = "--moe-permute-fusion"

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_trainer import Load
 from glm_flash import CONFIG, environment, write_synthetic
 from trainer_ranks import CPU_ADAM, RECOMPUTE, alone, plain_config, rank_alone
 
@@ -30,6 +29,7 @@ from recipe.megatron.step import forward_backward
 from recipe.megatron.swiglu import swiglu
 from recipe.megatron.weights import named_weights
 from recipe.messages import Progress, TrainSample
+from recipe.smoke.random_model import Load
 from recipe.weights.table import placements
 
 VOCABULARY = 8192

@@ -15,6 +15,7 @@ from recipe.config import Architecture, Config, resolve
 from recipe.config.flags import parse_command_line
 from recipe.config.loading import build_config, read_settings
 from recipe.engines.launch import POLLING_PROCESSES
+from recipe.smoke.random_model import fill_randomly
 from recipe.system.threads import threads_each
 
 if TYPE_CHECKING:
@@ -176,25 +177,6 @@ def rank_alone(config: Config, *, load: bool = False) -> "TrainerRank":
     else:
         fill_randomly(rank)
     return rank
-
-
-def fill_randomly(rank: "TrainerRank") -> None:
-    """Gives a rank random weights, what ranks share the same on all of them."""
-    import torch
-
-    from recipe.megatron.device import training_device
-    from recipe.megatron.weights import named_weights
-
-    generator = torch.Generator(training_device()).manual_seed(0)
-    for name, weight in named_weights(rank.chunks).items():
-        with torch.no_grad():
-            if name.endswith("expert_bias"):
-                weight.zero_()
-            elif weight.dim() == 1:
-                weight.fill_(1)
-            else:
-                weight.normal_(0, 0.02, generator=generator)
-    rank.optimization.begin()
 
 
 def step_optimizer(rank: "TrainerRank") -> None:

@@ -6,6 +6,7 @@ from typing import Self
 
 from recipe.config.error_text import did_you_mean, listed
 from recipe.plan.decode_points import MeasuredDecoding
+from recipe.plan.measured_work import MeasuredWork
 from recipe.plan.ranges import Between
 from recipe.system.errors import UserError
 
@@ -68,6 +69,8 @@ class Machine:
     """Dollars a GPU and hour."""
     decoding: tuple[MeasuredDecoding, ...] = ()
     """Engines of the run's model that were measured on such a machine."""
+    work: tuple[MeasuredWork, ...] = ()
+    """Parts of a step that were."""
 
     @classmethod
     def described(cls, gpu: str, gpus: int, host_memory: str, disk: str | None, price: float) -> Self:

@@ -9,6 +9,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from recipe.plan import constants
 from recipe.plan.decode_points import MeasuredDecoding
 from recipe.plan.hardware import HOST_BANDWIDTH, Gpu, Machine
+from recipe.plan.measured_work import MeasuredWork
 from recipe.plan.ranges import Between
 from recipe.system.errors import UserError
 from recipe.system.json_text import read_json
@@ -38,6 +39,8 @@ class Rates:
     """That were measured; None: it is not known."""
     decoding: tuple[MeasuredDecoding, ...] = ()
     """Engines that were measured, as `make tune MEASURE=1` does."""
+    work: tuple[MeasuredWork, ...] = ()
+    """Parts of a step that it measured, beside what the plan has for them by the rates above."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
@@ -71,4 +74,5 @@ def machine_as_measured(machine: Machine, rates: Rates) -> Machine:
     whole = min(HOST_BANDWIDTH.best, rates.host_memory * machine.gpus / max(1, rates.gpus or machine.gpus))
     host = max(whole, rates.host_memory)
     gpu = gpu_as_measured(machine.gpu, rates)
-    return replace(machine, gpu=gpu, host_bandwidth=Between.exactly(host), decoding=rates.decoding)
+    host_bandwidth = Between.exactly(host)
+    return replace(machine, gpu=gpu, host_bandwidth=host_bandwidth, decoding=rates.decoding, work=rates.work)

@@ -1,8 +1,9 @@
 """Seconds of a step by phase: a stated model, at the best and at the worst of what is not measured.
 
 Forward and backward: FLOPs of the model at the share of the data sheet that was measured on one H200. Optimizer and
-weights: bytes over bandwidth. Exchange between GPUs: bytes over links. Rollouts are played through
-(`recipe.plan.generation`). Constants: `recipe.plan.constants`.
+weights: bytes over bandwidth. Exchange between GPUs: bytes over links. Where such work was measured on the machine, its
+seconds are multiplied by what it took there over what this model has for it (`recipe.plan.measured_work`). Rollouts are
+played through (`recipe.plan.generation`). Constants: `recipe.plan.constants`.
 """
 
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from recipe.plan.disk import plan_disk
 from recipe.plan.flops import sequence_cost
 from recipe.plan.generation import Generation
 from recipe.plan.lengths import Lengths
+from recipe.plan.measured_work import WorkKind
 from recipe.plan.memory import GpuModel, longest_sample
 from recipe.plan.playout import Played
 from recipe.plan.ranges import Between, Pace
@@ -110,29 +112,42 @@ class SpeedModel:
     def learning(self) -> dict[Work, float]:
         """Seconds of what the trainer does by itself, by kind of work."""
         config = self.resolved.config
-        seconds = {Work.TRAIN: self.train(), Work.OPTIMIZER: self.optimizer() * config.steps_per_rollout}
+        optimizer = self.optimizer() * self.factor(Work.OPTIMIZER)
+        seconds = {Work.TRAIN: self.train(), Work.OPTIMIZER: optimizer * config.steps_per_rollout}
         passes = config.needs_old_log_probs + config.needs_reference
         if passes:
             seconds[Work.LOG_PROBS] = passes * self.train() / 3
         seconds[Work.SAVE] = self.save()
         return seconds
 
+    def factor(self, work: Work) -> float:
+        """What was measured of such work over what this model has for it; 1 where nothing was."""
+        kind = WorkKind.of(work, self.resolved.architecture, self.resolved.config)
+        found = [one for one in self.memory.machine.work if one.kind == kind]
+        return found[-1].factor(self.pace) if found else 1.0
+
     def train(self) -> float:
-        """Forward and backward over a rollout's samples."""
-        config, layout = self.resolved.config, self.memory.layout
+        """Forward and backward over a rollout's samples, in the loop. What the loop and unequal packs add to them is
+        not measured with them."""
+        samples = self.resolved.config.samples_per_rollout
         longest = longest_sample(self.resolved)
         sequences = np.minimum(self.lengths.quantiles + constants.MEAN_PROMPT, longest)
-        flops = config.samples_per_rollout * float(sequence_cost(self.resolved.architecture)(sequences).mean())
-        again = self.recomputed
+        flops = samples * float(sequence_cost(self.resolved.architecture)(sequences).mean())
+        loss = constants.TRAINING_LOSS.at(self.pace)
+        if self.memory.layout.ep > 1:
+            loss *= constants.PACKING_LOSS.at(self.pace)
+        return self.passes(flops, samples * self.mean_length, loss) * self.factor(Work.TRAIN)
+
+    def passes(self, flops: float, tokens: int, loss: float = 1.0) -> float:
+        """Forward and backward of all ranks over so many tokens, on which the model has so many FLOPs, in full packs:
+        computing and exchanges take `loss` times as long as by themselves."""
+        layout, again = self.memory.layout, self.recomputed
         time = again / constants.RECOMPUTING_SHARE + (1 - again) / constants.TRAINING_SHARE
         computing = flops * time / (layout.world * self.memory.machine.gpu.flops)
-        tokens = config.samples_per_rollout * self.mean_length / layout.world * layout.tp
-        packs = max(1.0, tokens / max(1, self.memory.pack.tokens))
+        each = tokens / layout.world * layout.tp
+        packs = max(1.0, each / max(1, self.memory.pack.tokens))
         bubble = 1 + (layout.pp - 1) / packs / max(1, len(self.memory.shards[0].chunks))
-        loss = constants.TRAINING_LOSS.at(self.pace)
-        if layout.ep > 1:
-            loss *= constants.PACKING_LOSS.at(self.pace)
-        return (computing + self.exchange(tokens / layout.tp)) * bubble * loss + self.reduce_gradients()
+        return (computing + self.exchange(each / layout.tp)) * bubble * loss + self.reduce_gradients()
 
     @property
     def recomputed(self) -> float:
@@ -189,13 +204,19 @@ class SpeedModel:
         return (1 - memory.offloaded) * on_gpu + memory.offloaded * max(host, bus)
 
     def update_weights(self) -> float:
-        """All weights, in buckets: gathered, and copied or, to engines on GPUs of their own, broadcast in one group."""
+        """All weights: gathered from the ranks, and sent; where sending was measured, with what it takes more there."""
+        more = self.factor(Work.UPDATE_WEIGHTS) - 1
+        return self.send_weights(times=2) + more * self.send_weights()
+
+    def send_weights(self, times: int = 1) -> float:
+        """All weights over the links so many times, and in buckets to engines, which have them copied or, on GPUs of
+        their own, broadcast in one group."""
         config = self.resolved.config
         size = sum(p.elements for p in self.memory.table.values()) * self.memory.weight_bytes
         buckets = -(-size // config.rollout.update_weight_buffer_size)
         rate = self.link(config.world_size) * constants.LINK_SHARE
         group = 0.0 if config.cluster.colocate else constants.UPDATE_GROUP_S
-        return 2 * size / rate + buckets * constants.UPDATE_BUCKET_S.at(self.pace) + group
+        return times * size / rate + buckets * constants.UPDATE_BUCKET_S.at(self.pace) + group
 
     def save(self) -> float:
         """Writing a checkpoint, spread over the steps between two; nothing where training goes on meanwhile."""

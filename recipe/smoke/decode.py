@@ -11,6 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -173,20 +174,33 @@ def widened(config: Config, groups: int) -> Config:
     return config.model_copy(update={"sglang": sglang})
 
 
-def measure_decoding(resolved: Resolved, contexts: Sequence[int], accept_length: float, log: Path) -> MeasuredDecoding:
-    """Starts the recipe's engine and measures it. Raises UserError if it does not start, ends, or is disturbed."""
+@contextmanager
+def running_engine(resolved: Resolved, context: int, accept_length: float, log: Path) -> Iterator[Engine]:
+    """The recipe's engine, with room for what is measured at up to `context` tokens, until the block ends. Raises
+    UserError if it does not start."""
     kind = EngineKind.of(resolved.architecture, resolved.config)
     resolved = replace(resolved, config=widened(resolved.config, kind.groups))
-    config, found = resolved.config, []
-    brought = min(accept_length, kind.draft_steps + 1.0)
+    config, began = resolved.config, time.monotonic()
     with tempfile.TemporaryDirectory(prefix="decode-") as name:
-        began = time.monotonic()
-        with EngineProcess(launch_of(resolved, Path(name), max(contexts), brought), log) as process:
+        brought = tokens_brought(kind, accept_length)
+        with EngineProcess(launch_of(resolved, Path(name), context, brought), log) as process:
             process.wait_healthy(config.rollout.rollout_engine_start_timeout_s)
             weights = "its checkpoint's" if has_weights(config) else "random"
             print(f"the engine started in {time.monotonic() - began:.0f} s with {weights} weights", flush=True)
-            engine = Engine(process.url, resolved.architecture.vocab_size, kind.groups, config.misc.seed)
-            for point in engine.points(SEQUENCES, contexts):
-                print(point, flush=True)
-                found.append(point)
-    return MeasuredDecoding(kind, brought, tuple(found))
+            yield Engine(process.url, resolved.architecture.vocab_size, kind.groups, config.misc.seed)
+
+
+def tokens_brought(kind: EngineKind, accept_length: float) -> float:
+    """By a verification that is to bring so many: there are no more than there are drafts, and the next token."""
+    return min(accept_length, kind.draft_steps + 1.0)
+
+
+def measure_decoding(
+    engine: Engine, resolved: Resolved, contexts: Sequence[int], accept_length: float
+) -> MeasuredDecoding:
+    """The recipe's engine, which runs. Raises UserError if it ends, or is disturbed."""
+    kind, found = EngineKind.of(resolved.architecture, resolved.config), []
+    for point in engine.points(SEQUENCES, contexts):
+        print(point, flush=True)
+        found.append(point)
+    return MeasuredDecoding(kind, tokens_brought(kind, accept_length), tuple(found))

@@ -2,9 +2,9 @@
 
     python -m recipe.smoke.measure --recipe R [--output runs/measured/rates.json] [flags of recipe.plan.tune]
 
-It measures host memory, matrix products, GPU memory, bus and NVLink, and how fast the recipe's engine generates, with
-random weights of the full size where it has no others; writes that down for the --rates of later plans, and tunes by
-it. About 3 minutes.
+It measures host memory, matrix products, GPU memory, bus and NVLink; training steps of a few layers; how fast the
+recipe's engine generates, with random weights of the full size where it has no others, and takes new weights. It writes
+that down for the --rates of later plans, and tunes by it. 3 to 4 minutes.
 """
 
 import argparse
@@ -19,15 +19,19 @@ from recipe.config import Resolved
 from recipe.config.error_text import listed
 from recipe.config.flags import parse_command_line
 from recipe.container.provenance import inside_image
-from recipe.plan.hardware import GIB, GPUS
+from recipe.plan.hardware import GIB, GPUS, Machine
+from recipe.plan.lengths import Lengths
 from recipe.plan.machine import FoundMachine, read_machine
+from recipe.plan.measured_work import MeasuredWork
 from recipe.plan.node import Rates, machine_as_measured, read_rates
 from recipe.plan.options import add_options, lengths_of, machine_of, read_without_weights
 from recipe.plan.plan import Plan, make_plan
 from recipe.plan.preflight import BUSY
 from recipe.plan.ranges import range_text
 from recipe.plan.tune.recipe_file import check_target
-from recipe.smoke.decode import measure_decoding
+from recipe.smoke.decode import measure_decoding, running_engine
+from recipe.smoke.training import measure_training
+from recipe.smoke.weight_update import measure_update
 from recipe.system.errors import UserError, run_main
 from recipe.system.files import atomic_write_text
 
@@ -83,20 +87,36 @@ def describe(options: argparse.Namespace, found: FoundMachine) -> None:
     options.host_memory, options.disk = f"{found.host_memory}B", f"{found.disk}B"
 
 
-def measure(resolved: Resolved, found: FoundMachine, output: Path) -> Rates:
-    """All of this node. Raises UserError for an engine that it has too few GPUs for, and if a part fails."""
+def measure(resolved: Resolved, sheet: Machine, lengths: Lengths, output: Path) -> Rates:
+    """All of this node, which is `sheet` by data sheets; each part's processes have ended before the next one begins.
+    Raises UserError for an engine that it has too few GPUs for, and if a part fails: `output` then has those before
+    it."""
     needed = resolved.config.sglang.rollout_num_gpus_per_engine
-    if needed > len(found.gpus):
+    if needed > sheet.gpus:
         raise UserError(
-            f"an engine of this recipe has {needed} GPUs, and this machine {len(found.gpus)}: give "
+            f"an engine of this recipe has {needed} GPUs, and this machine {sheet.gpus}: give "
             "--rollout-num-gpus-per-engine, and the --sglang-* sizes, for so many"
         )
     output.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "recipe.smoke.rates", "--num-gpus", str(len(found.gpus)), "--output", str(output)]
+    command = [sys.executable, "-m", "recipe.smoke.rates", "--num-gpus", str(sheet.gpus), "--output", str(output)]
     if status := subprocess.run(command, check=False).returncode:
         raise UserError(f"measuring rates ended with status {status}: what it printed stands above")
-    decoding = measure_decoding(resolved, CONTEXTS, ACCEPT_LENGTH, output.with_name("engine.log"))
-    return replace(read_rates(output), decoding=(decoding,))
+    rates = read_rates(output)
+    here = machine_as_measured(sheet, rates)
+    rates = with_work(rates, measure_training(resolved, here, lengths), output)
+    with running_engine(resolved, max(CONTEXTS), ACCEPT_LENGTH, output.with_name("engine.log")) as engine:
+        decoding = measure_decoding(engine, resolved, CONTEXTS, ACCEPT_LENGTH)
+        rates = with_work(replace(rates, decoding=(decoding,)), (), output)
+        return with_work(rates, measure_update(resolved, here, lengths, engine.url), output)
+
+
+def with_work(rates: Rates, work: Sequence[MeasuredWork], output: Path) -> Rates:
+    """The rates with further work, which is told; they are kept in `output`."""
+    for part in work:
+        print(part, flush=True)
+    rates = replace(rates, work=(*rates.work, *work))
+    atomic_write_text(output, json.dumps(asdict(rates), indent=1) + "\n")
+    return rates
 
 
 def dollars(plan: Plan) -> str:
@@ -111,8 +131,7 @@ def main() -> int:
     describe(options, found)
     resolved = read_without_weights(flags)[1]
     sheet, lengths = machine_of(options, resolved.config), lengths_of(options, resolved.config)
-    rates = measure(resolved, found, options.output)
-    atomic_write_text(options.output, json.dumps(asdict(rates), indent=1) + "\n")
+    rates = measure(resolved, replace(sheet, gpus=len(found.gpus)), lengths, options.output)
     here = machine_as_measured(sheet, rates)
     before, after = (make_plan(resolved, one, on_gpu=True, lengths=lengths) for one in (sheet, here))
     print(f"wrote {options.output}: the given recipe costs {dollars(after)} by it, {dollars(before)} by data sheets\n")

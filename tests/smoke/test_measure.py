@@ -4,6 +4,7 @@ answers, and what the plan makes of that."""
 import json
 import shutil
 import subprocess
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,10 +18,13 @@ from recipe.engines import launch
 from recipe.plan.decode_points import DecodePoint, EngineKind, MeasuredDecoding
 from recipe.plan.decoding import Decoding
 from recipe.plan.engine import EngineEstimate
-from recipe.plan.hardware import named_gpu
+from recipe.plan.hardware import Machine, named_gpu
+from recipe.plan.lengths import Lengths
+from recipe.plan.measured_work import MeasuredWork, WorkKind
 from recipe.plan.node import Rates, machine_as_measured, read_rates
 from recipe.plan.options import PUBLISHED, resolve_without_weights
 from recipe.plan.ranges import Pace
+from recipe.plan.time_plan import Work
 from recipe.plan.tune.__main__ import _parser as tune_parser
 from recipe.smoke import decode, measure
 from recipe.system.errors import UserError
@@ -47,6 +51,11 @@ def kind_of(recipe: str) -> EngineKind:
 
 POINTS = tuple(DecodePoint(8 * each, tokens, 1e-3 * each * tokens) for each in (1, 16) for tokens in (512, 4096))
 PLAIN = MeasuredDecoding(kind_of("glm4.7-flash-8gpu"), 1.0, POINTS)
+KINDS = [
+    WorkKind.of(work, resolved_of("glm4.7-flash-8gpu").architecture, resolved_of("glm4.7-flash-8gpu").config)
+    for work in (Work.TRAIN, Work.OPTIMIZER, Work.UPDATE_WEIGHTS)
+]
+WORK = tuple(MeasuredWork(kind, 4.0, 2.0, 3.0) for kind in KINDS)
 DRAFTING = MeasuredDecoding(kind_of("glm4.7-flash-8gpu-eagle"), 2.0, (DecodePoint(64, 1024, 7e-3),))
 
 
@@ -285,20 +294,47 @@ def test_measuring_ends_in_tuning_by_it(
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(subprocess, "run", with_smi(run))
+    monkeypatch.setattr(measure, "running_engine", lambda *arguments: nullcontext(CountingEngine(groups=8)))
     monkeypatch.setattr(measure, "measure_decoding", lambda *arguments: PLAIN)
+    monkeypatch.setattr(measure, "measure_training", lambda *arguments: WORK[:2])
+    monkeypatch.setattr(measure, "measure_update", lambda *arguments: WORK[2:])
     given = ["--response-len", "3000", "--price", "3", "--best", "1"]
     monkeypatch.setattr("sys.argv", ["measure", *FLAGS, *given, "--output", str(output)])
     assert measure.main() == 0
-    assert "the given recipe costs $" in capsys.readouterr().out
-    assert read_rates(output) == Rates(host_memory=1e11, decoding=(PLAIN,))
+    printed = capsys.readouterr().out
+    assert "the given recipe costs $" in printed
+    assert "optimizer: 4 s, planned 2 to 3 s" in printed
+    assert read_rates(output) == Rates(host_memory=1e11, decoding=(PLAIN,), work=WORK)
     options, flags = tune_parser().parse_known_args(asked[-1][3:])
     assert flags == FLAGS
     assert (options.rates, options.response_len, options.price, options.best) == (output, 3000, 3, 1)
     machine = measure.machine_of(options, resolved_of("glm4.7-flash-8gpu").config)
     assert machine.decoding == (PLAIN,)
+    assert machine.work == WORK
     assert machine.gpu.memory == pytest.approx((81559 - 551) << 20, rel=1e-3)
-    sheet = replace(machine, decoding=())
-    assert machine_as_measured(sheet, read_rates(output)).decoding == (PLAIN,)
+    sheet = replace(machine, decoding=(), work=())
+    assert machine_as_measured(sheet, read_rates(output)) == machine
+
+
+def test_what_was_measured_before_a_part_failed_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output = tmp_path / "rates.json"
+
+    def run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        output.write_text(json.dumps({"host_memory": 1e11}))
+        return subprocess.CompletedProcess(command, 0)
+
+    def refuse(*arguments: object) -> None:
+        raise UserError("the engine takes no weights")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(measure, "running_engine", lambda *arguments: nullcontext(CountingEngine(groups=8)))
+    monkeypatch.setattr(measure, "measure_decoding", lambda *arguments: PLAIN)
+    monkeypatch.setattr(measure, "measure_training", lambda *arguments: WORK[:2])
+    monkeypatch.setattr(measure, "measure_update", refuse)
+    resolved, sheet = resolved_of("glm4.7-flash-8gpu"), Machine.described("H100", 8, "1TB", None, 2.5)
+    with pytest.raises(UserError, match="takes no weights"):
+        measure.measure(resolved, sheet, Lengths.log_normal(3000, 0.6, 8192), output)
+    assert read_rates(output) == Rates(host_memory=1e11, decoding=(PLAIN,), work=WORK[:2])
 
 
 def with_smi(run: object) -> object:
