@@ -83,6 +83,7 @@ class Load:
                 tokens=draw.integers(0, self.vocabulary, length),
                 loss_mask=np.ones(response, dtype=np.bool_),
                 weight=1 / (self.packs * self.sequences * response),
+                mtp_weight=1 / (self.packs * self.sequences * response),
                 advantages=draw.normal(size=response).astype(np.float32),
                 rollout_log_probs=np.full(response, -12.0, dtype=np.float32),
             )
