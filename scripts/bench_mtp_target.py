@@ -57,6 +57,8 @@ WARM_UP_STEPS, WARM_UP_LR = 150, 2e-3
 """Of the MTP layer that all copies begin with; the learning rate rises for a tenth of the steps, and then falls."""
 PARTS = 3
 """Of a run, told apart."""
+SAME_POLICY = 1e-3
+"""Nats a token that trainer and engine are at most apart."""
 IDLE, SAMPLED = "none", "sampled"
 
 Figures = dict[str, float]
@@ -106,10 +108,12 @@ class Rollouts:
         layout = PromptFormat(data.input_key, data.label_key, apply_chat_template=data.apply_chat_template)
         longest = CONTEXT - config.rollout.rollout_max_response_len
         self._prompts = read_prompts(data.prompt_data[0].path, self._tokenizer, layout, max_tokens=longest)
-        model = build_model(Glm4MoeLiteConfig.from_pretrained(folder))
-        self._weights = WeightTable(model)
+        of_model = Glm4MoeLiteConfig.from_pretrained(folder)
+        self._ends = tuple(of_model.eos_token_id)
+        model = build_model(of_model)
         rows = config.rollout.rollout_batch_size * config.rollout.n_samples_per_prompt
         self._generation = Generation(RowModel(model, CONTEXT), rows, "", lambda _: "", lambda _: None)
+        self._weights = WeightTable(model)  # once RowModel has moved them
 
     @torch.inference_mode()
     def make(self, weights: Iterable[tuple[str, Tensor]], step: int) -> Graded:
@@ -145,7 +149,7 @@ class Rollouts:
             top_k=len(self._tokenizer),
             seed=seed,
             stop=(),
-            stop_token_ids=(self._tokenizer.eos_token_id,),
+            stop_token_ids=self._ends,
         )
 
     def _reward(self, ids: list[int], label: str) -> float:
@@ -312,7 +316,8 @@ def measure(
             bench.add_gradients(learned, drafters.values())
             for target in targets:
                 drafters[target].step(rank.optimization.learning_rate)
-            rank.train_step(bench.packs(learned))
+            apart = rank.train_step(bench.packs(learned)).metrics["logprob_diff_mean"]
+            assert stale or apart < SAME_POLICY, f"the rollouts are {apart} nats a token from the policy"
         return found
 
 
@@ -352,7 +357,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", choices=tuple(LOSSES), default=tuple(LOSSES))
     parser.add_argument("--warm-up-steps", type=int, default=WARM_UP_STEPS)
     arguments, flags = parser.parse_known_args()
-    if arguments.steps <= PARTS:
+    if arguments.steps < 2 * PARTS:
         raise UserError(f"--steps {arguments.steps}: {PARTS} parts of a run are told apart; give more")
     resolved = resolve([*ONE_OF_EACH, *flags])
     config, architecture = alone(resolved.config, None), resolved.architecture
