@@ -173,7 +173,10 @@ def _weighted(batch: list[TrainSample], config: Config) -> list[TrainSample]:
     grpo = config.grpo
     counts = [int(sample.loss_mask.sum()) for sample in batch]
     weights = sequence_weights(counts, per_token=grpo.calculate_per_token_loss or grpo.dr_grpo)
-    weighted = [replace(sample, weight=weight) for sample, weight in zip(batch, weights, strict=True)]
+    mtp_weight = 1 / max(1, sum(int(sample.mtp_mask.sum()) for sample in batch))
+    weighted = [
+        replace(sample, weight=weight, mtp_weight=mtp_weight) for sample, weight in zip(batch, weights, strict=True)
+    ]
     if not grpo.dr_grpo:
         return weighted
     scale = np.float32(constant_length_scale(counts, config.rollout.rollout_max_response_len))

@@ -42,6 +42,8 @@ class TrainSample:
     """[R] which response tokens are trained on."""
     weight: float = 0.0
     """Weight in the loss of each trained token, known once the batch is; see `recipe.experience.sequence_weights`."""
+    mtp_weight: float = 0.0
+    """Weight in the MTP layer's loss of each of `mtp_mask`, the same for all samples of the batch."""
     advantages: FloatArray | None = None
     """[R]; None for supervised training."""
     rollout_log_probs: FloatArray | None = None
@@ -76,6 +78,12 @@ class TrainSample:
     def response_length(self) -> int:
         """R."""
         return len(self.loss_mask)
+
+    @property
+    def mtp_mask(self) -> NDArray[np.bool_]:
+        """[R] which response tokens the MTP layer learns to predict: the trained ones that follow a trained one."""
+        follows = np.concatenate([[False], self.loss_mask])[:-1]
+        return self.loss_mask & follows
 
 
 @dataclass(frozen=True)

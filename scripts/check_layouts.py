@@ -150,6 +150,7 @@ def random_samples(scale: Scale) -> list[TrainSample]:
                 tokens=tokens,
                 loss_mask=mask,
                 weight=1 / (scale.samples * mask.sum()),
+                mtp_weight=1 / (scale.samples * scale.response),
                 advantages=draw.normal(size=length).astype(np.float32),
                 rollout_log_probs=-np.abs(draw.normal(size=length)).astype(np.float32),
             )

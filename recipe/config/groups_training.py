@@ -311,6 +311,7 @@ class MtpConfig(Group):
     mtp_num_layers: NonNegativeInt | None = None
     """MTP layers to load from the checkpoint; default: none."""
     enable_mtp_training: bool = False
-    """Train the MTP layer beside the policy; the loss reaches its own parameters only."""
+    """Train the MTP layer beside the policy, by the mean cross-entropy of the response tokens that it predicts; the
+    loss reaches its own parameters only."""
     mtp_loss_scaling_factor: NonNegativeFloat = 0.2
     """Weight of the MTP loss."""

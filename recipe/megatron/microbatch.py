@@ -256,9 +256,10 @@ def build_microbatch(samples: Sequence[TrainSample], layout: TokenLayout) -> Mic
     mtp, mtp_weights = None, None
     if layout.with_mtp:
         whole = _whole_sequences(samples, layout) if shared else pack
-        trained, held = weights > 0, np.concatenate([[False], whole.predicting[:-1] >= 0])
-        follows = (offset_of > 0) & trained & np.concatenate([[False], trained[:-1]]) & held
-        mtp, mtp_weights = _mtp_input(pack, whole, targets, follows), to_training_device(weights[follows])
+        follows = np.concatenate([sample.mtp_mask for sample in samples])
+        follows &= np.concatenate([[False], whole.predicting[:-1] >= 0])
+        of_token = np.repeat(np.array([sample.mtp_weight for sample in samples], dtype=np.float32), responses)
+        mtp, mtp_weights = _mtp_input(pack, whole, targets, follows), to_training_device(of_token[follows])
 
     def aligned(arrays: Sequence[FloatArray | IntArray | None]) -> Tensor | None:
         present = [array for array in arrays if array is not None]

@@ -132,7 +132,7 @@ METRICS: dict[str, Metric] = {
         MEAN,
         "Response tokens that a router would take to another expert than the one replayed, mean over layers.",
     ),
-    "mtp_loss": Metric("nats/token", MEAN, "Cross-entropy of the MTP layer's predictions."),
+    "mtp_loss": Metric("nats/token", MEAN, "Cross-entropy of the MTP layer, mean over the tokens that it learns."),
     "mtp_grad_norm": Metric("1", LAST, "Norm of the MTP layer's gradient before clipping, no part of `grad_norm`."),
     "lr": Metric("1", LAST, "Learning rate."),
     "tokens": Metric("tokens", SUM, "Prompt and response tokens trained on."),

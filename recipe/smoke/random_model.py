@@ -40,13 +40,14 @@ class Load:
         """Random tokens, others for every number."""
         draw = np.random.default_rng(number)
         response = self.length - self.length // 5
-        log_probs = np.full(response, -12.0, dtype=np.float32)
+        log_probs, weight = np.full(response, -12.0, dtype=np.float32), 1 / (self.packs * self.sequences * response)
         return [
             TrainSample(
                 index=number * self.sequences + place,
                 tokens=draw.integers(0, self.vocabulary, self.length),
                 loss_mask=np.ones(response, dtype=np.bool_),
-                weight=1 / (self.packs * self.sequences * response),
+                weight=weight,
+                mtp_weight=weight,
                 advantages=draw.normal(size=response).astype(np.float32),
                 rollout_log_probs=log_probs,
             )

@@ -238,6 +238,25 @@ def test_dr_grpo_changes_what_is_learned_and_not_what_is_measured() -> None:
         np.testing.assert_allclose(one.weight * one.advantages, given.advantages / 20, rtol=1e-5)
 
 
+@pytest.mark.parametrize("of_policy", [{}, {"calculate_per_token_loss": True}, {"dr_grpo": True}])
+def test_every_draft_that_the_mtp_layer_learns_weighs_the_same(of_policy: dict) -> None:
+    """In each optimizer step of a rollout, of long and short responses alike, whatever the policy's tokens weigh. The
+    second token of each response is not trained; it and the one after it are not learned."""
+    lengths = [5, 2, 7, 1, 0, 4, 2, 2]
+    values: dict = {
+        "model": {"hf_checkpoint": "/x", "bf16": False},
+        "data": {"prompt_data": "/x"},
+        "rollout": {"num_rollout": 1, "rollout_batch_size": 4, "n_samples_per_prompt": 2, "global_batch_size": 4}
+        | {"rollout_max_response_len": 10},
+        "optimizer": {"lr": 1e-3},
+        "grpo": of_policy,
+    }
+    first, second = optimizer_batches(samples_of([0.0] * 8, lengths), Config.model_validate(values))
+    learned = [[one.mtp_mask.nonzero()[0].tolist() for one in batch] for batch in (first, second)]
+    assert learned == [[[3, 4], [], [3, 4, 5, 6], []], [[], [3], [], []]]
+    assert [one.mtp_weight for one in (*first, *second)] == pytest.approx([1 / 6] * 4 + [1.0] * 4)
+
+
 @pytest.mark.parametrize(
     ("ratio", "advantage", "weight"),
     [(1.1, 2.0, 1.1), (1.5, 2.0, 1.28), (0.5, 2.0, 0.8), (1.5, -2.0, 1.28), (0.5, -2.0, 0.8)],

@@ -131,6 +131,7 @@ def test_activations_are_planned_within_a_tenth(case: str) -> None:
             tokens=draw.integers(0, 96, 60),
             loss_mask=np.ones(48, dtype=np.bool_),
             weight=1 / 48,
+            mtp_weight=1 / 47,
             advantages=np.ones(48, dtype=np.float32),
             rollout_log_probs=-np.ones(48, dtype=np.float32),
         )

@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from forked_commands import forked, run_script
 from trainer_support import preload_megatron
 
@@ -99,6 +100,25 @@ def test_several_ranks_are_measured_beside_one(run_with_ranks: Callable[[str, st
         output,
         re.MULTILINE,
     )
+
+
+def test_what_drafts_learn_from_and_how_they_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A soft target is what samples teach in expectation, and they where the policy has no choice."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from bench_mtp_target import ACCEPTED, LOSSES
+
+    generator = torch.Generator().manual_seed(0)
+    log_p, log_q = (torch.randn(6, 5, generator=generator, dtype=torch.float64).log_softmax(-1) for _ in "pq")
+    each = [LOSSES["sampled"](log_p, log_q, torch.full((6,), token)) for token in range(5)]
+    torch.testing.assert_close(LOSSES["soft"](log_p, log_q, each[0]), (log_p.exp() * torch.stack(each, 1)).sum(-1))
+    certain = torch.full((6, 5), -torch.inf, dtype=torch.float64).index_fill(1, torch.tensor([3]), 0.0)
+    torch.testing.assert_close(LOSSES["soft"](certain, log_q, each[0]), each[3])
+    for accepted in ACCEPTED.values():
+        torch.testing.assert_close(accepted(certain, certain), torch.ones(6, dtype=torch.float64))
+    torch.testing.assert_close(ACCEPTED["likeliest"](log_p, log_p), log_p.exp().amax(-1))
+    rejected = (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
+    torch.testing.assert_close(1 - ACCEPTED["drawn"](log_p, log_q), rejected)
+    torch.testing.assert_close(LOSSES["variation"](log_p, log_q, each[0]), rejected)
 
 
 def test_time_on_gpus_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """Training the MTP layer beside the policy is no concern of the policy."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from trainer_support import on_ranks, random_checkpoint, random_samples, scheduled, tiny_config
@@ -58,3 +60,25 @@ def test_the_policy_takes_the_same_steps_bit_for_bit(ranks: int, perf: dict) -> 
                 assert not torch.equal(weight, expected[name]), f"{name} was not trained"
             elif not is_mtp:
                 assert torch.equal(weight, expected[name]), f"{name} differs"
+
+
+@pytest.mark.parametrize("context_size", [1, 2])
+def test_what_it_learns_has_weights_of_its_own(context_size: int) -> None:
+    """Of samples that share prompts or lie whole, over all context-parallel ranks: each learned token once."""
+    from recipe.megatron.microbatch import TokenLayout, build_microbatch
+
+    samples = [replace(sample, mtp_weight=sample.index + 1.0) for sample in random_samples(5, seed=4)]
+    expected = [
+        (sample.mtp_weight, token)
+        for sample in samples
+        for token, learned in zip(sample.response.tolist(), sample.mtp_mask, strict=True)
+        if learned
+    ]
+    found: list[tuple[float, int]] = []
+    for rank in range(context_size):
+        layout = TokenLayout(context_rank=rank, context_size=context_size, with_mtp=True)
+        batch = build_microbatch(samples, layout)
+        assert batch.inputs.mtp is not None
+        assert batch.mtp_weights is not None
+        found += zip(batch.mtp_weights.tolist(), batch.inputs.mtp.ask.targets.tolist(), strict=True)
+    assert sorted(found) == sorted(expected)

@@ -247,7 +247,7 @@ def test_a_pack_tells_its_routers_what_its_samples_say() -> None:
 
     def sample(index: int, tokens: list[int], rows: int, first: int) -> TrainSample:
         experts = np.array([[[first + row, 50 + row], [100 + row, 150 + row]] for row in range(rows)], dtype=np.uint8)
-        return TrainSample(index, np.array(tokens), np.ones(len(tokens) - 2, dtype=np.bool_), 1.0, None,
+        return TrainSample(index, np.array(tokens), np.ones(len(tokens) - 2, dtype=np.bool_), 1.0,
                            routed_experts=experts)  # fmt: skip
 
     samples = [sample(0, [1, 2, 3, 4], 3, 0), sample(1, [1, 2, 5, 6, 7], 3, 20)]

@@ -17,7 +17,7 @@ def two_turns(index: int, draw: np.random.Generator) -> TrainSample:
     """A prompt of 5 tokens, 3 tokens of the model, 4 of a tool, and 2 of the model."""
     tokens = np.concatenate([np.arange(5), draw.integers(0, 96, len(SPOKEN))])
     floats = [draw.normal(size=len(SPOKEN)).astype(np.float32) for _ in range(2)]
-    return TrainSample(index, tokens, SPOKEN, 0.1, floats[0], rollout_log_probs=-np.abs(floats[1]))
+    return TrainSample(index, tokens, SPOKEN, 0.1, 0.1, floats[0], rollout_log_probs=-np.abs(floats[1]))
 
 
 def turn_of(sample: TrainSample, places: slice) -> TrainSample:

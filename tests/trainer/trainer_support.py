@@ -57,6 +57,7 @@ def random_samples(count: int, seed: int, *, trained: bool = True) -> list[Train
                 tokens=np.concatenate([prompts[index // 2], draw.integers(0, VOCABULARY, response)]),
                 loss_mask=mask,
                 weight=1 / (count * mask.sum()),
+                mtp_weight=1 / (8 * count),
                 advantages=floats[0],
                 rollout_log_probs=-np.abs(floats[1]),
                 sources=np.arange(response) % 2,
