@@ -179,13 +179,15 @@ def be_long_about_it(beat: Callable[[], None]) -> None:
 def test_an_engine_that_does_not_start_is_told_while_ranks_and_other_engines_still_do(
     actor: Any, tmp_path: Path
 ) -> None:
-    owners = [actor.remote(), actor.remote()]
+    import ray
+
+    owners, rank = [actor.remote(), actor.remote()], WatchedRank("training rank 0", "pid 0", actor.remote())
+    ray.get([one.location.remote() for one in (*owners, rank.actor)])
     engines = EngineGroup.__new__(EngineGroup)
     rollout = SimpleNamespace(rollout_engine_start_timeout_s=TIMEOUT_S)
     engines._resolved = cast(Any, SimpleNamespace(config=SimpleNamespace(rollout=rollout)))
     engines._engines = [EngineLife(number, owner) for number, owner in enumerate(owners)]
     engines._starting = {0: owners[0].do.remote(be_long_about_it), 1: owners[1].do.remote(fail_to_start)}
-    rank = WatchedRank("training rank 0", "pid 0", actor.remote())
     call = WatchedCall([rank], [rank.actor.do.remote(be_long_about_it)], TIMEOUT_S, tmp_path / "report")
 
     def advance() -> None:
@@ -194,6 +196,4 @@ def test_an_engine_that_does_not_start_is_told_while_ranks_and_other_engines_sti
 
     with pytest.raises(UserError, match="engine 0 cannot have a port"):
         advance()
-    import ray
-
     assert ray.wait([call._references[0], engines._starting[0]], timeout=0)[0] == [], "they are waited for"

@@ -47,7 +47,7 @@ class EngineUnderTest:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=60) as response:
+            with urllib.request.urlopen(request, timeout=240) as response:
                 return response.status, _decoded(response.read())
         except urllib.error.HTTPError as error:
             return error.code, _decoded(error.read())
