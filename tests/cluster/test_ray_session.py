@@ -19,37 +19,38 @@ SLOW = Exception("The current node timed out during startup. This could happen b
 
 
 @pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., int]:
-    """Starts Ray, which fails with one error after the other, and then starts. Returns how often it was started."""
+def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[str]]:
+    """Starts Ray, which fails with one error after the other, and then starts. Returns what was done."""
     module: Any = import_module("recipe.cluster.ray_session")
 
-    def run(*errors: Exception) -> int:
-        outcomes = iter([*errors, None])
-        calls = []
+    def run(*errors: Exception) -> list[str]:
+        outcomes, done = iter([*errors, None]), list[str]()
+        processes = SimpleNamespace(end_started=lambda: done.append("the rest is ended"))
 
         def init(*_: object) -> None:
-            calls.append(1)
+            done.append("it is started")
             if (error := next(outcomes)) is not None:
                 raise error
 
         monkeypatch.setattr(module, "_init_local", init)
-        module._start_local(SimpleNamespace(run_dir=tmp_path), tmp_path / "scratch", 1 << 28)
-        return len(calls)
+        module._start_local(SimpleNamespace(run_dir=tmp_path), tmp_path / "scratch", 1 << 28, processes)
+        return done
 
     return run
 
 
 @pytest.mark.parametrize("error", [SLOW, OSError("address in use"), RuntimeError("a process died")])
 def test_ray_that_starts_too_slowly_or_without_a_port_is_started_again(
-    start: Callable[..., int], error: Exception
+    start: Callable[..., list[str]], error: Exception
 ) -> None:
-    assert start(error) == 2
+    """Without what a start that failed has left: its death would be taken for that of a process of the run's."""
+    assert start(error) == ["it is started", "the rest is ended", "it is started"]
     with pytest.raises(UserError, match=rf"^Ray does not start on this machine \({error}\)"):
         start(error, error)
 
 
 @pytest.mark.parametrize("fault", [Exception("another"), ValueError("timed out during startup")])
-def test_a_fault_of_the_program_is_no_failed_start(start: Callable[..., int], fault: Exception) -> None:
+def test_a_fault_of_the_program_is_no_failed_start(start: Callable[..., list[str]], fault: Exception) -> None:
     with pytest.raises(type(fault), match=str(fault)):
         start(fault)
 
