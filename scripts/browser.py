@@ -29,7 +29,7 @@ class Page:
         self._calls += 1
         await self._socket.send_json({"id": self._calls, "method": method, "params": parameters})
         while True:
-            message = await self._socket.receive_json(timeout=60)
+            message = await self._socket.receive_json(timeout=240)
             if message.get("id") == self._calls:
                 assert "error" not in message, message
                 return message["result"]
@@ -46,12 +46,12 @@ class Page:
         for domain in ("Page", "Network", "Log", "Runtime"):
             await self.call(f"{domain}.enable")
         await self.call("Page.navigate", url=url)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while not (await self.ask("document.readyState + location.href")).startswith("complete" + url):
             assert time.monotonic() < deadline
             await asyncio.sleep(0.05)
 
-    async def until(self, expression: str, timeout_s: float = 60) -> Any:
+    async def until(self, expression: str, timeout_s: float = 600) -> Any:
         """The value of an expression, once it is one that counts as true."""
         deadline = time.monotonic() + timeout_s
         while not (found := await self.ask(expression)):
@@ -98,7 +98,7 @@ async def open_browser(profile: Path) -> AsyncIterator[Page]:
     silence = asyncio.subprocess.DEVNULL
     browser = await asyncio.create_subprocess_exec(CHROMIUM, *flags, "about:blank", stdout=silence, stderr=silence)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240
         while (port := _port(profile)) is None:
             assert browser.returncode is None, "the browser ended"
             assert time.monotonic() < deadline, "the browser does not start"
@@ -111,7 +111,7 @@ async def open_browser(profile: Path) -> AsyncIterator[Page]:
                 yield Page(socket)
     finally:
         browser.terminate()
-        await asyncio.wait_for(browser.wait(), 30)
+        await asyncio.wait_for(browser.wait(), 120)
 
 
 def _port(profile: Path) -> str | None:

@@ -1,22 +1,28 @@
-"""What tests of every folder share: Hypothesis without a clock, an order for several workers, and real SGLang for those
-that speak to it."""
+"""What tests of every folder share: Hypothesis without clock and chance, a folder for temporary files, an order for
+several workers, and real SGLang for those that speak to it."""
 
 import os
+import shutil
 import signal
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
+
+from recipe.system.scratch import COMPILED, TMPDIR, _user
 
 if TYPE_CHECKING:
     from xdist.scheduler import LoadFileScheduling
 
 ROOT = Path(__file__).parents[1]
 
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
+settings.register_profile(
+    "repeats", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], print_blob=False
+)
+settings.load_profile("repeats")
 
 # What tests start is as from a terminal, also under nohup, whose children have the signal ignored.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -50,6 +56,20 @@ SHARE_SGLANG = (
 """Files of tests/rollout whose tests speak to one real SGLang, which takes more than a minute of a core to start."""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """What tests, and what they start and kill, leave among the temporary files goes with them. pytest's own folders,
+    and kernels, which are compiled once, stay where they would be."""
+    if hasattr(config, "workerinput"):
+        return
+    usual = tempfile.gettempdir()
+    folder = tempfile.mkdtemp(prefix="t")
+    os.chmod(folder, 0o1777)  # as the usual one: some programs leave root behind
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", usual)
+    os.environ.setdefault(COMPILED, f"{usual}/torchinductor_{_user()}")
+    os.environ[TMPDIR] = tempfile.tempdir = folder
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Of `-n auto`: one more than cores, as some tests wait for most of their time."""
@@ -80,5 +100,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(scope="session")
 def sglang_python() -> Path:
     """The interpreter of an environment with SGLang's CPU build; made first, if it is not there yet."""
-    subprocess.run(["scripts/install.sh", ".venv-sglang", "sglang-cpu"], cwd=ROOT, check=True, timeout=600)
+    subprocess.run(["scripts/install.sh", ".venv-sglang", "sglang-cpu"], cwd=ROOT, check=True, timeout=3600)
     return ROOT / ".venv-sglang" / "bin" / "python"

@@ -61,12 +61,16 @@ class RayProcesses:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.end_started()
+        self._reaper.communicate()
+        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 0)
+
+    def end_started(self) -> None:
+        """Ends what leaving it would end."""
         for end in (None, psutil.Process.terminate, psutil.Process.kill):
             self._end([process for process in self._started() if not _removes_shared_memory(process)], end)
         for end in (None, psutil.Process.kill):
             self._end(self._started(), end)
-        self._reaper.communicate()
-        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 0)
 
     @staticmethod
     def _end(processes: Collection[psutil.Process], end: Callable[[psutil.Process], None] | None) -> None:

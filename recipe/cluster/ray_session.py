@@ -52,7 +52,7 @@ def ray_session(config: Config, object_store: int) -> Iterator[None]:
             write_token(scratch / "token")
             os.environ |= {TOKEN_PATH: str(scratch / "token"), "RAY_USAGE_STATS_ENABLED": "0"}
             with logs_kept(scratch, config.run_dir):
-                _start_local(config, scratch, object_store)
+                _start_local(config, scratch, object_store, processes)
                 with processes.watched(VITAL):
                     yield
         finally:
@@ -71,8 +71,9 @@ def _join_cluster(config: Config) -> None:
         ) from error
 
 
-def _start_local(config: Config, scratch: Path, object_store: int) -> None:
-    """Starts Ray, again if need be: it picks some ports well before it opens them, and somebody else may be faster."""
+def _start_local(config: Config, scratch: Path, object_store: int, processes: RayProcesses) -> None:
+    """Starts Ray, again if need be: it picks some ports well before it opens them, and somebody else may be faster. Of
+    a start that fails Ray leaves the processes that came up; they end before the next one."""
     for attempt in range(1, _START_ATTEMPTS + 1):
         try:
             _init_local(config, scratch, object_store)
@@ -82,6 +83,7 @@ def _start_local(config: Config, scratch: Path, object_store: int) -> None:
             if not timed_out and not isinstance(error, OSError | RuntimeError):
                 raise
             ray.shutdown()
+            processes.end_started()
             if attempt == _START_ATTEMPTS:
                 raise UserError(
                     f"Ray does not start on this machine ({error}): see its logs in {config.run_dir / RAY_LOGS}; the "

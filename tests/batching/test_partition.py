@@ -65,9 +65,9 @@ def test_long_tailed_costs_are_divided_as_evenly_as_equal_sizes_allow(seed, coun
 def test_eight_thousand_samples_on_a_thousand_ranks_take_no_time():
     draw = random.Random(0)
     costs = [min(draw.lognormvariate(8, 1), 16384) for _ in range(8192)]
-    started = time.perf_counter()
+    started = time.thread_time()
     parts = partition_balanced(costs, 1024, equal_size=True)
-    assert time.perf_counter() - started < 2
+    assert time.thread_time() - started < 2
     sums = [sum(costs[i] for i in part) for part in parts]
     assert max(sums) < 1.01 * sum(sums) / 1024
 

@@ -14,7 +14,7 @@ if Path(words["--model-path"], f"node-{rank}-fails").exists():
     sys.exit("ValueError: no room on this machine")
 host, port = words["--dist-init-addr"].split(":")
 assert os.environ["SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE"] == f"tcp://{host}:{port}"
-socket.create_connection((host, int(port)), timeout=60).close()
+socket.create_connection((host, int(port)), timeout=600).close()
 print("node", rank, "of", nnodes, "is", os.getpid(), flush=True)
 here = Path(words["--model-path"], f"met-at-{port}")
 here.mkdir(exist_ok=True)

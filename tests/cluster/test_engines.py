@@ -384,7 +384,7 @@ def test_engines_that_died_together_start_at_the_same_time(fakes: EngineGroup) -
     both = threading.Barrier(2)
 
     def start() -> str:
-        both.wait(10)
+        both.wait(60)
         return "again"
 
     for engine in fakes._engines[1:]:
@@ -410,13 +410,22 @@ async def test_an_engine_that_dies_while_the_trainer_works_gets_the_new_weights_
             told.append((self.weights, version))
             return super().update_weights(engines, version)
 
+    dies = fakes._engines[1].actor.carried
+    start, has_started = dies.start, threading.Event()
+
+    def starts_again() -> str:
+        url = start()
+        has_started.set()
+        return url
+
+    dies.start = starts_again
     trainer = Learning()
     update(fakes, trainer)
     async with fakes.changing(2):
         silent = asyncio.create_task(fakes.on_silent(1))
         trainer.weights = "half"
-        for _ in range(20):
-            await asyncio.sleep(0.005)
+        assert await asyncio.to_thread(has_started.wait, 60)
+        await asyncio.sleep(0.1)  # in which it could be sent what the trainer has
         assert starts(fakes) == [1, 2, 1]
         trainer.weights = "new"
     assert await silent == "engine-1-start-2"

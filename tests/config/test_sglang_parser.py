@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,7 +67,7 @@ class TestRealSglang:
             input=json.dumps(words),
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=900,
         )
         assert ended.returncode == 0, ended.stderr
         answers = json.loads(ended.stdout.splitlines()[-1])
@@ -106,7 +105,8 @@ class TestParser:
         (folder / "server_args.py").write_text(
             textwrap.dedent("""
                 import argparse, os, time
-                time.sleep(float(os.environ.get("SLOW", 0)))
+                while not os.path.exists(os.environ.get("ANSWERS_WITH", "/")):
+                    time.sleep(0.05)
                 class ServerArgs:
                     @staticmethod
                     def add_cli_args(parser):
@@ -173,20 +173,20 @@ class TestParser:
             assert check._process is None
             check.finish()
 
-    def test_nobody_waits_until_the_answer_is_needed(self, resolve_8gpu: Try, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("SLOW", "1")
-        resolved = resolve_8gpu("--sglang-sampling-backend", "numpy")
-        began = time.monotonic()
-        with ArgumentCheck(resolved) as check:
-            assert time.monotonic() - began < 0.9
+    def test_nobody_waits_until_the_answer_is_needed(
+        self, resolve_8gpu: Try, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        may_answer = tmp_path / "may answer"
+        monkeypatch.setenv("ANSWERS_WITH", str(may_answer))
+        with ArgumentCheck(resolve_8gpu("--sglang-sampling-backend", "numpy")) as check:
+            may_answer.touch()
             with pytest.raises(UserError, match="invalid choice: 'numpy'"):
                 check.finish()
-        assert time.monotonic() - began > 0.9
 
     def test_a_question_that_is_given_up_leaves_no_process(
         self, resolve_8gpu: Try, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setenv("SLOW", "600")
+        monkeypatch.setenv("ANSWERS_WITH", "nothing")
         resolved = resolve_8gpu()
         with ArgumentCheck(resolved):
             [asked] = [p for p in psutil.Process(os.getpid()).children() if "ask_sglang.py" in " ".join(p.cmdline())]
@@ -195,6 +195,6 @@ class TestParser:
     def test_a_parser_that_does_not_answer_is_told(
         self, refusal: Callable[..., str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setenv("SLOW", "600")
+        monkeypatch.setenv("ANSWERS_WITH", "nothing")
         monkeypatch.setattr(argument_check, "TIMEOUT_S", 0.2)
         assert refusal().endswith("(--rollout-engine-python): no answer in 0.2 s")

@@ -10,6 +10,7 @@ from collections import defaultdict, deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Self
 from urllib.parse import unquote, urlsplit
 
@@ -201,9 +202,22 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.close_connection = True
         if faults.reset:
-            time.sleep(0.1)  # what was sent arrives: a reset throws away what the other side has not read
+            while self._unread():  # a reset throws it away
+                time.sleep(0.01)
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
+
+    def _unread(self) -> int:
+        """Bytes that were sent, and that the other side, on this machine too, has not read (proc_net_tcp)."""
+        ours, theirs = self.connection.getsockname()[1], self.connection.getpeername()[1]
+        unread = 0
+        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+            local, remote, _, queues = line.split()[1:5]
+            ports = [int(address.rpartition(":")[2], 16) for address in (local, remote)]
+            sent, received = (int(queue, 16) for queue in queues.split(":"))
+            if ports in ([ours, theirs], [theirs, ours]):
+                unread += sent if ports[0] == ours else received
+        return unread
 
 
 def _sibling(name: str, content: bytes) -> dict[str, object]:

@@ -48,9 +48,12 @@ def tells_metrics(port: str) -> bool:
 
 def assert_gcs_refuses_strangers(port: str) -> None:
     program = f"from ray._raylet import GcsClient; GcsClient(address='127.0.0.1:{port}')"
-    with socket.create_connection(("127.0.0.1", int(port)), timeout=5):
-        stranger = subprocess.run(
-            [sys.executable, "-c", program], env=without_ray(), capture_output=True, text=True, timeout=120
-        )
-    assert stranger.returncode != 0
-    assert "AuthenticationError" in stranger.stderr
+    with socket.create_connection(("127.0.0.1", int(port)), timeout=240):
+        for _ in range(20):  # where others want the cores it may be told first that nobody answers in time
+            stranger = subprocess.run(
+                [sys.executable, "-c", program], env=without_ray(), capture_output=True, text=True, timeout=900
+            )
+            assert stranger.returncode != 0
+            if "AuthenticationError" in stranger.stderr:
+                return
+    raise AssertionError(stranger.stderr)

@@ -51,11 +51,10 @@ def parity_reward(prompt: str, response: str, label: str) -> float:
 calls = itertools.count(1)
 
 
-def striking_reward(prompt: str, response: str, label: str) -> float:
-    """`digits_reward`, which stops one engine and kills another when the run's only grading process has been called so
-    often that a rollout is under way."""
-    if next(calls) == int(os.environ["STRIKE_AT_CALL"]):
-        strike(*engines(psutil.Process(os.getppid())))
+def held_reward(prompt: str, response: str, label: str) -> float:
+    """`digits_reward`, which the run's only grading process gives REWARDS_GIVEN times, and then no more."""
+    if next(calls) > int(os.environ["REWARDS_GIVEN"]):
+        time.sleep(3600)
     return digits_reward(prompt, response, label)
 
 
@@ -76,6 +75,14 @@ def words_of(process: psutil.Process) -> list[str]:
         return process.cmdline()
     except psutil.Error:
         return []
+
+
+def environment_of(process: psutil.Process) -> dict[str, str]:
+    """Its variables, while it lives."""
+    try:
+        return process.environ()
+    except psutil.Error:
+        return {}
 
 
 def arguments(inputs: TinyInputs, runs: Path, name: str, *more: str) -> list[str]:
@@ -104,7 +111,7 @@ def start(command: list[str], **variables: str) -> subprocess.Popen:
     )
 
 
-def finish(process: subprocess.Popen, timeout_s: float = 240) -> tuple[int, str]:
+def finish(process: subprocess.Popen, timeout_s: float = 900) -> tuple[int, str]:
     """Waits for the end: exit status and output."""
     output, _ = process.communicate(timeout=timeout_s)
     return process.returncode, output
@@ -136,7 +143,7 @@ def engine_counts(lines: list[dict]) -> dict[str, int]:
     return {name: sum(line.pop(name, 0) for line in lines) for name in names}
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float = 240) -> None:
+def wait_until(condition: Callable[[], bool], timeout_s: float = 600) -> None:
     """Returns when `condition` holds; fails the test if it does not in time."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -144,15 +151,17 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 240) -> None:
         time.sleep(0.05)
 
 
-def wait_for_step(process: subprocess.Popen, directory: Path, step: int, timeout_s: float = 240) -> None:
+def wait_for_step(process: subprocess.Popen, directory: Path, step: int) -> None:
     """Returns when the run in `directory` has recorded `step`; fails with its output if it ends before."""
     path = directory / "metrics.jsonl"
 
     def is_done() -> bool:
+        if path.exists() and path.read_bytes().count(b"\n") > step:
+            return True
         assert process.poll() is None or process.stdout is None, process.stdout.read()
-        return path.exists() and path.read_bytes().count(b"\n") > step
+        return False
 
-    wait_until(is_done, timeout_s)
+    wait_until(is_done)
 
 
 def family(process: subprocess.Popen) -> list[psutil.Process]:
@@ -170,7 +179,7 @@ def leaves_no_process(marker: str) -> Iterator[None]:
         for process in living(marker):
             process.kill()
         raise
-    wait_until(lambda: not living(marker), 30)
+    wait_until(lambda: not living(marker), 120)
 
 
 @contextmanager
@@ -188,7 +197,7 @@ def leaves_nothing(marker: str) -> Iterator[Callable[[subprocess.Popen], list[ps
 
     with leaves_no_process(marker):
         yield take_note
-    wait_until(lambda: not any(lives(process) for process in processes), 30)
+    wait_until(lambda: not any(lives(process) for process in processes), 120)
     made = {path for one in processes for path in SHARED_MEMORY.glob(f"torch_{one.pid}_*")}
     left = made | {path for path in shared if path.exists()}
     left -= shared_memory_of(psutil.process_iter())
@@ -228,7 +237,7 @@ def lives(process: psutil.Process) -> bool:
 
 def first_of(processes: Iterable[psutil.Process], mark: str) -> psutil.Process:
     """The first one that lives and has `mark` in its command line."""
-    return next(process for process in processes if lives(process) and mark in " ".join(process.cmdline()))
+    return next(process for process in processes if lives(process) and mark in " ".join(words_of(process)))
 
 
 def kill_hard(process: subprocess.Popen) -> None:

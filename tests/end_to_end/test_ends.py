@@ -30,9 +30,9 @@ from recipe.weights.checkpoints import latest
 
 pytestmark = pytest.mark.slow
 
-ENDS_WITHIN_S = 30.0
-"""Twice what is promised: tests share their cores with one another."""
-NEVER_ANSWERS = "#!/bin/sh\nexec sleep 600\n"
+ENDS_WITHIN_S = 60.0
+"""Four times what is promised: tests share their cores with one another."""
+NEVER_ANSWERS = "#!/bin/sh\nexec sleep 3600\n"
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 
 
@@ -139,7 +139,7 @@ def test_a_run_ends_soon_wherever_it_is(
         take_note(run.process)
         began = time.monotonic()
         run.process.send_signal(number)
-        status, output = finish(run.process, 120)
+        status, output = finish(run.process)
         took_s = time.monotonic() - began
     print(f"{reach.__name__}: {took_s:.1f} s", file=sys.stderr)
     assert status == expected, output

@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from pathlib import Path
 
-import psutil
 import pytest
 from run_support import (
     ONE_RANK,
@@ -12,47 +11,38 @@ from run_support import (
     TinyInputs,
     arguments,
     engine_counts,
-    engines,
-    finish,
     leaves_no_process,
     metrics,
     run,
     samples,
-    start,
-    wait_for_step,
 )
 
 pytestmark = pytest.mark.slow
 
-BOUND_S = 90.0
-"""For a step in which both engines are lost: a second between two checks, two for an answer, then a start."""
+BOUND_S = 300.0
+"""For a step in which both engines are lost: a second between two checks, ten for an answer, then a start, all of it on
+cores that others want, too."""
 
 
 def test_one_engine_stopped_and_one_killed_in_mid_rollout_and_an_owner_killed_change_nothing(
     inputs: TinyInputs, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """Two requests are under way at a time and one group is graded: the others are still to be made. As on GPUs that
-    they share with the trainer, the engines give their memory back while it trains. In fp32 and with equal weights the
-    engines take every token where the trainer would, so that replaying them changes nothing either."""
+    """Two requests are under way at a time, and the last are still to be sent. As on GPUs that they share with the
+    trainer, the engines give their memory back while it trains. In fp32 and with equal weights the engines take every
+    token where the trainer would, so that replaying them changes nothing either."""
     more = (
         "--use-rollout-routing-replay "
-        "--colocate --custom-rm-path run_support:striking_reward --rm-num-workers 1 --rollout-max-concurrency 2 "
-        "--rollout-health-check-interval 1 --rollout-health-check-timeout 2"
+        "--colocate --rollout-max-concurrency 2 --rollout-health-check-interval 1 --rollout-health-check-timeout 5"
     )
-    before = 8 * 4 + 2 * 16
+    command = arguments(inputs, tmp_path, "struck", *TWO_ENGINES, *more.split())
+    command[command.index("recipe.train")] = "struck_rollout"
     with leaves_no_process(str(tmp_path)):
-        command = arguments(inputs, tmp_path, "struck", *TWO_ENGINES, *more.split())
-        process = start(command, STRIKE_AT_CALL=str(before + 1))
-        wait_for_step(process, tmp_path / "struck", 4)
-        owner = engines(psutil.Process(process.pid))[0].parent()
-        assert owner is not None
-        owner.kill()
-        status, output = finish(process)
+        status, output = run(command)
     assert status == 0, output
     lines, expected = metrics(tmp_path / "struck"), metrics(uninterrupted)
     assert [line.pop("routing_disagreement", None) for line in lines] == [None, *[0.0] * (len(lines) - 1)]
     struck, bereft = (line for line in lines if line.get("engine_restarts"))
-    assert struck["step"] == 3
+    assert (struck["step"], bereft["step"]) == (3, 5)
     assert (struck["engine_restarts"], bereft["engine_restarts"]) == (2, 1)
     assert struck["request_retries"] > 0
     assert struck["retried_tokens"] > 0
@@ -67,11 +57,11 @@ def test_one_engine_stopped_and_one_killed_in_mid_rollout_and_an_owner_killed_ch
 def test_one_engine_stopped_and_one_killed_while_weights_are_sent_change_nothing(
     inputs: TinyInputs, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    more = "--num-rollout 3 --update-weight-timeout 2 --update-weight-transfer distributed"
+    more = "--num-rollout 3 --update-weight-timeout 10 --update-weight-transfer distributed"
     command = arguments(inputs, tmp_path, "struck", *TWO_ENGINES, *more.split())
     command[command.index("recipe.train")] = "struck_update"
     with leaves_no_process(str(tmp_path)):
-        status, output = finish(start(command))
+        status, output = run(command)
     assert status == 0, output
     assert "failed while it was sent weights" in output
     lines, expected = metrics(tmp_path / "struck"), metrics(uninterrupted)[:4]

@@ -14,6 +14,7 @@ from run_support import (
     metrics,
     start,
     wait_for_step,
+    words_of,
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.sglang]
@@ -33,8 +34,8 @@ def test_a_run_on_sglang_samples_from_the_weights_it_trains(
     )
     with leaves_no_process(str(tmp_path)):
         process = start([*command, *more.split(), "--update-weight-buffer-size", "200000"])
-        wait_for_step(process, tmp_path / "sglang", 0, timeout_s=300)
-        servers = [p for p in family(process) if "sglang_server/serve.py" in " ".join(p.cmdline())]
+        wait_for_step(process, tmp_path / "sglang", 0)
+        servers = [p for p in family(process) if "sglang_server/serve.py" in " ".join(words_of(p))]
         ports = {c.laddr for p in servers for c in p.net_connections() if c.status == psutil.CONN_LISTEN}
         status, output = finish(process)
     assert status == 0, output

@@ -16,12 +16,14 @@ from run_support import (
     ONE_RANK,
     TinyInputs,
     arguments,
+    environment_of,
+    family,
     finish,
     first_of,
     leaves_nothing,
-    lives,
     start,
     wait_for_step,
+    wait_until,
     words_of,
 )
 from torch.distributed.checkpoint import FileSystemReader
@@ -56,11 +58,20 @@ def test_a_run_that_loses_a_rank_names_it_and_leaves_its_checkpoint_whole(inputs
         process = start(command)
         wait_for_step(process, tmp_path / "struck", 2)
         take_note(process)
-        status, output = finish(process, 120)
+        status, output = finish(process)
     assert status == 2
     assert re.search(r"^error: training rank 1 died \(", output, re.MULTILINE), output
     assert "training rank 0" not in output
     assert_left_whole(tmp_path / "struck", output)
+
+
+def kinds_of(processes: list[psutil.Process]) -> set[str | None]:
+    """What Ray's processes say that they are, once they have said it."""
+    found: set[str | None] = set()
+    for process in processes:
+        with suppress(psutil.Error):
+            found.add(_kind(process, VITAL))
+    return found
 
 
 def until_struck(inputs: TinyInputs, runs: Path) -> list[str]:
@@ -87,9 +98,9 @@ def test_a_run_that_loses_a_process_leaves_nothing_behind_and_its_checkpoint_is_
         processes = take_note(process)
         if victim == "raylet":
             assert_doors_are_shut(processes)
-            assert {_kind(process, VITAL) for process in processes if lives(process)} == {None, *WATCHED}
+            wait_until(lambda: kinds_of(family(process)) == {None, *WATCHED})
         first_of(processes, mark).kill()
-        status, output = finish(process, 120)
+        status, output = finish(process)
     assert status != 0
     assert sentence in output, output
     assert_left_whole(tmp_path / "struck", output)
@@ -107,7 +118,7 @@ def test_the_launch_script_follows_its_job_and_passes_a_notice_on(inputs: TinyIn
         assert_token_is_on_no_command_line(processes)
         assert_key_is_with_the_run_alone(processes)
         process.send_signal(signal.SIGTERM)
-        status, output = finish(process, 120)
+        status, output = finish(process)
     assert status == SAVED_STATUS, output
     assert "+ ray job submit --address http://127.0.0.1:" in output
     assert "step 1/1000" in output
@@ -144,13 +155,6 @@ def assert_token_is_on_no_command_line(processes: list[psutil.Process]) -> None:
     assert token
     assert not [one for one in environments if token in " ".join(one.values())]
     assert not [process for process in processes if token in " ".join(words_of(process))]
-
-
-def environment_of(process: psutil.Process) -> dict[str, str]:
-    """Its variables, while it lives."""
-    with suppress(psutil.NoSuchProcess):
-        return process.environ()
-    return {}
 
 
 def assert_key_is_with_the_run_alone(processes: list[psutil.Process]) -> None:

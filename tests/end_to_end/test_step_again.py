@@ -19,13 +19,13 @@ pytestmark = pytest.mark.slow
 
 def mismatch(*words: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "recipe.mismatch", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
 
 
 def replayed(directory: Path, *flags: str) -> list[dict[str, float]]:
     """What step 3 is once more, and changed."""
     command = [sys.executable, "-m", "recipe.train", "--replay-step", f"{directory}:3", *flags]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert ended.returncode == 0, ended.stderr
     rows = [re.split(r"  +", row.strip()) for row in ended.stdout.splitlines()[2:-1]]
     return [{name: float(values[column]) for name, *values in rows} for column in (1, 2)]

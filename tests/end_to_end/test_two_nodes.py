@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +19,7 @@ pytestmark = [
 ]
 
 STEPS = 3
-LOST_WITHIN_S = 120
+LOST_WITHIN_S = 600
 
 
 @dataclass
@@ -44,9 +45,7 @@ class Pair:
     def wait_for_step(self, name: str, step: int, launched: subprocess.Popen) -> None:
         """Returns when the run has recorded `step`, or is over."""
         path = self.base / name / "metrics.jsonl"
-        wait_until(
-            lambda: launched.poll() is not None or (path.exists() and path.read_bytes().count(b"\n") > step), 240
-        )
+        wait_until(lambda: launched.poll() is not None or (path.exists() and path.read_bytes().count(b"\n") > step))
 
     def log(self, name: str) -> str:
         """Of head or join."""
@@ -65,8 +64,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 def test_two_hosts_take_the_steps_of_one(pair: Pair, inputs: TinyInputs, uninterrupted: Path) -> None:
     launched, joining = pair.begin(arguments(inputs, pair.base, "two", "--num-rollout", str(STEPS)))
-    assert launched.wait(300) == 0, pair.log("head")
-    assert joining.wait(60) == 0, pair.log("join")
+    assert launched.wait(900) == 0, pair.log("head")
+    assert joining.wait(240) == 0, pair.log("join")
     assert metrics(pair.base / "two") == metrics(uninterrupted)[: STEPS + 1]
     assert samples(pair.base / "two") == samples(uninterrupted)[: STEPS * 16]
 
@@ -76,9 +75,9 @@ def assert_own_servers_listen_on_the_nodes_address_only(pair: Pair) -> None:
     kinds = {"recipe.engines.embedded": set(), "ray::RankActor": set(), "dashboard/dashboard.py": set()}
     for host in (pair.head, pair.worker):
         for pid, addresses in host.listening().items():
-            words = " ".join(psutil.Process(pid).cmdline())
-            for kind, found in kinds.items():
-                if kind in words:
+            with suppress(psutil.NoSuchProcess):
+                words = " ".join(psutil.Process(pid).cmdline())
+                for found in (found for kind, found in kinds.items() if kind in words):
                     found |= addresses
     engine, ranks, dashboard = kinds.values()
     assert engine in ({HEAD}, {WORKER})

@@ -99,35 +99,35 @@ def test_what_a_run_leaves_is_what_the_page_shows(
 )
 async def test_a_live_run_is_watched_from_its_start_until_it_is_killed(inputs: TinyInputs, tmp_path: Path) -> None:
     """Its responses are cut off, of which the page gives advice."""
-    runs = tmp_path / "runs"
+    runs, may_import = tmp_path / "runs", tmp_path / "may-import"
     runs.mkdir()
-    more = ("--num-rollout", "1000", "--rollout-max-response-len", "2", "--custom-rm-path", "run_support:slow_reward")
+    more = ("--num-rollout", "1000", "--rollout-max-response-len", "2", "--custom-rm-path", "held_import:slow_reward")
     step = "Number(document.querySelector('#step')?.innerText.match(/\\d+/)?.[0])"
     with leaves_nothing(str(tmp_path)) as take_note, watching(runs) as (_, url):
-        process = start(arguments(inputs, runs, "live", *more, *ONE_RANK))
         async with open_browser(tmp_path / "profile") as page:
             await page.open(url)
+            process = start(arguments(inputs, runs, "live", *more, *ONE_RANK), MAY_IMPORT=str(may_import))
             await page.until(
                 "document.querySelector('#state')?.innerText.includes('starting')"
-                " || document.querySelector('#runs')?.innerText.includes('starting')",
-                120,
+                " || document.querySelector('#runs')?.innerText.includes('starting')"
             )
+            may_import.touch()
             await page.go("#/run/live")
-            await page.until("document.querySelector('#state')?.innerText.includes('running')", 240)
-            await page.until(f"{step} >= 2", 120)
+            await page.until("document.querySelector('#state')?.innerText.includes('running')")
+            await page.until(f"{step} >= 2")
             take_note(process)
             reward = "document.querySelector('#curves .chart[data-metric=reward] .reading')?.innerText"
             first = await page.until(reward)
-            await page.until("!!document.querySelector('#advice li[data-rule=truncated]')", 120)
+            await page.until("!!document.querySelector('#advice li[data-rule=truncated]')")
             advice = await page.ask("document.querySelector('#advice li[data-rule=truncated]').innerText")
             assert "raise --rollout-max-response-len (now 2)" in advice
-            await page.until(f"{reward} !== {json.dumps(first)}", 120)  # steps in a row may have the same one
-            await page.until(f"{step} >= 5", 120)  # advice may come before the head is asked for again
+            await page.until(f"{reward} !== {json.dumps(first)}")  # steps in a row may have the same one
+            await page.until(f"{step} >= 5")  # advice may come before the head is asked for again
             await page.go("#/run/live/samples")
             await page.until("document.querySelectorAll('#samples-results tr[data-rollout]').length > 4")
             process.kill()
             process.wait()
-            await page.until("document.querySelector('#state').innerText.includes('died')", 60)
+            await page.until("document.querySelector('#state').innerText.includes('died')")
             assert [request for request in page.requests() if not request.startswith((url, "data:"))] == []
             assert page.complaints() == []
     status = read_status(runs / "live")

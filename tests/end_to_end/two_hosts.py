@@ -32,7 +32,7 @@ class Host:
             env=environment(variables),
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
             check=False,
         )
 

@@ -2,7 +2,6 @@
 
 import json
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ QUESTIONS = {
 }
 N_SAMPLES = 4
 MAX_TOKENS = 12
-STALL_S = 20.0
+STALL_S = 600.0
 """Longer than any test waits."""
 
 _KINDS = (Verdict.CORRECT, Verdict.WRONG, Verdict.NO_ANSWER, Verdict.TRUNCATED, Verdict.CORRECT)
@@ -55,6 +54,12 @@ class KnownServer:
     """It answers nothing any more, but lets everybody connect."""
     asked: Counter[int] = field(default_factory=Counter)
     url: str = ""
+    over: threading.Event = field(default_factory=threading.Event)
+    """Ends what stalls."""
+
+    def stall(self) -> None:
+        """For as long as anybody might wait."""
+        self.over.wait(STALL_S)
 
     def answer(self, body: dict[str, Any], text_of: Callable[[list[int]], str]) -> int | str:
         """The JSON of an answer, or a status."""
@@ -105,7 +110,7 @@ def serving(server: KnownServer) -> Iterator[KnownServer]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             if server.stalls:
-                time.sleep(STALL_S)
+                server.stall()
             elif self.path == "/model_info":
                 info = {"model_path": str(server.checkpoint), "weight_version": server.version}
                 self._send(json.dumps(info) if server.info is None else server.info)
@@ -117,7 +122,7 @@ def serving(server: KnownServer) -> Iterator[KnownServer]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if server.stalls:
-                time.sleep(STALL_S)
+                server.stall()
             self._send(server.answer(body, tokenizer.decode))
 
         def _send(self, answer: int | str) -> None:
@@ -141,6 +146,7 @@ def serving(server: KnownServer) -> Iterator[KnownServer]:
     try:
         yield server
     finally:
+        server.over.set()
         listener.shutdown()
         thread.join()
         listener.server_close()

@@ -24,7 +24,7 @@ OTHERS = re.findall(r"^\.venv/bin/python -m evaluation\.(?:compare|grade) .*$", 
 def last_line(*command: str) -> str:
     # A make that runs these tests has its own say in what another prints.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=True)
     return ended.stdout.strip().splitlines()[-1]
 
 
@@ -57,7 +57,7 @@ def test_results_are_compared_and_responses_graded_by_the_commands_of_the_page(
     for command in OTHERS:
         line = command.replace(".venv/bin/python", shlex.quote(sys.executable))
         ended = subprocess.run(
-            line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+            line, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
         )
         assert ended.returncode == 0, ended.stderr
         said += ended.stdout

@@ -53,7 +53,7 @@ def whole(checkpoint: Path, questions: Path, tmp_path_factory: pytest.TempPathFa
 def stop(command: Forked, samples: Path, count: int, number: signal.Signals) -> bytes:
     """Sends the signal once `count` samples are stored. The file's content when nobody is left to write to it."""
     pid = command.process.pid
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while not (samples.exists() and samples.read_bytes().count(b"\n") >= count):
         assert command.process.is_alive(), command.end()
         assert time.monotonic() < deadline
@@ -64,7 +64,7 @@ def stop(command: Forked, samples: Path, count: int, number: signal.Signals) -> 
     assert status == {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 128 + signal.SIGTERM}[number], said
     assert "Traceback" not in said
     assert engines
-    psutil.wait_procs(engines, timeout=30)
+    psutil.wait_procs(engines, timeout=120)
     assert not any(engine.is_running() and engine.status() != psutil.STATUS_ZOMBIE for engine in engines)
     return samples.read_bytes()
 

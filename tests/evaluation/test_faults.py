@@ -3,7 +3,6 @@
 import errno
 import os
 import shutil
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -68,11 +67,9 @@ def test_a_sample_that_stalls_is_missed_in_bounded_time_and_made_by_the_next_run
     whole = evaluate(*words[:4], "--save", tmp_path / "whole")
     stalled = whole.problems[2].samples[1].seed
     server.asked.clear()
-    server.fault = lambda seed, _: time.sleep(30) if seed == stalled else None
-    began = time.monotonic()
+    server.fault = lambda seed, _: server.stall() if seed == stalled else None
     with pytest.raises(UserError, match=f"1 of {TOTAL} samples are missing.*did not answer.*the same command again"):
-        evaluate(*words, "--request-timeout-s", 2, "--max-retries", 1)
-    assert time.monotonic() - began < 25
+        evaluate(*words, "--request-timeout-s", 3, "--max-retries", 1)
     assert not (tmp_path / "out" / "result.json").exists()
     assert server.asked[stalled] == 2
     server.fault = None
@@ -87,12 +84,10 @@ def test_a_server_that_dies_ends_the_run_at_once(server: KnownServer, data: Path
         return None if server.healthy else 500
 
     server.fault = die
-    began = time.monotonic()
     with pytest.raises(UserError, match=f"of {TOTAL} samples are missing.*answered 500"):
         evaluate(
             "--url", server.url, "--data", data, "--save", tmp_path / "out", "--concurrency", 1, "--max-retries", 1
         )
-    assert time.monotonic() - began < 20
     assert len(lines_of(tmp_path / "out" / "samples.jsonl")) == 9
     assert len(server.asked) <= 11
 
@@ -198,26 +193,27 @@ def test_a_directory_is_not_continued_with_another_server(
 
 @pytest.mark.parametrize(
     ("fault", "problem"),
-    [("stalls", "no server has passed a health check for 1 s"), ("slow", "no sample was finished for 2 s")],
+    [("stalls", "no server has passed a health check for 3 s"), ("slow", "no sample was finished for 3 s")],
 )
 def test_a_server_that_stalls_ends_the_run_in_bounded_time(
     server: KnownServer, data: Path, tmp_path: Path, fault: str, problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("recipe.rollout.client.HEALTH_TIMEOUT_S", 0.2)
 
+    answered = iter(range(7))
+
     def stall(_: int, __: int) -> int | None:
-        if len(server.asked) < 8:
+        if next(answered, None) is not None:
             return None
         server.stalls = fault == "stalls"
-        time.sleep(STALL_S)
+        server.stall()
         return 500
 
     server.fault = stall
-    limits = ("--health-timeout-s", 1, "--stall-timeout-s", 2 if fault == "slow" else 15)
-    began = time.monotonic()
+    health_s, stall_s = (3, STALL_S) if fault == "stalls" else (STALL_S, 3)
+    limits = ("--health-timeout-s", health_s, "--stall-timeout-s", stall_s)
     with pytest.raises(UserError, match=rf"samples are missing.*{problem}.*the same command again"):
         evaluate("--url", server.url, "--data", data, "--save", tmp_path / "out", "--concurrency", 4, *limits)
-    assert time.monotonic() - began < 12
     assert len(lines_of(tmp_path / "out" / "samples.jsonl")) == 7
 
 

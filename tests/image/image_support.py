@@ -77,7 +77,7 @@ def running_engine(folder: Path) -> Iterator[Engine]:
         )
     try:
         engine = Engine(f"unix://{socket}")
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while not answers(engine):
             assert daemon.poll() is None, log.read_text()[-2000:]
             assert time.monotonic() < deadline, log.read_text()[-2000:]
@@ -85,7 +85,7 @@ def running_engine(folder: Path) -> Iterator[Engine]:
         yield engine
     finally:
         daemon.terminate()
-        daemon.wait(60)
+        daemon.wait(600)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -113,14 +113,14 @@ def import_base(engine: Engine, folder: Path) -> None:
     include = ",".join(packages[1].split())
     archive = folder / "base.tar"
     command = ["mmdebstrap", "--quiet", "--variant=minbase", f"--include={include}", "bookworm", str(archive)]
-    subprocess.run(command, check=True, timeout=300)
+    subprocess.run(command, check=True, timeout=900)
     with tarfile.open(archive, "a") as tar:
         tar.add(CERTIFICATES, f".{IMPORTED_CERTIFICATES}")
         tar.add(torch_wheel(folder), f"./wheels/{torch_wheel(folder).name}")
     variables = {"PIP_CERT": IMPORTED_CERTIFICATES, "SSL_CERT_FILE": IMPORTED_CERTIFICATES, "PIP_FIND_LINKS": "/wheels"}
     if "PIP_INDEX_URL" in os.environ:
         variables["PIP_INDEX_URL"] = os.environ["PIP_INDEX_URL"]
-    client = docker.DockerClient(base_url=engine.host, timeout=300)
+    client = docker.DockerClient(base_url=engine.host, timeout=900)
     name, _, tag = BASE.partition(":")
     client.api.import_image_from_file(
         str(archive), repository=name, tag=tag, changes=[f"ENV {name}={value}" for name, value in variables.items()]
@@ -136,8 +136,8 @@ def torch_wheel(folder: Path) -> Path:
         download = [sys.executable, "-m", "pip", "download", "-qq", "--no-deps", "--only-binary", ":all:"]
         download += ["--python-version", "3.11", "--dest", str(wheels), f"torch=={version}+cpu"]
         [index] = re.findall(r"^torch_cpu_index=(\S+)$", (ROOT / "scripts" / "install.sh").read_text(), re.MULTILINE)
-        if subprocess.run(download, check=False, timeout=300).returncode:
-            subprocess.run([*download, "--index-url", index], check=True, timeout=300)
+        if subprocess.run(download, check=False, timeout=900).returncode:
+            subprocess.run([*download, "--index-url", index], check=True, timeout=900)
     [wheel] = wheels.iterdir()
     return wheel
 

@@ -185,7 +185,7 @@ def test_training_stops_before_it_starts_anything(tmp_path: Path) -> None:
     flags += ["--save-interval", "1", "--num-rollout", "1000000", "--save-keep", "999999"]
     flags += ["--rollout-max-response-len", "2"]
     ended = subprocess.run(
-        [sys.executable, "-m", "recipe.train", *flags], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-m", "recipe.train", *flags], capture_output=True, text=True, timeout=900, check=False
     )
     assert ended.returncode == 2
     assert "It does not fit" in ended.stderr

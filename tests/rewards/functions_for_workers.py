@@ -4,6 +4,7 @@ import asyncio
 import os
 import sys
 import time
+from pathlib import Path
 
 
 def same(left: str, right: str) -> bool:
@@ -15,6 +16,9 @@ def obey(command: str, argument: str) -> bool:
     match command:
         case "sleep":
             time.sleep(float(argument))
+        case "touch":
+            Path(argument).touch()
+            time.sleep(600)
         case "compute":
             return 9 ** (9 ** int(argument)) > 0  # one instruction: neither threads nor signals get a turn
         case "raise":

@@ -131,14 +131,14 @@ def test_decides_what_takes_no_algebra(answer, label, equal):
 )
 @pytest.mark.parametrize("end", ["", "1", "!", "}", "=12"])
 def test_no_answer_takes_long_to_read(part, end):
-    started = time.perf_counter()
+    started = time.thread_time()
     for answer in ("12 " + part * (990 // len(part)), part * (990 // len(part))):
         plainly_equal(answer[: MAX_ANSWER_CHARACTERS - len(end)] + end, "12")
-    assert time.perf_counter() - started < 2
+    assert time.thread_time() - started < 2
 
 
 @pytest.mark.parametrize("unit", ["9", "1,", "{,}", "$", "-", "\N{FULLWIDTH DIGIT ONE}", " "])
 def test_a_megabyte_takes_no_time(unit):
-    started = time.perf_counter()
+    started = time.thread_time()
     plainly_equal(unit * 1_000_000, "12")
-    assert time.perf_counter() - started < 1
+    assert time.thread_time() - started < 1

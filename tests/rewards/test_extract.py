@@ -98,7 +98,7 @@ def test_dapo_reads_the_last_answer_line_or_box_of_the_tail(text, answer):
 )
 def test_a_megabyte_of_anything_takes_no_time(unit):
     text = unit * (1_000_000 // len(unit))
-    started = time.perf_counter()
+    started = time.thread_time()
     for extract in (boxed_answer, boxed_after_thinking, answer_line_after_thinking):
         extract(text)
-    assert time.perf_counter() - started < 2
+    assert time.thread_time() - started < 2

@@ -48,7 +48,7 @@ def test_starts_nothing_before_it_is_needed(pool):
 
 def test_workers_that_were_started_early_take_the_calls(pool):
     pool.start(2)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while len(early := worker_processes()) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
     assert [pool.submit("nothing", "").result() for _ in range(3)] == [Outcome(True)] * 3
@@ -62,20 +62,18 @@ def test_a_worker_that_is_idle_takes_a_call_before_another_is_started(pool):
     assert len(worker_processes()) == 1
 
 
-@pytest.mark.parametrize("hang", [("sleep", "60"), ("compute", "10")])
+@pytest.mark.parametrize("hang", [("sleep", "600"), ("compute", "10")])
 def test_a_call_that_hangs_is_killed_and_the_next_one_works(pool, hang):
     pool.submit("nothing", "").result()
-    started = time.monotonic()
     assert pool.submit(*hang).result() == Outcome(None, "no result within 1 s")
-    assert time.monotonic() - started < 5
     assert pool.submit("nothing", "").result() == Outcome(True)
 
 
 def test_works_off_the_main_thread(pool):
     outcomes = []
-    thread = threading.Thread(target=lambda: outcomes.append(pool.submit("sleep", "60").result()))
+    thread = threading.Thread(target=lambda: outcomes.append(pool.submit("sleep", "600").result()))
     thread.start()
-    thread.join(timeout=30)
+    thread.join(timeout=240)
     assert outcomes == [Outcome(None, "no result within 1 s")]
 
 
@@ -88,9 +86,9 @@ def test_a_call_that_raises_or_dies_or_eats_memory_fails_with_the_reason(pool):
 
 def test_a_worker_that_was_killed_while_idle_harms_no_call(pool):
     pool.submit("nothing", "").result()
-    for pid in worker_processes():
-        os.kill(pid, 9)
-    time.sleep(0.1)
+    [pid] = worker_processes()
+    os.kill(pid, 9)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     assert [pool.submit("nothing", "").result() for _ in range(3)] == [Outcome(True)] * 3
 
 
@@ -102,14 +100,12 @@ def test_calls_are_answered_in_parallel_and_each_with_its_own_answer():
     pool.close()
 
 
-def test_closing_does_not_wait_for_a_hung_call():
-    pool = WorkerPool("functions_for_workers:obey", size=1, timeout_s=60)
-    pool.submit("nothing", "").result()
-    hung = pool.submit("sleep", "60")
-    time.sleep(0.2)
-    started = time.monotonic()
+def test_closing_does_not_wait_for_a_hung_call(tmp_path):
+    pool = WorkerPool("functions_for_workers:obey", size=1, timeout_s=600)
+    hung = pool.submit("touch", str(tmp_path / "begun"))
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.02)
     pool.close()
-    assert time.monotonic() - started < 2
     assert hung.result().value is None
     assert worker_processes() == []
 
@@ -127,7 +123,7 @@ def test_workers_die_with_a_parent_that_is_killed():
     script = """if True:
         import sys
         from recipe.rewards.workers import WorkerPool
-        pool = WorkerPool("functions_for_workers:obey", size=1, timeout_s=60)
+        pool = WorkerPool("functions_for_workers:obey", size=1, timeout_s=600)
         pool.submit("nothing", "").result()
         pool.submit("compute", "10")
         print("ready", flush=True)
@@ -140,7 +136,7 @@ def test_workers_die_with_a_parent_that_is_killed():
     (worker,) = worker_processes(parent.pid)
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while Path(f"/proc/{worker}").exists():
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -45,7 +45,7 @@ def shared_embedded(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
         returns_routed_experts=True,
     )
     with EngineProcess(launch, log) as process:
-        process.wait_healthy(120)
+        process.wait_healthy(600)
         yield EngineUnderTest(process, checkpoint, Kind.EMBEDDED)
 
 
@@ -66,7 +66,7 @@ def shared_sglang(
         random_seed=7,
     )
     with EngineProcess(launch, log) as process:
-        process.wait_healthy(300)
+        process.wait_healthy(900)
         yield EngineUnderTest(process, checkpoint, Kind.SGLANG)
 
 

@@ -90,11 +90,20 @@ async def never_ends(sample: Sample, engine: TurnEngine, settings: GenerateSetti
         sample.append_environment(TOOL)
 
 
-async def is_impatient(sample: Sample, engine: TurnEngine, settings: GenerateSettings) -> None:
-    """It gives up a turn that takes long, and asks for another."""
-    with suppress(TimeoutError):
-        await asyncio.wait_for(engine.generate(), 0.1)
-    await engine.generate()
+class Impatient:
+    """Gives up a turn that is under way, and asks for another."""
+
+    def __init__(self) -> None:
+        self.is_asked = asyncio.Event()
+        """The engine has the turn."""
+
+    async def generate(self, sample: Sample, engine: TurnEngine, settings: GenerateSettings) -> None:
+        turn = asyncio.create_task(engine.generate())
+        await self.is_asked.wait()
+        turn.cancel()
+        with suppress(asyncio.CancelledError):
+            await turn
+        await engine.generate()
 
 
 async def fails_at_the_second(sample: Sample, engine: TurnEngine, settings: GenerateSettings) -> None:

@@ -1,6 +1,7 @@
 """A tiny checkpoint, and an engine that is compared with transformers."""
 
 import json
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -47,7 +48,7 @@ class EngineUnderTest:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"}, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=60) as response:
+            with urllib.request.urlopen(request, timeout=240) as response:
                 return response.status, _decoded(response.read())
         except urllib.error.HTTPError as error:
             return error.code, _decoded(error.read())
@@ -65,8 +66,10 @@ class EngineUnderTest:
         return str(answer["error"]["message"])
 
     def flush(self) -> None:
-        """Forgets cached prompts, so that what follows does not depend on what was before."""
-        self.post("/flush_cache")
+        """Forgets cached prompts, so that what follows does not depend on what was before; SGLang refuses to until it
+        has put away what it has answered."""
+        while self.request("POST", "/flush_cache", {})[0] != 200:
+            time.sleep(0.05)
 
     def update(self, weights: dict[str, torch.Tensor], version: str = "2") -> tuple[int, Any]:
         """The answer to a tensor update, in a session of its own."""

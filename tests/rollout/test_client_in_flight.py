@@ -16,9 +16,9 @@ from recipe.sampling.sampling_params import SamplingParams
 
 SAMPLING = SamplingParams(max_new_tokens=4)
 OPTIONS = ClientOptions(
-    request_timeout_s=1.0, max_retries=0, backoff_s=0.01, health=HealthOptions(interval_s=0.05, timeout_s=0.3)
+    request_timeout_s=1.0, max_retries=0, backoff_s=0.01, health=HealthOptions(interval_s=0.05, timeout_s=10.0)
 )
-BOUND_S = 20.0
+BOUND_S = 120.0
 
 
 class StillEngine(FakeEngine):
@@ -26,7 +26,7 @@ class StillEngine(FakeEngine):
 
     def __init__(self) -> None:
         super().__init__(self._wait)
-        self.goes_on, self.is_asked_again = asyncio.Event(), asyncio.Event()
+        self.goes_on, self.is_asked_again, self.is_found_well = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self.healthy = False
 
     def go_on(self) -> None:
@@ -36,6 +36,8 @@ class StillEngine(FakeEngine):
     async def verb(self, request: web.Request) -> web.StreamResponse:
         if self.calls:
             self.is_asked_again.set()
+        if self.healthy:
+            self.is_found_well.set()
         return await super().verb(request)
 
     async def _wait(self, body: dict[str, Any]) -> web.Response:
@@ -73,7 +75,7 @@ async def test_a_check_that_was_under_way_when_weights_came_counts_for_nothing()
 
         async with client.watched() as tasks:
             tasks.create_task(update_when_asked())
-            tasks.create_task(asyncio.sleep(1.5))
+            tasks.create_task(engine.is_found_well.wait())
     assert engine.calls.count("/health_generate") > 2
 
 

@@ -145,7 +145,7 @@ async def cut_short(embedded: EngineUnderTest, group: SampleGroup, sampling: Sam
     async with RolloutClient([embedded.url]) as client:
         for attempt in range(40):
             task = asyncio.create_task(client.generate(group, sampling, seeds))
-            await asyncio.sleep(0.01 * (attempt % 10 + 1))
+            await asyncio.sleep(0.01 * 1.15**attempt)
             await client.drain()
             await task
             if all(sample.response_ids and not sample.is_finished for sample in group.samples):
@@ -154,7 +154,7 @@ async def cut_short(embedded: EngineUnderTest, group: SampleGroup, sampling: Sam
                 sample.cut(0)
                 sample.finish_reason = None
         else:
-            pytest.fail("the engine is too fast to be stopped midway")
+            pytest.fail("the engine was never stopped midway")
         yield client
 
 
@@ -273,7 +273,7 @@ async def test_a_filter_does_not_stop_the_rest_of_the_rollout(collectors: Collec
     """Engines are watched meanwhile, and may be replaced."""
     goes_on = threading.Event()
     asyncio.get_running_loop().call_later(0.05, goes_on.set)
-    rollout = await collectors.make(keep=lambda _: goes_on.wait(5)).collect(seeds(0), "1")
+    rollout = await collectors.make(keep=lambda _: goes_on.wait(60)).collect(seeds(0), "1")
     assert rollout.sampling.dropped_groups == 0
 
 

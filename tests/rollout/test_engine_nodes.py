@@ -55,7 +55,7 @@ def parts(
                 random_seed=7,
             )
             processes.append(stack.enter_context(EngineProcess(launch, logs / str(rank))))
-        processes[0].wait_healthy(300, processes[1].check_alive)
+        processes[0].wait_healthy(900, processes[1].check_alive)
         yield processes
 
 
@@ -120,5 +120,5 @@ def test_a_rank_with_another_slice_is_named(engine: EngineUnderTest) -> None:
 def test_the_first_ends_when_the_second_does(parts: list[EngineProcess]) -> None:
     """The last test of this file: it leaves no engine."""
     os.killpg(parts[1].pid, signal.SIGKILL)
-    psutil.Process(parts[0].pid).wait(60)
+    psutil.Process(parts[0].pid).wait(240)
     assert not parts[0].alive

@@ -84,6 +84,8 @@ FILES = {
     "imported.py": """
 import os, time
 BY, BEFORE = os.getpid(), "SGLANG_RUN_ID" not in os.environ
+with open(os.environ["TOLD"] + ".importing", "a") as file:
+    file.write(f"{BY}\\n")
 time.sleep(float(os.environ["IMPORT_S"]))
 """,
     "told.py": """
@@ -140,7 +142,7 @@ class FakeSglang:
     def run(self, *arguments: str, late: Mapping[str, str] = MappingProxyType({}), **environment: str) -> str:
         """What the server printed."""
         process = self.start(*arguments, late=late, **environment)
-        said, _ = process.communicate(timeout=60)
+        said, _ = process.communicate(timeout=240)
         assert process.returncode == 0, said
         return said
 
@@ -217,13 +219,14 @@ def test_schedulers_that_release_memory_have_preloaded_its_library(sglang: FakeS
 
 
 def test_a_server_that_is_killed_while_they_import_leaves_none_behind(sglang: FakeSglang) -> None:
-    process = sglang.start("--tp-size", "2", "--dp-size", "2", import_s=60)
-    server, deadline = psutil.Process(process.pid), time.monotonic() + 20
-    while len(family := server.children(recursive=True)) < 4 and time.monotonic() < deadline:
+    process = sglang.start("--tp-size", "2", "--dp-size", "2", import_s=600)
+    importing, deadline = sglang.folder / "told.importing", time.monotonic() + 120
+    while not importing.exists() or importing.read_bytes().count(b"\n") < 4:
+        assert time.monotonic() < deadline
         time.sleep(0.05)
-    time.sleep(0.5)
+    family = [psutil.Process(int(pid)) for pid in importing.read_text().split()]
     process.kill()
     process.wait()
     assert len(family) == 4  # controller, its two schedulers, detokenizer
-    _, left = psutil.wait_procs(family, timeout=10)
+    _, left = psutil.wait_procs(family, timeout=120)
     assert not left

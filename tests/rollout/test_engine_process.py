@@ -49,7 +49,7 @@ from pathlib import Path
 from recipe.engines.launch import Launch
 from recipe.engines.process import EngineProcess
 process = EngineProcess(Launch((sys.executable, "-c", sys.argv[1])), Path(sys.argv[2]))
-process.wait_healthy(30)
+process.wait_healthy(120)
 print(process.pid, flush=True)
 time.sleep(600)
 """
@@ -73,13 +73,13 @@ def test_stop_ends_the_server_and_its_children(tmp_path: Path, monkeypatch: pyte
     log = tmp_path / "log"
     bystander = subprocess.Popen(["sleep", "600"])
     process = EngineProcess(_python(program), log)
-    process.wait_healthy(30)
+    process.wait_healthy(120)
     assert process.alive
     process.stop()
     process.stop()
     assert not process.alive
     assert not _alive(process.pid)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while _alive(_child_in(log)):
         assert time.monotonic() < deadline
     assert bystander.poll() is None
@@ -90,9 +90,9 @@ def test_stop_ends_the_server_and_its_children(tmp_path: Path, monkeypatch: pyte
 def test_a_killed_servers_shared_memory_goes_with_it(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with EngineProcess(_python(SHARING), log) as process:
-        process.wait_healthy(30)
+        process.wait_healthy(120)
         os.killpg(process.pid, signal.SIGKILL)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         while process.alive:
             assert time.monotonic() < deadline
         segment = Path("/dev/shm") / log.read_text().split("segment /")[1].split()[0]
@@ -103,13 +103,13 @@ def test_a_killed_servers_shared_memory_goes_with_it(tmp_path: Path) -> None:
 def test_a_server_that_ends_is_told_with_its_last_words(tmp_path: Path) -> None:
     process = EngineProcess(_python("import sys; print('first'); sys.exit('no such model')"), tmp_path / "log")
     with pytest.raises(UserError, match=r"ended with status 1; its log .*log says: no such model"):
-        process.wait_healthy(30)
+        process.wait_healthy(120)
 
 
 def test_a_server_that_never_becomes_healthy_is_told_and_ended(tmp_path: Path) -> None:
     process = EngineProcess(Launch(("sh", "-c", "echo thinking; sleep 600")), tmp_path / "log")
-    with pytest.raises(UserError, match=r"never became healthy in 0.5 s; .* says: thinking"):
-        process.wait_healthy(0.5)
+    with pytest.raises(UserError, match=r"never became healthy in 2 s; .* says: thinking"):
+        process.wait_healthy(2)
     assert not process.alive
 
 
@@ -120,7 +120,7 @@ def test_a_bad_checkpoint_is_one_sentence(tmp_path: Path, checkpoint: Path) -> N
     save_file({"lm_head.weight": torch.zeros(1)}, folder / "model.safetensors")
     process = EngineProcess(launch_embedded(folder, weight_version="0", threads=1), tmp_path / "log")
     with pytest.raises(UserError, match="lacks"):
-        process.wait_healthy(60)
+        process.wait_healthy(600)
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
@@ -144,7 +144,7 @@ def test_a_server_dies_with_its_parent(tmp_path: Path) -> None:
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     parent.stdout.close()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while _alive(server):
         assert time.monotonic() < deadline
     os.kill(_child_in(tmp_path / "log"), signal.SIGKILL)
@@ -226,7 +226,7 @@ def test_an_engine_speculates_up_to_a_number_of_sequences(checkpoint: Path, tmp_
     environment = {"FOLDER": launch.SCRATCH}
     process = EngineProcess(Launch((sys.executable, "-c", program, path), environment, started.files), tmp_path / "log")
     with pytest.raises(UserError, match=r'says: {"1": {"candidate_steps": \[2\]}, "33": {"candidate_steps": \[0\]}}'):
-        process.wait_healthy(30)
+        process.wait_healthy(120)
     assert not Path((tmp_path / "log").read_text().split()[0]).exists()
 
 
@@ -267,8 +267,8 @@ def test_a_server_that_answers_and_does_not_generate_is_found_by_asking_twice(
     tmp_path: Path, answers: list[int], generates: bool
 ) -> None:
     with EngineProcess(_python(STUCK.replace("ANSWERS", str([200, *answers]))), tmp_path / "log") as process:
-        process.wait_healthy(30)
-        assert process.generates(5) is generates
+        process.wait_healthy(120)
+        assert process.generates(60) is generates
 
 
 CHILD_FAILS = """
@@ -288,7 +288,7 @@ raise SystemExit(1)
 def test_of_many_exceptions_the_one_that_began_it_is_told(tmp_path: Path) -> None:
     process = EngineProcess(_python(CHILD_FAILS), tmp_path / "log")
     with pytest.raises(UserError, match=r"ended with status 1; its log \S+ says: torch.OutOfMemoryError: 60") as error:
-        process.wait_healthy(30)
+        process.wait_healthy(120)
     assert not isinstance(error.value, PortTaken)
 
 
@@ -304,7 +304,7 @@ def test_of_many_exceptions_the_one_that_began_it_is_told(tmp_path: Path) -> Non
 def test_a_server_without_a_port_is_told_apart(tmp_path: Path, words: str) -> None:
     process = EngineProcess(_python(f"import sys; sys.exit({words!r})"), tmp_path / "log")
     with pytest.raises(PortTaken, match="says: ") as error:
-        process.wait_healthy(30)
+        process.wait_healthy(120)
     assert str(error.value).endswith(words)
 
 
@@ -342,7 +342,7 @@ def test_sglang_that_loses_its_owner_while_it_starts_leaves_nothing(
     )
     assert owner.stdout is not None
     server = int(owner.stdout.readline())
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     # The server, multiprocessing's tracker, scheduler and detokenizer.
     while len(_group(server)) < 4:
         assert time.monotonic() < deadline
@@ -379,12 +379,15 @@ def test_idle_sglang_leaves_the_cores_to_others(shared_sglang: EngineUnderTest) 
     server = psutil.Process(shared_sglang.process.pid)
     processes = [server, *server.children(recursive=True)]
 
+    def used_in_3_s() -> float:
+        before = cpu_s()
+        time.sleep(3)
+        return cpu_s() - before
+
     def cpu_s() -> float:
         return sum(times.user + times.system for times in (process.cpu_times() for process in processes))
 
-    before = cpu_s()
-    time.sleep(3)
-    assert cpu_s() - before < 1
+    assert any(used_in_3_s() < 1 for _ in range(10)), "though it has had time to end what it was asked before"
 
 
 def test_sglang_does_not_import_the_trainers_library() -> None:

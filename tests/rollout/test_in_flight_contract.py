@@ -80,8 +80,8 @@ def update_in_flight(engine: EngineUnderTest, checkpoint: Path, in_flight: InFli
             time.sleep(0.05)
             assert not late.done()
             engine.post("/continue_generation")
-            assert set(read_sample(late.result(30)).versions) == {"2"}
-            rows = list(read(under_way.result(30), shape))
+            assert set(read_sample(late.result(240)).versions) == {"2"}
+            rows = list(read(under_way.result(240), shape))
         if all(row.start < row.border < len(row.ids) for row in rows):
             return rows
     pytest.fail(f"in {ATTEMPTS} attempts the weights never came in the midst of the responses")
@@ -165,7 +165,7 @@ def test_who_stands_still_without_an_update_goes_on_as_if_nothing_had_been(engin
             time.sleep(0.02)
             engine.post("/pause_generation", {"mode": "in_place"})
             engine.post("/continue_generation")
-        disturbed = read_sample(under_way.result(30))
+        disturbed = read_sample(under_way.result(240))
     assert disturbed == undisturbed
     engine.post("/continue_generation")
     assert read_sample(engine.generate_one(PROMPT, replace(LONG, max_new_tokens=1))).ids == undisturbed.ids[:1]
@@ -180,7 +180,7 @@ def test_the_embedded_engine_does_not_flush_the_cache_of_who_stands_still(embedd
             status, told = embedded.update(weights_of(embedded.checkpoint))
             assert embedded.request("GET", "/health_generate")[0] == 503
             embedded.post("/continue_generation")
-            under_way.result(30)
+            under_way.result(240)
             if status == 400:
                 break
         assert "running requests cannot be flushed: pause by retract" in told["error"]["message"]

@@ -3,6 +3,7 @@
 import socket
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,11 +39,10 @@ def test_a_reserved_port_is_only_for_a_server_that_was_told_of_it() -> None:
 
 
 def test_a_port_is_passed_over_when_one_that_is_derived_from_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server((LOCAL, 0)) as taken, socket.socket() as unlucky:
+    with socket.create_server((LOCAL, 0)) as taken:
         before_taken: int = taken.getsockname()[1] - 6
-        unlucky.bind((LOCAL, before_taken))
-        offered = [unlucky.dup(), reserve_port()]
-        monkeypatch.setattr(ports, "reserve_port", lambda host: offered.pop(0))
+        offered = [SimpleNamespace(getsockname=lambda: (LOCAL, before_taken), close=lambda: None)]
+        monkeypatch.setattr(ports, "reserve_port", lambda host: offered.pop() if offered else reserve_port(host))
         port, reservation = reserve_port_with(LOCAL, (3, 6))
     with reservation:
         assert port != before_taken
@@ -78,6 +78,6 @@ def test_sglang_takes_the_ports_that_are_kept_for_it(sglang_python: Path) -> Non
     port, reservation = reserve_port_with(LOCAL, DERIVED_FROM_PORT)
     with reservation:
         command = [str(sglang_python), "-c", DERIVED_BY_SGLANG, str(port)]
-        told = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        told = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert told.returncode == 0, told.stderr
     assert set(map(int, told.stdout.split())) == set(DERIVED_FROM_PORT)

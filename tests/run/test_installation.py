@@ -98,7 +98,7 @@ def test_make_lock_gives_the_same_bytes_again(tmp_path):
     shutil.copytree(ROOT / "requirements", tmp_path / "requirements")
     shutil.copy(ROOT / "Makefile", tmp_path)
     command = ["make", "-o", "install", "lock", f"BIN={Path(sys.executable).parent}"]
-    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False)
     assert again.returncode == 0, again.stderr
     for path in (ROOT / "requirements").iterdir():
         assert (tmp_path / "requirements" / path.name).read_bytes() == path.read_bytes(), path.name
@@ -120,7 +120,7 @@ def installation(tmp_path):
 
 
 def test_an_unsuitable_python_is_one_sentence(installation, tmp_path):
-    out, error = installation.communicate(timeout=60)
+    out, error = installation.communicate(timeout=900)
     assert installation.returncode == 1
     assert out == ""
     assert (
@@ -136,5 +136,5 @@ def test_an_installation_waits_for_another_one(request):
         installation = request.getfixturevalue("installation")
         with pytest.raises(subprocess.TimeoutExpired):
             installation.wait(2)
-    installation.communicate(timeout=60)
+    installation.communicate(timeout=900)
     assert installation.returncode == 1

@@ -41,7 +41,7 @@ def command(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """In an environment that knows nothing of the `make` that may have started the tests."""
     own = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     return subprocess.run(
-        words, cwd=ROOT, env=own | variables, capture_output=True, text=True, timeout=120, check=False
+        words, cwd=ROOT, env=own | variables, capture_output=True, text=True, timeout=900, check=False
     )
 
 

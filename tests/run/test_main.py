@@ -39,7 +39,7 @@ def test_a_signal_gives_its_status_whatever_ray_makes_of_it(number: signal.Signa
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=900)
     assert process.returncode == 128 + number
     assert said == f"stopping: {number.name} received\n"
 
@@ -77,7 +77,7 @@ def test_a_terminal_that_is_closed_lets_what_is_done_be_saved(tmp_path: Path) ->
     os.close(theirs)
     assert os.read(ours, 5) == b"ready"
     os.close(ours)
-    assert process.wait(timeout=60) == SAVED_STATUS
+    assert process.wait(timeout=900) == SAVED_STATUS
     assert (tmp_path / "saved").exists()
 
 
@@ -105,7 +105,7 @@ def test_a_signal_that_the_parent_has_blocked_is_heeded() -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=900)
     assert (process.returncode, said) == (130, "stopping: SIGINT received\n")
 
 
@@ -122,7 +122,7 @@ def test_a_name_that_no_file_system_takes_is_one_sentence(flags: list[str], tmp_
     command = [sys.executable, "-m", "recipe.train", "--recipe", "tiny-sft", "--runs-dir", tmp_path, "--check"]
     write_tiny_checkpoint(tmp_path / "hf", 1)
     given = ["--hf-checkpoint", tmp_path / "hf", "--prompt-data", tmp_path / "none.jsonl", *flags]
-    ended = subprocess.run([*command, *given], capture_output=True, text=True, timeout=120)
+    ended = subprocess.run([*command, *given], capture_output=True, text=True, timeout=900)
     assert ended.returncode == 2
     assert "Traceback" not in ended.stderr
     assert "too long" in ended.stderr.splitlines()[-1]
@@ -147,7 +147,7 @@ run_main(main)
 
 
 def test_a_signal_waits_for_what_must_not_be_interrupted() -> None:
-    ended = subprocess.run([sys.executable, "-c", UNDISTURBED], capture_output=True, text=True, timeout=60)
+    ended = subprocess.run([sys.executable, "-c", UNDISTURBED], capture_output=True, text=True, timeout=900)
     assert ended.stdout == "whole\n"
     assert ended.returncode == 128 + signal.SIGTERM
     assert ended.stderr == "stopping: SIGTERM received\n"
@@ -172,6 +172,6 @@ def test_a_signal_while_a_users_module_is_imported_is_no_fault_of_the_module(tmp
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=900)
     assert process.returncode == 128 + signal.SIGTERM
     assert said == "stopping: SIGTERM received\n"

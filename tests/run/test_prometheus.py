@@ -4,6 +4,7 @@ import json
 import math
 import socket
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import replace
 
 import psutil
@@ -20,9 +21,10 @@ from recipe.system.ports import reserve_port
 
 
 @pytest.fixture
-def port() -> int:
+def port() -> Iterator[int]:
+    """One that nobody else gets meanwhile."""
     with reserve_port() as reservation:
-        return reservation.getsockname()[1]
+        yield reservation.getsockname()[1]
 
 
 def listening_at(resolved: Resolved, port: int) -> Resolved:

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from trainer_support import preload_megatron
 
-TIMEOUT_S = 180
+TIMEOUT_S = 600
 
 
 class Forked:

@@ -48,7 +48,7 @@ def held_writer() -> Iterator[threading.Event]:
     may_write, write_data = threading.Event(), FileSystemWriter.write_data
 
     def wait_and_write(*arguments):
-        assert may_write.wait(60)
+        assert may_write.wait(600)
         return write_data(*arguments)
 
     FileSystemWriter.write_data = wait_and_write

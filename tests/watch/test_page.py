@@ -16,6 +16,7 @@ from recipe.run.html_report import html_report
 from recipe.run.journal import Journal
 from recipe.run.shown_tokens import ShownTokens, write_tokens
 from recipe.run.status import RunState, StatusWriter
+from recipe.system.ports import reserve_port
 
 AXE = Path(axe_playwright_python.__file__).parent / "axe.min.js"
 STEPS, SAMPLES = 60, 16
@@ -177,10 +178,8 @@ async def test_curves_grow_and_a_cut_back_run_is_drawn_anew(tmp_path: Path, page
     with watching(run.parent) as (_, url):
         await page.open(f"{url}#/run/long")
         first = await page.until(f"/[0-9]/.test({last}) && {last}")
-        header = await page.ask("document.querySelector('#run-header').innerText")
-        assert "step 5" in header
-        assert "planned 0.011 to 0.017 s" in header
-        assert "planned under $0.01" in header
+        for words in ("step 5", "planned 0.011 to 0.017 s", "planned under $0.01"):
+            await page.until(f"document.querySelector('#run-header').innerText.includes({json.dumps(words)})")
         with (run / "metrics.jsonl").open("ab") as file:
             file.write(b"".join(lines[5:]))
         status.count(12)
@@ -194,14 +193,15 @@ async def test_curves_grow_and_a_cut_back_run_is_drawn_anew(tmp_path: Path, page
 
 
 async def test_the_page_says_when_its_server_is_gone_and_recovers(runs: Path, page: Page) -> None:
-    with watching(runs) as (_, url):
-        await page.open(f"{url}#/run/long")
-        await page.until(SHOWN["curves"])
-    await page.until("document.querySelector('#connection').innerText.includes('does not answer')")
-    port = url.rstrip("/").rpartition(":")[2]
-    with watching(runs, "--port", port):
-        await page.until("!document.querySelector('#connection').innerText")
-        assert await page.ask(SHOWN["curves"])
+    with reserve_port() as reservation:  # nobody else gets it meanwhile
+        port = ("--port", str(reservation.getsockname()[1]))
+        with watching(runs, *port) as (_, url):
+            await page.open(f"{url}#/run/long")
+            await page.until(SHOWN["curves"])
+        await page.until("document.querySelector('#connection').innerText.includes('does not answer')")
+        with watching(runs, *port):
+            await page.until("!document.querySelector('#connection').innerText")
+            assert await page.ask(SHOWN["curves"])
 
 
 async def test_a_report_needs_nothing_else(runs: Path, tmp_path: Path, page: Page) -> None:

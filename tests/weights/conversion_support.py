@@ -40,7 +40,7 @@ def run_by_torchrun(name: str, *words: object, processes: int) -> tuple[int, str
     """The same as users start it."""
     torchrun = ["-m", "recipe.conversion.torchrun", f"--nproc-per-node={processes}"]
     command = [sys.executable, *torchrun, "-m", f"recipe.conversion.{name}", *map(str, words)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600)
     return ended.returncode, ended.stdout + ended.stderr
 
 

@@ -259,12 +259,18 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path: Pat
         check_destination(tmp_path / "out", 1 << 60)
 
 
+def convert_and_hang(words: list[str]) -> None:
+    """What is written is not put in its place."""
+    Path.rename = lambda *_: time.sleep(600)
+    run_module("recipe.conversion.convert", words)
+
+
 def test_a_killed_conversion_does_not_look_finished_and_is_begun_anew(tmp_path: Path) -> None:
     target = tmp_path / "torch_dist"
     words = ["--hf-checkpoint", str(random_checkpoint()), "--save", str(target), *MTP]
     partial = tmp_path / ".torch_dist.partial"
-    deadline = time.monotonic() + 60
-    with Forked(run_module, "recipe.conversion.convert", words):  # which kills it at its end
+    deadline = time.monotonic() + 600
+    with Forked(convert_and_hang, words):  # which kills it at its end
         while not partial.exists():
             assert time.monotonic() < deadline
             time.sleep(0.001)

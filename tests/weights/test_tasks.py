@@ -20,7 +20,7 @@ def invoke(*words: object, **environment: str) -> tuple[int, str]:
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=600,
     )
     return ended.returncode, ended.stdout + ended.stderr
 
