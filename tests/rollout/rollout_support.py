@@ -68,7 +68,9 @@ class EngineUnderTest:
     def flush(self) -> None:
         """Forgets cached prompts, so that what follows does not depend on what was before; SGLang refuses to until it
         has put away what it has answered."""
-        while self.request("POST", "/flush_cache", {})[0] != 200:
+        deadline = time.monotonic() + 60
+        while (answer := self.request("POST", "/flush_cache", {}))[0] != 200:
+            assert time.monotonic() < deadline, answer
             time.sleep(0.05)
 
     def update(self, weights: dict[str, torch.Tensor], version: str = "2") -> tuple[int, Any]:
