@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,10 @@ SHARE_SGLANG = (
 """Files of tests/rollout whose tests speak to one real SGLang, which takes more than a minute of a core to start."""
 
 
+AFTER_MULTIPROCESSING = -200
+"""Its own temporary folders go at -100."""
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """What tests, and what they start and kill, leave among the temporary files goes with them. pytest's own folders,
     and kernels, which are compiled once, stay where they would be."""
@@ -67,7 +72,7 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", usual)
     os.environ.setdefault(COMPILED, f"{usual}/torchinductor_{_user()}")
     os.environ[TMPDIR] = tempfile.tempdir = folder
-    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+    Finalize(None, shutil.rmtree, (folder, True), exitpriority=AFTER_MULTIPROCESSING)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -76,8 +76,8 @@ class Generation:
             slots=self._slots(self.lengths),
             prompt=constants.MEAN_PROMPT,
             token_time=self.decoding.token,
-            reading_s=self._reading_s(size),
-            again_s=engines * self._reading_s(1) / constants.MEAN_PROMPT * reads_again,
+            reading_s=self.reading_s(constants.MEAN_PROMPT * size),
+            again_s=engines * self.reading_s(1) * reads_again,
         )
 
     def evaluation(self) -> Played:
@@ -132,17 +132,18 @@ class Generation:
         assert memory is not None
         return self.decoding.slots(memory.tokens, constants.MEAN_PROMPT + lengths.mean)
 
-    def _reading_s(self, prompts: int) -> float:
-        """Seconds in which the engines read so many prompts together: each is read once for its samples."""
+    def reading_s(self, tokens: float) -> float:
+        """Seconds in which all engines together read so many tokens of prompts."""
         layout = self.engine.layout
-        flops = 2 * active_parameters(self.resolved.architecture) * constants.MEAN_PROMPT * prompts
+        flops = 2 * active_parameters(self.resolved.architecture) * tokens
         gpus = self.resolved.config.num_engines * layout.tp * layout.pp
         return flops / (gpus * self.memory.machine.gpu.flops * constants.TRAINING_SHARE)
 
     def _slowest(self, turns: Sequence[Sequence[Turn]], groups: Sequence[np.ndarray]) -> Played:
         """The engine that needs longest, reading the prompts included."""
         played = max((play(of_engine, constants.MEAN_PROMPT, self.decoding.token) for of_engine in turns), key=_seconds)
-        return Played(played.seconds + self._reading_s(len(groups)), played.tail_s)
+        reading = self.reading_s(constants.MEAN_PROMPT * len(groups))  # each once for its samples
+        return Played(played.seconds + reading, played.tail_s)
 
 
 def _by_group(edges: Sequence[tuple[np.ndarray, np.ndarray]], each: int) -> list[tuple[np.ndarray, np.ndarray]]:

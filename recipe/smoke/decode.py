@@ -161,10 +161,9 @@ def write_draft(folder: Path, model: Path, architecture: Architecture) -> None:
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
-def widened(config: Config, groups: int) -> Config:
-    """The engine with room, and CUDA graphs, for all sequences that are measured, and with drafts at all of them if it
+def widened(config: Config, groups: int, most: int) -> Config:
+    """The engine with room, and CUDA graphs, for `most` sequences of each group, and with drafts at all of them if it
     drafts at all; what `make tune` proposes has more at once than many recipes."""
-    most = max(SEQUENCES)
     args = dict(config.sglang.args)
     args["max_running_requests"] = max(size_of(config, "max_running_requests", default=1), most * groups)
     args["cuda_graph_max_bs_decode"] = max(size_of(config, "cuda_graph_max_bs_decode", default=1), most)
@@ -175,11 +174,13 @@ def widened(config: Config, groups: int) -> Config:
 
 
 @contextmanager
-def running_engine(resolved: Resolved, context: int, accept_length: float, log: Path) -> Iterator[Engine]:
-    """The recipe's engine, with room for what is measured at up to `context` tokens, until the block ends. Raises
-    UserError if it does not start."""
+def running_engine(
+    resolved: Resolved, context: int, accept_length: float, log: Path, most: int = max(SEQUENCES)
+) -> Iterator[Engine]:
+    """The recipe's engine, with room for `most` sequences of each group of GPUs at up to `context` tokens, until the
+    block ends. Raises UserError if it does not start."""
     kind = EngineKind.of(resolved.architecture, resolved.config)
-    resolved = replace(resolved, config=widened(resolved.config, kind.groups))
+    resolved = replace(resolved, config=widened(resolved.config, kind.groups, most))
     config, began = resolved.config, time.monotonic()
     with tempfile.TemporaryDirectory(prefix="decode-") as name:
         brought = tokens_brought(kind, accept_length)

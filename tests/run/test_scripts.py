@@ -9,13 +9,17 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from forked_commands import forked, run_script
 from trainer_support import preload_megatron
 
+from recipe.config import resolve
 from recipe.plan.constants import DRAFT_ACCEPTANCE
-from recipe.plan.ranges import Between
+from recipe.plan.hardware import Machine
+from recipe.plan.lengths import Lengths
+from recipe.plan.ranges import Between, Pace
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 
@@ -199,3 +203,23 @@ def test_how_busy_gpus_were_is_told_of_settled_steps(monkeypatch: pytest.MonkeyP
     watch.busy = [(0.5, [100, 100]), *within[:2], (4.0, [100, 100]), *within[2:], (7.5, [100, 100])]
     assert watch.busy_shares(lines) == [60, 30]
     assert Watch(tmp_path, interrupt_after=0, written=watch.written).busy_shares(lines) == []
+
+
+def test_engines_are_measured_in_every_layout_of_two_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of each the plan has seconds; all of them together have the machine's sequences."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    from check_decode import LAYOUTS, Layout, layout_flags
+    from glm_flash import write_config
+
+    write_config(tmp_path, moe_layers=5)
+    common = ["--recipe", "glm4.7-flash-8gpu", "--hf-checkpoint", str(tmp_path), "--prompt-data", "none"]
+    found = {}
+    for name in LAYOUTS:
+        resolved = resolve([*common, *layout_flags(name, 2)])
+        layout = Layout(name, resolved, Machine.described("H200", 2, "1TB", None, 2.5), Lengths(np.array([4096.0])))
+        engine = layout.planned(Pace.BEST).engine
+        found[name] = layout.engines, engine.layout.tp, engine.attention_groups
+        each = 64 // layout.engines
+        slow, fast = layout.token_s(each, 4096), layout.token_s(each // 2, 1024)
+        assert 0 < fast.best <= slow.best <= slow.worst > fast.worst
+    assert found == {"dp": (1, 2, 2), "tp": (1, 2, 1), "single": (2, 1, 1)}

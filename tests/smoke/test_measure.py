@@ -133,7 +133,7 @@ def test_a_prompt_goes_where_it_was_read(groups: int, ranks: list[int | None], m
 
 
 def test_the_engine_gets_room_for_what_is_measured() -> None:
-    config = decode.widened(resolved_of("glm4.7-flash-8gpu").config, groups=8)
+    config = decode.widened(resolved_of("glm4.7-flash-8gpu").config, groups=8, most=64)
     assert size_of(config, "max_running_requests", default=0) == 64 * 8
     assert size_of(config, "cuda_graph_max_bs_decode", default=0) == 64
 
@@ -143,7 +143,7 @@ def test_an_engine_that_drafts_does_so_at_every_load_that_is_measured() -> None:
     flags += " --sglang-moe-dense-tp-size false --sglang-dp-size 1 --sglang-ep-size 1 --speculative-max-batch 8"
     config = resolved_of("glm4.7-flash-8gpu-eagle", *flags.split(), NO_GRAPHS).config
     assert config.sglang.speculative_max_batch == 8
-    wide = decode.widened(config, groups=1)
+    wide = decode.widened(config, groups=1, most=64)
     assert wide.sglang.speculative_max_batch is None
     assert "disable_cuda_graph" not in wide.sglang.args
 
