@@ -52,6 +52,7 @@ install_torch() {
 
 install_packages() {
     local python
+    [ ! -L "$venv" ] || die "$venv is a link, and what it points to would be emptied; remove the link"
     python=$(find_python)
     "$python" -m venv --clear "$venv" ||
         die "$python cannot make a virtual environment; install its venv module (Debian, Ubuntu: apt-get install python3-venv)"

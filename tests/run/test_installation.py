@@ -130,6 +130,20 @@ def test_an_unsuitable_python_is_one_sentence(installation, tmp_path):
     assert not (tmp_path / "venv").exists()
 
 
+def test_what_a_link_points_to_is_not_emptied(tmp_path):
+    others = tmp_path / "others"
+    others.mkdir()
+    (others / "kept").touch()
+    (tmp_path / "venv").symlink_to(others)
+    command = [ROOT / "scripts" / "install.sh", str(tmp_path / "venv"), "cpu"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    assert ended.returncode == 1
+    assert (
+        ended.stderr == f"error: {tmp_path}/venv is a link, and what it points to would be emptied; remove the link\n"
+    )
+    assert (others / "kept").exists()
+
+
 def test_an_installation_waits_for_another_one(request):
     with (ROOT / "requirements" / "cpu.lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
