@@ -72,7 +72,15 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", usual)
     os.environ.setdefault(COMPILED, f"{usual}/torchinductor_{_user()}")
     os.environ[TMPDIR] = tempfile.tempdir = folder
-    Finalize(None, shutil.rmtree, (folder, True), exitpriority=AFTER_MULTIPROCESSING)
+    Finalize(None, remove_unless_mounted, (folder,), exitpriority=AFTER_MULTIPROCESSING)
+
+
+def remove_unless_mounted(folder: str) -> None:
+    """Removes it, unless something is mounted in it: mmdebstrap, if it is killed, leaves the machine's own /dev there,
+    and a removal would go through to that."""
+    mounted = (line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines())
+    if not any(place.startswith(f"{folder}/") for place in mounted):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.hookimpl(optionalhook=True)
