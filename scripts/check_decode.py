@@ -10,7 +10,8 @@ dp      an engine over all GPUs, whose groups hold different sequences (DP atten
 tp      an engine over all GPUs, which share every sequence
 single  an engine of one GPU, with a GPU's share of the sequences; it stands for one on each
 
-Ends with 1 if the plan is more than 15% off.
+A layout that the recipe cannot have on this machine is left out, which is told. Ends with 1 if the plan is more than
+15% off, or nothing was measured.
 """
 
 import argparse
@@ -53,6 +54,9 @@ def layout_flags(layout: str, gpus: int) -> list[str]:
     numbers = {
         "actor-num-nodes": 1,
         "actor-num-gpus-per-node": gpus,
+        "tensor-model-parallel-size": 1,
+        "pipeline-model-parallel-size": 1,
+        "context-parallel-size": 1,
         "expert-model-parallel-size": gpus,
         "rollout-num-gpus-per-engine": each,
         "sglang-dp-size": groups,
@@ -134,9 +138,14 @@ def main() -> int:
     common = ["--recipe", options.recipe, "--hf-checkpoint", str(options.directory / "model"), "--prompt-data", "none"]
     if unknown := [name for name in options.layouts.split(",") if name not in LAYOUTS]:
         raise UserError(f"--layouts {unknown[0]}: there are {', '.join(LAYOUTS)}")
-    rows: list[Row] = []
+    resolved_of: dict[str, Resolved] = {}
     for name in options.layouts.split(","):
-        resolved = resolve([*common, *layout_flags(name, len(found.gpus)), *further])
+        try:
+            resolved_of[name] = resolve([*common, *layout_flags(name, len(found.gpus)), *further])
+        except UserError as error:
+            print(f"{name} is left out: {error}", flush=True)
+    rows: list[Row] = []
+    for name, resolved in resolved_of.items():
         machine = machine_like(resolved, found)
         if options.rates is not None:
             machine = machine_as_measured(machine, read_rates(options.rates))
@@ -147,7 +156,7 @@ def main() -> int:
             for row in layout.rows(engine, sequences, contexts):
                 print(row, flush=True)
                 rows.append(row)
-    return int(not all(row.holds for row in rows))
+    return int(not rows or not all(row.holds for row in rows))
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if hasattr(config, "workerinput"):
         return
     usual = tempfile.gettempdir()
-    folder = tempfile.mkdtemp(prefix="t")
+    folder = os.path.realpath(tempfile.mkdtemp(prefix="t"))
     os.chmod(folder, 0o1777)  # as the usual one: some programs leave root behind
     os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", usual)
     os.environ.setdefault(COMPILED, f"{usual}/torchinductor_{_user()}")
