@@ -196,7 +196,7 @@ class Run:
             self._directory.record_rollout(done - 1, sample_records(self._rollout, self.config), shown)
             if self._begins_at_checkpoint:
                 versions = [sample.weight_versions for sample in samples_of(self._rollout)]
-                of_engine = self.config.grpo.use_rollout_routing_replay
+                of_engine = self.config.grpo.replays_rollouts
                 self._directory.keep_step(done, kept_step(samples, versions, of_engine=of_engine))
         if samples:
             values |= train_metrics(samples, self._reports, self.progress.skipped_steps)
@@ -215,7 +215,7 @@ class Run:
         self._budget.take(line)
         for advice in self._adviser.take(line, conditions):
             logger.warning("step %d: %s (%s; %s)", done, advice.sentence, advice.reason, advice.page)
-        replays_engine = self.config.grpo.use_rollout_routing_replay
+        replays_engine = self.config.grpo.replays_rollouts
         if (mismatch := StepMismatch.of(self._reports, replays_engine=replays_engine)) is not None:
             for sentence in self._mismatch.warnings(mismatch):
                 logger.warning("step %d: %s", done, sentence)

@@ -205,9 +205,14 @@ class GrpoConfig(Group):
     to (R2, arXiv 2507.18071)."""
 
     @property
+    def replays_rollouts(self) -> bool:
+        """Whether the trainer is told where the engine took tokens. SFT learns given responses, which none has."""
+        return self.use_rollout_routing_replay and self.loss_type != "sft"
+
+    @property
     def replays_routing(self) -> bool:
         """Whether the optimizer steps are told where to take tokens."""
-        return self.use_rollout_routing_replay or self.use_routing_replay
+        return self.replays_rollouts or self.use_routing_replay
 
     @property
     def clip_high(self) -> float:
