@@ -237,6 +237,12 @@ class TestWithoutARecipe:
             resolve([*supervised, "--eval-prompt-data", "heldout", "h.jsonl"])
 
 
+def test_a_recipe_that_replays_routing_learns_given_responses_too(resolve_8gpu: Try) -> None:
+    assert resolve_8gpu().config.grpo.replays_rollouts
+    supervised = ("--loss-type", "sft", "--n-samples-per-prompt", "1", "--global-batch-size", "32")
+    assert not resolve_8gpu(*supervised).config.grpo.replays_routing
+
+
 class TestNotes:
     @pytest.mark.parametrize(
         ("flags", "note"),

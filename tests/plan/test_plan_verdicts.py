@@ -53,22 +53,24 @@ def test_the_8_gpu_recipe_needs_the_host_memory_of_its_optimizer() -> None:
     training = next(one for one in made.host if one.phase is Phase.TRAINING)
     assert training.uses[Use.OPTIMIZER] == pytest.approx(12 * sum(made.parameters.values()), rel=0.01)
     assert plan("8gpu", host="500GB").problems != ()
-    assert next(one for one in plan("16gpu").host if one.phase is Phase.TRAINING).uses.keys() == {Use.PROCESSES}
+    larger = next(one for one in plan("16gpu").host if one.phase is Phase.TRAINING)
+    assert larger.uses.keys() == {Use.PROCESSES, Use.ROUTING}
 
 
 def test_the_routing_that_is_replayed_is_counted_in_host_memory() -> None:
     """46 layers of 4 experts: a byte each for every token of 256 samples, three times; and for what the caches of 8
     GPUs hold 4 bytes each, of 47 layers."""
-    made = plan("8gpu", "--use-rollout-routing-replay")
+    made = plan("8gpu")
     assert made.gpu is not None
     assert made.gpu.engine is not None
     longest = made.longest_sample
     expected = 3 * 256 * longest * 46 * 4 + 8 * made.gpu.engine.tokens * 47 * 4 * 4
     for one in made.host:
         assert one.uses[Use.ROUTING] == expected
-    recorded = plan("8gpu", "--use-routing-replay", "--global-batch-size", "64")
+    by_itself = "--no-use-rollout-routing-replay"
+    recorded = plan("8gpu", by_itself, "--use-routing-replay", "--global-batch-size", "64")
     assert recorded.host[0].uses[Use.ROUTING] == 3 * 256 * longest * 46 * 4
-    assert Use.ROUTING not in plan("8gpu").host[0].uses
+    assert Use.ROUTING not in plan("8gpu", by_itself).host[0].uses
 
 
 @pytest.mark.parametrize(
