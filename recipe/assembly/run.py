@@ -271,8 +271,8 @@ class Run:
 
     def save_what_is_done(self, *, keep_all: bool = False) -> None:
         """Leaves a checkpoint of the last finished rollout, for a run that ends early, also if that cannot be written
-        down; older ones go by `--save-keep`, unless it is to `keep_all`. What is under way of the next rollouts is given
-        up, and so are an evaluation and the engines: no rank is to wait for one that hangs."""
+        down; older ones go by `--save-keep`, unless it is to `keep_all`. What is under way of the next rollouts is
+        given up, and so are an evaluation and the engines: no rank is to wait for one that hangs."""
         if self._engines is not None:
             self._engines.begin_end()
         if self._learned:

@@ -3,7 +3,8 @@
 The slice has the model's widths and vocabulary, its dense layers and a few of those with experts, and random weights.
 It is trained as the run does it on as many of its ranks as the machine has GPUs for; there are no stages of a pipeline.
 What the slice lacks, the plan has for both: it is asked for the same slice, and the run is as much slower or faster
-than planned as the slice was. So the MTP layer is left out: the plan has no time for it.
+than planned as the slice was. So is the MTP layer, which the slice does without. Of an optimizer's step, weights that
+are gathered afterwards are no part: the plan has the links' seconds for them, which grow in another way than its own.
 """
 
 import math
@@ -15,9 +16,9 @@ from dataclasses import replace
 import torch
 from torch.distributed import Store
 
+from recipe.cluster.trainer_group import threads_per_rank
 from recipe.config import Architecture, Config, Resolved
 from recipe.config.groups_training import MtpConfig
-from recipe.engines.launch import POLLING_PROCESSES
 from recipe.messages import TrainSample
 from recipe.plan.flops import sequence_cost
 from recipe.plan.hardware import Machine
@@ -30,7 +31,6 @@ from recipe.plan.time_plan import Work
 from recipe.smoke.random_model import Load, fill_randomly
 from recipe.smoke.together import together
 from recipe.system.errors import UserError
-from recipe.system.threads import threads_each
 
 MOE_LAYERS = 5
 """As of the slice that the plan's shares of the data sheet were measured on, where so many fit."""
@@ -42,7 +42,8 @@ WARM_UP, STEPS = 2, 3
 
 def measure_training(resolved: Resolved, machine: Machine, lengths: Lengths) -> tuple[MeasuredWork, MeasuredWork]:
     """Forward and backward, and the optimizer, of a slice on all GPUs of `machine`; without GPUs here, on as many
-    processes. Raises UserError if the run's packs do not fit beside the least of slices, or if a rank fails."""
+    processes. Raises UserError if the run's packs do not fit beside the least of slices, if a rank fails or if it is
+    disturbed."""
     part = slice_that_fits(resolved, machine)
     load = load_of(part, machine, lengths)
     settings = part.config.perf
@@ -53,6 +54,11 @@ def measure_training(resolved: Resolved, machine: Machine, lengths: Lengths) -> 
     )
     found = together("a training step", machine.gpus, train_slice, part.config, part.architecture, load)
     seconds = [max(times) for times in zip(*found, strict=True)]  # the others wait for the slowest
+    if min(seconds) <= 0:
+        raise UserError(
+            "the optimizer's step took no longer than its weights' gathering: something else keeps this "
+            "machine busy; measure again when it has ended"
+        )
     passes, optimizer = (
         MeasuredWork(WorkKind.of(work, resolved.architecture, resolved.config), took, *planned)
         for work, took, planned in zip(
@@ -141,27 +147,32 @@ def _speed(part: Resolved, machine: Machine, lengths: Lengths, pace: Pace) -> Sp
 def train_slice(
     number: int, store: Store, config: Config, architecture: Architecture, load: Load
 ) -> tuple[float, float]:
-    """One rank's seconds of forward and backward and of the optimizer, each the median of some steps."""
+    """One rank's seconds of forward and backward and of the optimizer alone, each by the medians of some steps."""
+    torch.set_num_threads(threads_per_rank(config))
     from recipe.megatron.layout import Rendezvous
     from recipe.megatron.rank import TrainerRank
 
-    ranks = config.world_size
-    torch.set_num_threads(threads_each(ranks, POLLING_PROCESSES))
-    rank = TrainerRank(config, architecture, Rendezvous(number, number, ranks, store))
+    rank = TrainerRank(config, architecture, Rendezvous(number, number, config.world_size, store))
     fill_randomly(rank)
     packs = rank.own_shard([load.of_rank(shard) for shard in range(config.data_parallel_size)])
 
-    def step(packs: Sequence[list[TrainSample]]) -> tuple[float, float]:
+    def seconds_since(began: float) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    def step(packs: Sequence[list[TrainSample]]) -> tuple[float, float, float]:
         began = time.perf_counter()
         report = rank.train_step(packs)
         if report.skipped:
             raise UserError("the gradients of random weights are not finite: this machine computes wrongly")
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        passes = report.of_rank["seconds_forward_backward"]
-        return passes, time.perf_counter() - began - passes
+        whole, passes = seconds_since(began), report.of_rank["seconds_forward_backward"]
+        began = time.perf_counter()
+        for replica in rank.replicas:
+            replica.start_param_sync()  # once more, as at the end of the step
+        return passes, whole - passes, seconds_since(began)
 
     steps = [step(packs) for _ in range(WARM_UP + STEPS)][WARM_UP:]
     rank.close()
-    passes, optimizer = (statistics.median(times) for times in zip(*steps, strict=True))
-    return passes, optimizer
+    passes, optimizer, gathering = (statistics.median(times) for times in zip(*steps, strict=True))
+    return passes, optimizer - gathering

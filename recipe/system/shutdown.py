@@ -46,9 +46,7 @@ class OnFailure:
 
 
 @contextmanager
-def saving_on_notice(
-    save: Callable[[], None], grace_s: float, on_failure: OnFailure | None = None
-) -> Iterator[None]:
+def saving_on_notice(save: Callable[[], None], grace_s: float, on_failure: OnFailure | None = None) -> Iterator[None]:
     """In the block, which must belong to an asyncio task, the first SIGTERM or SIGHUP lets the work go on to the next
     await, and then ends it by `save` and exit status SAVED_STATUS. The second one, and the end of `grace_s` seconds,
     unwind the program at once, with status 143. Stopped ends it by `save` too. Any other exception ends it as

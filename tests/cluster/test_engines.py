@@ -374,7 +374,7 @@ def test_an_engine_that_is_well_and_takes_no_weights_ends_the_run_at_once(
     fakes: EngineGroup, first: list[UpdateResult]
 ) -> None:
     trainer = FakeTrainer(*first, UpdateResult(incomplete=(1,), refused={0: "engine 0 has no room"}))
-    with pytest.raises(UserError, match="^engine 0 has no room$"):
+    with pytest.raises(UserError, match=r"^engine 0 has no room$"):
         update(fakes, trainer)
     assert len(trainer.sent) == 1 + len(first)
     assert starts(fakes) == [1, 1, 1]

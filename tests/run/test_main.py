@@ -83,7 +83,9 @@ def test_a_terminal_that_is_closed_lets_what_is_done_be_saved(tmp_path: Path) ->
     assert (tmp_path / "saved").exists()
 
 
-async def test_what_the_run_fails_at_is_told_though_saving_fails_too_or_takes_too_long(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_what_the_run_fails_at_is_told_though_saving_fails_too_or_takes_too_long(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     def save() -> None:
         raise UserError("the disk is full")
 
