@@ -115,7 +115,7 @@ class SpeedModel:
         seconds = {Work.TRAIN: self.train(), Work.OPTIMIZER: optimizer * config.steps_per_rollout}
         passes = config.needs_old_log_probs + config.needs_reference
         if passes:
-            seconds[Work.LOG_PROBS] = passes * self.train() / 3
+            seconds[Work.LOG_PROBS] = passes * self._over_samples(trains_mtp=False) / 3
         seconds[Work.SAVE] = self.save()
         return seconds
 
@@ -126,28 +126,34 @@ class SpeedModel:
         return found[-1].factor(self.pace) if found else 1.0
 
     def train(self) -> float:
-        """Forward and backward over a rollout's samples, in the loop. What the loop and unequal packs add to them is
-        not measured with them."""
-        samples = self.resolved.config.samples_per_rollout
+        """Forward and backward over a rollout's samples, in the loop."""
+        return self._over_samples(trains_mtp=self.trains_mtp)
+
+    def _over_samples(self, *, trains_mtp: bool) -> float:
+        """As `train`, with or without the MTP layer. What the loop and unequal packs add is not measured with the
+        rest."""
+        config = self.resolved.config
+        samples, steps = config.samples_per_rollout, config.steps_per_rollout
         longest = longest_sample(self.resolved)
         sequences = np.minimum(self.lengths.quantiles + constants.MEAN_PROMPT, longest)
-        cost = sequence_cost(self.resolved.architecture, trains_mtp=self.trains_mtp)
+        cost = sequence_cost(self.resolved.architecture, trains_mtp=trains_mtp)
         flops = samples * float(cost(sequences).mean())
         loss = constants.TRAINING_LOSS.at(self.pace)
         if self.memory.layout.ep > 1:
             loss *= constants.PACKING_LOSS.at(self.pace)
-        return self.passes(flops, samples * self.mean_length, loss) * self.factor(Work.TRAIN)
+        return self.passes(flops, samples * self.mean_length, loss, steps) * self.factor(Work.TRAIN)
 
-    def passes(self, flops: float, tokens: int, loss: float = 1.0) -> float:
-        """Forward and backward of all ranks over so many tokens, on which the model has so many FLOPs, in full packs:
-        computing and exchanges take `loss` times as long as by themselves."""
+    def passes(self, flops: float, tokens: int, loss: float = 1.0, steps: int = 1) -> float:
+        """Forward and backward of all ranks over so many tokens, on which the model has so many FLOPs, in full packs,
+        and gradients to as many optimizer steps: computing and exchanges take `loss` times as long as by
+        themselves."""
         layout, again = self.memory.layout, self.recomputed
         time = again / constants.RECOMPUTING_SHARE + (1 - again) / constants.TRAINING_SHARE
         computing = flops * time / (layout.world * self.memory.machine.gpu.flops)
         each = tokens / layout.world * layout.tp
         packs = max(1.0, each / max(1, self.memory.pack.tokens))
         bubble = 1 + (layout.pp - 1) / packs / max(1, len(self.memory.shards[0].chunks))
-        return (computing + self.exchange(each / layout.tp)) * bubble * loss + self.reduce_gradients()
+        return (computing + self.exchange(each / layout.tp)) * bubble * loss + steps * self.reduce_gradients()
 
     @property
     def recomputed(self) -> float:

@@ -10,8 +10,11 @@ are gathered afterwards are no part: the plan has the links' seconds for them, w
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from typing import TYPE_CHECKING
+from unittest import mock
 
 import torch
 from torch.distributed import Store
@@ -32,6 +35,9 @@ from recipe.smoke.random_model import Load, fill_randomly
 from recipe.smoke.together import together
 from recipe.system.errors import UserError
 
+if TYPE_CHECKING:
+    from recipe.megatron.rank import TrainerRank
+
 MOE_LAYERS = 5
 """As of the slice that the plan's shares of the data sheet were measured on, where so many fit."""
 PACKS = 4
@@ -42,8 +48,7 @@ WARM_UP, STEPS = 2, 3
 
 def measure_training(resolved: Resolved, machine: Machine, lengths: Lengths) -> tuple[MeasuredWork, MeasuredWork]:
     """Forward and backward, and the optimizer, of a slice on all GPUs of `machine`; without GPUs here, on as many
-    processes. Raises UserError if the run's packs do not fit beside the least of slices, if a rank fails or if it is
-    disturbed."""
+    processes. Raises UserError if the run's packs do not fit beside the least of slices, or if a rank fails."""
     part = slice_that_fits(resolved, machine)
     load = load_of(part, machine, lengths)
     settings = part.config.perf
@@ -54,11 +59,6 @@ def measure_training(resolved: Resolved, machine: Machine, lengths: Lengths) -> 
     )
     found = together("a training step", machine.gpus, train_slice, part.config, part.architecture, load)
     seconds = [max(times) for times in zip(*found, strict=True)]  # the others wait for the slowest
-    if min(seconds) <= 0:
-        raise UserError(
-            "the optimizer's step took no longer than its weights' gathering: something else keeps this "
-            "machine busy; measure again when it has ended"
-        )
     passes, optimizer = (
         MeasuredWork(WorkKind.of(work, resolved.architecture, resolved.config), took, *planned)
         for work, took, planned in zip(
@@ -147,7 +147,7 @@ def _speed(part: Resolved, machine: Machine, lengths: Lengths, pace: Pace) -> Sp
 def train_slice(
     number: int, store: Store, config: Config, architecture: Architecture, load: Load
 ) -> tuple[float, float]:
-    """One rank's seconds of forward and backward and of the optimizer alone, each by the medians of some steps."""
+    """One rank's seconds of forward and backward and of the optimizer alone, each the median of some steps."""
     torch.set_num_threads(threads_per_rank(config))
     from recipe.megatron.layout import Rendezvous
     from recipe.megatron.rank import TrainerRank
@@ -155,24 +155,41 @@ def train_slice(
     rank = TrainerRank(config, architecture, Rendezvous(number, number, config.world_size, store))
     fill_randomly(rank)
     packs = rank.own_shard([load.of_rank(shard) for shard in range(config.data_parallel_size)])
-
-    def seconds_since(began: float) -> float:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
-
-    def step(packs: Sequence[list[TrainSample]]) -> tuple[float, float, float]:
-        began = time.perf_counter()
-        report = rank.train_step(packs)
-        if report.skipped:
-            raise UserError("the gradients of random weights are not finite: this machine computes wrongly")
-        whole, passes = seconds_since(began), report.of_rank["seconds_forward_backward"]
-        began = time.perf_counter()
-        for replica in rank.replicas:
-            replica.start_param_sync()  # once more, as at the end of the step
-        return passes, whole - passes, seconds_since(began)
-
-    steps = [step(packs) for _ in range(WARM_UP + STEPS)][WARM_UP:]
+    steps = [seconds_of_step(rank, packs) for _ in range(WARM_UP + STEPS)][WARM_UP:]
     rank.close()
-    passes, optimizer, gathering = (statistics.median(times) for times in zip(*steps, strict=True))
-    return passes, optimizer - gathering
+    passes, optimizer = (statistics.median(times) for times in zip(*steps, strict=True))
+    return passes, optimizer
+
+
+def seconds_of_step(rank: "TrainerRank", packs: Sequence[list[TrainSample]]) -> tuple[float, float]:
+    """Of forward and backward, and of the optimizer without gathering the new weights from the ranks. Raises UserError
+    if there is no step."""
+    gathering: list[float] = []
+    began = _now()
+    with ExitStack() as stack:
+        for replica in rank.replicas:
+            timed = _timed(replica.start_param_sync, gathering)
+            stack.enter_context(mock.patch.object(replica, "start_param_sync", timed))
+        report = rank.train_step(packs)
+    if report.skipped:
+        raise UserError("the gradients of random weights are not finite: this machine computes wrongly")
+    passes = report.of_rank["seconds_forward_backward"]
+    return passes, _now() - began - passes - sum(gathering)
+
+
+def _timed(work: Callable[[], None], seconds: list[float]) -> Callable[[], None]:
+    """`work`, which then also takes down how long it took."""
+
+    def carry_out() -> None:
+        began = _now()
+        work()
+        seconds.append(_now() - began)
+
+    return carry_out
+
+
+def _now() -> float:
+    """Seconds of some clock, when the GPU has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
