@@ -126,7 +126,7 @@ class CheckpointConfig(Group):
     save_interval: PositiveInt | None = None
     """Save after every this many rollouts; default: after the last one only."""
     save_keep: PositiveInt | None = None
-    """Newest checkpoints to keep; default: all."""
+    """Newest checkpoints to keep; default: all. For one that is saved because the run fails none goes."""
     save_hf: Place | None = None
     """Folder for the final weights in Hugging Face form; with {rollout_id} in its name, which becomes the checkpoint's
     number, for those of every save."""
