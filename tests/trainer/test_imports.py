@@ -22,6 +22,12 @@ def test_a_rank_is_imported_without_what_its_start_does_not_need(code: str) -> N
     assert not modules & {*COMPILER, "tensorboard", "transformers", "matplotlib", "pandas"}
 
 
+def test_the_embedded_engine_is_imported_without_what_it_computes_itself() -> None:
+    modules = imported_by("import recipe.engines.embedded.__main__")
+    assert "torch" in modules
+    assert not modules & {*COMPILER, "transformers", "ray"}
+
+
 def test_an_optimizer_is_built_without_the_compiler() -> None:
     modules = imported_by(
         "import torch; from recipe.megatron.adam import MasterAdam;"
