@@ -41,7 +41,7 @@ def with_advantages(rollout: Rollout, config: Config) -> list[TrainSample]:
             advantages=np.full(sample.response_length, advantage, dtype=np.float32),
             rollout_log_probs=np.array(sample.rollout_log_probs, dtype=np.float32),
             sources=_sources(sample, rollout.weight_version),
-            routed_experts=sample.routed_experts if config.grpo.use_rollout_routing_replay else None,
+            routed_experts=sample.routed_experts if config.grpo.replays_rollouts else None,
             is_shown=sample.index in shown,
         )
         for sample, advantage in zip(samples_of(rollout), advantages(rollout, config), strict=True)

@@ -30,7 +30,7 @@ async def train(resolved: Resolved, plan: Plan | None) -> None:
     not the trainer's, which is raised then."""
     config = resolved.config
     async with open_run(resolved, plan) as run:
-        with saving_on_notice(run.save_what_is_done, config.misc.sigterm_grace_s, run.has_unsaved_steps):
+        with saving_on_notice(run.save_what_is_done, config.misc.sigterm_grace_s, run.on_failure):
             await run.update_weights()
             if run.is_first_evaluation_due:
                 await run.evaluate()

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -198,18 +199,21 @@ def measure_eagle(bench: Bench) -> None:
 
 
 def measure_routing(bench: Bench) -> None:
-    """One wave of every load on an engine that keeps nothing, and on one that tells where it took each token."""
+    """Every load on an engine that keeps nothing, and on one that tells where it took each token: one wave of answers
+    that end together, then three times as many of different lengths, as in a run."""
     folder, architecture = bench.model("model", bench.layers)
     vocabulary, shape = architecture.vocab_size, RouterShape.of(architecture)
-    plain: dict[int, float] = {}
+    plain: dict[tuple[int, int], float] = {}
     for name, further, routers in (("plain", (), None), ("routed", ("--enable-return-routed-experts",), shape)):
         with bench.started("routing", name, folder, *full_size_arguments(bench), *further) as engine:
             ours(bench, engine.url, vocabulary, 8, 16, routers=routers)
-            for at_once in bench.at_once:
-                speed = ours(bench, engine.url, vocabulary, at_once, at_once, routers=routers)
-                beside = {"of_plain": speed / plain[at_once]} if routers else {}
-                plain.setdefault(at_once, speed)
-                bench.tell("routing", f"{at_once} at once, {name}", tokens_per_s=speed, **beside)
+            for at_once, waves in product(bench.at_once, (1, 3)):
+                count, spread = waves * at_once, waves > 1
+                speed = ours(bench, engine.url, vocabulary, at_once, count, routers=routers, spread=spread)
+                beside = {"of_plain": speed / plain[at_once, waves]} if routers else {}
+                plain.setdefault((at_once, waves), speed)
+                lengths = "lengths differ" if spread else "one wave"
+                bench.tell("routing", f"{at_once} at once, {lengths}, {name}", tokens_per_s=speed, **beside)
 
 
 def attempt(part: str, work: Callable[[], None]) -> bool:

@@ -26,7 +26,7 @@ from recipe.smoke.steps import HELD_OUT_SUMS, MAX_OPERAND
 from recipe.system.errors import UserError, run_main
 from recipe.weights.tiny import KERNEL_SIZES, write_tiny_checkpoint
 
-REPLAY = "--use-rollout-routing-replay"
+REPLAYS = {True: "--use-rollout-routing-replay", False: "--no-use-rollout-routing-replay"}
 LAST_STEPS = 10
 COLUMNS = ("held-out", "reward", "nats a token", "k3 KL", "elsewhere", "rollout tok/s", "train tok/s")
 
@@ -64,7 +64,7 @@ def warm_up(settings: Settings, gpu: str | None) -> None:
 def flags_of(case: Case, settings: Settings) -> list[str]:
     """Those of a run, from its beginning to its end."""
     words = [*replace(settings, seed=case.seed).grpo_flags(), "--name", case.name]
-    return [*words, REPLAY] if case.replays else words
+    return [*words, REPLAYS[case.replays]]
 
 
 def figures(lines: Sequence[dict[str, Any]]) -> list[str]:

@@ -154,7 +154,7 @@ def _work(pipe: Connection, folder: Path, device: str, dtype: torch.dtype, bucke
             case ("send", str(url), str(version), bool(check)):
                 sync = WeightSync("tensor", bucket_bytes, 1, LOOPBACK, checksums if check else None)
                 started = time.monotonic()
-                sync.send(weights, {0: url}, version)
+                sync.send(weights, {0: url}, version).check_taken()
                 return time.monotonic() - started
             case ("write", Path() as target):
                 started = time.monotonic()

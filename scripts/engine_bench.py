@@ -60,6 +60,16 @@ class FixedLength(SamplingParams):
         return SamplingParams.request(self, seed, generated) | {"ignore_eos": True}
 
 
+class SpreadLength(SamplingParams):
+    """Responses that no end token ends and that end apart from one another: of 1 to twice `max_new_tokens` - 1 tokens,
+    drawn by their seeds."""
+
+    def request(self, seed: int, generated: int = 0) -> dict[str, object]:
+        length = int(np.random.default_rng(seed).integers(1, 2 * self.max_new_tokens))
+        longest = replace(self, max_new_tokens=length)
+        return SamplingParams.request(longest, seed, generated) | {"ignore_eos": True}
+
+
 @dataclass(frozen=True)
 class Bench:
     """What all parts share."""
@@ -225,14 +235,15 @@ def ours(
     count: int,
     n_samples: int = 1,
     routers: RouterShape | None = None,
+    spread: bool = False,
 ) -> float:
     """Tokens a second of `count` responses, `at_once` of them under way, through the client of training; with `routers`
-    they bring the experts of each token."""
+    they bring the experts of each token, with `spread` their lengths differ."""
     prompts = prompts_of(count // n_samples, bench.input_len, vocabulary, seed=at_once * n_samples)
-    sampling = FixedLength(max_new_tokens=bench.output_len)
+    sampling = (SpreadLength if spread else FixedLength)(max_new_tokens=bench.output_len)
     answers = _generate(bench, url, prompts, sampling, at_once // n_samples, n_samples, FIRST, routers)
     metrics = asyncio.run(answers).metrics
-    assert metrics.response_tokens == count * bench.output_len
+    assert spread or metrics.response_tokens == count * bench.output_len
     return metrics.response_tokens / metrics.seconds
 
 

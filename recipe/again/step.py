@@ -96,7 +96,7 @@ def _again(
 ) -> Values:
     """The metrics of the step under this configuration; its update is written to a file."""
     learned = with_advantages(samples, config)
-    if not config.grpo.use_rollout_routing_replay:
+    if not config.grpo.replays_rollouts:
         learned = [replace(sample, routed_experts=None) for sample in learned]
     elif all(sample.routed_experts is None for sample in learned):
         raise UserError("--use-rollout-routing-replay: the engines of this run were not asked where they took tokens")

@@ -66,7 +66,7 @@ async def open_run(resolved: Resolved, plan: Plan | None) -> AsyncIterator[Run]:
                 ClientOptions.of(
                     config.rollout,
                     resolved.architecture.vocab_size,
-                    RouterShape.of(resolved.architecture) if config.grpo.use_rollout_routing_replay else None,
+                    RouterShape.of(resolved.architecture) if config.grpo.replays_rollouts else None,
                     data.generation,
                 ),
                 on_silent=group.on_silent,

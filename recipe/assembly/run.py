@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import ParamSpec, cast
 
 from recipe.assembly.inputs import Data
@@ -25,6 +26,7 @@ from recipe.run.spending import Budget, check_gain
 from recipe.run.start import StartClock, StartMoment, StartPart
 from recipe.run.status import RunState
 from recipe.system.errors import UserError
+from recipe.system.shutdown import OnFailure
 from recipe.system.threads import to_its_end
 
 logger = logging.getLogger(__name__)
@@ -187,27 +189,30 @@ class Run:
     def record(self) -> None:
         """Writes the step's line and samples to the run directory, and shows it. Before the first step: only the
         evaluation."""
-        done, samples = self.progress.rollouts, self._learned
+        done, samples, rollout = self.progress.rollouts, self._learned, self._rollout
+        reports, evaluated = self._reports, self._evals
+        # First: what fails here is not recorded again when what is learned is saved.
+        self._rollout, self._reports, self._learned, self._evals = None, [], (), {}
         values: dict[str, Scalar] = {}
-        if self._rollout is not None:
+        if rollout is not None:
             assert self._engines is not None
-            values |= rollout_metrics(done - 1, self._rollout, self._engines.new_counts())
-            shown = shown_tokens(self._rollout, samples, self._shown_log_probs(), self._data.decode_pieces)
-            self._directory.record_rollout(done - 1, sample_records(self._rollout, self.config), shown)
+            values |= rollout_metrics(done - 1, rollout, self._engines.new_counts())
+            shown = shown_tokens(rollout, samples, _shown_log_probs(reports), self._data.decode_pieces)
+            self._directory.record_rollout(done - 1, sample_records(rollout, self.config), shown)
             if self._begins_at_checkpoint:
-                versions = [sample.weight_versions for sample in samples_of(self._rollout)]
-                of_engine = self.config.grpo.use_rollout_routing_replay
+                versions = [sample.weight_versions for sample in samples_of(rollout)]
+                of_engine = self.config.grpo.replays_rollouts
                 self._directory.keep_step(done, kept_step(samples, versions, of_engine=of_engine))
         if samples:
-            values |= train_metrics(samples, self._reports, self.progress.skipped_steps)
+            values |= train_metrics(samples, reports, self.progress.skipped_steps)
         if self._engines is not None:
             values["weight_bytes_per_second"] = self._engines.weight_bytes_per_second
             values["seconds_paused"] = self._engines.seconds_paused
             values["seconds_engines_idle"] = self._engines.new_idle_seconds()
-        self._directory.record_evaluation(done, self._evals)
-        evals = {name: found.values for name, found in self._evals.items()}
+        self._directory.record_evaluation(done, evaluated)
+        evals = {name: found.values for name, found in evaluated.items()}
         metrics = StepMetrics(step=done, values=values, evals=evals, seconds=self.clock.lap())
-        conditions = Conditions.here(done, () if self._rollout is None else self._rollout.metrics.course)
+        conditions = Conditions.here(done, () if rollout is None else rollout.metrics.course)
         self._directory.record_conditions(conditions)
         self._directory.record(metrics)
         self._display.step(metrics)
@@ -215,16 +220,10 @@ class Run:
         self._budget.take(line)
         for advice in self._adviser.take(line, conditions):
             logger.warning("step %d: %s (%s; %s)", done, advice.sentence, advice.reason, advice.page)
-        replays_engine = self.config.grpo.use_rollout_routing_replay
-        if (mismatch := StepMismatch.of(self._reports, replays_engine=replays_engine)) is not None:
+        replays_engine = self.config.grpo.replays_rollouts
+        if (mismatch := StepMismatch.of(reports, replays_engine=replays_engine)) is not None:
             for sentence in self._mismatch.warnings(mismatch):
                 logger.warning("step %d: %s", done, sentence)
-        self._rollout, self._reports, self._learned, self._evals = None, [], (), {}
-
-    def _shown_log_probs(self) -> Mapping[int, FloatArray]:
-        """What the trainer gave the samples that are shown, each in the optimizer step that it was in; where a rollout
-        has several, the later ones are of another policy."""
-        return self._reports[0].shown_log_probs if len(self._reports) == 1 else {}
 
     def stop_if_enough(self) -> None:
         """Before a step: raises Stopped if it would bring the run over a limit of time or money, or the last evaluation
@@ -247,34 +246,53 @@ class Run:
         if self._engines is not None and self._engines.ahead is not None:
             self.progress = replace(self.progress, waiting=[], **self._engines.ahead.state())
 
-    def _save(self) -> None:
+    def _save(self, *, keep_all: bool = False) -> None:
         self._saved_rollouts = self.progress.rollouts
         with self.clock.measure(Phase.SAVE):
-            self.trainer.save(self.config.save_dir, self.progress)
+            self.trainer.save(self.config.save_dir, self.progress, keep_all=keep_all)
             self._directory.record_host_memory(self.trainer.host_memory())
             if (target := self.config.checkpoint.hugging_face_target(self.progress.rollouts, self.is_over)) is not None:
                 self._directory.claim_export(target)
                 self.trainer.export_hugging_face(target)
 
-    def has_unsaved_steps(self) -> bool:
+    @property
+    def on_failure(self) -> OnFailure:
+        """What is done where the run fails: a checkpoint of what is learned, for which none of the older ones goes,
+        since what made the run fail may be in it already."""
+        limit_s = 60 * self.config.cluster.distributed_timeout_minutes
+        save = partial(self.save_what_is_done, keep_all=True)
+        return OnFailure(self._has_unsaved_steps, save, limit_s, "--distributed-timeout-minutes")
+
+    def _has_unsaved_steps(self) -> bool:
         """Whether rollouts are learned that no checkpoint holds, and the trainer can still save them: none of its calls
         has failed, and it has taken no step of the next rollout."""
         is_half_learned = bool(self._reports) and not self._learned
         return self.trainer.is_well and not is_half_learned and self.progress.rollouts > self._saved_rollouts
 
-    def save_what_is_done(self) -> None:
-        """Leaves a checkpoint of the last finished rollout, for a run that ends early. What is under way of the next
-        ones is given up, and so are an evaluation and the engines: no rank is to wait for one that hangs."""
+    def save_what_is_done(self, *, keep_all: bool = False) -> None:
+        """Leaves a checkpoint of the last finished rollout, for a run that ends early, also if that cannot be written
+        down; older ones go by `--save-keep`, unless it is to `keep_all`. What is under way of the next rollouts is
+        given up, and so are an evaluation and the engines: no rank is to wait for one that hangs."""
         if self._engines is not None:
             self._engines.begin_end()
         if self._learned:
-            self.record()
+            try:
+                self.record()
+            except Exception as error:
+                done = self.progress.rollouts
+                logger.warning("step %d is not written down (%s)", done, str(error) or type(error).__name__)
         if self.progress.rollouts > self._saved_rollouts:
             self._note_what_is_ahead()
-            self._save()
+            self._save(keep_all=keep_all)
         self.finish_save()
 
     def finish_save(self) -> None:
         """Waits for a checkpoint that is still being written. Raises UserError if it cannot be."""
         with self.clock.measure(Phase.SAVE):
             self.trainer.finish_save()
+
+
+def _shown_log_probs(reports: Sequence[StepReport]) -> Mapping[int, FloatArray]:
+    """What the trainer gave the samples that are shown, each in the optimizer step that it was in; where a rollout has
+    several, the later ones are of another policy."""
+    return reports[0].shown_log_probs if len(reports) == 1 else {}

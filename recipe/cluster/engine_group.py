@@ -193,13 +193,16 @@ class EngineGroup:
         return replace(result, paused_s=(result.paused_s or 0.0) + time.monotonic() - sent)
 
     def _send(self, numbers: Collection[int]) -> UpdateResult:
-        """Sends the current weights to these engines, and again to those that lost them when another one failed."""
+        """Sends the current weights to these engines, and again to those that lost them when another one failed. Raises
+        UserError if one that is well does not take them."""
         assert self._weights is not None
         trainer, version = self._weights
         result = trainer.update_weights({number: self._url(number) for number in numbers}, version)
+        result.check_taken()
         sent = time.monotonic()
         while again := result.incomplete:
             more = trainer.update_weights({number: self._url(number) for number in again}, version)
+            more.check_taken()
             result = replace(more, failed={**result.failed, **more.failed}, paused_s=result.paused_s)
         if result.paused_s is None:
             return result

@@ -54,7 +54,7 @@ def launch_of(resolved: Resolved, number: int, gpus: Sequence[int], node: Node |
         weight_version=INITIAL_VERSION,
         threads=threads_of_engine(config),
         context_length=resolved.max_context_len,
-        returns_routed_experts=config.grpo.use_rollout_routing_replay,
+        returns_routed_experts=config.grpo.replays_rollouts,
     )
 
 

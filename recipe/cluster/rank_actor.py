@@ -157,9 +157,9 @@ class RankActor:
         )
         return sync.send(weights, relay.engines, version, relay)
 
-    def save(self, directory: Path, progress: Progress) -> None:
+    def save(self, directory: Path, progress: Progress, keep_all: bool) -> None:
         """Writes a checkpoint or, with `--async-save`, begins to."""
-        self.trainer.save(directory, progress)
+        self.trainer.save(directory, progress, keep_all=keep_all)
 
     def finish_save(self) -> None:
         """Waits for the checkpoint that is being written, if any."""

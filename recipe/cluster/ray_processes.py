@@ -45,7 +45,8 @@ _libc = ctypes.CDLL(None)
 
 class RayProcesses:
     """Use as a context manager, in the main thread, around Ray's start and end: leaving it ends every process that is
-    left of those that descend from this one and did not on entering it. Meanwhile Linux makes the orphans among them
+    left of those that descend from this one and did not on entering it; what those that did start meanwhile is their
+    own. Meanwhile Linux makes the orphans among them
     children of this process, so that none is lost sight of. `scratch`, the program's folder, goes with them."""
 
     def __init__(self, scratch: Path) -> None:
@@ -114,7 +115,13 @@ class RayProcesses:
             signal.signal(_DEATH, before)
 
     def _started(self) -> list[psutil.Process]:
-        return [process for process in psutil.Process().children(recursive=True) if process not in self._others]
+        found = psutil.Process().children(recursive=True)
+        others = set(self._others)
+        for other in self._others:
+            with suppress(psutil.NoSuchProcess):
+                others.update(other.children(recursive=True))
+        sessions = {process.pid for process in self._others}
+        return [process for process in found if process not in others and _session_of(process) not in sessions]
 
 
 @contextmanager
@@ -148,6 +155,13 @@ def _told_of_death(processes: Collection[psutil.Process], vital: dict[str, str],
             watcher.join()
             for descriptor in descriptors:
                 os.close(descriptor)
+
+
+def _session_of(process: psutil.Process) -> int | None:
+    """Which stays the same when it becomes an orphan. None: it is gone."""
+    with suppress(ProcessLookupError):
+        return os.getsid(process.pid)
+    return None
 
 
 def _removes_shared_memory(process: psutil.Process) -> bool:

@@ -118,13 +118,13 @@ class TrainerGroup:
         result: UpdateResult = sum(others, first)
         return result
 
-    def save(self, directory: Path, progress: Progress) -> None:
-        """Writes a checkpoint or, with `--async-save`, begins to. Raises UserError if it, or the one before it, cannot
-        be written."""
+    def save(self, directory: Path, progress: Progress, *, keep_all: bool = False) -> None:
+        """Writes a checkpoint or, with `--async-save`, begins to; removes older ones by `--save-keep`, unless it is to
+        `keep_all`. Raises UserError if it, or the one before it, cannot be written."""
         directory.mkdir(parents=True, exist_ok=True)
         self._save_in_flight = self.config.checkpoint.async_save
         told = [progress, *[progress.counts] * (len(self._ranks) - 1)]  # the first rank writes it
-        self._each("save", [(directory.resolve(), of_rank) for of_rank in told])
+        self._each("save", [(directory.resolve(), of_rank, keep_all) for of_rank in told])
 
     def finish_save(self) -> None:
         """Waits for the checkpoint that is being written, if any. Raises UserError if it cannot be."""

@@ -34,7 +34,7 @@ def _skipped_passes(config: Config) -> Iterator[str]:
             "no old-log-prob pass: with one optimizer step a rollout the policy has not moved, the ratio is 1 and "
             "clipping never bites"
         )
-    if grpo.use_routing_replay and grpo.use_rollout_routing_replay:
+    if grpo.use_routing_replay and grpo.replays_rollouts:
         yield "--use-rollout-routing-replay takes the place of --use-routing-replay: all passes route as the engine did"
 
 

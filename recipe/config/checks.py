@@ -185,12 +185,12 @@ def routing_can_be_replayed(config: Config, architecture: Architecture) -> Itera
     """What is replayed was recorded, and an expert's number fits a byte."""
     grpo = config.grpo
     replays = {
-        "--use-rollout-routing-replay": grpo.use_rollout_routing_replay,
+        "--use-rollout-routing-replay": grpo.replays_rollouts,
         "--use-routing-replay": grpo.use_routing_replay,
     }
+    if grpo.use_routing_replay and config.is_sft:
+        yield "--use-routing-replay: --loss-type sft learns given responses, which nobody has routed; drop it"
     for flag in (flag for flag, is_given in replays.items() if is_given):
-        if config.is_sft:
-            yield f"{flag}: --loss-type sft learns given responses, which nobody has routed; drop it"
         if (experts := architecture.n_routed_experts) > MOST_REPLAYED_EXPERTS:
             yield f"{flag} takes up to {MOST_REPLAYED_EXPERTS} experts, and this model has {experts}; drop it"
     args, on_sglang = config.sglang.args, config.rollout.engine == "sglang"
@@ -200,16 +200,16 @@ def routing_can_be_replayed(config: Config, architecture: Architecture) -> Itera
         "enable_hierarchical_cache": args.get("enable_hierarchical_cache", False) is True,
     }
     for name in (name for name, is_given in misleading.items() if is_given):
-        if grpo.use_rollout_routing_replay and on_sglang:
+        if grpo.replays_rollouts and on_sglang:
             yield (
                 f"--use-rollout-routing-replay with {spell(f'{SGLANG_KEY}.{name}', args[name])}: SGLang would tell the "
-                "experts of other tokens; leave one of the two out"
+                "experts of other tokens; leave it out, or give --no-use-rollout-routing-replay"
             )
     stages = sglang_rules.size_of(config, "pp_size", default=1)
-    if grpo.use_rollout_routing_replay and config.rollout.engine == "sglang" and stages > 1:
+    if grpo.replays_rollouts and config.rollout.engine == "sglang" and stages > 1:
         yield (
             f"--use-rollout-routing-replay with --sglang-pp-size {stages}: each stage keeps the experts of "
-            "its own layers, and one of them answers; leave one of the two out"
+            "its own layers, and one of them answers; leave it out, or give --no-use-rollout-routing-replay"
         )
     if config.records_routing and not config.is_sft and not config.needs_old_log_probs:
         yield (

@@ -41,7 +41,8 @@ class ClusterConfig(Group):
     master_addr: str | None = None
     """Address every machine reaches the first one by; default: found by Ray."""
     distributed_timeout_minutes: PositiveFloat = 10.0
-    """Longest wait in a collective operation; somewhat earlier a rank that hangs is looked for, and named."""
+    """Longest wait in a collective operation; somewhat earlier a rank that hangs is looked for, and named. Also the
+    longest that saving may take when the run fails."""
     num_cpus_per_rank: Cores | None = None
     """CPU cores reserved for a training rank; default: shared evenly."""
     num_cpus_per_engine: Cores | None = None

@@ -126,7 +126,7 @@ class CheckpointConfig(Group):
     save_interval: PositiveInt | None = None
     """Save after every this many rollouts; default: after the last one only."""
     save_keep: PositiveInt | None = None
-    """Newest checkpoints to keep; default: all."""
+    """Newest checkpoints to keep; default: all. For one that is saved because the run fails none goes."""
     save_hf: Place | None = None
     """Folder for the final weights in Hugging Face form; with {rollout_id} in its name, which becomes the checkpoint's
     number, for those of every save."""
@@ -205,9 +205,14 @@ class GrpoConfig(Group):
     to (R2, arXiv 2507.18071)."""
 
     @property
+    def replays_rollouts(self) -> bool:
+        """Whether the trainer is told where the engine took tokens. SFT learns given responses, which none has."""
+        return self.use_rollout_routing_replay and self.loss_type != "sft"
+
+    @property
     def replays_routing(self) -> bool:
         """Whether the optimizer steps are told where to take tokens."""
-        return self.use_rollout_routing_replay or self.use_routing_replay
+        return self.replays_rollouts or self.use_routing_replay
 
     @property
     def clip_high(self) -> float:

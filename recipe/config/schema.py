@@ -133,7 +133,7 @@ class Config(Group):
     @property
     def records_routing(self) -> bool:
         """Whether the old-log-prob pass is to tell which experts it took."""
-        return self.grpo.use_routing_replay and not self.grpo.use_rollout_routing_replay
+        return self.grpo.use_routing_replay and not self.grpo.replays_rollouts
 
     @property
     def run_dir(self) -> Path:

@@ -150,7 +150,7 @@ class SglangServer:
             cache_tokens=cache_tokens,
             keeps_draft="speculative_algorithm" in config.sglang.args and not config.mtp.mtp_num_layers,
             names_tensors=config.rollout.check_weight_update_equal,
-            returns_routed_experts=config.grpo.use_rollout_routing_replay,
+            returns_routed_experts=config.grpo.replays_rollouts,
             keeps_cache=config.rollout.update_weight_in_flight == "keep",
             speculation=_speculation(config.sglang),
             node=node,

@@ -133,7 +133,7 @@ def save(
         note_written(final, progress.rollouts, keep)
 
     final = directory / name_of(progress.rollouts)
-    _on_first_rank(lambda: claim(final), group)
+    _on_first_rank(lambda: claim(final, keep), group)
     with written_beside(final, group) as partial:
         _write(partial, shards, group)
         _on_first_rank(tell_progress, group)

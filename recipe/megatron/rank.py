@@ -144,11 +144,12 @@ class TrainerRank(PolicyRank):
             of_rank["max_memory_reserved"] = torch.cuda.max_memory_reserved()
         return StepReport(metrics, not taken, by_source, of_rank, metrics_on_device.shown_log_probs())
 
-    def save(self, directory: Path, progress: Progress) -> None:
+    def save(self, directory: Path, progress: Progress, *, keep_all: bool = False) -> None:
         """Writes a checkpoint or, with `--async-save`, begins to: training may go on, and `finish_save` waits for it.
-        The first rank has the whole `progress`, which it writes; the others need its counts. Raises UserError if the
-        checkpoint, or the one before it, cannot be written; the older ones stay."""
-        failure = None
+        The first rank has the whole `progress`, which it writes; the others need its counts. Older ones beyond
+        `--save-keep` are removed then, unless it is to `keep_all`. Raises UserError if the checkpoint, or the one
+        before it, cannot be written; the older ones stay."""
+        keep, failure = None if keep_all else self.config.checkpoint.save_keep, None
         try:
             self.finish_save()
         except UserError as error:
@@ -157,7 +158,7 @@ class TrainerRank(PolicyRank):
 
         def write(group: dist.ProcessGroup | None) -> None:
             with _writing_errors_told(directory, progress):
-                checkpoint.save(directory, shards, progress, self.config.checkpoint.save_keep, group)
+                checkpoint.save(directory, shards, progress, keep, group)
 
         if self.save_in_flight is None:
             write(None)

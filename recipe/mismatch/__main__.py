@@ -68,7 +68,7 @@ class Scored:
     @property
     def replays(self) -> bool:
         """Whether the run's trainer took tokens where the engine did."""
-        return self.config.grpo.use_rollout_routing_replay
+        return self.config.grpo.replays_rollouts
 
     def bill(self) -> Bill:
         """The run's difference, in parts."""

@@ -179,14 +179,23 @@ class ActivationModel:
         layer = self.hidden if perf.recompute_granularity == "full" else self.layer(number) + 5 * self.hidden
         return 3 * self.hidden + layer + self.log_probs()
 
+    def mtp_layer(self) -> int:
+        """While the backward pass goes through the MTP layer where it is trained: what it keeps or recomputes, and
+        gradients."""
+        if not self.config.mtp.enable_mtp_training:
+            return 0
+        number = self.architecture.num_hidden_layers - 1
+        return 9 * self.hidden + self.layer(number) + self.gradients_of_layer(number)
+
     def of_stage(self, shard: StageShard, in_flight: int) -> Activations:
         """At the worst moment of a rank of this stage, with so many microbatches in flight."""
         kept = in_flight * (self.kept_by(shard.layers) // len(shard.chunks))
         log_probs, width = 0, self.architecture.hidden_size * self.width
         if shard.is_last:
             kept += self._norm(self.hidden // self.width) - self.hidden
-            # The gradient of the asked rows, or before it the last norm's output.
-            log_probs = self.log_probs() + self.mtp() + max(self.hidden, self.pack.asked * width)
+            # The gradient of the asked rows, or before it the last norm's output. The MTP layer's turn is the first.
+            of_mtp = max(self.mtp() + max(self.hidden, self.pack.asked * width), self.mtp_layer())
+            log_probs = self.log_probs() + of_mtp
         return Activations(kept=kept, log_probs=log_probs, layer=self._recomputed(shard.layers))
 
 

@@ -38,20 +38,35 @@ class SequenceCost:
 @cache
 def active_parameters(architecture: Architecture) -> int:
     """Parameters of the main model that a token meets, the output head included and the embedding not."""
+    whole = _met_by_a_token(architecture, with_mtp=False)
+    return whole - architecture.vocab_size * architecture.hidden_size
+
+
+@cache
+def mtp_parameters(architecture: Architecture) -> int:
+    """Parameters of the MTP layer that a token meets; it has the main model's embedding and output head."""
+    return _met_by_a_token(architecture, with_mtp=True) - _met_by_a_token(architecture, with_mtp=False)
+
+
+def _met_by_a_token(architecture: Architecture, *, with_mtp: bool) -> int:
+    """Parameters of all experts in the share that it is sent to, of all else whole."""
     total = 0
-    for placement in placements(architecture, with_mtp=False).values():
+    for placement in placements(architecture, with_mtp).values():
         size = placement.elements
         if placement.is_expert:
             size = size * architecture.num_experts_per_tok // architecture.n_routed_experts
         total += size
-    return total - architecture.vocab_size * architecture.hidden_size
+    return total
 
 
-def sequence_cost(architecture: Architecture) -> SequenceCost:
-    """FLOPs of a forward and backward pass by sequence length."""
+def sequence_cost(architecture: Architecture, *, trains_mtp: bool = False) -> SequenceCost:
+    """FLOPs of a forward and backward pass by sequence length. An MTP layer that is trained is one layer more; of the
+    output head, which it does not train, it takes two products of three."""
+    head = architecture.vocab_size * architecture.hidden_size
+    further = mtp_parameters(architecture) + head * 2 / 3 if trains_mtp else 0.0
     return SequenceCost.of_transformer(
-        active_parameters=active_parameters(architecture),
-        num_layers=architecture.num_hidden_layers,
+        active_parameters=active_parameters(architecture) + further,
+        num_layers=architecture.num_hidden_layers + trains_mtp,
         num_heads=architecture.num_attention_heads,
         qk_head_dim=architecture.qk_nope_head_dim + architecture.qk_rope_head_dim,
         v_head_dim=architecture.v_head_dim,

@@ -49,7 +49,9 @@ class MeasuredWork:
 
     def factor(self, pace: Pace) -> float:
         """Measured seconds over planned ones: what the plan's seconds of all such work are multiplied by, in whatever
-        layout and with whatever recomputation. At both ends that gives what was measured."""
+        layout and with whatever recomputation. At both ends that gives what was measured. What goes over other links or
+        memory in another layout is no part of either: an optimizer's step has its weights' gathering, and a weight
+        update that of the trainer's, beside it."""
         return self.seconds / self.planned.at(pace)
 
     def __str__(self) -> str:

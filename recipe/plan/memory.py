@@ -331,7 +331,7 @@ class HostModel(MemoryModel):
         samples = config.rollout.draw_size * config.rollout.n_samples_per_prompt
         held = 3 * samples * longest_sample(self.resolved) * sum(a.moe_layer_freq) * a.num_experts_per_tok
         engine = GpuModel(self.resolved, self.machine, self.on_gpu, self.pack).engine_memory if self.on_gpu else None
-        if engine is not None and config.grpo.use_rollout_routing_replay:
+        if engine is not None and config.grpo.replays_rollouts:
             gpus = -(-config.rollout_gpus // config.cluster.actor_num_nodes)
             held += gpus * engine.tokens * a.num_hidden_layers * a.num_experts_per_tok * 4
         return held

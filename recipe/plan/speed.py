@@ -21,7 +21,6 @@ from recipe.plan.measured_work import WorkKind
 from recipe.plan.memory import GpuModel, longest_sample
 from recipe.plan.playout import Played
 from recipe.plan.ranges import Between, Pace
-from recipe.plan.shards import Part
 from recipe.plan.time_plan import TimePlan, Work
 
 BF16, FP32 = 2, 4
@@ -112,11 +111,11 @@ class SpeedModel:
     def learning(self) -> dict[Work, float]:
         """Seconds of what the trainer does by itself, by kind of work."""
         config = self.resolved.config
-        optimizer = self.optimizer() * self.factor(Work.OPTIMIZER)
+        optimizer = self.optimizer() * self.factor(Work.OPTIMIZER) + self.gather_weights()
         seconds = {Work.TRAIN: self.train(), Work.OPTIMIZER: optimizer * config.steps_per_rollout}
         passes = config.needs_old_log_probs + config.needs_reference
         if passes:
-            seconds[Work.LOG_PROBS] = passes * self.train() / 3
+            seconds[Work.LOG_PROBS] = passes * self._over_samples(trains_mtp=False) / 3
         seconds[Work.SAVE] = self.save()
         return seconds
 
@@ -127,27 +126,34 @@ class SpeedModel:
         return found[-1].factor(self.pace) if found else 1.0
 
     def train(self) -> float:
-        """Forward and backward over a rollout's samples, in the loop. What the loop and unequal packs add to them is
-        not measured with them."""
-        samples = self.resolved.config.samples_per_rollout
+        """Forward and backward over a rollout's samples, in the loop."""
+        return self._over_samples(trains_mtp=self.trains_mtp)
+
+    def _over_samples(self, *, trains_mtp: bool) -> float:
+        """As `train`, with or without the MTP layer. What the loop and unequal packs add is not measured with the
+        rest."""
+        config = self.resolved.config
+        samples, steps = config.samples_per_rollout, config.steps_per_rollout
         longest = longest_sample(self.resolved)
         sequences = np.minimum(self.lengths.quantiles + constants.MEAN_PROMPT, longest)
-        flops = samples * float(sequence_cost(self.resolved.architecture)(sequences).mean())
+        cost = sequence_cost(self.resolved.architecture, trains_mtp=trains_mtp)
+        flops = samples * float(cost(sequences).mean())
         loss = constants.TRAINING_LOSS.at(self.pace)
         if self.memory.layout.ep > 1:
             loss *= constants.PACKING_LOSS.at(self.pace)
-        return self.passes(flops, samples * self.mean_length, loss) * self.factor(Work.TRAIN)
+        return self.passes(flops, samples * self.mean_length, loss, steps) * self.factor(Work.TRAIN)
 
-    def passes(self, flops: float, tokens: int, loss: float = 1.0) -> float:
-        """Forward and backward of all ranks over so many tokens, on which the model has so many FLOPs, in full packs:
-        computing and exchanges take `loss` times as long as by themselves."""
+    def passes(self, flops: float, tokens: int, loss: float = 1.0, steps: int = 1) -> float:
+        """Forward and backward of all ranks over so many tokens, on which the model has so many FLOPs, in full packs,
+        and gradients to as many optimizer steps: computing and exchanges take `loss` times as long as by
+        themselves."""
         layout, again = self.memory.layout, self.recomputed
         time = again / constants.RECOMPUTING_SHARE + (1 - again) / constants.TRAINING_SHARE
         computing = flops * time / (layout.world * self.memory.machine.gpu.flops)
         each = tokens / layout.world * layout.tp
         packs = max(1.0, each / max(1, self.memory.pack.tokens))
         bubble = 1 + (layout.pp - 1) / packs / max(1, len(self.memory.shards[0].chunks))
-        return (computing + self.exchange(each / layout.tp)) * bubble * loss + self.reduce_gradients()
+        return (computing + self.exchange(each / layout.tp)) * bubble * loss + steps * self.reduce_gradients()
 
     @property
     def recomputed(self) -> float:
@@ -158,12 +164,17 @@ class SpeedModel:
         longest = max(len(shard.layers) for shard in self.memory.shards)
         return 1.0 if perf.recompute_method == "uniform" else min(1.0, (perf.recompute_num_layers or 1) / longest)
 
+    @property
+    def trains_mtp(self) -> bool:
+        """Whether there is one layer more to train."""
+        return self.resolved.config.mtp.enable_mtp_training
+
     def exchange(self, tokens: float) -> float:
         """Seconds that a rank of so many tokens spends on exchanges in all layers: to experts and back, and between
         tensor-parallel ranks."""
         a, layout = self.resolved.architecture, self.memory.layout
         passes = 2 + self.recomputed
-        layers = a.num_hidden_layers
+        layers = a.num_hidden_layers + self.trains_mtp
         row = a.hidden_size * BF16 * passes
         experts = tokens * a.num_experts_per_tok * 2 * row * (layers - a.first_k_dense_replace)
         between = tokens * layout.tp * 4 * row * layers
@@ -180,19 +191,28 @@ class SpeedModel:
         return self.link(ranks) * constants.EXCHANGE_SHARE.at(self.pace)
 
     def reduce_gradients(self) -> float:
-        """fp32 gradients out, bf16 weights back, of what data-parallel ranks share."""
+        """fp32 gradients to the ranks that have their optimizer's state."""
+        return self._over_replicas(FP32)
+
+    def gather_weights(self) -> float:
+        """bf16 weights back from them, at the end of the optimizer's step."""
+        return self._over_replicas(BF16)
+
+    def _over_replicas(self, width: int) -> float:
+        """Seconds in which so many bytes of each trained parameter pass between the ranks that share it."""
         layout, fullest = self.memory.layout, max(self.memory.shards, key=lambda shard: shard.buffer_elements)
-        dense = fullest.parameters - fullest.elements[Part.EXPERTS]
+        dense, experts = (sum(sizes) for sizes in zip(*(chunk.buffers for chunk in fullest.chunks), strict=True))
         seconds = 0.0
         for elements, replicas, span in (
             (dense, layout.dense_replicas, layout.tp * layout.dense_replicas),
-            (fullest.elements[Part.EXPERTS], layout.expert_replicas, layout.world // layout.pp),
+            (experts, layout.expert_replicas, layout.world // layout.pp),
         ):
-            seconds += elements * (FP32 + BF16) * (replicas - 1) / replicas / self.exchanged(span)
+            seconds += elements * width * (replicas - 1) / replicas / self.exchanged(span)
         return seconds
 
     def optimizer(self) -> float:
-        """One step: on the GPU by its bandwidth, in host memory by the machine's or by PCIe."""
+        """One step, weights not yet gathered: on the GPU by its bandwidth, in host memory by the machine's or by
+        PCIe."""
         memory, gpu = self.memory, self.memory.machine.gpu
         fullest = max(shard.optimizer_elements for shard in memory.shards)
         on_gpu = fullest * constants.GPU_ADAM_BYTES / (gpu.memory_bandwidth * constants.GPU_ADAM_SHARE)

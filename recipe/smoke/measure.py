@@ -89,8 +89,8 @@ def describe(options: argparse.Namespace, found: FoundMachine) -> None:
 
 def measure(resolved: Resolved, sheet: Machine, lengths: Lengths, output: Path) -> Rates:
     """All of this node, which is `sheet` by data sheets; each part's processes have ended before the next one begins.
-    Raises UserError for an engine that it has too few GPUs for, and if a part fails: `output` then has those before
-    it."""
+    A trainer that cannot be measured is told and left out. Raises UserError for an engine that the node has too few
+    GPUs for, and if another part fails: `output` then has those before it."""
     needed = resolved.config.sglang.rollout_num_gpus_per_engine
     if needed > sheet.gpus:
         raise UserError(
@@ -103,7 +103,10 @@ def measure(resolved: Resolved, sheet: Machine, lengths: Lengths, output: Path) 
         raise UserError(f"measuring rates ended with status {status}: what it printed stands above")
     rates = read_rates(output)
     here = machine_as_measured(sheet, rates)
-    rates = with_work(rates, measure_training(resolved, here, lengths), output)
+    try:
+        rates = with_work(rates, measure_training(resolved, here, lengths), output)
+    except UserError as error:
+        print(f"training stays as planned: {error}", file=sys.stderr, flush=True)
     with running_engine(resolved, max(CONTEXTS), ACCEPT_LENGTH, output.with_name("engine.log")) as engine:
         decoding = measure_decoding(engine, resolved, CONTEXTS, ACCEPT_LENGTH)
         rates = with_work(replace(rates, decoding=(decoding,)), (), output)

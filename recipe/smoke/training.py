@@ -3,21 +3,25 @@
 The slice has the model's widths and vocabulary, its dense layers and a few of those with experts, and random weights.
 It is trained as the run does it on as many of its ranks as the machine has GPUs for; there are no stages of a pipeline.
 What the slice lacks, the plan has for both: it is asked for the same slice, and the run is as much slower or faster
-than planned as the slice was. So the MTP layer is left out: the plan has no time for it.
+than planned as the slice was. So is the MTP layer, which the slice does without. Of an optimizer's step, weights that
+are gathered afterwards are no part: the plan has the links' seconds for them, which grow in another way than its own.
 """
 
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
+from typing import TYPE_CHECKING
+from unittest import mock
 
 import torch
 from torch.distributed import Store
 
+from recipe.cluster.trainer_group import threads_per_rank
 from recipe.config import Architecture, Config, Resolved
 from recipe.config.groups_training import MtpConfig
-from recipe.engines.launch import POLLING_PROCESSES
 from recipe.messages import TrainSample
 from recipe.plan.flops import sequence_cost
 from recipe.plan.hardware import Machine
@@ -30,7 +34,9 @@ from recipe.plan.time_plan import Work
 from recipe.smoke.random_model import Load, fill_randomly
 from recipe.smoke.together import together
 from recipe.system.errors import UserError
-from recipe.system.threads import threads_each
+
+if TYPE_CHECKING:
+    from recipe.megatron.rank import TrainerRank
 
 MOE_LAYERS = 5
 """As of the slice that the plan's shares of the data sheet were measured on, where so many fit."""
@@ -141,27 +147,49 @@ def _speed(part: Resolved, machine: Machine, lengths: Lengths, pace: Pace) -> Sp
 def train_slice(
     number: int, store: Store, config: Config, architecture: Architecture, load: Load
 ) -> tuple[float, float]:
-    """One rank's seconds of forward and backward and of the optimizer, each the median of some steps."""
+    """One rank's seconds of forward and backward and of the optimizer alone, each the median of some steps."""
+    torch.set_num_threads(threads_per_rank(config))
     from recipe.megatron.layout import Rendezvous
     from recipe.megatron.rank import TrainerRank
 
-    ranks = config.world_size
-    torch.set_num_threads(threads_each(ranks, POLLING_PROCESSES))
-    rank = TrainerRank(config, architecture, Rendezvous(number, number, ranks, store))
+    rank = TrainerRank(config, architecture, Rendezvous(number, number, config.world_size, store))
     fill_randomly(rank)
     packs = rank.own_shard([load.of_rank(shard) for shard in range(config.data_parallel_size)])
-
-    def step(packs: Sequence[list[TrainSample]]) -> tuple[float, float]:
-        began = time.perf_counter()
-        report = rank.train_step(packs)
-        if report.skipped:
-            raise UserError("the gradients of random weights are not finite: this machine computes wrongly")
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        passes = report.of_rank["seconds_forward_backward"]
-        return passes, time.perf_counter() - began - passes
-
-    steps = [step(packs) for _ in range(WARM_UP + STEPS)][WARM_UP:]
+    steps = [seconds_of_step(rank, packs) for _ in range(WARM_UP + STEPS)][WARM_UP:]
     rank.close()
     passes, optimizer = (statistics.median(times) for times in zip(*steps, strict=True))
     return passes, optimizer
+
+
+def seconds_of_step(rank: "TrainerRank", packs: Sequence[list[TrainSample]]) -> tuple[float, float]:
+    """Of forward and backward, and of the optimizer without gathering the new weights from the ranks. Raises UserError
+    if there is no step."""
+    gathering: list[float] = []
+    began = _now()
+    with ExitStack() as stack:
+        for replica in rank.replicas:
+            timed = _timed(replica.start_param_sync, gathering)
+            stack.enter_context(mock.patch.object(replica, "start_param_sync", timed))
+        report = rank.train_step(packs)
+    if report.skipped:
+        raise UserError("the gradients of random weights are not finite: this machine computes wrongly")
+    passes = report.of_rank["seconds_forward_backward"]
+    return passes, _now() - began - passes - sum(gathering)
+
+
+def _timed(work: Callable[[], None], seconds: list[float]) -> Callable[[], None]:
+    """`work`, which then also takes down how long it took."""
+
+    def carry_out() -> None:
+        began = _now()
+        work()
+        seconds.append(_now() - began)
+
+    return carry_out
+
+
+def _now() -> float:
+    """Seconds of some clock, when the GPU has done what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()

@@ -81,6 +81,7 @@ def send_weights(rank: int, store: Store, resolved: Resolved, url: str, first_gp
         began = time.monotonic()
         result = sync.send(weights, engines, f"random {update}", relay)
         times.append(time.monotonic() - began)
+        result.check_taken()
         if result.failed:
             raise UserError(result.failed[ENGINE])
     return min(times)

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 
 from recipe.system.errors import drop_dead_output, unwind
@@ -31,17 +32,28 @@ async def safe_point() -> None:
     await asyncio.sleep(0)
 
 
+@dataclass(frozen=True)
+class OnFailure:
+    """How work is saved that is whole although the block fails."""
+
+    has_unsaved: Callable[[], bool]
+    """Whether there is such work."""
+    save: Callable[[], None]
+    limit_s: float
+    """Seconds that saving may take."""
+    limit_flag: str
+    """The flag that says so."""
+
+
 @contextmanager
-def saving_on_notice(
-    save: Callable[[], None], grace_s: float, has_unsaved: Callable[[], bool] = lambda: False
-) -> Iterator[None]:
+def saving_on_notice(save: Callable[[], None], grace_s: float, on_failure: OnFailure | None = None) -> Iterator[None]:
     """In the block, which must belong to an asyncio task, the first SIGTERM or SIGHUP lets the work go on to the next
     await, and then ends it by `save` and exit status SAVED_STATUS. The second one, and the end of `grace_s` seconds,
-    unwind the program at once, with status 143. Stopped ends it by `save` too, and so does any other exception if it
-    `has_unsaved` work then, which is whole; the exception stays what the block ends with, also if `save` fails."""
+    unwind the program at once, with status 143. Stopped ends it by `save` too. Any other exception ends it as
+    `on_failure` says, and stays what the block ends with, also if saving fails or takes too long."""
     loop, task = asyncio.get_running_loop(), asyncio.current_task()
     assert task is not None
-    noticed = ending = False
+    noticed = ending = late = False
 
     def heed(number: int, _: FrameType | None) -> None:
         nonlocal noticed
@@ -56,6 +68,10 @@ def saving_on_notice(
             loop.call_soon_threadsafe(task.cancel)
 
     def run_out_of_time(*_: object) -> None:
+        nonlocal late
+        if not noticed:
+            late = True
+            raise SystemExit  # Ray, where it waits, swallows all but this and KeyboardInterrupt
         give_up(f"not saved in {grace_s:g} s (--sigterm-grace-s)")
 
     def give_up(why: str) -> None:
@@ -78,9 +94,9 @@ def saving_on_notice(
         _say(f"{enough.why}: what is done is saved; to go on, --load and another limit (exit status {STOPPED_STATUS})")
         raise
     except Exception:
-        if has_unsaved():
+        if on_failure is not None and on_failure.has_unsaved():
             ending = True
-            _save_before_failing(save)
+            _save_before_failing(on_failure, lambda: late)
         raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -88,14 +104,25 @@ def saving_on_notice(
             signal.signal(number, handler)
 
 
-def _save_before_failing(save: Callable[[], None]) -> None:
+def _save_before_failing(how: OnFailure, is_late: Callable[[], bool]) -> None:
+    """`is_late`: whether it ended because its time was over."""
     _say("the run fails: saving what is done")
     try:
-        save()
+        signal.setitimer(signal.ITIMER_REAL, how.limit_s)
+        how.save()
+        signal.setitimer(signal.ITIMER_REAL, 0)
     except Exception as error:
-        _say(f"what is done is not saved ({str(error) or type(error).__name__}); the last checkpoint is as it was")
+        _say_unsaved(str(error) or type(error).__name__)
+    except SystemExit:
+        if not is_late():
+            raise
+        _say_unsaved(f"it takes more than {how.limit_s:g} s, {how.limit_flag}")
     else:
         _say("what is done is saved; once the cause is mended, go on with --load")
+
+
+def _say_unsaved(why: str) -> None:
+    _say(f"what is done is not saved ({why}); the last checkpoint is as it was")
 
 
 def _notices() -> list[signal.Signals]:

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from recipe.system.errors import UserError
+
 
 @dataclass(frozen=True, slots=True)
 class UpdateResult:
@@ -12,6 +14,9 @@ class UpdateResult:
     """Engines that died or hung over it, by number, and how it showed."""
     incomplete: tuple[int, ...] = ()
     """Numbers of engines that are well but have not got everything, since another one failed in a broadcast."""
+    refused: Mapping[int, str] = field(default_factory=dict)
+    """Engines that are well and did not take the weights, or hold others afterwards, by number, with what is wrong.
+    Told and not raised: the trainer's ranks have done their part."""
 
     bytes_per_second: float | None = field(default=None, compare=False)
     """Speed of the whole model's weights to each GPU of the slowest of the engines; None: they were not sent from
@@ -26,6 +31,12 @@ class UpdateResult:
         return UpdateResult(
             {**self.failed, **other.failed},
             (*self.incomplete, *other.incomplete),
+            {**self.refused, **other.refused},
             min(rates, default=None),
             max(pauses, default=None),
         )
+
+    def check_taken(self) -> None:
+        """Raises UserError if an engine that is well does not take the weights: it would refuse them again."""
+        for why in self.refused.values():
+            raise UserError(why)

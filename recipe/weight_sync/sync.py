@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -90,8 +90,8 @@ class WeightSync:
     ) -> UpdateResult:
         """Sends all tensors to the engines, whose addresses are given by number; after the last bucket they hold
         `version`. Engines that open the memory of several ranks get them by `relay`, which also serves engines that
-        another rank speaks to. `weights`, a collective of the trainer's ranks, is exhausted also when engines fail.
-        Raises UserError if an engine that is well does not take them, or holds others afterwards."""
+        another rank speaks to. `weights`, a collective of the trainer's ranks, is exhausted also when engines fail or
+        refuse."""
         if not engines and (relay is None or not relay.is_open):
             for _ in weights:
                 pass
@@ -189,7 +189,7 @@ class WeightSync:
                     break
                 bucket = following
             receivers.together(lambda engine: engine.destroy_weights_update_group(update_group.name), group.leave)
-        except EngineUnreachable:
+        except _GroupLost:
             return False
         return True
 
@@ -207,13 +207,18 @@ class _Counted:
             yield name, tensor
 
 
+class _GroupLost(Exception):
+    """An engine has failed or refused in a collective operation with the others."""
+
+
 class _Receivers:
-    """The engines that take an update, spoken to from a thread of its own. One that does not answer is left out from
-    then on."""
+    """The engines that take an update, spoken to from a thread of its own. One that does not answer, or refuses, is
+    left out from then on."""
 
     def __init__(self, engines: Iterable[WeightsClient]) -> None:
         self.present = list(engines)
         self._failed: dict[int, str] = {}
+        self._refused: dict[int, str] = {}
         self._stack = AsyncExitStack()
         self._loop = asyncio.new_event_loop()
 
@@ -239,15 +244,19 @@ class _Receivers:
 
     def result(self, *, whole: bool = True) -> UpdateResult:
         """What has become of them."""
-        return UpdateResult(self._failed, () if whole else tuple(engine.number for engine in self.present))
+        incomplete = () if whole else tuple(engine.number for engine in self.present)
+        return UpdateResult(self._failed, incomplete, self._refused)
 
     def begin(self, request: Request) -> Future[None]:
-        """Asks each, and returns at once. The result, which comes when all have answered, raises EngineRefused if one
-        refuses."""
+        """Asks each, and returns at once. The result comes when all have answered."""
 
         async def one(engine: WeightsClient) -> None:
-            with suppress(EngineUnreachable):
+            try:
                 await self._ask(engine, request)
+            except EngineUnreachable:
+                pass  # it is left out
+            except UserError as error:
+                self._leave_out(engine, self._refused, error)
 
         async def all_of_them() -> None:
             await asyncio.gather(*map(one, tuple(self.present)))
@@ -255,17 +264,17 @@ class _Receivers:
         return self._begin(all_of_them())
 
     def ask(self, request: Request) -> None:
-        """Asks each, and waits for all. Raises EngineRefused if one refuses."""
+        """Asks each, and waits for all."""
         self.begin(request).result()
 
     def together(self, request: Request, ours: Callable[[], T]) -> T:
-        """Carries out both sides of a collective operation; `ours` blocks, in a thread of its own. Raises
-        EngineUnreachable as soon as one engine fails, and nobody waits for the thread; EngineRefused if one refuses
-        that has not lost a peer."""
+        """Carries out both sides of a collective operation; `ours` blocks, in a thread of its own. Raises _GroupLost as
+        soon as one engine fails or, not having lost a peer, refuses; nobody waits for the thread then."""
         return self._begin(self._together(request, ours)).result()
 
     async def _together(self, request: Request, ours: Callable[[], T]) -> T:
-        theirs = {asyncio.create_task(self._ask(engine, request)) for engine in self.present}
+        asked = list(self.present)
+        theirs = [asyncio.create_task(self._ask(engine, request)) for engine in asked]
         mine = asyncio.wrap_future(_in_thread(ours))
         mine.add_done_callback(lambda one: one.cancelled() or one.exception())
         both: set[asyncio.Future[Any]] = {mine, *theirs}
@@ -276,20 +285,24 @@ class _Receivers:
         for one in theirs:
             one.cancel()
         answers = await asyncio.gather(*theirs, return_exceptions=True)
-        if self._failed:
-            raise EngineUnreachable(next(iter(self._failed.values())))
-        for answer in answers:
-            if isinstance(answer, UserError):
-                raise answer
+        if not self._failed:
+            for engine, answer in zip(asked, answers, strict=True):
+                if isinstance(answer, UserError):
+                    self._leave_out(engine, self._refused, answer)
+        if self._failed or self._refused:
+            raise _GroupLost
         return await mine
 
     async def _ask(self, engine: WeightsClient, request: Request) -> None:
         try:
             await request(engine)
         except EngineUnreachable as error:
-            self.present.remove(engine)
-            self._failed[engine.number] = str(error)
+            self._leave_out(engine, self._failed, error)
             raise
+
+    def _leave_out(self, engine: WeightsClient, among: dict[int, str], error: UserError) -> None:
+        self.present.remove(engine)
+        among[engine.number] = str(error)
 
     def _begin(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)

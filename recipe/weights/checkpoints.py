@@ -73,10 +73,15 @@ def others_that_are_whole(checkpoint: Path) -> list[Path]:
     return sorted(set(_numbered(checkpoint.parent)) - {checkpoint}, key=_number, reverse=True)
 
 
-def claim(checkpoint: Path) -> None:
-    """Takes the place of a checkpoint that is about to be written. What a run did not write gets another name there."""
+def claim(checkpoint: Path, keep: int | None = None) -> None:
+    """Takes the place of a checkpoint that is about to be written. What a run did not write gets another name there;
+    what it wrote beyond the `keep` newest (None: all), as a save that removes nothing leaves it, goes before."""
     directory = checkpoint.parent
     written = _written(directory)
+    if keep is not None:
+        for name in [name for name in written if name != checkpoint.name][:-keep]:
+            shutil.rmtree(directory / name, ignore_errors=True)
+            written.remove(name)
     if checkpoint.exists() and checkpoint.name not in written:
         checkpoint.rename(checkpoint.with_name(f"{checkpoint.name}.kept-{time.strftime('%Y%m%d-%H%M%S')}"))
     directory.mkdir(parents=True, exist_ok=True)

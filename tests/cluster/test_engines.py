@@ -369,6 +369,17 @@ def test_an_engine_that_fails_over_every_update_ends_the_run_with_the_reason(fak
     assert starts(fakes) == [1 + STARTS_IN_A_ROW, 1, 1]
 
 
+@pytest.mark.parametrize("first", [[], [UpdateResult({2: "it died"}, incomplete=(0,))]])
+def test_an_engine_that_is_well_and_takes_no_weights_ends_the_run_at_once(
+    fakes: EngineGroup, first: list[UpdateResult]
+) -> None:
+    trainer = FakeTrainer(*first, UpdateResult(incomplete=(1,), refused={0: "engine 0 has no room"}))
+    with pytest.raises(UserError, match=r"^engine 0 has no room$"):
+        update(fakes, trainer)
+    assert len(trainer.sent) == 1 + len(first)
+    assert starts(fakes) == [1, 1, 1]
+
+
 def test_an_engine_that_died_with_its_actor_is_started_by_another(fakes: EngineGroup) -> None:
     def dies() -> bool:
         raise ActorDied("engine 2 died")

@@ -133,6 +133,36 @@ def test_the_death_of_a_vital_process_is_one_sentence(meanwhile: str, tmp_path: 
     assert error.startswith("error: Ray's sleeper (pid ")
 
 
+OTHERS = """
+import os, signal, subprocess, sys
+from pathlib import Path
+import psutil
+from recipe.cluster import ray_processes
+
+ray_processes.GRACE_S = 0.2
+# The child that is here before starts one that stays its own, and one that it loses.
+program = "echo ready; read go; sleep 900 & (sleep 901 & echo on) ; echo begun; wait"
+other = subprocess.Popen(["bash", "-c", program], stdin=-1, stdout=-1, text=True, start_new_session=True)
+other.stdout.readline()
+with ray_processes.RayProcesses(Path(sys.argv[1])) as processes:
+    print("go", file=other.stdin, flush=True)
+    other.stdout.readline(), other.stdout.readline()
+    ours = subprocess.Popen(["bash", "-c", "sleep 902 & echo begun; wait"], stdout=-1, text=True)
+    ours.stdout.readline()
+    processes.end_started()
+    left = {word for process in psutil.Process().children(recursive=True) for word in process.cmdline()}
+    print(*sorted(left & {"900", "901", "902"}))
+os.killpg(other.pid, signal.SIGKILL)
+"""
+
+
+def test_what_somebody_else_starts_meanwhile_is_not_ended(tmp_path: Path) -> None:
+    """As the check of SGLang's arguments does, while Ray is started again."""
+    command = [sys.executable, "-c", OTHERS, str(tmp_path / "scratch")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert ended.stdout == "900 901\n", ended.stderr
+
+
 SHARING = """
 import subprocess, sys, threading
 from pathlib import Path

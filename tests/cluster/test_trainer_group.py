@@ -61,8 +61,10 @@ def test_a_checkpoints_groups_are_sent_to_the_rank_that_writes_them_and_to_no_ot
     progress = Progress(3, 5, 1, data={"digest": "PROMPTS"}, waiting=groups, ahead=[{"rollout": 3, "groups": groups}])
     group.save(tmp_path, progress)
     first, *others = [pickle.loads(rank.sent[0]) for rank in ranks]
-    assert first == (tmp_path, progress)
-    assert others == [(tmp_path, Progress(3, 5, 1))] * 3
+    assert first == (tmp_path, progress, False)
+    assert others == [(tmp_path, Progress(3, 5, 1), False)] * 3
+    group.save(tmp_path, progress, keep_all=True)
+    assert all(pickle.loads(rank.sent[1])[2] for rank in ranks)
     assert not any(word in rank.sent[0] for rank in ranks[1:] for word in (b"TOKENS", b"PROMPTS"))
 
 

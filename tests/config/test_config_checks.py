@@ -34,9 +34,12 @@ TWO_STAGES = ("--pipeline-model-parallel-size", "2", "--expert-model-parallel-si
         ),
         (["--dr-grpo", "--calculate-per-token-loss"], "weigh tokens differently: give one of the two"),
         (["--dr-grpo", "--advantage-estimator", "rloo"], "--dr-grpo: --advantage-estimator rloo does not divide"),
-        (["--use-routing-replay"], "with one optimizer step a rollout there is none"),
+        (
+            ["--no-use-rollout-routing-replay", "--use-routing-replay"],
+            "with one optimizer step a rollout there is none",
+        ),
         (["--use-rollout-routing-replay", "--sglang-pp-size", "2"], "each stage keeps the experts of its own layers"),
-        (["--use-rollout-routing-replay", "--loss-type", "sft"], "learns given responses, which nobody has routed"),
+        (["--use-routing-replay", "--loss-type", "sft"], "learns given responses, which nobody has routed"),
         (["--loss-type", "sft"], "--loss-type sft learns one response a prompt, but --n-samples-per-prompt is 8"),
         (["--global-batch-size", "100"], "--global-batch-size 100 does not divide the rollout's 256 samples"),
         (["--global-batch-size", "4"], "--global-batch-size 4 does not divide by the 8 data-parallel ranks"),
@@ -232,6 +235,12 @@ class TestWithoutARecipe:
         resolve(supervised)
         with pytest.raises(UserError, match="evaluation needs a reward"):
             resolve([*supervised, "--eval-prompt-data", "heldout", "h.jsonl"])
+
+
+def test_a_recipe_that_replays_routing_learns_given_responses_too(resolve_8gpu: Try) -> None:
+    assert resolve_8gpu().config.grpo.replays_rollouts
+    supervised = ("--loss-type", "sft", "--n-samples-per-prompt", "1", "--global-batch-size", "32")
+    assert not resolve_8gpu(*supervised).config.grpo.replays_routing
 
 
 class TestNotes:

@@ -139,6 +139,7 @@ def test_engines_sglang_would_refuse(refusal: Refusal, flags: list[str], sentenc
 def test_tp_size_may_be_said_if_it_is_right(resolve_8gpu: Try) -> None:
     assert resolve_8gpu("--sglang-tp-size", "8").config.sglang.args["tp_size"] == 8
     apart = ("--no-colocate", "--rollout-num-gpus", "8", "--sglang-tp", "4", "--sglang-pp-size", "2")
+    apart += ("--no-use-rollout-routing-replay",)
     stages = resolve_8gpu(*apart, "--sglang-dp-size", "4", "--sglang-ep-size", "4")
     assert stages.config.sglang.args["pp_size"] == 2
 

@@ -71,15 +71,20 @@ def test_what_took_as_long_as_planned_changes_nothing() -> None:
 
 @pytest.mark.parametrize("work", MEASURED)
 def test_what_took_half_as_long_halves_its_phase_and_nothing_else(work: Work) -> None:
-    """Log-probs are a third of training. Of a weight update, gathering is not measured."""
+    """Log-probs are a third of training. Of a weight update and an optimizer's step, gathering is not measured."""
     resolved = resolved_of(RECIPE, *WITH_PASSES)
     planned, found = learned(resolved), learned(resolved, (measured(work, resolved, 0.5),))
     halved = {work, Work.LOG_PROBS} if work is Work.TRAIN else {work}
     assert {part for part in planned if found[part] != planned[part]} == halved
-    gathering = model_of(resolved, Pace.BEST).send_weights(times=2) - model_of(resolved, Pace.BEST).send_weights()
-    stays = gathering if work is Work.UPDATE_WEIGHTS else 0.0
-    for part in halved:
-        for pace in Pace:
+    for pace in Pace:
+        model = model_of(resolved, pace)
+        gathering = {
+            Work.UPDATE_WEIGHTS: model.send_weights(times=2) - model.send_weights(),
+            Work.OPTIMIZER: model.gather_weights(),
+        }
+        assert all(seconds > 0 for seconds in gathering.values())
+        stays = gathering.get(work, 0.0)
+        for part in halved:
             assert found[part].at(pace) - stays == pytest.approx((planned[part].at(pace) - stays) / 2)
 
 
@@ -134,7 +139,7 @@ def test_the_slice_itself_is_planned_as_it_was_measured(gpus: int, moe_layers: i
         flops = sequences * training.sequence_cost(part.architecture)(float(load.length))
         passes = model.passes(flops, sequences * load.length) * model.factor(Work.TRAIN)
         assert passes == pytest.approx(work[0].seconds)
-        assert model.learning()[Work.OPTIMIZER] == pytest.approx(work[1].seconds)
+        assert model.learning()[Work.OPTIMIZER] == pytest.approx(work[1].seconds + model.gather_weights())
 
 
 def test_it_is_written_read_and_refused_where_it_makes_no_sense(tmp_path: Path) -> None:

@@ -7,16 +7,22 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from recipe.config import Resolved, sglang_rules
 from recipe.plan.activations import ActivationModel, Pack
+from recipe.plan.flops import sequence_cost
 from recipe.plan.hardware import GIB, Machine, named_gpu, parse_size
+from recipe.plan.lengths import Lengths
 from recipe.plan.memory import GpuModel, Phase, Use
 from recipe.plan.options import PUBLISHED, resolve_without_weights
 from recipe.plan.plan import Plan, make_plan
+from recipe.plan.ranges import Pace
 from recipe.plan.report import SCHEMA, as_json, page, refusal
+from recipe.plan.speed import SpeedModel
 from recipe.plan.suggest import suggestion
+from recipe.plan.time_plan import Work
 from recipe.run.planned import Planned
 from recipe.system.errors import UserError
 
@@ -53,22 +59,24 @@ def test_the_8_gpu_recipe_needs_the_host_memory_of_its_optimizer() -> None:
     training = next(one for one in made.host if one.phase is Phase.TRAINING)
     assert training.uses[Use.OPTIMIZER] == pytest.approx(12 * sum(made.parameters.values()), rel=0.01)
     assert plan("8gpu", host="500GB").problems != ()
-    assert next(one for one in plan("16gpu").host if one.phase is Phase.TRAINING).uses.keys() == {Use.PROCESSES}
+    larger = next(one for one in plan("16gpu").host if one.phase is Phase.TRAINING)
+    assert larger.uses.keys() == {Use.PROCESSES, Use.ROUTING}
 
 
 def test_the_routing_that_is_replayed_is_counted_in_host_memory() -> None:
     """46 layers of 4 experts: a byte each for every token of 256 samples, three times; and for what the caches of 8
     GPUs hold 4 bytes each, of 47 layers."""
-    made = plan("8gpu", "--use-rollout-routing-replay")
+    made = plan("8gpu")
     assert made.gpu is not None
     assert made.gpu.engine is not None
     longest = made.longest_sample
     expected = 3 * 256 * longest * 46 * 4 + 8 * made.gpu.engine.tokens * 47 * 4 * 4
     for one in made.host:
         assert one.uses[Use.ROUTING] == expected
-    recorded = plan("8gpu", "--use-routing-replay", "--global-batch-size", "64")
+    by_itself = "--no-use-rollout-routing-replay"
+    recorded = plan("8gpu", by_itself, "--use-routing-replay", "--global-batch-size", "64")
     assert recorded.host[0].uses[Use.ROUTING] == 3 * 256 * longest * 46 * 4
-    assert Use.ROUTING not in plan("8gpu").host[0].uses
+    assert Use.ROUTING not in plan("8gpu", by_itself).host[0].uses
 
 
 @pytest.mark.parametrize(
@@ -232,6 +240,49 @@ def test_a_loop_on_two_gpus_peaks_where_it_was_measured(
     assert made.gpu is not None
     [planned] = [found for found in made.gpu.phases if found.phase is phase]
     assert planned.total / GIB == pytest.approx(measured_gib, rel=0.05)
+
+
+def test_the_mtp_layer_is_trained_as_a_layer_and_an_output_head_that_learns_nothing() -> None:
+    a = resolved("8gpu-mtp").architecture
+    deeper = a.model_copy(update={"num_hidden_layers": a.num_hidden_layers + 1})
+    without, with_mtp, with_layer = sequence_cost(a), sequence_cost(a, trains_mtp=True), sequence_cost(deeper)
+    assert with_mtp.quadratic == with_layer.quadratic
+    joining, head = 2 * a.hidden_size**2, a.vocab_size * a.hidden_size
+    further = with_mtp.linear - with_layer.linear
+    assert further == pytest.approx(6 * joining + 4 * head, rel=1e-4)
+    assert 1.05 < with_mtp(2048.0) / without(2048.0) < 1.12
+
+
+def test_training_the_mtp_layer_takes_as_much_longer_as_was_measured(tmp_path: Path) -> None:
+    """Forward and backward of 6 layers on one H200 took 1.07 to 1.15 s, and 1.47 to 2.01 s with it. Log-probs of the
+    reference model, a third of training, need none of it."""
+    document = json.loads((PUBLISHED / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(document | {"num_hidden_layers": 6}))
+    words = "--rm-type math --num-rollout 1 --rollout-batch-size 32 --n-samples-per-prompt 8 --lr 1e-6 --device cuda "
+    words += "--rollout-max-response-len 256 --actor-num-gpus-per-node 1 --rollout-engine embedded "
+    words += "--use-kl-loss --kl-loss-coef 1e-3"
+    flags = ["--hf-checkpoint", str(tmp_path), "--prompt-data", "/dev/null", *words.split(), *FULL]
+    seconds = []
+    for mtp in ("", "--mtp-num-layers 1", "--mtp-num-layers 1 --enable-mtp-training"):
+        one = resolve_without_weights([*flags, *mtp.split()])
+        memory = GpuModel.of(one, Machine.described("H200", 1, "256GB", None, 2.5), on_gpu=True)
+        lengths = Lengths(np.array([256.0]))
+        seconds.append(SpeedModel(memory, lengths, lengths, Pace.BEST).learning())
+    plain, carried, trained = (of_way[Work.TRAIN] for of_way in seconds)
+    assert plain == carried
+    assert 1.47 / 1.15 < trained / plain < 2.01 / 1.07
+    assert [of_way[Work.LOG_PROBS] for of_way in seconds] == [plain / 3] * 3
+
+
+def test_the_policys_logits_wait_while_the_mtp_layer_is_recomputed() -> None:
+    """Its turn is the first: where logits come in small chunks, that is the fullest moment."""
+    one = resolved("8gpu-mtp", "--log-probs-chunk-size", "512")
+    model = GpuModel.of(one, Machine.described("H100", 8, "1TB", None, 2.5), on_gpu=True)
+    counts = ActivationModel(one.architecture, one.config, model.pack, on_gpu=True)
+    last = one.architecture.num_hidden_layers - 1
+    recomputed = counts.layer(last) + counts.gradients_of_layer(last)
+    found = counts.of_stage(model.shards[-1], 1)
+    assert found.log_probs > counts.log_probs() + recomputed > 2 * counts.log_probs()
 
 
 def test_pipeline_stages_keep_what_is_in_flight() -> None:

@@ -154,7 +154,8 @@ def test_a_slower_node_is_planned_slower(tmp_path: Path) -> None:
     assert slow is not None
     for work in (Work.ROLLOUT, Work.TRAIN, Work.OPTIMIZER):
         assert slow.seconds[work].best > 1.2 * usual.seconds[work].best
-    assert slow.seconds[Work.OPTIMIZER].best == slow.seconds[Work.OPTIMIZER].worst, "measured, so no range"
+    optimizer = slow.seconds[Work.OPTIMIZER]
+    assert optimizer.best == pytest.approx(optimizer.worst, rel=0.01), "measured, but for the weights' gathering"
     for text in ('{"host_memory": "fast"}', '{"matmul": 3e14}', "[]", "no"):
         (tmp_path / "rates.json").write_text(text)
         with pytest.raises(UserError, match=r"rates\.json .*: name the rates\.json of a smoke run"):

@@ -25,6 +25,7 @@ from recipe.engines.process import EngineProcess
 from recipe.system.errors import UserError
 from recipe.system.ports import LOCAL
 from recipe.weight_sync.checksum import ExpectedChecksums
+from recipe.weight_sync.result import UpdateResult
 from recipe.weight_sync.sync import WeightSync
 
 pytestmark = [pytest.mark.slow, pytest.mark.sglang]
@@ -94,7 +95,7 @@ def test_updates_reach_both(engine: EngineUnderTest, other_checkpoint: Path) -> 
             result = sync.load_from_disk(checkpoint, {0: engine.url}, transfer)
         else:
             result = sync.send(weights_of(checkpoint).items(), {0: engine.url}, transfer)
-        assert not result.failed
+        assert result == UpdateResult()
         assert engine.request("GET", "/model_info")[1]["weight_version"] == transfer
         assert_equals_fresh_load(engine, checkpoint)
 
@@ -114,7 +115,7 @@ def test_a_rank_with_another_slice_is_named(engine: EngineUnderTest) -> None:
     checked = dataclasses.replace(sync, checksums=lambda: expected)
     named = "model.layers.1.self_attn.q_b_proj.weight on rank 1, model.layers.2.mlp.experts.w13_weight on rank 1: "
     with pytest.raises(UserError, match=rf", 2 of \d+ tensors .* first of them {named}"):
-        checked.send([("model.norm.weight", weights["model.norm.weight"])], {0: engine.url}, "changed")
+        checked.send([("model.norm.weight", weights["model.norm.weight"])], {0: engine.url}, "changed").check_taken()
 
 
 def test_the_first_ends_when_the_second_does(parts: list[EngineProcess]) -> None:

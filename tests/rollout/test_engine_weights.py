@@ -78,7 +78,7 @@ def test_the_trainers_way_equals_a_fresh_load_and_is_checked(
     checksums.add(router, weights[router] + 1)
     differing = dataclasses.replace(sync, checksums=lambda: checksums)
     with pytest.raises(UserError, match=rf"version 3, 1 of \d+ tensors .* first of them {router}: samples"):
-        differing.send(stale.items(), {0: engine.url}, "3")
+        differing.send(stale.items(), {0: engine.url}, "3").check_taken()
 
 
 def test_a_broadcast_without_a_group_is_refused(engine: EngineUnderTest) -> None:

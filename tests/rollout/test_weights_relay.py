@@ -23,10 +23,11 @@ TIMEOUT = timedelta(seconds=120)
 
 
 class Receiver(FakeEngine):
-    """Notes the value that each of its processes is sent in every bucket; dies over bucket `dies_at`."""
+    """Notes the value that each of its processes is sent in every bucket; dies over bucket `dies_at`, or refuses it."""
 
-    def __init__(self, dies_at: int | None = None) -> None:
+    def __init__(self, dies_at: int | None = None, *, refuses: bool = False) -> None:
         super().__init__()
+        self._refuses = refuses
         self.received: list[list[float]] = []
         self._dies_at = dies_at
 
@@ -35,6 +36,8 @@ class Receiver(FakeEngine):
             payloads = (await request.json())["serialized_named_tensors"]
             self.received.append([tensor[0].item() for payload in payloads for _, tensor in read_payload(payload)])
             if len(self.received) == self._dies_at:
+                if self._refuses:
+                    return web.json_response({"success": False, "message": "no room"}, status=400)
                 assert request.transport is not None
                 request.transport.abort()
         return await super().verb(request)
@@ -77,13 +80,15 @@ async def test_each_process_gets_the_payload_of_the_rank_beside_it() -> None:
     assert [one.taken for one in weights] == [BUCKETS] * 3
 
 
-@pytest.mark.parametrize("dies_at", [1, 2])
-async def test_an_engine_that_dies_is_left_out_by_all_its_ranks_and_the_other_gets_all(dies_at: int) -> None:
-    good, bad = Receiver(), Receiver(dies_at)
+@pytest.mark.parametrize(("dies_at", "refuses"), [(1, False), (2, False), (1, True)])
+async def test_an_engine_that_dies_or_refuses_is_left_out_by_all_its_ranks_and_the_other_gets_all(
+    dies_at: int, refuses: bool
+) -> None:
+    good, bad = Receiver(), Receiver(dies_at, refuses=refuses)
     results, weights = await send(good, bad)
     assert good.received == [[0, 0, 1, 1]] * BUCKETS
     assert len(bad.received) == dies_at
-    assert [list(result.failed) for result in results] == [[], [], [1]]
+    assert [list(result.refused if refuses else result.failed) for result in results] == [[], [], [1]]
     assert [one.taken for one in weights] == [BUCKETS] * 3
 
 

@@ -151,11 +151,31 @@ async def test_the_next_bucket_is_gathered_while_an_engine_loads_this_one() -> N
     assert result.failed == {}
 
 
-async def test_an_engine_that_refuses_weights_ends_the_run() -> None:
-    """Started again it would refuse them again."""
-    async with serving(FailingEngine("refuses")) as urls, asyncio.timeout(BOUND_S):
-        with pytest.raises(UserError, match="no room"):
-            await asyncio.to_thread(sync_of().send, WEIGHTS, by_number(urls), "2")
+async def test_the_trainers_ranks_finish_though_an_engine_refuses_and_the_run_ends_then() -> None:
+    """Started again it would refuse them again; whoever waits in the gathering could not save."""
+    good, bad, weights = FakeEngine(), FailingEngine("refuses"), Weights()
+    async with serving(bad, good) as urls, asyncio.timeout(BOUND_S):
+        result = await asyncio.to_thread(sync_of().send, weights, by_number(urls), "2")
+    assert (list(result.failed), list(result.refused)) == ([], [7])
+    assert weights.taken == len(WEIGHTS)
+    assert good.calls.count("/update_weights_from_tensor") == len(WEIGHTS)
+    assert bad.calls.count("/update_weights_from_tensor") == 2
+    with pytest.raises(UserError, match="no room"):
+        (UpdateResult() + result).check_taken()
+
+
+async def test_an_engine_that_refuses_a_broadcast_is_told_with_those_that_lost_it() -> None:
+    class Refusing(FakeEngine):
+        async def verb(self, request: web.Request) -> web.StreamResponse:
+            if request.path == "/init_weights_update_group":
+                return web.json_response({"success": False, "message": "no group"}, status=400)
+            return await super().verb(request)
+
+    weights, sync = Weights(), WeightSync("distributed", 40, 1, "127.0.0.1")
+    async with asyncio.timeout(BOUND_S), serving(Refusing(), WaitingForOthers()) as urls:
+        result = await asyncio.to_thread(sync.send, weights, by_number(urls), "2")
+    assert (list(result.refused), result.failed, result.incomplete) == ([7], {}, (8,))
+    assert weights.taken == len(WEIGHTS)
 
 
 class Slow(FakeEngine):
@@ -203,6 +223,15 @@ async def test_an_engine_that_does_not_stand_still_is_left_out_long_before_one_t
     assert hanging.calls == []
 
 
+class WaitingForOthers(FakeEngine):
+    """Has joined a broadcast group in which another one is missing."""
+
+    async def verb(self, request: web.Request) -> web.StreamResponse:
+        if request.path == "/init_weights_update_group":
+            await asyncio.sleep(600)
+        return await super().verb(request)
+
+
 class Silent(FakeEngine):
     """Joins no broadcast group, since it hangs or is dead."""
 
@@ -222,13 +251,7 @@ class Silent(FakeEngine):
 async def test_a_broadcast_that_lost_a_member_is_over_for_the_others_at_once(way: str) -> None:
     """They wait in it, as they would for a member that joined and then failed."""
 
-    class Waiting(FakeEngine):
-        async def verb(self, request: web.Request) -> web.StreamResponse:
-            if request.path == "/init_weights_update_group":
-                await asyncio.sleep(600)
-            return await super().verb(request)
-
-    bad, good, weights = Silent(way), Waiting(), Weights()
+    bad, good, weights = Silent(way), WaitingForOthers(), Weights()
     sync = WeightSync("distributed", 40, 1, "127.0.0.1", timeout_s=1.0 if way == "hangs" else 60.0)
     async with asyncio.timeout(BOUND_S), serving(bad, good) as urls:
         result = await asyncio.to_thread(sync.send, weights, by_number(urls), "2")

@@ -110,8 +110,8 @@ class Trainer:
         self._point("trained")
         return StepReport({"loss": float(self.weights % 97)}, skipped=False)
 
-    def save(self, _: Path, progress: Progress) -> None:
-        self._point("save")
+    def save(self, _: Path, progress: Progress, *, keep_all: bool = False) -> None:
+        self._point("save beside all others" if keep_all else "save")
         self.checkpoint = json.dumps([asdict(progress), self.weights, self.trained])
         self._point("saved")
 
@@ -266,11 +266,14 @@ def _command(
     engines = Engines(strike, luck, in_flight=config.rollout.update_weight_in_flight is not None)
     scored = Scored(engines)
     data = Data(source, cast(Any, scored), None, keep, Generation(), cast(Any, None))
-    directory = MagicMock()
+    directory, recorded = MagicMock(), set()
 
     def record(metrics: StepMetrics) -> None:
+        assert metrics.step not in recorded, "a step is written down twice"
+        recorded.add(metrics.step)
         timed = ("seconds_", "_per_second")
         lines[metrics.step] = {k: v for k, v in metrics.as_line().items() if not any(word in k for word in timed)}
+        strike.point("recorded")
 
     directory.record.side_effect = record
 

@@ -2,15 +2,17 @@
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from itertools import count
 
 import pytest
-from loop_support import Outcome, Strike, fail, kill, notice, run
+from loop_support import Failed, Outcome, Strike, fail, kill, notice, run
 
 from recipe.assembly import Run
 from recipe.messages import StepReport
 from recipe.rollout.collect import NothingToLearn
 from recipe.rollout.filters import check_reward_nonzero_std
+from recipe.run.conditions import Conditions
 
 PARTIAL = "partial_rollout=true", "over_sampling_batch_size=4"
 FIXED = ("async_rollout=true", "async_order=fixed")
@@ -149,6 +151,28 @@ def test_a_failure_that_is_not_the_trainers_ends_the_run_when_all_that_is_learne
         if not flags:
             assert ended.trainer.weights == whole.trainer.weights
             assert ended.lines == whole.lines
+
+
+@pytest.mark.parametrize("how", [None, fail, notice])
+def test_a_step_that_cannot_be_written_down_is_saved(how, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether that is what the run fails at, or it ends for something else before. Its line is missing."""
+    whole, failed, here = run(), [], Conditions.here
+
+    def full_disk(step: int, course: Sequence[tuple[float, int]]) -> Conditions:
+        if step == 3 and len(failed) < 2:
+            failed.append(step)
+            raise Failed("the disk is full")
+        return here(step, course)
+
+    monkeypatch.setattr(Conditions, "here", full_disk)
+    after_step_3 = [at for at, point in enumerate(whole.points, start=1) if point == "updated"][3]
+    strike = Strike(after_step_3, how) if how is not None else Strike()
+    ended = run(strike=strike)
+    assert (ended.commands, len(failed)) == (2, 1)
+    assert ended.points.count("trained") == 6
+    assert ended.trainer.weights == whole.trainer.weights
+    assert ended.lines == {step: line for step, line in whole.lines.items() if step != 3}
+    assert ("save beside all others" in strike.points) == (how is not notice)
 
 
 def test_a_failure_in_the_midst_of_a_step_saves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,17 @@ def test_what_a_run_wrote_last_is_the_newest_and_nothing_else_is_deleted(tmp_pat
     assert names(tmp_path) == ["iter_0000004", "iter_0000005", foreign.name, copy.name]
 
 
+def test_a_checkpoint_for_which_none_goes_is_one_too_many_until_the_next_is_begun(tmp_path: Path) -> None:
+    """Never more than `keep` and the new one."""
+    for rollouts, keep in ((2, 2), (4, 2), (5, None)):
+        write(tmp_path, rollouts, keep)
+    assert names(tmp_path) == ["iter_0000002", "iter_0000004", "iter_0000005"]
+    claim(tmp_path / "iter_0000006", keep=2)
+    assert names(tmp_path) == ["iter_0000004", "iter_0000005"]
+    write(tmp_path, 6, keep=2)
+    assert names(tmp_path) == ["iter_0000005", "iter_0000006"]
+
+
 def test_what_lies_in_a_checkpoints_place_is_kept_under_another_name(tmp_path: Path) -> None:
     place = make(tmp_path / "iter_0000002", 9)
     claim(place)

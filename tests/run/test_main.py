@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import termios
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from recipe.system.errors import UserError
-from recipe.system.shutdown import SAVED_STATUS, saving_on_notice
+from recipe.system.shutdown import SAVED_STATUS, OnFailure, saving_on_notice
 from recipe.weights.tiny import write_tiny_checkpoint
 
 PROGRAM = """
@@ -81,16 +83,24 @@ def test_a_terminal_that_is_closed_lets_what_is_done_be_saved(tmp_path: Path) ->
     assert (tmp_path / "saved").exists()
 
 
-async def test_what_the_run_fails_at_is_told_though_saving_fails_too(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_what_the_run_fails_at_is_told_though_saving_fails_too_or_takes_too_long(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     def save() -> None:
         raise UserError("the disk is full")
 
-    with pytest.raises(UserError, match=r"^an engine is given up$"), saving_on_notice(save, 30, lambda: True):
-        raise UserError("an engine is given up")
-    assert "what is done is not saved (the disk is full)" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"^an engine is given up$"), saving_on_notice(save, 30, lambda: False):
-        raise UserError("an engine is given up")
-    assert capsys.readouterr().err == ""
+    def fail(save: Callable[[], None], *, has_unsaved: bool) -> str:
+        on_failure = OnFailure(lambda: has_unsaved, save, 0.1, "--limit")
+        with pytest.raises(UserError, match=r"^an engine is given up$"), saving_on_notice(save, 30, on_failure):
+            raise UserError("an engine is given up")
+        return capsys.readouterr().err
+
+    assert "what is done is not saved (the disk is full)" in fail(save, has_unsaved=True)
+    assert fail(save, has_unsaved=False) == ""
+    late = fail(lambda: time.sleep(900), has_unsaved=True)
+    assert "what is done is not saved (it takes more than 0.1 s, --limit)" in late
+    assert "what is done is saved" in fail(lambda: None, has_unsaved=True)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
 def test_a_signal_that_the_parent_has_blocked_is_heeded() -> None:

@@ -337,6 +337,31 @@ def test_what_was_measured_before_a_part_failed_stays(tmp_path: Path, monkeypatc
     assert read_rates(output) == Rates(host_memory=1e11, decoding=(PLAIN,), work=WORK[:2])
 
 
+def test_a_trainer_that_cannot_be_measured_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And stays as planned: the engine, and what it takes, are measured all the same."""
+    output = tmp_path / "rates.json"
+
+    def run(command: list[str], check: bool) -> subprocess.CompletedProcess[str]:
+        output.write_text(json.dumps({"host_memory": 1e11}))
+        return subprocess.CompletedProcess(command, 0)
+
+    def fail(*arguments: object) -> None:
+        raise UserError("a training step cannot be measured: OutOfMemoryError: CUDA out of memory.")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(measure, "running_engine", lambda *arguments: nullcontext(CountingEngine(groups=8)))
+    monkeypatch.setattr(measure, "measure_decoding", lambda *arguments: PLAIN)
+    monkeypatch.setattr(measure, "measure_training", fail)
+    monkeypatch.setattr(measure, "measure_update", lambda *arguments: WORK[2:])
+    resolved, sheet = resolved_of("glm4.7-flash-8gpu"), Machine.described("H100", 8, "1TB", None, 2.5)
+    rates = measure.measure(resolved, sheet, Lengths.log_normal(3000, 0.6, 8192), output)
+    assert rates == read_rates(output) == Rates(host_memory=1e11, decoding=(PLAIN,), work=WORK[2:])
+    told = "training stays as planned: a training step cannot be measured: OutOfMemoryError: CUDA out of memory.\n"
+    assert capsys.readouterr().err == told
+
+
 def with_smi(run: object) -> object:
     """`subprocess.run` for all but nvidia-smi, which is really asked."""
     real = subprocess.run

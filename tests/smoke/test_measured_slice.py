@@ -4,23 +4,28 @@ import math
 import threading
 import time
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.distributed import Store
+from torch.distributed import HashStore, Store
 
 from recipe.config import Resolved, sglang_rules
 from recipe.config.checks import problems_of
+from recipe.engines.launch import POLLING_PROCESSES
+from recipe.messages import StepReport
 from recipe.plan.hardware import Machine
 from recipe.plan.lengths import Lengths
 from recipe.plan.options import PUBLISHED, resolve_without_weights
 from recipe.smoke import together, training
-from recipe.smoke.random_model import random_weights
+from recipe.smoke.random_model import Load, random_weights
 from recipe.system.errors import UserError
+from recipe.system.threads import threads_each
 from recipe.weights.hf_files import HuggingFaceCheckpoint
 from recipe.weights.tiny import write_tiny_checkpoint
 
@@ -112,6 +117,43 @@ def test_random_weights_are_all_of_a_checkpoints_tensors(tmp_path: Path) -> None
     biases = {name for name, tensor in weights.items() if tensor.dtype == torch.float32}
     assert biases == {name for name in weights if name.endswith("e_score_correction_bias")}
     assert all(tensor.abs().max() > 0 for tensor in weights.values())
+
+
+@pytest.mark.parametrize("flags", [(), ("--num-cpus-per-rank", "3")])
+def test_a_slice_has_the_threads_of_a_rank(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as the run would have on these GPUs."""
+    part = training.slice_of(resolved_of("glm4.7-flash-8gpu", *flags), 2, 1)
+    given: list[int] = []
+
+    def take(threads: int) -> None:
+        given.append(threads)
+        raise UserError("that is all")
+
+    monkeypatch.setattr("torch.set_num_threads", take)
+    with pytest.raises(UserError, match="that is all"):
+        training.train_slice(0, HashStore(), part.config, part.architecture, Load(8, 1, 1, 100))
+    assert given == [3 if flags else threads_each(2, POLLING_PROCESSES)]
+
+
+def test_gathering_the_weights_is_no_part_of_the_optimizers_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor of forward and backward; two replicas gather in 2 and 5 s of a step of 20."""
+    clock = [100.0]
+    monkeypatch.setattr(training.time, "perf_counter", lambda: clock[0])
+
+    def take(seconds: float) -> None:
+        clock[0] += seconds
+
+    replicas = [SimpleNamespace(start_param_sync=partial(take, seconds)) for seconds in (2.0, 5.0)]
+
+    def train_step(_: object) -> StepReport:
+        take(13.0)
+        for replica in replicas:
+            replica.start_param_sync()
+        return StepReport({}, skipped=False, of_rank={"seconds_forward_backward": 9.0})
+
+    rank = SimpleNamespace(replicas=replicas, train_step=train_step)
+    for _ in range(2):
+        assert training.seconds_of_step(cast(Any, rank), []) == (9.0, 4.0)
 
 
 def fail_or_wait(rank: int, store: Store, folder: Path, how: str) -> None:

@@ -111,12 +111,14 @@ def test_steps_taken_before_the_writing_do_not_reach_the_checkpoint(tmp_path: Pa
     assert [(was_in_place, held) for _, was_in_place, held in results] == [(False, 0)] * 2
 
 
-def two_saves_in_a_row(trainer, folder: Path) -> tuple[list[str], str | None]:
+def saves_in_a_row(trainer, folder: Path) -> tuple[list[str], str | None]:
+    """The second waits for the first; no checkpoint goes for the third."""
     trainer.load()
     with held_writer() as may_write:
         trainer.save(folder, Progress(rollouts=1))
         threading.Timer(0.3, may_write.set).start()
         trainer.save(folder, Progress(rollouts=2))
+    trainer.save(folder, Progress(rollouts=3), keep_all=True)
     trainer.finish_save()
     return sorted(path.name for path in folder.iterdir()), (newest := latest(folder)) and newest.name
 
@@ -159,9 +161,9 @@ def failing_saves(trainer, folder: Path) -> tuple[list[str], bool, str]:
 
 
 def test_a_save_waits_for_the_one_before_and_old_ones_go(tmp_path: Path) -> None:
-    for names, newest in on_ranks(two_saves_in_a_row, async_config(save_keep=1), tmp_path):
-        assert names == ["iter_0000002", "latest_checkpointed_iteration.txt", "written.json"]
-        assert newest == "iter_0000002"
+    for names, newest in on_ranks(saves_in_a_row, async_config(save_keep=1), tmp_path):
+        assert names == ["iter_0000002", "iter_0000003", "latest_checkpointed_iteration.txt", "written.json"]
+        assert newest == "iter_0000003"
 
 
 def test_a_failure_is_told_on_every_rank_and_spares_the_last_good_checkpoint(tmp_path: Path) -> None:
@@ -191,6 +193,7 @@ def test_a_kill_while_writing_leaves_the_checkpoint_before(tmp_path: Path) -> No
         on_ranks(killed_while_writing, async_config(1), tmp_path)
     assert (tmp_path / ".iter_0000002.partial").exists()
     assert latest(tmp_path) == tmp_path / "iter_0000001"
-    [(names, newest)] = on_ranks(two_saves_in_a_row, async_config(1), tmp_path)
-    assert names == ["iter_0000001", "iter_0000002", "latest_checkpointed_iteration.txt", "written.json"]
-    assert newest == "iter_0000002"
+    [(names, newest)] = on_ranks(saves_in_a_row, async_config(1), tmp_path)
+    assert names[:3] == ["iter_0000001", "iter_0000002", "iter_0000003"]
+    assert names[3:] == ["latest_checkpointed_iteration.txt", "written.json"]
+    assert newest == "iter_0000003"

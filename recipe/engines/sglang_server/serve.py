@@ -1,8 +1,9 @@
 """Starts SGLang's own server, prepared: python serve.py SGLANG'S ARGUMENTS
 
 Without a GPU (SGLANG_USE_CPU_ENGINE=1) SGLang 0.5.21 runs GLM-4.7-Flash's architecture in plain torch, but not as it is
-installed from the index: this program makes up for that. It runs in SGLang's environment, so it imports nothing of this
-project; SGLang's own processes, which multiprocessing spawns, import it too and so are prepared in the same way.
+installed from the index: this program makes up for that, and for what is wrong on GPUs too. It runs in SGLang's
+environment, so it imports nothing of this project; SGLang's own processes, which multiprocessing spawns, import it too
+and so are prepared in the same way.
 """
 
 import ctypes
@@ -14,7 +15,7 @@ import signal
 import sys
 import types
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import preloaded
 
@@ -86,45 +87,72 @@ def _routing_in_pageable_memory(pools: types.ModuleType) -> None:
     pools.ALLOC_MEMORY_FUNCS["cpu"] = allocate
 
 
+def _routing_of_verified_drafts(capturer: Any) -> None:
+    """With DP attention the rows of a CUDA graph lie in as many parts of one length as there are groups of GPUs. SGLang
+    (0.5.17 to 0.5.21) takes the sequences of a part for its length; where drafts are verified each has several rows,
+    and every group but the first told of the experts of others' tokens."""
+    find = capturer.get_dp_local_slice_cpu
+
+    def find_slice(batch: Any, can_run_graph: bool, sequences: int | None) -> tuple[int, int]:
+        start, count = find(batch, can_run_graph, sequences)
+        if can_run_graph and batch.batch_size:
+            start *= count // batch.batch_size
+        return start, count
+
+    capturer.get_dp_local_slice_cpu = find_slice
+
+
 _MENDED: dict[str, Callable[[types.ModuleType], None]] = {
+    "sglang.srt.state_capturer.routed_experts": _routing_of_verified_drafts,
+}
+"""Modules of SGLang, and what is done to each when it has been imported."""
+_MENDED_WITHOUT_GPU: dict[str, Callable[[types.ModuleType], None]] = {
     "sglang.srt.models.deepseek_common.attention_backend_handler": _absorbed_latent_attention,
     "sglang.srt.utils.weight_checker": _checksums_without_cuda,
     "sglang.srt.mem_cache.pool_host.common": _routing_in_pageable_memory,
 }
-"""Modules of SGLang, and what is done to each when it has been imported."""
 
 
 class _Mending(importlib.abc.MetaPathFinder):
-    """Finds the modules of _MENDED where they are, and has them mended."""
+    """Finds the modules that are to be mended where they are, and has them mended."""
+
+    def __init__(self, mended: dict[str, Callable[[types.ModuleType], None]]) -> None:
+        self.mended = mended
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: types.ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if name not in _MENDED:
+        if name not in self.mended:
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         assert spec is not None
         assert spec.origin is not None
-        return importlib.util.spec_from_file_location(name, spec.origin, loader=_MendingLoader(name, spec.origin))
+        loader = _MendingLoader(name, spec.origin, self.mended[name])
+        return importlib.util.spec_from_file_location(name, spec.origin, loader=loader)
 
 
 class _MendingLoader(importlib.machinery.SourceFileLoader):
     """Imports a module as ever, and then mends it."""
 
+    def __init__(self, name: str, path: str, mend: Callable[[types.ModuleType], None]) -> None:
+        super().__init__(name, path)
+        self.mend = mend
+
     def exec_module(self, module: types.ModuleType) -> None:
         super().exec_module(module)
-        _MENDED[module.__name__](module)
+        self.mend(module)
 
 
 def prepare() -> None:
     """Makes SGLang importable, and right, in this process."""
     for package in _UNUSED:
         sys.modules[package] = None  # type: ignore[assignment]  # for Python: it is not installed
+    sys.meta_path.insert(0, _Mending(_MENDED))
     if os.environ.get(_USE_CPU) != "1":
         return
     # torchvision's wheel is built for CUDA; without that its operators are missing, and describing them fails.
     sys.modules["torchvision._meta_registrations"] = types.ModuleType("torchvision._meta_registrations")
-    sys.meta_path[:0] = [_AbsentPackage(), _Mending()]
+    sys.meta_path[:0] = [_AbsentPackage(), _Mending(_MENDED_WITHOUT_GPU)]
 
 
 def end_with_parent() -> None:
