@@ -94,10 +94,8 @@ class Rollouts:
     """Samples of the policy, made in this process."""
 
     def __init__(self, config: Config, seed: int) -> None:
-        from transformers import Glm4MoeLiteConfig
-
         from recipe.engines.embedded.forward import RowModel
-        from recipe.engines.embedded.fused import build_model
+        from recipe.engines.embedded.fused import FusedModel
         from recipe.engines.embedded.generation import Generation
         from recipe.engines.embedded.weights import WeightTable
 
@@ -108,12 +106,12 @@ class Rollouts:
         layout = PromptFormat(data.input_key, data.label_key, apply_chat_template=data.apply_chat_template)
         longest = CONTEXT - config.rollout.rollout_max_response_len
         self._prompts = read_prompts(data.prompt_data[0].path, self._tokenizer, layout, max_tokens=longest)
-        of_model = Glm4MoeLiteConfig.from_pretrained(folder)
-        self._ends = tuple(of_model.eos_token_id)
-        model = build_model(of_model)
+        architecture = Architecture.from_checkpoint(folder)
+        self._ends = architecture.eos_token_ids
+        model = FusedModel(architecture)
         rows = config.rollout.rollout_batch_size * config.rollout.n_samples_per_prompt
         self._generation = Generation(RowModel(model, CONTEXT), rows, "", lambda _: "", lambda _: None)
-        self._weights = WeightTable(model)  # once RowModel has moved them
+        self._weights = WeightTable(model)
 
     @torch.inference_mode()
     def make(self, weights: Iterable[tuple[str, Tensor]], step: int) -> Graded:

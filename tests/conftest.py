@@ -1,6 +1,7 @@
 """What tests of every folder share: Hypothesis without clock and chance, a folder for temporary files, an order for
 several workers, and real SGLang for those that speak to it."""
 
+import multiprocessing
 import os
 import shutil
 import signal
@@ -57,6 +58,12 @@ SHARE_SGLANG = (
 """Files of tests/rollout whose tests speak to one real SGLang, which takes more than a minute of a core to start."""
 
 
+PRELOADED = (
+    *("recipe.megatron.rank", "recipe.weights.tiny", "recipe.smoke.training", "recipe.smoke.weight_update"),
+    *("torch._dynamo", "transformers.modeling_utils", "hypothesis", "pytest"),
+)
+"""What the processes that tests fork (multiprocessing's "forkserver") have from the start. All of a worker's come from
+one process, which imports once what is set when the first is asked for: so it is the same for all tests."""
 AFTER_MULTIPROCESSING = -200
 """Its own temporary folders go at -100."""
 
@@ -64,6 +71,7 @@ AFTER_MULTIPROCESSING = -200
 def pytest_configure(config: pytest.Config) -> None:
     """What tests, and what they start and kill, leave among the temporary files goes with them. pytest's own folders,
     and kernels, which are compiled once, stay where they would be."""
+    multiprocessing.set_forkserver_preload(list(PRELOADED))
     if hasattr(config, "workerinput"):
         return
     usual = tempfile.gettempdir()
@@ -108,6 +116,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Where several workers share the tests, gives them the dearest folders first."""
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: DEAREST.index(item.path.parent.name) if item.path.parent.name in DEAREST else 99)
+
+
+@pytest.fixture
+def forked_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes under measurement are forked, too: started anew, each takes seconds to import."""
+    from recipe.smoke import together
+
+    forked = multiprocessing.get_context("forkserver")
+    monkeypatch.setattr(together.multiprocessing, "get_context", lambda kind: forked)
 
 
 @pytest.fixture(scope="session")

@@ -80,7 +80,7 @@ class RolloutConfig(Group):
     """Generation and grading."""
 
     engine: Annotated[Literal["sglang", "embedded"], Spelling(name="--rollout-engine")] = "sglang"
-    """sglang: SGLang servers; embedded: a small server of the same API over transformers, for CPUs."""
+    """sglang: SGLang servers; embedded: a small server of the same API in plain torch, for CPUs."""
     rollout_engine_python: Place | None = None
     """Python of the environment that SGLang is installed in; default: the trainer's own if it has SGLang, else that of
     .venv-sglang."""

@@ -11,8 +11,10 @@ from recipe.system.errors import UserError
 from recipe.system.imports import undisturbed
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
+_FILE = "tokenizer.json"
 READER_OF_GGUF = "transformers.modeling_gguf_pytorch_utils"
 """What transformers imports beside its tokenizers, for files of another kind; it takes torch, and two seconds."""
 
@@ -22,14 +24,37 @@ def load_tokenizer(directory: Path) -> "PreTrainedTokenizerFast":
 
     Raises UserError if there is none, or none that can be read.
     """
-    if not (directory / "tokenizer.json").is_file():
-        raise UserError(f"{directory} has no tokenizer.json: --hf-checkpoint must name a Hugging Face checkpoint")
+    _require(directory)
     with undisturbed(), _without_reader_of_gguf():
         # What AutoTokenizer chooses for this architecture, after seconds in which it loads what all others need.
         from transformers import PreTrainedTokenizerFast
 
-    try:
+    with _in_a_sentence(directory):
         return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+
+
+def load_decoder(directory: Path) -> "Tokenizer":
+    """What decodes the tokens of the Hugging Face checkpoint in `directory`, without transformers, which takes a second
+    to import.
+
+    Raises UserError if there is none, or none that can be read.
+    """
+    from tokenizers import Tokenizer
+
+    _require(directory)
+    with _in_a_sentence(directory):
+        return Tokenizer.from_file(str(directory / _FILE))
+
+
+def _require(directory: Path) -> None:
+    if not (directory / _FILE).is_file():
+        raise UserError(f"{directory} has no {_FILE}: --hf-checkpoint must name a Hugging Face checkpoint")
+
+
+@contextmanager
+def _in_a_sentence(directory: Path) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # whatever a file that is none makes of it
         told = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"the tokenizer in {directory} cannot be read ({told}): download it again") from error

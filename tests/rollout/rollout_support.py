@@ -4,7 +4,7 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -145,9 +145,10 @@ def load_reference(checkpoint: Path) -> Glm4MoeLiteForCausalLM:
     return Glm4MoeLiteForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
 
 
-def make_checkpoint(folder: Path, seed: int) -> Path:
-    """A tiny checkpoint with weights large enough that tokens and experts are clearly preferred."""
-    write_tiny_checkpoint(folder, seed)
+def make_checkpoint(folder: Path, seed: int, changes: Mapping[str, object] | None = None) -> Path:
+    """A tiny checkpoint, its config.json with `changes`, and weights large enough that tokens and experts are clearly
+    preferred."""
+    write_tiny_checkpoint(folder, seed, changes)
     generator = torch.Generator().manual_seed(seed)
     for file in folder.glob("*.safetensors"):
         weights = load_file(file)

@@ -13,12 +13,10 @@ import pytest
 import torch
 from rollout_support import EngineUnderTest
 from safetensors.torch import save_file
-from transformers import Glm4MoeLiteConfig
 
-from recipe.config import SglangConfig, resolve
+from recipe.config import Architecture, SglangConfig, resolve
 from recipe.engines import launch
-from recipe.engines.embedded.__main__ import _read_config
-from recipe.engines.embedded.fused import build_model
+from recipe.engines.embedded.fused import FusedModel
 from recipe.engines.launch import SERVE, Launch, SglangServer, launch_embedded, launch_sglang, sglang_python
 from recipe.engines.process import EngineProcess, PortTaken
 from recipe.system.errors import UserError
@@ -124,14 +122,10 @@ def test_a_bad_checkpoint_is_one_sentence(tmp_path: Path, checkpoint: Path) -> N
     assert "Traceback" not in (tmp_path / "log").read_text()
 
 
-def test_a_folder_that_holds_no_checkpoint_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"config\.json cannot be read"):
-        _read_config(tmp_path)
-
-
-def test_an_architecture_the_engine_cannot_run_is_refused() -> None:
-    with pytest.raises(UserError, match="n_group = 2"):
-        build_model(Glm4MoeLiteConfig(n_group=2, topk_group=1))
+def test_an_architecture_the_engine_cannot_run_is_refused(checkpoint: Path) -> None:
+    architecture = Architecture.from_checkpoint(checkpoint)
+    with pytest.raises(UserError, match="n_group = 2, topk_group = 3; use --rollout-engine sglang"):
+        FusedModel(architecture.model_copy(update={"n_group": 2, "topk_group": 3}))
 
 
 def test_a_server_dies_with_its_parent(tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rollout_support import CONTEXT, load_reference, weights_of
+from rollout_support import CONTEXT, weights_of
 
+from recipe.config import Architecture
 from recipe.engines.embedded.forward import RowModel
+from recipe.engines.embedded.fused import FusedModel
 from recipe.engines.embedded.generation import Generation
 from recipe.engines.embedded.protocol import GenerateBody, Limits, answer, read_sequences
 from recipe.engines.embedded.running_sequence import RunningSequence
@@ -62,11 +64,12 @@ class Steps:
 
 @pytest.fixture(scope="module")
 def steps(checkpoint: Path) -> Steps:
-    reference = load_reference(checkpoint)
-    model, finished = RowModel(reference, CONTEXT), list[RunningSequence]()
+    fused = FusedModel(Architecture.from_checkpoint(checkpoint))
+    model, table, finished = RowModel(fused, CONTEXT), WeightTable(fused), list[RunningSequence]()
+    table.replace_all(checkpoint)
     generation = Generation(model, 16, "1", lambda ids: "".join(f"<{token}>" for token in ids), finished.append)
     limits = Limits(model.vocab_size, CONTEXT, (), None)
-    return Steps(generation, WeightTable(reference), limits, finished)
+    return Steps(generation, table, limits, finished)
 
 
 PROMPTS = st.lists(st.lists(st.integers(0, 59), min_size=1, max_size=20), min_size=1, max_size=3)

@@ -1,8 +1,6 @@
 """A weight update under measurement, as `make tune MEASURE=1` has it: from processes of its own to an engine that
 runs."""
 
-import multiprocessing
-
 import pytest
 from rollout_support import EngineUnderTest
 
@@ -10,7 +8,7 @@ from recipe.config import Resolved, resolve
 from recipe.plan.hardware import Machine
 from recipe.plan.lengths import Lengths
 from recipe.plan.time_plan import Work
-from recipe.smoke import together, weight_update
+from recipe.smoke import weight_update
 from recipe.system.errors import UserError
 
 LENGTHS = Lengths.log_normal(6, 0.5, 12)
@@ -21,23 +19,14 @@ def resolved_of(engine: EngineUnderTest, *flags: str) -> Resolved:
     return resolve([*words, "--update-weight-buffer-size", "1000000", *flags])
 
 
-def fork_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From one that has imported for all of them, which a process that is started anew takes seconds for."""
-    multiprocessing.set_forkserver_preload(["recipe.smoke.weight_update"])
-    forked = multiprocessing.get_context("forkserver")
-    monkeypatch.setattr(together.multiprocessing, "get_context", lambda kind: forked)
-
-
 def gpus(count: int) -> Machine:
     return Machine.described("H100", count, "1TB", None, 2.5)
 
 
+@pytest.mark.usefixtures("forked_together")
 @pytest.mark.parametrize("transfer", ["tensor", "distributed"])
-def test_an_update_of_all_weights_is_timed(
-    embedded: EngineUnderTest, monkeypatch: pytest.MonkeyPatch, transfer: str
-) -> None:
+def test_an_update_of_all_weights_is_timed(embedded: EngineUnderTest, transfer: str) -> None:
     """As often as it is repeated the engine takes it: it has the last one's version, and other weights."""
-    fork_processes(monkeypatch)
     before = embedded.request("POST", "/weights_checker", {"action": "checksum"})[1]
     resolved = resolved_of(embedded, "--update-weight-transfer", transfer)
     [found] = weight_update.measure_update(resolved, gpus(2), LENGTHS, embedded.url)
@@ -52,8 +41,8 @@ def test_an_update_of_all_weights_is_timed(
     assert all(old[name] != new[name] for name in old)
 
 
-def test_an_engine_that_is_not_there_is_a_sentence(embedded: EngineUnderTest, monkeypatch: pytest.MonkeyPatch) -> None:
-    fork_processes(monkeypatch)
+@pytest.mark.usefixtures("forked_together")
+def test_an_engine_that_is_not_there_is_a_sentence(embedded: EngineUnderTest) -> None:
     with pytest.raises(UserError, match=r"a weight update cannot be measured: .*127\.0\.0\.1:9"):
         weight_update.measure_update(resolved_of(embedded), gpus(1), LENGTHS, "http://127.0.0.1:9")
 

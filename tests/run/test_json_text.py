@@ -73,11 +73,11 @@ def test_a_mutated_file_is_read_or_refused_in_one_sentence(name: str, checkpoint
     try:
         for _ in range(1000 if "token" not in name else 60):
             path.write_bytes(mutated(original, draw))
-            began = time.monotonic()
+            began = time.process_time()
             told = refusal(READERS[name], checkpoint)
             assert "\n" not in told or " problems:\n" in told
             assert len(told) < 3000
-            assert time.monotonic() - began < 5
+            assert time.process_time() - began < 5
     finally:
         path.write_bytes(original)
 

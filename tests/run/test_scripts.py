@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from forked_commands import forked, run_script
-from trainer_support import preload_megatron
 
 from recipe.config import resolve
 from recipe.plan.constants import DRAFT_ACCEPTANCE
@@ -36,7 +35,6 @@ def check_layouts(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def run_with_ranks(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[[str, str], str]:
     """Runs a script whose ranks are forked from the process that the trainer's tests fork theirs from. What it
     printed."""
-    preload_megatron()
     forkserver.ensure_running()
     monkeypatch.syspath_prepend(str(SCRIPTS))
 

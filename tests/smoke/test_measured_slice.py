@@ -1,7 +1,6 @@
 """The slice of a model that `make tune MEASURE=1` trains, and the processes that do such work together."""
 
 import math
-import multiprocessing
 import threading
 import time
 from dataclasses import replace
@@ -157,13 +156,6 @@ def test_gathering_the_weights_is_no_part_of_the_optimizers_seconds(monkeypatch:
         assert training.seconds_of_step(cast(Any, rank), []) == (9.0, 4.0)
 
 
-def fork_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From one that has imported for all of them."""
-    multiprocessing.set_forkserver_preload(["recipe.smoke.training", "recipe.smoke.together", "hypothesis", "pytest"])
-    forked = multiprocessing.get_context("forkserver")
-    monkeypatch.setattr(together.multiprocessing, "get_context", lambda kind: forked)
-
-
 def fail_or_wait(rank: int, store: Store, folder: Path, how: str) -> None:
     """The first rank waits for good, and tells its process; the second fails meanwhile."""
     if rank == 0:
@@ -178,6 +170,7 @@ def fail_or_wait(rank: int, store: Store, folder: Path, how: str) -> None:
     psutil.Process().kill()
 
 
+@pytest.mark.usefixtures("forked_together")
 @pytest.mark.parametrize(
     ("how", "told"),
     [
@@ -186,10 +179,7 @@ def fail_or_wait(rank: int, store: Store, folder: Path, how: str) -> None:
         ("a kill", "a thing cannot be measured: a process of it ended with status -9"),
     ],
 )
-def test_a_process_that_fails_is_a_sentence_and_ends_the_others(
-    how: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fork_processes(monkeypatch)
+def test_a_process_that_fails_is_a_sentence_and_ends_the_others(how: str, told: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as raised:
         together.together("a thing", 2, fail_or_wait, tmp_path, how)
     assert str(raised.value) == told
@@ -203,10 +193,10 @@ def do_not_end(rank: int, store: Store, folder: Path) -> str:
     return "done"
 
 
+@pytest.mark.usefixtures("forked_together")
 def test_a_process_that_has_its_result_and_does_not_end_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fork_processes(monkeypatch)
     monkeypatch.setattr(together, "GRACE_S", 0.5)
     assert together.together("a thing", 1, do_not_end, tmp_path) == ["done"]
     assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))

@@ -12,8 +12,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from trainer_support import preload_megatron
-
 TIMEOUT_S = 600
 
 
@@ -21,7 +19,6 @@ class Forked:
     """`function(*arguments)`, just begun, with its output in a file. Use as a context manager, which ends it."""
 
     def __init__(self, function: Callable[..., object], *arguments: Any) -> None:
-        preload_megatron()
         self._stack = ExitStack()
         self._output = Path(self._stack.enter_context(tempfile.TemporaryDirectory())) / "output"
         context = multiprocessing.get_context("forkserver")

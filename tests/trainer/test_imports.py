@@ -15,20 +15,26 @@ def imported_by(code: str) -> set[str]:
     return set(subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True).stdout.split())
 
 
-@pytest.mark.parametrize("code", ["import recipe.megatron.rank", f"{AS_ON_A_GPU} import recipe.megatron.rank"])
-def test_a_rank_is_imported_without_what_its_start_does_not_need(code: str) -> None:
+OPTIMIZER = (
+    "import torch; from recipe.megatron.adam import MasterAdam;"
+    "one = MasterAdam([torch.zeros(3)], lr=1.0, betas=(0.9, 0.9), eps=1e-8, weight_decay=0.0);"
+    "one.allocate(); one.begin()"
+)
+
+
+@pytest.mark.parametrize(
+    "code", [f"import recipe.megatron.rank; {OPTIMIZER}", f"{AS_ON_A_GPU} import recipe.megatron.rank"]
+)
+def test_a_rank_is_imported_and_its_optimizer_built_without_what_its_start_does_not_need(code: str) -> None:
     modules = imported_by(code)
     assert "megatron.core.models.gpt.gpt_model" in modules
     assert not modules & {*COMPILER, "tensorboard", "transformers", "matplotlib", "pandas"}
 
 
-def test_an_optimizer_is_built_without_the_compiler() -> None:
-    modules = imported_by(
-        "import torch; from recipe.megatron.adam import MasterAdam;"
-        "one = MasterAdam([torch.zeros(3)], lr=1.0, betas=(0.9, 0.9), eps=1e-8, weight_decay=0.0);"
-        "one.allocate(); one.begin()"
-    )
-    assert not modules & {*COMPILER}
+def test_the_embedded_engine_is_imported_without_what_it_computes_itself() -> None:
+    modules = imported_by("import recipe.engines.embedded.__main__")
+    assert "torch" in modules
+    assert not modules & {*COMPILER, "transformers", "ray"}
 
 
 def test_a_compiled_function_is_compiled_when_it_is_called() -> None:

@@ -1,23 +1,19 @@
 """A training step under measurement, as `make tune MEASURE=1` has it: the real trainer, on two CPU processes."""
 
-import multiprocessing
-
 import psutil
 import pytest
-from trainer_support import preload_megatron, random_checkpoint, tiny_config
+from trainer_support import random_checkpoint, tiny_config
 
 from recipe.config import Architecture, Resolved
 from recipe.plan.hardware import Machine
 from recipe.plan.lengths import Lengths
 from recipe.plan.time_plan import Work
-from recipe.smoke import together, training
+from recipe.smoke import training
 
 
-def test_a_slice_of_a_run_is_trained_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("forked_together")
+def test_a_slice_of_a_run_is_trained_and_timed() -> None:
     """Of one with a reference model, replayed routing, pipeline stages and the MTP layer, which the slice lacks."""
-    preload_megatron()
-    forked = multiprocessing.get_context("forkserver")
-    monkeypatch.setattr(together.multiprocessing, "get_context", lambda kind: forked)
     checkpoint = random_checkpoint()
     config = tiny_config(
         checkpoint,

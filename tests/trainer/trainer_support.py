@@ -1,7 +1,6 @@
 """Configurations, samples and worker processes for the trainer's tests."""
 
 import gc
-import multiprocessing
 import tempfile
 from collections.abc import Callable
 from functools import cache
@@ -115,15 +114,8 @@ def _rank_main(rank: int, function: Callable, config: Config, folder: Path, argu
     trainer.close()
 
 
-def preload_megatron() -> None:
-    """Processes of multiprocessing's "forkserver" are forked from one that has imported all that takes long."""
-    modules = ("recipe.megatron.rank", "recipe.weights.tiny", "torch._dynamo", "transformers.modeling_utils", "pytest")
-    multiprocessing.set_forkserver_preload(list(modules))
-
-
 def on_ranks(function: Callable, config: Config, *arguments: Any) -> list[Any]:
     """The results of `function(trainer, *arguments)` on every rank of `config`'s layout, each in its own process."""
-    preload_megatron()
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.start_processes(
             _rank_main,

@@ -23,7 +23,6 @@ from full_size_support import (
     view_ranks,
 )
 from safetensors import safe_open
-from trainer_support import preload_megatron
 from transformers import Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM
 
 from recipe.config import Architecture
@@ -66,7 +65,6 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Placement]:
 @pytest.fixture(scope="module")
 def pretended_ranks() -> Iterator[ProcessPoolExecutor]:
     """A process for torch as the trainer prepares it."""
-    preload_megatron()
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("forkserver")) as pool:
         yield pool
 

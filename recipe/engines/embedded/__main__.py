@@ -4,23 +4,21 @@ import argparse
 import asyncio
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import uvicorn
 from fastapi import FastAPI
-from transformers import Glm4MoeLiteConfig, PreTrainedTokenizerFast
+from tokenizers import Tokenizer
 
-from recipe.data.tokenizer import load_tokenizer
+from recipe.config import Architecture
+from recipe.data.tokenizer import load_decoder
 from recipe.engines.embedded.app import Service, build_app
 from recipe.engines.embedded.engine import EmbeddedEngine
 from recipe.engines.embedded.forward import RowModel
-from recipe.engines.embedded.fused import build_model
-from recipe.engines.embedded.probe import check_forward
+from recipe.engines.embedded.fused import FusedModel
 from recipe.engines.embedded.protocol import Limits
 from recipe.engines.embedded.weights import WeightError, WeightTable
 from recipe.system.errors import UserError, run_main
-from recipe.system.json_text import read_json
 
 
 def main() -> None:
@@ -52,18 +50,16 @@ async def _serve(app: FastAPI, config: uvicorn.Config, arguments: argparse.Names
 def _load(arguments: argparse.Namespace) -> Service:
     torch.set_num_threads(arguments.threads)
     folder: Path = arguments.model_path
-    config = _read_config(folder)
-    context_length = arguments.context_length or config.max_position_embeddings
-    reference = build_model(config)
-    model = RowModel(reference, context_length, keeps_experts=arguments.enable_return_routed_experts)
-    weights = WeightTable(reference)
+    architecture = Architecture.from_checkpoint(folder)
+    context_length = arguments.context_length or architecture.max_position_embeddings
+    fused = FusedModel(architecture)
+    model = RowModel(fused, context_length, keeps_experts=arguments.enable_return_routed_experts)
+    weights = WeightTable(fused)
     try:
         weights.replace_all(folder)
     except WeightError as error:
         raise UserError(str(error)) from error
-    check_forward(model, reference)
-    tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
-    eos = config.eos_token_id
+    tokenizer = load_decoder(folder) if (folder / "tokenizer.json").is_file() else None
     return Service(
         engine=EmbeddedEngine(
             model,
@@ -74,9 +70,9 @@ def _load(arguments: argparse.Namespace) -> Service:
             threads=arguments.threads,
         ),
         limits=Limits(
-            config.vocab_size,
+            architecture.vocab_size,
             context_length,
-            tuple(eos if isinstance(eos, list) else [eos]),
+            architecture.eos_token_ids,
             tokenizer,
             model.keeps_experts,
         ),
@@ -84,15 +80,7 @@ def _load(arguments: argparse.Namespace) -> Service:
     )
 
 
-def _read_config(folder: Path) -> Glm4MoeLiteConfig:
-    path = folder / "config.json"
-    content = read_json(path, dict[str, Any], "give the folder of a Hugging Face checkpoint")
-    if content.get("model_type") != Glm4MoeLiteConfig.model_type:
-        raise UserError(f"{path}: the embedded engine runs glm4_moe_lite, not {content.get('model_type')}")
-    return Glm4MoeLiteConfig(**content)
-
-
-def _decode(tokenizer: PreTrainedTokenizerFast | None, ids: list[int]) -> str:
+def _decode(tokenizer: Tokenizer | None, ids: list[int]) -> str:
     """The text that stop strings are looked for in."""
     return "" if tokenizer is None else str(tokenizer.decode(ids, skip_special_tokens=False))
 

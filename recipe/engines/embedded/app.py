@@ -258,7 +258,7 @@ def _text(sequence: RunningSequence, limits: Limits) -> str | None:
         return None
     matched = (sequence.finish_reason or {}).get("matched")
     ids = sequence.output_ids[:-1] if isinstance(matched, int) else sequence.output_ids
-    text: str = limits.tokenizer.backend_tokenizer.decode(ids, skip_special_tokens=False)
+    text: str = limits.tokenizer.decode(ids, skip_special_tokens=False)
     return text.partition(matched)[0] if isinstance(matched, str) else text
 
 

@@ -13,32 +13,30 @@ Letters: R rows, Q tokens a row, T = R * Q, B = BLOCK, D = C + P a cache entry, 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Glm4MoeLiteForCausalLM
 
 from recipe.engines.embedded.cache import BLOCK, LatentCache
-from recipe.engines.embedded.fused import Attention, Experts, Mlp, Norm, fuse
+from recipe.engines.embedded.fused import Attention, Experts, FusedModel, Mlp
 
 CHUNK = 16
 """Tokens of a prompt that are read at once."""
 
 
 class RowModel:
-    """A transformers model that reads and continues many rows at once."""
+    """A model that reads and continues many rows at once."""
 
-    def __init__(self, model: Glm4MoeLiteForCausalLM, context_length: int, *, keeps_experts: bool = False) -> None:
+    def __init__(self, model: FusedModel, context_length: int, *, keeps_experts: bool = False) -> None:
         """`keeps_experts`: the cache keeps where each token was routed, too."""
-        config = model.config
+        architecture = model.architecture
         self.keeps_experts = keeps_experts
-        self._embedding = model.model.embed_tokens.weight.data
-        self._layers = fuse(model)
-        self._norm = Norm(model.model.norm.weight.data, config.rms_norm_eps)
-        self._head = model.lm_head.weight.data
-        self.vocab_size = config.vocab_size
-        self._q_lora, self._latent, self._rope = config.q_lora_rank, config.kv_lora_rank, config.qk_rope_head_dim
-        self._nope, self._heads = config.qk_nope_head_dim, config.num_attention_heads
-        self._scale = config.qk_head_dim**-0.5
-        self._top_k, self._routed_scale = config.num_experts_per_tok, config.routed_scaling_factor
-        angles = torch.arange(context_length + CHUNK)[:, None] * model.model.rotary_emb.inv_freq
+        self._embedding, self._layers, self._norm, self._head = model.embedding, model.layers, model.norm, model.head
+        self.vocab_size = architecture.vocab_size
+        self._q_lora, self._latent = architecture.q_lora_rank, architecture.kv_lora_rank
+        self._nope, self._rope = architecture.qk_nope_head_dim, architecture.qk_rope_head_dim
+        self._heads = architecture.num_attention_heads
+        self._scale = (self._nope + self._rope) ** -0.5
+        self._top_k, self._routed_scale = architecture.num_experts_per_tok, architecture.routed_scaling_factor
+        steps = torch.arange(0, self._rope, 2).float() / self._rope
+        angles = torch.arange(context_length + CHUNK)[:, None] * (1.0 / architecture.rope_theta**steps)
         self._cos, self._sin = angles.cos(), angles.sin()
 
     def new_cache(self, rows: int) -> LatentCache:

@@ -1,20 +1,19 @@
-"""Glm4MoeLiteForCausalLM of transformers with its weights laid out for few large matrix products.
+"""The policy's weights, laid out for few large matrix products.
 
-The parameters of the transformers model stay what they are by name, shape and value; their storage is rearranged so
-that several of them lie side by side and multiply as one matrix. There is one copy of every weight: whoever writes
-a parameter writes what the engine computes with, so nothing can go stale.
+Several matrices of a checkpoint lie side by side and multiply as one. There is one copy of every weight: what a
+checkpoint names is a view of where the engine computes, so that whoever writes it writes what the engine computes with,
+and nothing can go stale.
 
 Letters: H hidden, A heads, N and P a head's dimensions without and with position, V value head, L latent query,
 C latent key and value, E routed experts, I an expert's hidden size.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import Glm4MoeLiteConfig, Glm4MoeLiteForCausalLM
 
+from recipe.config import Architecture
 from recipe.system.errors import UserError
 
 LATENT_EPSILON = 1e-6
@@ -83,98 +82,81 @@ class Layer:
     mlp: Mlp | Experts
 
 
-_SUPPORTED = {
-    "n_shared_experts": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "rope_interleave": True,
-    "attention_bias": False,
-    "hidden_act": "silu",
-    "norm_topk_prob": True,
-    "tie_word_embeddings": False,
-}
+_SUPPORTED = {"n_shared_experts": 1, "n_group": 1, "topk_group": 1}
+"""Of what the trainer can do, what this engine can."""
 
 
-def build_model(config: Glm4MoeLiteConfig) -> Glm4MoeLiteForCausalLM:
-    """The model in float32, its weights not yet loaded. Raises UserError for an architecture the engine cannot run."""
-    actual = config.to_dict()
-    wrong = [f"{name} = {actual[name]}" for name, value in _SUPPORTED.items() if actual[name] != value]
-    if config.rope_parameters["rope_type"] != "default":
-        wrong.append(f"rope_type = {config.rope_parameters['rope_type']}")
-    if wrong:
-        raise UserError(f"the embedded engine cannot run {', '.join(wrong)}; use --rollout-engine sglang")
-    return Glm4MoeLiteForCausalLM(config).float().eval().requires_grad_(False)
+class FusedModel:
+    """The weights in float32, and a view of each by its name in a checkpoint."""
 
+    def __init__(self, architecture: Architecture) -> None:
+        """What the weights are is not set. Raises UserError for an architecture that the engine cannot run."""
+        actual = {name: getattr(architecture, name) for name in _SUPPORTED}
+        wrong = [f"{name} = {actual[name]}" for name, value in _SUPPORTED.items() if actual[name] != value]
+        if wrong:
+            raise UserError(f"the embedded engine cannot run {', '.join(wrong)}; use --rollout-engine sglang")
+        self.architecture = architecture
+        self.parts: dict[str, Tensor] = {}
+        """Checkpoint name -> view."""
+        vocabulary, hidden = architecture.vocab_size, architecture.hidden_size
+        self.embedding = self._new("model.embed_tokens.weight", vocabulary, hidden)
+        self.layers = [
+            self._layer(f"model.layers.{number}", has_experts=bool(kind))
+            for number, kind in enumerate(architecture.moe_layer_freq)
+        ]
+        self.norm = Norm(self._new("model.norm.weight", hidden), architecture.rms_norm_eps)
+        self.head = self._new("lm_head.weight", vocabulary, hidden)
 
-def fuse(model: Glm4MoeLiteForCausalLM) -> list[Layer]:
-    """Rearranges the storage of the model's parameters; the tensors returned share it with them."""
-    weights: Mapping[str, Tensor] = model.state_dict(keep_vars=True)
-    return [
-        _LayerFuser(model.config, weights, f"model.layers.{number}").fuse(sparse=kind == "sparse")
-        for number, kind in enumerate(model.config.mlp_layer_types)
-    ]
+    def _new(self, name: str, *shape: int) -> Tensor:
+        self.parts[name] = torch.empty(shape)
+        return self.parts[name]
 
-
-class _LayerFuser:
-    def __init__(self, config: Glm4MoeLiteConfig, weights: Mapping[str, Tensor], prefix: str) -> None:
-        self._config = config
-        self._weights = weights
-        self._prefix = prefix
-
-    def fuse(self, *, sparse: bool) -> Layer:
-        epsilon = self._config.rms_norm_eps
-        return Layer(
-            input_norm=Norm(self._data("input_layernorm.weight"), epsilon),
-            attention=self._attention(),
-            post_attention_norm=Norm(self._data("post_attention_layernorm.weight"), epsilon),
-            mlp=self._experts() if sparse else self._mlp(),
-        )
-
-    def _weight(self, name: str) -> Tensor:
-        return self._weights[f"{self._prefix}.{name}"]
-
-    def _data(self, name: str) -> Tensor:
-        return self._weight(name).data
-
-    def _side_by_side(self, *names: str) -> Tensor:
-        """The matrices `names` as one, above each other, in shared storage."""
-        parts = [self._weight(name) for name in names]
-        whole = torch.cat(parts)
-        for part, data in zip(parts, whole.split([len(part) for part in parts]), strict=True):
-            part.data = data
+    def _stacked(self, rows: dict[str, int], width: int) -> Tensor:
+        """The matrices of so many `rows` each as one, above each other."""
+        whole = torch.empty(sum(rows.values()), width)
+        self.parts.update(zip(rows, whole.split(list(rows.values())), strict=True))
         return whole
 
-    def _attention(self) -> Attention:
-        config = self._config
-        kv_b = self._data("self_attn.kv_b_proj.weight").view(config.num_attention_heads, -1, config.kv_lora_rank)
-        k_b, v_b = kv_b.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
+    def _layer(self, prefix: str, *, has_experts: bool) -> Layer:
+        hidden, epsilon = self.architecture.hidden_size, self.architecture.rms_norm_eps
+        return Layer(
+            input_norm=Norm(self._new(f"{prefix}.input_layernorm.weight", hidden), epsilon),
+            attention=self._attention(f"{prefix}.self_attn"),
+            post_attention_norm=Norm(self._new(f"{prefix}.post_attention_layernorm.weight", hidden), epsilon),
+            mlp=self._experts(f"{prefix}.mlp") if has_experts else self._mlp(f"{prefix}.mlp"),
+        )
+
+    def _attention(self, prefix: str) -> Attention:
+        a = self.architecture
+        heads, latent, nope, rope = a.num_attention_heads, a.kv_lora_rank, a.qk_nope_head_dim, a.qk_rope_head_dim
+        down = {f"{prefix}.q_a_proj.weight": a.q_lora_rank, f"{prefix}.kv_a_proj_with_mqa.weight": latent + rope}
+        kv_b = self._new(f"{prefix}.kv_b_proj.weight", heads * (nope + a.v_head_dim), latent)
+        k_b, v_b = kv_b.view(heads, -1, latent).split([nope, a.v_head_dim], dim=1)
         return Attention(
-            q_kv_a=self._side_by_side("self_attn.q_a_proj.weight", "self_attn.kv_a_proj_with_mqa.weight"),
-            q_norm=Norm(self._data("self_attn.q_a_layernorm.weight"), LATENT_EPSILON),
-            kv_norm=Norm(self._data("self_attn.kv_a_layernorm.weight"), LATENT_EPSILON),
-            q_b=self._data("self_attn.q_b_proj.weight"),
+            q_kv_a=self._stacked(down, a.hidden_size),
+            q_norm=Norm(self._new(f"{prefix}.q_a_layernorm.weight", a.q_lora_rank), LATENT_EPSILON),
+            kv_norm=Norm(self._new(f"{prefix}.kv_a_layernorm.weight", latent), LATENT_EPSILON),
+            q_b=self._new(f"{prefix}.q_b_proj.weight", heads * (nope + rope), a.q_lora_rank),
             k_b=k_b,
             v_b=v_b.transpose(1, 2),
-            o=self._data("self_attn.o_proj.weight"),
+            o=self._new(f"{prefix}.o_proj.weight", a.hidden_size, heads * a.v_head_dim),
         )
 
-    def _mlp(self) -> Mlp:
-        gate_up = self._side_by_side("mlp.gate_proj.weight", "mlp.up_proj.weight")
-        return Mlp(gate_up, self._data("mlp.down_proj.weight"))
+    def _mlp(self, prefix: str) -> Mlp:
+        hidden, inner = self.architecture.hidden_size, self.architecture.intermediate_size
+        rows = {f"{prefix}.gate_proj.weight": inner, f"{prefix}.up_proj.weight": inner}
+        return Mlp(self._stacked(rows, hidden), self._new(f"{prefix}.down_proj.weight", hidden, inner))
 
-    def _experts(self) -> Experts:
-        routed_gate_up, routed_down = self._weight("mlp.experts.gate_up_proj"), self._weight("mlp.experts.down_proj")
-        gate, up = (
-            self._weight("mlp.shared_experts.gate_proj.weight"),
-            self._weight("mlp.shared_experts.up_proj.weight"),
+    def _experts(self, prefix: str) -> Experts:
+        a = self.architecture
+        count, hidden, inner = a.n_routed_experts, a.hidden_size, a.moe_intermediate_size
+        names = [*(f"{prefix}.experts.{number}" for number in range(count)), f"{prefix}.shared_experts"]
+        kinds = [f"{name}.{kind}_proj.weight" for name in names for kind in ("gate", "up")]
+        down = torch.empty(hidden, (count + 1) * inner)
+        self.parts.update(zip([f"{name}.down_proj.weight" for name in names], down.split(inner, dim=1), strict=True))
+        return Experts(
+            router=self._new(f"{prefix}.gate.weight", count, hidden),
+            router_bias=self._new(f"{prefix}.gate.e_score_correction_bias", count),
+            gate_up=self._stacked(dict.fromkeys(kinds, inner), hidden),
+            down=down,
         )
-        shared_down = self._weight("mlp.shared_experts.down_proj.weight")
-        count, hidden, inner = routed_down.shape
-        gate_up = torch.cat([routed_gate_up.reshape(-1, hidden), gate, up])
-        down = torch.cat([routed_down.permute(1, 0, 2).reshape(hidden, -1), shared_down], dim=1)
-        by_expert = gate_up.view(count + 1, 2 * inner, hidden)
-        routed_gate_up.data = by_expert[:count]
-        gate.data, up.data = by_expert[count].chunk(2)
-        down_by_expert = down.view(hidden, count + 1, inner).permute(1, 0, 2)
-        routed_down.data, shared_down.data = down_by_expert[:count], down_by_expert[count]
-        return Experts(self._data("mlp.gate.weight"), self._data("mlp.gate.e_score_correction_bias"), gate_up, down)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer
 
 from recipe.engines.embedded.running_sequence import RunningSequence, Sampling
 from recipe.sampling.routing import encode_routed_experts
@@ -58,7 +58,7 @@ class Limits:
     vocab_size: int
     context_length: int
     eos_token_ids: tuple[int, ...]
-    tokenizer: PreTrainedTokenizerFast | None
+    tokenizer: Tokenizer | None
     keeps_experts: bool = False
     """Whether it can tell where tokens were routed."""
 

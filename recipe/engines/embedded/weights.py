@@ -7,12 +7,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import Glm4MoeLiteForCausalLM
 
+from recipe.engines.embedded.fused import FusedModel
 from recipe.weight_sync.checksum import ExpectedChecksums
 from recipe.weight_sync.tensor import NamedTensor
 
-_EXPERTS = re.compile(r"(?P<prefix>.*\.mlp\.experts)\.(?P<kind>gate_up_proj|down_proj)")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _EXACT_IN_FLOAT32 = {torch.float32, torch.bfloat16, torch.float16}
 
@@ -22,17 +21,11 @@ class WeightError(ValueError):
 
 
 class WeightTable:
-    """Checkpoint name -> the part of the model's storage that holds it.
+    """Puts weights where the engine computes with them."""
 
-    transformers keeps the experts of a layer in two tensors; a checkpoint names each expert's three.
-    """
-
-    def __init__(self, model: Glm4MoeLiteForCausalLM) -> None:
-        self._layers, self._experts = model.config.num_hidden_layers, model.config.n_routed_experts
-        persistent = model.state_dict(keep_vars=True)
-        self._places: Mapping[str, Tensor] = {
-            place: part for name, tensor in persistent.items() for place, part in _checkpoint_places(name, tensor.data)
-        }
+    def __init__(self, model: FusedModel) -> None:
+        self._layers, self._experts = model.architecture.num_hidden_layers, model.architecture.n_routed_experts
+        self._places: Mapping[str, Tensor] = model.parts
 
     def replace(self, weights: Iterable[NamedTensor]) -> None:
         """Copies the weights into the model. The tensors of multi-token-prediction layers, which the engine does not
@@ -72,21 +65,6 @@ class WeightTable:
         if tensor.dtype not in _EXACT_IN_FLOAT32:
             raise WeightError(f"{name} is {tensor.dtype}, which float32 does not hold exactly")
         return place
-
-
-def _checkpoint_places(name: str, tensor: Tensor) -> Iterator[NamedTensor]:
-    experts = _EXPERTS.fullmatch(name)
-    if experts is None:
-        yield name, tensor
-        return
-    for number, expert in enumerate(tensor):
-        prefix = f"{experts['prefix']}.{number}"
-        if experts["kind"] == "down_proj":
-            yield f"{prefix}.down_proj.weight", expert
-        else:
-            gate, up = expert.chunk(2)
-            yield f"{prefix}.gate_proj.weight", gate
-            yield f"{prefix}.up_proj.weight", up
 
 
 def _read(folder: Path) -> Iterator[NamedTensor]:
