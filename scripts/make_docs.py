@@ -280,7 +280,7 @@ def node_costs() -> str:
             *_minutes(9),
             "1 GB",
             "0.7 of each GPU",
-            "333 s on two H200s, 352 s on one H100, SGLang's kernels compiled",
+            "254 and 333 s on two H200s, 352 s on one H100, SGLang's kernels compiled",
         ),
         ("`make download`", *_minutes(10), "60 GB", "little", "reckoned at 100 MB/s"),
         ("`make convert`", *_minutes(3), "60 GB", "3 GB", "reckoned for an NVMe disk at 2 GB/s"),

@@ -90,9 +90,9 @@ H200s, where 32 sequences read a seventh of all experts."""
 DECODE_EXCHANGE_S = Between(0.0, 0.05e-3)
 """What a layer takes more in an engine of several GPUs. Two H200s with DP attention took no more for a step of all 47
 layers than one with half of their sequences; more GPUs at worst, assumed."""
-DECODE_TURN_S = Between(4.5e-3, 6.0e-3)
-"""What SGLang's processes of an engine of several GPUs need to prepare a step, beside the step before it: 5 to 5.7 ms a
-step were measured on two H200s in 6 layers, which by themselves take less."""
+DECODE_TURN_S = Between(3.6e-3, 6.0e-3)
+"""What SGLang's processes of an engine of several GPUs need to prepare a step, beside the step before it: 3.7 to 5.7 ms
+a step were measured on pairs of H200s in 6 layers, which by themselves take less."""
 EAGER_LAYER_S = Between(0.1e-3, 0.4e-3)
 """What a layer takes more beyond the largest CUDA graph. Assumed."""
 DRAFT_ACCEPTANCE = Between(0.77, 0.5)
