@@ -241,26 +241,29 @@ class Run:
             self._save()
         else:
             await to_its_end(self._save)
+        self._record_host_memory()
 
     def _note_what_is_ahead(self) -> None:
         if self._engines is not None and self._engines.ahead is not None:
             self.progress = replace(self.progress, waiting=[], **self._engines.ahead.state())
 
-    def _save(self, *, keep_all: bool = False) -> None:
+    def _save(self, *, beside_others: bool = False) -> None:
         self._saved_rollouts = self.progress.rollouts
         with self.clock.measure(Phase.SAVE):
-            self.trainer.save(self.config.save_dir, self.progress, keep_all=keep_all)
-            self._directory.record_host_memory(self.trainer.host_memory())
+            self.trainer.save(self.config.save_dir, self.progress, beside_others=beside_others)
             if (target := self.config.checkpoint.hugging_face_target(self.progress.rollouts, self.is_over)) is not None:
                 self._directory.claim_export(target)
                 self.trainer.export_hugging_face(target)
+
+    def _record_host_memory(self) -> None:
+        self._directory.record_host_memory(self.trainer.host_memory())
 
     @property
     def on_failure(self) -> OnFailure:
         """What is done where the run fails: a checkpoint of what is learned, for which none of the older ones goes,
         since what made the run fail may be in it already."""
         limit_s = 60 * self.config.cluster.distributed_timeout_minutes
-        save = partial(self.save_what_is_done, keep_all=True)
+        save = partial(self.save_what_is_done, beside_others=True)
         return OnFailure(self._has_unsaved_steps, save, limit_s, "--distributed-timeout-minutes")
 
     def _has_unsaved_steps(self) -> bool:
@@ -269,22 +272,26 @@ class Run:
         is_half_learned = bool(self._reports) and not self._learned
         return self.trainer.is_well and not is_half_learned and self.progress.rollouts > self._saved_rollouts
 
-    def save_what_is_done(self, *, keep_all: bool = False) -> None:
+    def save_what_is_done(self, *, beside_others: bool = False) -> None:
         """Leaves a checkpoint of the last finished rollout, for a run that ends early, also if that cannot be written
-        down; older ones go by `--save-keep`, unless it is to `keep_all`. What is under way of the next rollouts is
+        down; older ones go by `--save-keep`, or stay `beside_others`. What is under way of the next rollouts is
         given up, and so are an evaluation and the engines: no rank is to wait for one that hangs."""
         if self._engines is not None:
             self._engines.begin_end()
         if self._learned:
-            try:
-                self.record()
-            except Exception as error:
-                done = self.progress.rollouts
-                logger.warning("step %d is not written down (%s)", done, str(error) or type(error).__name__)
+            self._try_to_write_down(f"step {self.progress.rollouts}", self.record)
         if self.progress.rollouts > self._saved_rollouts:
             self._note_what_is_ahead()
-            self._save(keep_all=keep_all)
+            self._save(beside_others=beside_others)
+            self._try_to_write_down("the memory of the ranks", self._record_host_memory)
         self.finish_save()
+
+    @staticmethod
+    def _try_to_write_down(what: str, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except Exception as error:
+            logger.warning("%s is not written down (%s)", what, str(error) or type(error).__name__)
 
     def finish_save(self) -> None:
         """Waits for a checkpoint that is still being written. Raises UserError if it cannot be."""

@@ -157,9 +157,9 @@ class RankActor:
         )
         return sync.send(weights, relay.engines, version, relay)
 
-    def save(self, directory: Path, progress: Progress, keep_all: bool) -> None:
+    def save(self, directory: Path, progress: Progress, beside_others: bool) -> None:
         """Writes a checkpoint or, with `--async-save`, begins to."""
-        self.trainer.save(directory, progress, keep_all=keep_all)
+        self.trainer.save(directory, progress, beside_others=beside_others)
 
     def finish_save(self) -> None:
         """Waits for the checkpoint that is being written, if any."""

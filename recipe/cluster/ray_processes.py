@@ -46,8 +46,8 @@ _libc = ctypes.CDLL(None)
 class RayProcesses:
     """Use as a context manager, in the main thread, around Ray's start and end: leaving it ends every process that is
     left of those that descend from this one and did not on entering it; what those that did start meanwhile is their
-    own. Meanwhile Linux makes the orphans among them
-    children of this process, so that none is lost sight of. `scratch`, the program's folder, goes with them."""
+    own. Meanwhile Linux makes the orphans among them children of this process, so that none is lost sight of.
+    `scratch`, the program's folder, goes with them."""
 
     def __init__(self, scratch: Path) -> None:
         self._scratch = scratch

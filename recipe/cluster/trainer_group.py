@@ -118,13 +118,17 @@ class TrainerGroup:
         result: UpdateResult = sum(others, first)
         return result
 
-    def save(self, directory: Path, progress: Progress, *, keep_all: bool = False) -> None:
-        """Writes a checkpoint or, with `--async-save`, begins to; removes older ones by `--save-keep`, unless it is to
-        `keep_all`. Raises UserError if it, or the one before it, cannot be written."""
+    def save(self, directory: Path, progress: Progress, *, beside_others: bool = False) -> None:
+        """Writes a checkpoint or, with `--async-save`, begins to; older ones go by `--save-keep`, or stay where it is
+        `beside_others`. Raises UserError if it, or the one before it, cannot be written."""
         directory.mkdir(parents=True, exist_ok=True)
         self._save_in_flight = self.config.checkpoint.async_save
         told = [progress, *[progress.counts] * (len(self._ranks) - 1)]  # the first rank writes it
-        self._each("save", [(directory.resolve(), of_rank, keep_all) for of_rank in told])
+        try:
+            self._each("save", [(directory.resolve(), of_rank, beside_others) for of_rank in told])
+        except SystemExit:  # it took too long: its end is not waited for again
+            self._save_in_flight = False
+            raise
 
     def finish_save(self) -> None:
         """Waits for the checkpoint that is being written, if any. Raises UserError if it cannot be."""

@@ -199,7 +199,8 @@ class GrpoConfig(Group):
     opsm_delta: NonNegativeFloat = 1e-4
     """How much less, in nats a token of a sequence, on average."""
     use_rollout_routing_replay: bool = False
-    """The trainer takes every token to the experts that the engine took it to (R3, arXiv 2510.11370)."""
+    """The trainer takes every token to the experts that the engine took it to (R3, arXiv 2510.11370). No effect with
+    `loss_type` sft, whose responses no engine made."""
     use_routing_replay: bool = False
     """The optimizer steps of a rollout take every token to the experts that the old-log-prob pass before them took it
     to (R2, arXiv 2507.18071)."""

@@ -10,6 +10,9 @@ OUTLIER = 3.0
 """An engine whose tokens differ so many times as much as the other engines' is a case of its own."""
 RISE = 2.0
 """Differences that are so many times the least of the earlier steps have risen."""
+MISTOLD = 0.25
+"""Share of the tokens whose replayed experts no difference between routers explains: 0.05 where they are theirs, 0.5
+where one of two groups of GPUs told those of others' tokens (docs/evidence.md)."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,12 @@ class MismatchWatch:
 
     def _everywhere(self, difference: float, mismatch: StepMismatch) -> tuple[str, str]:
         what = f"trainer and engines disagree by {difference:.3f} nats a token"
+        if mismatch.rerouted is not None and mismatch.rerouted > MISTOLD:
+            return "mistold", (
+                f"{what}, and a router would take {mismatch.rerouted:.1%} of the tokens elsewhere than the engine says "
+                "that it did: likely the engine tells the experts of other tokens; --no-use-rollout-routing-replay "
+                "does without"
+            )
         if difference > RISE * self._least:
             return "rising", (
                 f"{what}, up from {self._least:.3f}: likely a part of the weights never reaches the engines (a router "

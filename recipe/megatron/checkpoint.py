@@ -120,9 +120,16 @@ def _keep_own(state: dict[str, Any]) -> Shards:
 
 
 def save(
-    directory: Path, shards: Shards, progress: Progress, keep: int | None, group: dist.ProcessGroup | None = None
+    directory: Path,
+    shards: Shards,
+    progress: Progress,
+    keep: int | None,
+    group: dist.ProcessGroup | None = None,
+    *,
+    beside_others: bool = False,
 ) -> None:
-    """Writes a training checkpoint; of `progress` the first rank's, of which the others need the counts. Collective
+    """Writes a training checkpoint; of `progress` the first rank's, of which the others need the counts. Older ones
+    beyond `keep` go, or stay where it is `beside_others` (see `note_written`). Collective
     over all ranks, in `group` if one is given. Raises OSError or CheckpointException, on every rank, if the disk is
     full; the checkpoints that were there stay."""
 
@@ -130,10 +137,10 @@ def save(
         atomic_write_text(partial / PROGRESS, json.dumps(asdict(progress)))
 
     def make_it_the_latest() -> None:
-        note_written(final, progress.rollouts, keep)
+        note_written(final, progress.rollouts, keep, beside_others=beside_others)
 
     final = directory / name_of(progress.rollouts)
-    _on_first_rank(lambda: claim(final, keep), group)
+    _on_first_rank(lambda: claim(final, None if beside_others else keep), group)
     with written_beside(final, group) as partial:
         _write(partial, shards, group)
         _on_first_rank(tell_progress, group)

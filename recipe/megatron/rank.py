@@ -144,12 +144,12 @@ class TrainerRank(PolicyRank):
             of_rank["max_memory_reserved"] = torch.cuda.max_memory_reserved()
         return StepReport(metrics, not taken, by_source, of_rank, metrics_on_device.shown_log_probs())
 
-    def save(self, directory: Path, progress: Progress, *, keep_all: bool = False) -> None:
+    def save(self, directory: Path, progress: Progress, *, beside_others: bool = False) -> None:
         """Writes a checkpoint or, with `--async-save`, begins to: training may go on, and `finish_save` waits for it.
-        The first rank has the whole `progress`, which it writes; the others need its counts. Older ones beyond
-        `--save-keep` are removed then, unless it is to `keep_all`. Raises UserError if the checkpoint, or the one
-        before it, cannot be written; the older ones stay."""
-        keep, failure = None if keep_all else self.config.checkpoint.save_keep, None
+        The first rank has the whole `progress`, which it writes; the others need its counts. Older ones go by
+        `--save-keep` then, or stay where it is `beside_others`. Raises UserError if the checkpoint, or the one before
+        it, cannot be written; the older ones stay."""
+        keep, failure = self.config.checkpoint.save_keep, None
         try:
             self.finish_save()
         except UserError as error:
@@ -158,7 +158,7 @@ class TrainerRank(PolicyRank):
 
         def write(group: dist.ProcessGroup | None) -> None:
             with _writing_errors_told(directory, progress):
-                checkpoint.save(directory, shards, progress, keep, group)
+                checkpoint.save(directory, shards, progress, keep, group, beside_others=beside_others)
 
         if self.save_in_flight is None:
             write(None)

@@ -115,7 +115,7 @@ class SpeedModel:
         seconds = {Work.TRAIN: self.train(), Work.OPTIMIZER: optimizer * config.steps_per_rollout}
         passes = config.needs_old_log_probs + config.needs_reference
         if passes:
-            seconds[Work.LOG_PROBS] = passes * self._over_samples(trains_mtp=False) / 3
+            seconds[Work.LOG_PROBS] = passes * self._over_samples(steps=0, trains_mtp=False) / 3
         seconds[Work.SAVE] = self.save()
         return seconds
 
@@ -127,13 +127,12 @@ class SpeedModel:
 
     def train(self) -> float:
         """Forward and backward over a rollout's samples, in the loop."""
-        return self._over_samples(trains_mtp=self.trains_mtp)
+        return self._over_samples(self.resolved.config.steps_per_rollout, trains_mtp=self.trains_mtp)
 
-    def _over_samples(self, *, trains_mtp: bool) -> float:
-        """As `train`, with or without the MTP layer. What the loop and unequal packs add is not measured with the
-        rest."""
-        config = self.resolved.config
-        samples, steps = config.samples_per_rollout, config.steps_per_rollout
+    def _over_samples(self, steps: int, *, trains_mtp: bool) -> float:
+        """As `train`, with gradients to so many optimizer steps, and with or without the MTP layer. What the loop and
+        unequal packs add is not measured with the rest."""
+        samples = self.resolved.config.samples_per_rollout
         longest = longest_sample(self.resolved)
         sequences = np.minimum(self.lengths.quantiles + constants.MEAN_PROMPT, longest)
         cost = sequence_cost(self.resolved.architecture, trains_mtp=trains_mtp)
@@ -141,11 +140,12 @@ class SpeedModel:
         loss = constants.TRAINING_LOSS.at(self.pace)
         if self.memory.layout.ep > 1:
             loss *= constants.PACKING_LOSS.at(self.pace)
-        return self.passes(flops, samples * self.mean_length, loss, steps) * self.factor(Work.TRAIN)
+        layers = self.layers(trains_mtp=trains_mtp)
+        return self.passes(flops, samples * self.mean_length, layers, loss, steps) * self.factor(Work.TRAIN)
 
-    def passes(self, flops: float, tokens: int, loss: float = 1.0, steps: int = 1) -> float:
-        """Forward and backward of all ranks over so many tokens, on which the model has so many FLOPs, in full packs,
-        and gradients to as many optimizer steps: computing and exchanges take `loss` times as long as by
+    def passes(self, flops: float, tokens: int, layers: int, loss: float = 1.0, steps: int = 1) -> float:
+        """Forward and backward of all ranks over so many tokens, on which so many layers have so many FLOPs, in full
+        packs, and gradients to as many optimizer steps: computing and exchanges take `loss` times as long as by
         themselves."""
         layout, again = self.memory.layout, self.recomputed
         time = again / constants.RECOMPUTING_SHARE + (1 - again) / constants.TRAINING_SHARE
@@ -153,7 +153,7 @@ class SpeedModel:
         each = tokens / layout.world * layout.tp
         packs = max(1.0, each / max(1, self.memory.pack.tokens))
         bubble = 1 + (layout.pp - 1) / packs / max(1, len(self.memory.shards[0].chunks))
-        return (computing + self.exchange(each / layout.tp)) * bubble * loss + steps * self.reduce_gradients()
+        return (computing + self.exchange(each / layout.tp, layers)) * bubble * loss + steps * self.reduce_gradients()
 
     @property
     def recomputed(self) -> float:
@@ -169,12 +169,15 @@ class SpeedModel:
         """Whether there is one layer more to train."""
         return self.resolved.config.mtp.enable_mtp_training
 
-    def exchange(self, tokens: float) -> float:
-        """Seconds that a rank of so many tokens spends on exchanges in all layers: to experts and back, and between
+    def layers(self, *, trains_mtp: bool) -> int:
+        """Of the model, with the MTP layer if it is trained."""
+        return self.resolved.architecture.num_hidden_layers + trains_mtp
+
+    def exchange(self, tokens: float, layers: int) -> float:
+        """Seconds that a rank of so many tokens spends on exchanges in so many layers: to experts and back, and between
         tensor-parallel ranks."""
         a, layout = self.resolved.architecture, self.memory.layout
         passes = 2 + self.recomputed
-        layers = a.num_hidden_layers + self.trains_mtp
         row = a.hidden_size * BF16 * passes
         experts = tokens * a.num_experts_per_tok * 2 * row * (layers - a.first_k_dense_replace)
         between = tokens * layout.tp * 4 * row * layers

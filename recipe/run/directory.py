@@ -180,7 +180,8 @@ class RunDirectory:
 
     def record(self, metrics: StepMetrics) -> None:
         """Adds a step to metrics.jsonl, on the disk when this returns. To be called before the step's checkpoint is
-        saved: a run that goes on from it then has the line. Raises UserError if the disk is full."""
+        saved: a run that goes on from it then has the line. Raises UserError if the disk is full; a checkpoint that is
+        saved because of that has a step without a line."""
         line = metrics.as_line()
         self._metrics.append(line)
         self.status.count(metrics.step)

@@ -30,7 +30,7 @@ from recipe.plan.preflight import BUSY
 from recipe.plan.ranges import range_text
 from recipe.plan.tune.recipe_file import check_target
 from recipe.smoke.decode import measure_decoding, running_engine
-from recipe.smoke.training import measure_training
+from recipe.smoke.training import ComputesWrongly, measure_training
 from recipe.smoke.weight_update import measure_update
 from recipe.system.errors import UserError, run_main
 from recipe.system.files import atomic_write_text
@@ -90,7 +90,7 @@ def describe(options: argparse.Namespace, found: FoundMachine) -> None:
 def measure(resolved: Resolved, sheet: Machine, lengths: Lengths, output: Path) -> Rates:
     """All of this node, which is `sheet` by data sheets; each part's processes have ended before the next one begins.
     A trainer that cannot be measured is told and left out. Raises UserError for an engine that the node has too few
-    GPUs for, and if another part fails: `output` then has those before it."""
+    GPUs for, for GPUs that compute wrongly, and if another part fails: `output` then has those before it."""
     needed = resolved.config.sglang.rollout_num_gpus_per_engine
     if needed > sheet.gpus:
         raise UserError(
@@ -105,6 +105,8 @@ def measure(resolved: Resolved, sheet: Machine, lengths: Lengths, output: Path) 
     here = machine_as_measured(sheet, rates)
     try:
         rates = with_work(rates, measure_training(resolved, here, lengths), output)
+    except ComputesWrongly:
+        raise
     except UserError as error:
         print(f"training stays as planned: {error}", file=sys.stderr, flush=True)
     with running_engine(resolved, max(CONTEXTS), ACCEPT_LENGTH, output.with_name("engine.log")) as engine:

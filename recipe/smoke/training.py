@@ -46,9 +46,14 @@ WARM_UP, STEPS = 2, 3
 """Steps that compile kernels and get memory, and those that count."""
 
 
+class ComputesWrongly(UserError):
+    """This machine does: what was measured of it, and what would be trained on it, is worth nothing."""
+
+
 def measure_training(resolved: Resolved, machine: Machine, lengths: Lengths) -> tuple[MeasuredWork, MeasuredWork]:
     """Forward and backward, and the optimizer, of a slice on all GPUs of `machine`; without GPUs here, on as many
-    processes. Raises UserError if the run's packs do not fit beside the least of slices, or if a rank fails."""
+    processes. Raises UserError if the run's packs do not fit beside the least of slices, or if a rank fails;
+    ComputesWrongly if gradients are not finite."""
     part = slice_that_fits(resolved, machine)
     load = load_of(part, machine, lengths)
     settings = part.config.perf
@@ -58,6 +63,8 @@ def measure_training(resolved: Resolved, machine: Machine, lengths: Lengths) -> 
         flush=True,
     )
     found = together("a training step", machine.gpus, train_slice, part.config, part.architecture, load)
+    if any(time is None for times in found for time in times):
+        raise ComputesWrongly("the gradients of random weights are not finite: this machine computes wrongly")
     seconds = [max(times) for times in zip(*found, strict=True)]  # the others wait for the slowest
     passes, optimizer = (
         MeasuredWork(WorkKind.of(work, resolved.architecture, resolved.config), took, *planned)
@@ -136,7 +143,8 @@ def planned_seconds(
     sequences = part.config.data_parallel_size * load.packs * load.sequences
     flops = sequences * sequence_cost(part.architecture)(float(load.length))
     best, worst = (_speed(part, machine, lengths, pace) for pace in Pace)
-    passes = best.passes(flops, sequences * load.length), worst.passes(flops, sequences * load.length)
+    tokens, layers = sequences * load.length, part.architecture.num_hidden_layers
+    passes = best.passes(flops, tokens, layers), worst.passes(flops, tokens, layers)
     return passes, (best.optimizer(), worst.optimizer())
 
 
@@ -146,8 +154,9 @@ def _speed(part: Resolved, machine: Machine, lengths: Lengths, pace: Pace) -> Sp
 
 def train_slice(
     number: int, store: Store, config: Config, architecture: Architecture, load: Load
-) -> tuple[float, float]:
-    """One rank's seconds of forward and backward and of the optimizer alone, each the median of some steps."""
+) -> tuple[float, float] | tuple[None, None]:
+    """One rank's seconds of forward and backward and of the optimizer alone, each the median of some steps; None if
+    gradients are not finite."""
     torch.set_num_threads(threads_per_rank(config))
     from recipe.megatron.layout import Rendezvous
     from recipe.megatron.rank import TrainerRank
@@ -155,15 +164,18 @@ def train_slice(
     rank = TrainerRank(config, architecture, Rendezvous(number, number, config.world_size, store))
     fill_randomly(rank)
     packs = rank.own_shard([load.of_rank(shard) for shard in range(config.data_parallel_size)])
-    steps = [seconds_of_step(rank, packs) for _ in range(WARM_UP + STEPS)][WARM_UP:]
+    taken = [seconds_of_step(rank, packs) for _ in range(WARM_UP + STEPS)]
     rank.close()
-    passes, optimizer = (statistics.median(times) for times in zip(*steps, strict=True))
+    steps = [step for step in taken if step is not None]
+    if len(steps) < len(taken):
+        return None, None
+    passes, optimizer = (statistics.median(times) for times in zip(*steps[WARM_UP:], strict=True))
     return passes, optimizer
 
 
-def seconds_of_step(rank: "TrainerRank", packs: Sequence[list[TrainSample]]) -> tuple[float, float]:
-    """Of forward and backward, and of the optimizer without gathering the new weights from the ranks. Raises UserError
-    if there is no step."""
+def seconds_of_step(rank: "TrainerRank", packs: Sequence[list[TrainSample]]) -> tuple[float, float] | None:
+    """Of forward and backward, and of the optimizer without gathering the new weights from the ranks. None if
+    gradients are not finite, so that there is no step."""
     gathering: list[float] = []
     began = _now()
     with ExitStack() as stack:
@@ -172,7 +184,7 @@ def seconds_of_step(rank: "TrainerRank", packs: Sequence[list[TrainSample]]) -> 
             stack.enter_context(mock.patch.object(replica, "start_param_sync", timed))
         report = rank.train_step(packs)
     if report.skipped:
-        raise UserError("the gradients of random weights are not finite: this machine computes wrongly")
+        return None
     passes = report.of_rank["seconds_forward_backward"]
     return passes, _now() - began - passes - sum(gathering)
 

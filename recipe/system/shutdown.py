@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-from recipe.system.errors import drop_dead_output, unwind
+from recipe.system.errors import USER_ERROR_STATUS, drop_dead_output, unwind
 
 SAVED_STATUS = 75
 """Exit status of a run that ended on a notice with everything saved: EX_TEMPFAIL of sysexits.h, try again later."""
@@ -71,7 +71,7 @@ def saving_on_notice(save: Callable[[], None], grace_s: float, on_failure: OnFai
         nonlocal late
         if not noticed:
             late = True
-            raise SystemExit  # Ray, where it waits, swallows all but this and KeyboardInterrupt
+            raise SystemExit(USER_ERROR_STATUS)  # Ray, where it waits, swallows all but this and KeyboardInterrupt
         give_up(f"not saved in {grace_s:g} s (--sigterm-grace-s)")
 
     def give_up(why: str) -> None:
@@ -107,18 +107,33 @@ def saving_on_notice(save: Callable[[], None], grace_s: float, on_failure: OnFai
 def _save_before_failing(how: OnFailure, is_late: Callable[[], bool]) -> None:
     """`is_late`: whether it ended because its time was over."""
     _say("the run fails: saving what is done")
+    saved = False
     try:
-        signal.setitimer(signal.ITIMER_REAL, how.limit_s)
-        how.save()
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        with _limited_to(how.limit_s):
+            how.save()
+            saved = True
     except Exception as error:
         _say_unsaved(str(error) or type(error).__name__)
     except SystemExit:
         if not is_late():
             raise
-        _say_unsaved(f"it takes more than {how.limit_s:g} s, {how.limit_flag}")
-    else:
+        if not saved:
+            _say_unsaved(f"it takes more than {how.limit_s:g} s, {how.limit_flag}")
+    if saved:
         _say("what is done is saved; once the cause is mended, go on with --load")
+
+
+@contextmanager
+def _limited_to(seconds: float) -> Iterator[None]:
+    """SIGALRM after so long in the block, unless it comes for a notice already."""
+    if signal.getitimer(signal.ITIMER_REAL)[0]:
+        yield
+        return
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _say_unsaved(why: str) -> None:

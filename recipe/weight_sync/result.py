@@ -37,6 +37,6 @@ class UpdateResult:
         )
 
     def check_taken(self) -> None:
-        """Raises UserError if an engine that is well does not take the weights: it would refuse them again."""
-        for why in self.refused.values():
-            raise UserError(why)
+        """Raises UserError if engines that are well do not take the weights: they would refuse them again."""
+        if self.refused:
+            raise UserError("; ".join(self.refused.values()))

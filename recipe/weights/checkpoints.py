@@ -88,15 +88,18 @@ def claim(checkpoint: Path, keep: int | None = None) -> None:
     atomic_write_text(directory / WRITTEN, json.dumps(list(dict.fromkeys([*written, checkpoint.name]))))
 
 
-def note_written(checkpoint: Path, rollouts: int, keep: int | None) -> None:
+def note_written(checkpoint: Path, rollouts: int, keep: int | None, *, beside_others: bool = False) -> None:
     """Takes down that a run has written this checkpoint, which is the newest from now on. Of those that it wrote it
-    keeps the `keep` newest (None: all); what it did not write stays."""
+    keeps the `keep` newest (None: all) or, where it is `beside_others`, the `keep` oldest and this one; what it did not
+    write stays."""
     directory = checkpoint.parent
     written = [*(name for name in _written(directory) if name != checkpoint.name), checkpoint.name]
-    kept = written if keep is None else written[-keep:]
+    kept = written
+    if keep is not None:
+        kept = [*written[:-1][:keep], checkpoint.name] if beside_others else written[-keep:]
     atomic_write_text(directory / LATEST, f"{rollouts}\n")
     atomic_write_text(directory / WRITTEN, json.dumps(written))
-    for name in written[: -len(kept)]:
+    for name in [name for name in written if name not in kept]:
         shutil.rmtree(directory / name, ignore_errors=True)
     atomic_write_text(directory / WRITTEN, json.dumps(kept))
 

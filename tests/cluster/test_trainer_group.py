@@ -63,7 +63,7 @@ def test_a_checkpoints_groups_are_sent_to_the_rank_that_writes_them_and_to_no_ot
     first, *others = [pickle.loads(rank.sent[0]) for rank in ranks]
     assert first == (tmp_path, progress, False)
     assert others == [(tmp_path, Progress(3, 5, 1), False)] * 3
-    group.save(tmp_path, progress, keep_all=True)
+    group.save(tmp_path, progress, beside_others=True)
     assert all(pickle.loads(rank.sent[1])[2] for rank in ranks)
     assert not any(word in rank.sent[0] for rank in ranks[1:] for word in (b"TOKENS", b"PROMPTS"))
 

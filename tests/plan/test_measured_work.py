@@ -137,7 +137,8 @@ def test_the_slice_itself_is_planned_as_it_was_measured(gpus: int, moe_layers: i
         model = SpeedModel(GpuModel.of(part, replace(machine, work=work), on_gpu=True), LENGTHS, LENGTHS, pace)
         sequences = part.config.data_parallel_size * load.packs * load.sequences
         flops = sequences * training.sequence_cost(part.architecture)(float(load.length))
-        passes = model.passes(flops, sequences * load.length) * model.factor(Work.TRAIN)
+        layers = part.architecture.num_hidden_layers
+        passes = model.passes(flops, sequences * load.length, layers) * model.factor(Work.TRAIN)
         assert passes == pytest.approx(work[0].seconds)
         assert model.learning()[Work.OPTIMIZER] == pytest.approx(work[1].seconds + model.gather_weights())
 

@@ -111,7 +111,7 @@ def test_a_rank_with_another_slice_is_named(engine: EngineUnderTest) -> None:
             changed[-1] += 1
         expected.add(name, changed)
     sync = WeightSync("tensor", 500_000, ranks_per_engine=2, address=LOCAL)
-    sync.send(weights.items(), {0: engine.url}, "same")
+    sync.send(weights.items(), {0: engine.url}, "same").check_taken()
     checked = dataclasses.replace(sync, checksums=lambda: expected)
     named = "model.layers.1.self_attn.q_b_proj.weight on rank 1, model.layers.2.mlp.experts.w13_weight on rank 1: "
     with pytest.raises(UserError, match=rf", 2 of \d+ tensors .* first of them {named}"):

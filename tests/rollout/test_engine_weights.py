@@ -68,7 +68,7 @@ def test_the_trainers_way_equals_a_fresh_load_and_is_checked(
         checksums=lambda: ExpectedChecksums(model.num_hidden_layers, model.n_routed_experts),
     )
     weights = weights_of(other_checkpoint)
-    sync.send(weights.items(), {0: engine.url}, "2")
+    sync.send(weights.items(), {0: engine.url}, "2").check_taken()
     assert engine.request("GET", "/model_info")[1]["weight_version"] == "2"
     assert_equals_fresh_load(engine, other_checkpoint)
 

@@ -110,8 +110,8 @@ class Trainer:
         self._point("trained")
         return StepReport({"loss": float(self.weights % 97)}, skipped=False)
 
-    def save(self, _: Path, progress: Progress, *, keep_all: bool = False) -> None:
-        self._point("save beside all others" if keep_all else "save")
+    def save(self, _: Path, progress: Progress, *, beside_others: bool = False) -> None:
+        self._point("save beside all others" if beside_others else "save")
         self.checkpoint = json.dumps([asdict(progress), self.weights, self.trained])
         self._point("saved")
 

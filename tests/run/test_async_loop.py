@@ -155,8 +155,10 @@ def test_a_failure_that_is_not_the_trainers_ends_the_run_when_all_that_is_learne
 
 @pytest.mark.parametrize("how", [None, fail, notice])
 def test_a_step_that_cannot_be_written_down_is_saved(how, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether that is what the run fails at, or it ends for something else before. Its line is missing."""
+    """Whether that is what the run fails at, or it ends for something else before. Its line is missing, and what its
+    checkpoint took in memory."""
     whole, failed, here = run(), [], Conditions.here
+    full = iter((True,))
 
     def full_disk(step: int, course: Sequence[tuple[float, int]]) -> Conditions:
         if step == 3 and len(failed) < 2:
@@ -164,7 +166,12 @@ def test_a_step_that_cannot_be_written_down_is_saved(how, monkeypatch: pytest.Mo
             raise Failed("the disk is full")
         return here(step, course)
 
+    def write_down(self: Run) -> None:
+        if failed and next(full, False):
+            raise Failed("the disk is full")
+
     monkeypatch.setattr(Conditions, "here", full_disk)
+    monkeypatch.setattr(Run, "_record_host_memory", write_down)
     after_step_3 = [at for at, point in enumerate(whole.points, start=1) if point == "updated"][3]
     strike = Strike(after_step_3, how) if how is not None else Strike()
     ended = run(strike=strike)

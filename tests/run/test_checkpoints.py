@@ -19,10 +19,10 @@ from recipe.weights.checkpoints import (
 )
 
 
-def write(folder: Path, rollouts: int, keep: int | None = None) -> Path:
+def write(folder: Path, rollouts: int, keep: int | None = None, *, beside_others: bool = False) -> Path:
     """As the trainer does."""
     checkpoint = make(folder / f"iter_{rollouts:07d}", rollouts)
-    note_written(checkpoint, rollouts, keep)
+    note_written(checkpoint, rollouts, keep, beside_others=beside_others)
     return checkpoint
 
 
@@ -47,13 +47,15 @@ def test_what_a_run_wrote_last_is_the_newest_and_nothing_else_is_deleted(tmp_pat
 
 def test_a_checkpoint_for_which_none_goes_is_one_too_many_until_the_next_is_begun(tmp_path: Path) -> None:
     """Never more than `keep` and the new one."""
-    for rollouts, keep in ((2, 2), (4, 2), (5, None)):
-        write(tmp_path, rollouts, keep)
-    assert names(tmp_path) == ["iter_0000002", "iter_0000004", "iter_0000005"]
-    claim(tmp_path / "iter_0000006", keep=2)
-    assert names(tmp_path) == ["iter_0000004", "iter_0000005"]
-    write(tmp_path, 6, keep=2)
-    assert names(tmp_path) == ["iter_0000005", "iter_0000006"]
+    for rollouts in (2, 4):
+        write(tmp_path, rollouts, 2)
+    for rollouts in (5, 6, 7):  # runs that go on, and fail before their next save
+        newest = write(tmp_path, rollouts, 2, beside_others=True)
+        assert names(tmp_path) == ["iter_0000002", "iter_0000004", newest.name]
+    claim(tmp_path / "iter_0000008", keep=2)
+    assert names(tmp_path) == ["iter_0000004", "iter_0000007"]
+    write(tmp_path, 8, keep=2)
+    assert names(tmp_path) == ["iter_0000007", "iter_0000008"]
 
 
 def test_what_lies_in_a_checkpoints_place_is_kept_under_another_name(tmp_path: Path) -> None:

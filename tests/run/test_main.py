@@ -1,5 +1,6 @@
 """How commands end."""
 
+import asyncio
 import fcntl
 import os
 import pty
@@ -89,17 +90,34 @@ async def test_what_the_run_fails_at_is_told_though_saving_fails_too_or_takes_to
     def save() -> None:
         raise UserError("the disk is full")
 
-    def fail(save: Callable[[], None], *, has_unsaved: bool) -> str:
-        on_failure = OnFailure(lambda: has_unsaved, save, 0.1, "--limit")
+    def fail(save: Callable[[], None], *, has_unsaved: bool, limit_s: float = 900) -> str:
+        on_failure = OnFailure(lambda: has_unsaved, save, limit_s, "--limit")
         with pytest.raises(UserError, match=r"^an engine is given up$"), saving_on_notice(save, 30, on_failure):
             raise UserError("an engine is given up")
         return capsys.readouterr().err
 
     assert "what is done is not saved (the disk is full)" in fail(save, has_unsaved=True)
     assert fail(save, has_unsaved=False) == ""
-    late = fail(lambda: time.sleep(900), has_unsaved=True)
+    late = fail(lambda: time.sleep(900), has_unsaved=True, limit_s=0.1)
     assert "what is done is not saved (it takes more than 0.1 s, --limit)" in late
     assert "what is done is saved" in fail(lambda: None, has_unsaved=True)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+async def test_a_run_that_fails_after_a_notice_has_the_time_that_the_notice_leaves() -> None:
+    left: list[float] = []
+
+    def save() -> None:
+        left.append(signal.getitimer(signal.ITIMER_REAL)[0])
+
+    async def work() -> None:
+        with saving_on_notice(save, 30, OnFailure(lambda: True, save, 600, "--limit")):
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise UserError("the engines got the notice too")
+
+    with pytest.raises(UserError, match=r"^the engines got the notice too$"):
+        await asyncio.create_task(work())
+    assert 0 < left[0] <= 30
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 

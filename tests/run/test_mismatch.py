@@ -64,10 +64,14 @@ def test_each_cause_is_named_alone_and_once(mismatch: StepMismatch, sentence: st
 
 
 def test_where_the_engine_is_replayed_its_routing_is_not_the_cause() -> None:
-    report = StepReport(
-        {"routing_disagreement": 0.07}, False, (SourceDifference(0.0, 0, 0), SourceDifference(20.0, 100, 8))
+    cases = (
+        (0.07, True, "though all tokens are taken to the engine's experts (a router would take 7.0%"),
+        (0.52, True, "likely the engine tells the experts of other tokens; --no-use-rollout-routing-replay"),
+        (0.52, False, "; --use-rollout-routing-replay takes tokens to the engine's"),
     )
-    for replays_engine, sentence in ((True, "a router would take 7.0%"), (False, "--use-rollout-routing")):
+    for elsewhere, replays_engine, sentence in cases:
+        sources = SourceDifference(0.0, 0, 0), SourceDifference(20.0, 100, 8)
+        report = StepReport({"routing_disagreement": elsewhere}, False, sources)
         mismatch = StepMismatch.of([report], replays_engine=replays_engine)
         assert mismatch is not None
         [warning] = MismatchWatch(LIMIT).warnings(mismatch)

@@ -27,6 +27,7 @@ from recipe.plan.ranges import Pace
 from recipe.plan.time_plan import Work
 from recipe.plan.tune.__main__ import _parser as tune_parser
 from recipe.smoke import decode, measure
+from recipe.smoke.training import ComputesWrongly
 from recipe.system.errors import UserError
 from recipe.weights.hf_files import HuggingFaceCheckpoint
 from recipe.weights.tiny import write_tiny_checkpoint
@@ -360,6 +361,13 @@ def test_a_trainer_that_cannot_be_measured_is_left_out(
     assert rates == read_rates(output) == Rates(host_memory=1e11, decoding=(PLAIN,), work=WORK[2:])
     told = "training stays as planned: a training step cannot be measured: OutOfMemoryError: CUDA out of memory.\n"
     assert capsys.readouterr().err == told
+
+    def compute_wrongly(*arguments: object) -> None:
+        raise ComputesWrongly("this machine computes wrongly")
+
+    monkeypatch.setattr(measure, "measure_training", compute_wrongly)
+    with pytest.raises(ComputesWrongly):
+        measure.measure(resolved, sheet, Lengths.log_normal(3000, 0.6, 8192), output)
 
 
 def with_smi(run: object) -> object:

@@ -156,6 +156,17 @@ def test_gathering_the_weights_is_no_part_of_the_optimizers_seconds(monkeypatch:
         assert training.seconds_of_step(cast(Any, rank), []) == (9.0, 4.0)
 
 
+def test_a_machine_that_computes_wrongly_is_not_one_whose_trainer_cannot_be_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    skipping = SimpleNamespace(replicas=[], train_step=lambda _: StepReport({}, skipped=True))
+    assert training.seconds_of_step(cast(Any, skipping), []) is None
+    monkeypatch.setattr(training, "together", lambda *arguments: [(9.0, 4.0), (None, None)])
+    resolved, lengths = resolved_of("glm4.7-flash-8gpu"), Lengths.log_normal(3000, 0.6, 8192)
+    with pytest.raises(training.ComputesWrongly, match="not finite: this machine computes wrongly"):
+        training.measure_training(resolved, replace(H100, gpus=2), lengths)
+
+
 def fail_or_wait(rank: int, store: Store, folder: Path, how: str) -> None:
     """The first rank waits for good, and tells its process; the second fails meanwhile."""
     if rank == 0:

@@ -118,7 +118,7 @@ def saves_in_a_row(trainer, folder: Path) -> tuple[list[str], str | None]:
         trainer.save(folder, Progress(rollouts=1))
         threading.Timer(0.3, may_write.set).start()
         trainer.save(folder, Progress(rollouts=2))
-    trainer.save(folder, Progress(rollouts=3), keep_all=True)
+    trainer.save(folder, Progress(rollouts=3), beside_others=True)
     trainer.finish_save()
     return sorted(path.name for path in folder.iterdir()), (newest := latest(folder)) and newest.name
 

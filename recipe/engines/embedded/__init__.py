@@ -1,4 +1,4 @@
-"""A small engine for machines without a GPU: transformers' model behind SGLang's HTTP API.
+"""A small engine for machines without a GPU: the model in plain torch behind SGLang's HTTP API.
 
 Its results do not depend on what else is being generated: the same request gives the same bits.
 """
