@@ -154,7 +154,9 @@ def test_a_failure_that_is_not_the_trainers_ends_the_run_when_all_that_is_learne
 
 
 @pytest.mark.parametrize("how", [None, fail, notice])
-def test_a_step_that_cannot_be_written_down_is_saved(how, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_cannot_be_written_down_is_saved(
+    how, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Whether that is what the run fails at, or it ends for something else before. Its line is missing, and what its
     checkpoint took in memory."""
     whole, failed, here = run(), [], Conditions.here
@@ -180,6 +182,9 @@ def test_a_step_that_cannot_be_written_down_is_saved(how, monkeypatch: pytest.Mo
     assert ended.trainer.weights == whole.trainer.weights
     assert ended.lines == {step: line for step, line in whole.lines.items() if step != 3}
     assert ("save beside all others" in strike.points) == (how is not notice)
+    said = capsys.readouterr().err
+    assert "not saved" not in said
+    assert ("saved; go on with --load" if how is notice else "what is done is saved; once") in said
 
 
 def test_a_failure_in_the_midst_of_a_step_saves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
