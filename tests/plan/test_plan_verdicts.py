@@ -274,6 +274,19 @@ def test_training_the_mtp_layer_takes_as_much_longer_as_was_measured(tmp_path: P
     assert [of_way[Work.LOG_PROBS] for of_way in seconds] == [plain / 3] * 3
 
 
+def test_log_probs_take_no_exchange_for_the_mtp_layer_and_no_gradients() -> None:
+    """Of the reference model on 8 GPUs; with four optimizer steps a rollout the policy's are asked for too."""
+    seconds = []
+    for further in ("", "--mtp-num-layers 1 --enable-mtp-training", "--global-batch-size 64"):
+        one = resolved("8gpu", "--kl-loss-coef", "1e-3", *further.split())
+        memory = GpuModel.of(one, Machine.described("H100", 8, "1TB", None, 2.5), on_gpu=True)
+        lengths = Lengths.log_normal(4096, 0.6, 8192)
+        seconds.append(SpeedModel(memory, lengths, lengths, Pace.WORST).learning()[Work.LOG_PROBS])
+    plain, with_mtp, four_steps = seconds
+    assert with_mtp == plain
+    assert four_steps == pytest.approx(2 * plain, rel=1e-12)
+
+
 def test_the_policys_logits_wait_while_the_mtp_layer_is_recomputed() -> None:
     """Its turn is the first: where logits come in small chunks, that is the fullest moment."""
     one = resolved("8gpu-mtp", "--log-probs-chunk-size", "512")
