@@ -241,7 +241,6 @@ class Run:
             self._save()
         else:
             await to_its_end(self._save)
-        self._record_host_memory()
 
     def _note_what_is_ahead(self) -> None:
         if self._engines is not None and self._engines.ahead is not None:
@@ -251,6 +250,7 @@ class Run:
         self._saved_rollouts = self.progress.rollouts
         with self.clock.measure(Phase.SAVE):
             self.trainer.save(self.config.save_dir, self.progress, beside_others=beside_others)
+            self._try_to_write_down("the memory of the ranks", self._record_host_memory)
             if (target := self.config.checkpoint.hugging_face_target(self.progress.rollouts, self.is_over)) is not None:
                 self._directory.claim_export(target)
                 self.trainer.export_hugging_face(target)
@@ -283,7 +283,6 @@ class Run:
         if self.progress.rollouts > self._saved_rollouts:
             self._note_what_is_ahead()
             self._save(beside_others=beside_others)
-            self._try_to_write_down("the memory of the ranks", self._record_host_memory)
         self.finish_save()
 
     @staticmethod
